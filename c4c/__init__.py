@@ -1,0 +1,1 @@
+"""c4c: train and evaluate text-to-video retrieval models of the CLIP4Clip family."""

@@ -1,0 +1,214 @@
+"""YAML files and `key=value` words to one frozen, typed `Config`; every part of it is owned by what it configures."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from c4c.checkpoint import CheckpointConfig
+from c4c.engine import EngineConfig
+from c4c.model import ModelConfig
+from c4c.optim import TrainConfig
+from c4c.run import RunConfig
+from pipelines.config import DataConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything a run is made of. `deepspeed` passes through to DeepSpeed's own configuration."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    deepspeed: dict = field(default_factory=dict)
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used. The message names the key, the file, and what would be right."""
+
+
+def load(name: str, overrides: list[str] = (), search: list[Path] = ()) -> Config:
+    """Read `name` (a path, else a file in one of the `search` folders), follow its `extends:`, apply `key=value` words.
+
+    Raises ConfigError.
+    """
+    tree = _read(_find(name, search), search, ())
+    for word in overrides:
+        key, equals, text = word.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{word!r} on the command line: write it as key=value, for example train.lr=1e-4")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{word!r} on the command line: the value is not YAML ({error})") from error
+        _merge(tree, _nested(key.split("."), (value, "the command line")))
+    return _build(Config, tree, "")
+
+
+def from_dict(tree: dict) -> Config:
+    """The Config that `to_dict` described. Raises ConfigError."""
+    return _build(Config, _located(tree, "the saved configuration"), "")
+
+
+def to_dict(config: Config) -> dict:
+    """Plain dicts, lists and scalars, ready for YAML."""
+    return _plain(dataclasses.asdict(config))
+
+
+def dump(config: Config) -> str:
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def _find(name: str, search: list[Path]) -> Path:
+    candidates = [Path(name), *(folder / name for folder in search)]
+    for path in candidates:
+        if path.is_file():
+            return path
+    there = sorted(p.name for folder in search for p in folder.glob("*.yaml"))
+    near = difflib.get_close_matches(name, there, 1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise ConfigError(f"no configuration {name}: {hint}looked at {', '.join(map(str, candidates))}; there are {there}")
+
+
+def _read(path: Path, search: list[Path], parents: tuple[Path, ...]) -> dict:
+    """The file's tree with every leaf as (value, where it stands), on top of the files it extends."""
+    if path in parents:
+        raise ConfigError(f"{path} extends itself, by way of {', '.join(map(str, parents))}")
+    try:
+        text = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if not isinstance(text, dict):
+        raise ConfigError(f"{path}: the top level must be keys and values")
+    bases = text.pop("extends", [])
+    tree: dict = {}
+    for base in [bases] if isinstance(bases, str) else bases:
+        _merge(tree, _read(_find(base, [path.parent, *search]), search, (*parents, path)))
+    _merge(tree, _located(text, str(path)))
+    return tree
+
+
+def _located(value: Any, where: str) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _located(v, where) for k, v in value.items()}
+    return value, where
+
+
+def _nested(keys: list[str], leaf: tuple) -> dict:
+    value, where = leaf
+    tree: Any = _located(value, where)
+    for key in reversed(keys):
+        tree = {key: tree}
+    return tree
+
+
+def _merge(tree: dict, over: dict) -> None:
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(tree.get(key), dict):
+            _merge(tree[key], value)
+        else:
+            tree[key] = value
+
+
+def _build(cls: type, tree: dict, prefix: str) -> Any:
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{prefix[:-1]} in {tree[1]}: must hold keys and values, not {tree[0]!r}")
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    values = {}
+    for key, value in tree.items():
+        if key not in names:
+            raise ConfigError(_unknown(prefix, key, names, value))
+        kind = hints[key]
+        if dataclasses.is_dataclass(kind):
+            values[key] = _build(kind, value, f"{prefix}{key}.")
+        elif kind is dict:
+            values[key] = _unlocated(value)
+        else:
+            values[key] = _leaf(kind, value, f"{prefix}{key}")
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
+
+
+def _unknown(prefix: str, key: str, names: list[str], value: Any) -> str:
+    known = {f"{f.name}.{g.name}" for f in dataclasses.fields(Config) for g in _fields_of(f)} | {prefix + n for n in names}
+    near = difflib.get_close_matches(prefix + key, sorted(known), 1, cutoff=0.5)
+    near = near or [full for full in sorted(known) if full.split(".")[-1] == key]
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(prefix + n for n in names)}"
+    return f"unknown key {prefix}{key} in {_where(value)}: {hint}"
+
+
+def _fields_of(f: dataclasses.Field) -> tuple:
+    kind = typing.get_type_hints(Config)[f.name]
+    return dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+
+
+def _where(value: Any) -> str:
+    while isinstance(value, dict):
+        if not value:
+            return "the configuration"
+        value = next(iter(value.values()))
+    return value[1]
+
+
+def _unlocated(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _unlocated(v) for k, v in value.items()}
+    return value[0] or {} if isinstance(value[0], (dict, type(None))) else value[0]
+
+
+def _leaf(kind: Any, located: Any, key: str) -> Any:
+    if isinstance(located, dict):
+        raise ConfigError(f"{key} in {_where(located)}: takes one value, not keys")
+    value, where = located
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    for option in options:
+        converted = _convert(option, value)
+        if converted is not _NO:
+            return converted
+    names = " or ".join(_type_name(o) for o in options)
+    raise ConfigError(f"{key}={value!r} in {where}: must be {names}")
+
+
+_NO = object()
+
+
+def _convert(kind: Any, value: Any) -> Any:
+    if kind is type(None):
+        return None if value is None else _NO
+    if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
+        try:
+            return float(value)
+        except ValueError:
+            return _NO
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if typing.get_origin(kind) is tuple:
+        item = typing.get_args(kind)[0]
+        parts = [_convert(item, v) for v in value] if isinstance(value, (list, tuple)) else [_NO]
+        return _NO if _NO in parts else tuple(parts)
+    if kind is int and isinstance(value, bool):
+        return _NO
+    return value if isinstance(value, kind) else _NO
+
+
+def _type_name(kind: Any) -> str:
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}.get(kind, "a list")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value

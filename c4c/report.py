@@ -1,0 +1,92 @@
+"""What a person sees: a live screen on a terminal, plain lines elsewhere; only rank 0 speaks."""
+
+import sys
+import time
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+_LINE_EVERY_S = 5.0
+
+
+class Report:
+    """Shows a training run. Does nothing at all where `on` is false."""
+
+    def __init__(self, on: bool, total_steps: int, steps_per_epoch: int, done: int):
+        self.console = Console(stderr=True, soft_wrap=True, quiet=not on)
+        self._on, self._total, self._per_epoch, self._first = on, total_steps, steps_per_epoch, done
+        self._started = self._last_line = time.monotonic()
+        self._best = float("-inf")
+        self._bar = Progress(
+            TextColumn("epoch {task.fields[epoch]}  step {task.completed:.0f}/{task.total:.0f}"), BarColumn(bar_width=None),
+            TextColumn("ETA {task.fields[eta]}"), console=self.console, expand=True,
+        )  # fmt: skip
+        self._task = self._bar.add_task("", total=total_steps, completed=done, epoch="", eta="")
+        self._live = Live(console=self.console, refresh_per_second=4) if on and sys.stderr.isatty() else None
+
+    def __enter__(self) -> "Report":
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._live:
+            self._live.stop()
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False)
+
+    def step(self, step: int, values: dict) -> None:
+        """`step` steps are done; `values` are the metrics of the last."""
+        if not self._on:
+            return
+        now = time.monotonic()
+        eta = (now - self._started) / max(1, step - self._first) * (self._total - step)
+        shown = {
+            "loss": f"{values['train/loss']:.4f}",
+            "lr": f"{values['train/lr']:.2e}",
+            "scale": f"{values['train/logit_scale']:.1f}",
+            "clips/s": f"{values['clips_per_s']:.1f}",
+            "data wait": f"{values['data/wait_pct']:.1f}%",
+        }
+        epoch = f"{min(self._total - 1, step - 1) // self._per_epoch + 1}/{-(-self._total // self._per_epoch)}"
+        if self._live:
+            self._bar.update(self._task, completed=step, epoch=epoch, eta=_span(eta))
+            table = Table.grid(padding=(0, 2))
+            table.add_row(*shown)
+            table.add_row(*shown.values())
+            whole = Table.grid(expand=True)
+            whole.add_row(self._bar)
+            whole.add_row(table)
+            self._live.update(whole)
+        elif now - self._last_line > _LINE_EVERY_S or step == self._total or step == self._first + 1:
+            self._last_line = now
+            pairs = "  ".join(f"{k} {v}" for k, v in shown.items())
+            self.say(f"epoch {epoch}  step {step}/{self._total}  {pairs}  ETA {_span(eta)}")
+
+    def validation(self, step: int, values: dict) -> None:
+        self._best = max(self._best, values["t2v"]["R1"])
+        t2v, v2t = values["t2v"], values["v2t"]
+        self.say(
+            f"validation after step {step}: t2v R@1 {t2v['R1']:.1f}  R@5 {t2v['R5']:.1f}  R@10 {t2v['R10']:.1f}  "
+            f"MdR {t2v['MdR']:.1f}   v2t R@1 {v2t['R1']:.1f}   best t2v R@1 {self._best:.1f}"
+        )
+
+
+def metrics_table(result: dict) -> Table:
+    """The table that launch/eval.py prints."""
+    table = Table(title=f"{result['n_texts']} texts, {result['n_videos']} videos")
+    for name in ("", "R@1 %", "R@5 %", "R@10 %", "MdR", "MnR"):
+        table.add_column(name, justify="left" if not name else "right")
+    for way, title in (("t2v", "text to video"), ("v2t", "video to text")):
+        row = result[way]
+        table.add_row(title, *(f"{row[k]:.1f}" for k in ("R1", "R5", "R10", "MdR", "MnR")))
+    return table
+
+
+def _span(seconds: float) -> str:
+    minutes, s = divmod(int(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"

@@ -1,0 +1,113 @@
+"""A run folder: everything that evaluation, search and resuming need, and all that was measured."""
+
+import json
+import os
+import platform
+import time
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import yaml
+
+RESUME = ("never", "auto")
+_PACKAGES = ("torch", "nvidia-dali-cuda130", "deepspeed", "open_clip_torch", "webdataset", "av", "pyarrow", "numpy", "c4c")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where a run lives, and what happens if something lives there already."""
+
+    dir: str = "runs/run"
+    seed: int = 42
+    resume: str = "never"  # never: an earlier run in `dir` is moved aside; auto: it is continued where it stopped
+
+    def __post_init__(self):
+        if self.resume not in RESUME:
+            raise ValueError(f"run.resume={self.resume}: there are {', '.join(RESUME)}")
+        if not self.dir:
+            raise ValueError("run.dir is empty: name a folder for the run")
+
+
+def prepare(folder: Path, resume: str) -> Path | None:
+    """Make the run folder; called on one rank. Returns where an earlier run was moved to, if it was."""
+    moved = None
+    if resume == "never" and (folder / "config.yaml").exists():
+        moved = _free_name(folder)
+        os.rename(folder, moved)
+    folder.mkdir(parents=True, exist_ok=True)
+    return moved
+
+
+def save_description(folder: Path, config_text: str) -> None:
+    """Write config.yaml and versions.json."""
+    (folder / "config.yaml").write_text(config_text)
+    found = {name: _version(name) for name in _PACKAGES}
+    found |= {"python": platform.python_version(), "machine": platform.machine(), "system": platform.platform()}
+    (folder / "versions.json").write_text(json.dumps(found, indent=2) + "\n")
+
+
+def read_config(folder: Path) -> dict:
+    """The resolved configuration of a run, as plain dicts. Raises ValueError if the folder is no run."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"{folder} is not a run folder: it has no config.yaml. --ckpt takes the folder that run.dir named")
+    return yaml.safe_load(path.read_text())
+
+
+class Metrics:
+    """RUN/metrics.jsonl, one object a step; RUN/eval.jsonl, one a validation; and both in TensorBoard."""
+
+    def __init__(self, folder: Path, resumed_at: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        for name in ("metrics.jsonl", "eval.jsonl"):
+            _forget_after(folder / name, resumed_at)
+        self._steps = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 closed in close()
+        self._evals = open(folder / "eval.jsonl", "a", buffering=1)  # noqa: SIM115
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at)
+
+    def step(self, step: int, values: dict) -> None:
+        self._write(self._steps, step, values)
+
+    def validation(self, step: int, values: dict) -> None:
+        flat = {f"val/{way}_{name}": v for way in ("t2v", "v2t") for name, v in values[way].items()}
+        self._write(self._evals, step, flat | {"val/n_texts": values["n_texts"], "val/n_videos": values["n_videos"]})
+
+    def close(self) -> None:
+        self._steps.close()
+        self._evals.close()
+        self._board.close()
+
+    def _write(self, file, step: int, values: dict) -> None:
+        file.write(json.dumps({"step": step, **values, "time_unix_s": round(time.time(), 3)}) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """A resumed run writes the steps after its checkpoint anew."""
+    if path.exists():
+        kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= step]
+        path.write_text("".join(kept))
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:  # a killed run may leave half a line
+        return float("inf")
+
+
+def _free_name(folder: Path) -> Path:
+    n = 1
+    while (target := folder.with_name(f"{folder.name}.old{n}")).exists():
+        n += 1
+    return target
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

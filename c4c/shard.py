@@ -1,0 +1,171 @@
+"""`python -m c4c.shard`: pack videos into shards, and look after what is packed."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from shards import ShardError
+from shards.dataset import find_splits
+from shards.datasets import Item, demo, folder
+from shards.info import describe
+from shards.pack import PROFILES, Profile, pack
+from shards.verify import verify
+
+console = Console(stderr=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except (ShardError, OSError) as error:
+        console.print(f"[bold red]error:[/] {_plain(error)}", highlight=False, soft_wrap=True)
+        return 1
+    except KeyboardInterrupt:
+        console.print("stopped; what is committed stays. Run the same command again to go on.")
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m c4c.shard", description=__doc__.split(": ", 1)[1])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    packing = argparse.ArgumentParser(add_help=False)
+    default = Profile()
+    packing.add_argument("--profile", choices=PROFILES, default=default.name,
+                         help="intra: each kept frame an independent JPEG, for training; copy: source bytes untouched")
+    packing.add_argument("--fps", type=int, default=default.fps, help="intra: frames kept a second (%(default)s)")
+    packing.add_argument("--short-side", type=int, default=None, metavar="PX",
+                         help=f"intra: scale the short side to this ({default.short_side}; demo: 64)")
+    packing.add_argument("--quality", type=int, default=default.quality,
+                         help="intra: JPEG quantiser, 2 best to 31 smallest (%(default)s)")
+    packing.add_argument("--workers", type=int, default=None, help="processes (one a core)")
+    packing.add_argument("--shard-videos", type=int, default=None, help="videos a shard (16 to 256 by the size of the set)")
+
+    one = commands.add_parser("demo", parents=[packing], help="generate a small data set of moving shapes and pack it")
+    one.add_argument("--out", type=Path, required=True, help="writes OUT/source, OUT/train and OUT/test")
+    one.add_argument("--train", type=int, default=1000, help="training videos (%(default)s)")
+    one.add_argument("--test", type=int, default=200, help="test videos (%(default)s)")
+    one.add_argument("--seed", type=int, default=0)
+    one.set_defaults(run=_demo)
+
+    one = commands.add_parser("folder", parents=[packing], help="pack your own videos, captioned in a csv")
+    one.add_argument("--videos", type=Path, required=True, help="folder of video files")
+    one.add_argument("--captions", type=Path, required=True, help="csv with the header video,caption; one row a caption")
+    one.add_argument("--out", type=Path, required=True, help="the split to write")
+    one.add_argument("--name", default=None, help="name of the data set (the output folder's name)")
+    one.set_defaults(run=_folder)
+
+    one = commands.add_parser("verify", help="re-read everything: crc, decode, index against tar; exit 1 if any is bad")
+    one.add_argument("path", type=Path, help="a split, or a folder of splits")
+    one.add_argument("--workers", type=int, default=None)
+    one.set_defaults(run=_verify)
+
+    one = commands.add_parser("info", help="counts, durations, sizes, codecs, captions")
+    one.add_argument("path", type=Path, help="a split, or a folder of splits")
+    one.set_defaults(run=_info)
+    return parser
+
+
+def _demo(args) -> int:
+    with _bar() as progress:
+        task = progress.add_task("videos", total=args.train + args.test, note="")
+        items = demo.generate(
+            args.out / "source", seed=args.seed, train=args.train, test=args.test, workers=args.workers,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )  # fmt: skip
+    for split in ("train", "test"):
+        _pack(args, items[split], args.out / split, "demo", split, short_side=64)
+    return 0
+
+
+def _folder(args) -> int:
+    items = folder.read(args.videos, args.captions)
+    name = args.name or args.out.resolve().name
+    return _pack(args, items, args.out, name, args.out.resolve().name)
+
+
+def _pack(args, items: list[Item], out: Path, dataset: str, split: str, short_side: int = Profile.short_side) -> int:
+    for name in ("workers", "shard_videos"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ShardError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    profile = Profile(
+        name=args.profile, fps=args.fps, short_side=short_side if args.short_side is None else args.short_side,
+        quality=args.quality,
+    )  # fmt: skip
+    started, read, rejected = time.monotonic(), 0, 0
+    with _bar() as progress:
+        task = progress.add_task(f"{dataset} {split}", total=len(items), note="")
+
+        def on_progress(event) -> None:
+            nonlocal read, rejected
+            read += event.bytes
+            if event.rejected:
+                rejected += 1
+                progress.console.print(f"[yellow]rejected[/] {_plain(event.rejected)}", highlight=False, soft_wrap=True)
+            seconds = max(1e-9, time.monotonic() - started)
+            done = progress.tasks[0].completed + 1 - resumed
+            note = f"{done / seconds:.1f} videos/s  {read / 1e6 / seconds:.1f} MB/s  {rejected} rejects"
+            progress.update(task, advance=1, note=note)
+
+        resumed = 0
+
+        def on_start(done: int, total: int) -> None:
+            nonlocal resumed
+            resumed = done
+            progress.update(task, completed=done, total=total)
+
+        info = pack(
+            items, out, dataset=dataset, split=split, profile=profile, shard_videos=args.shard_videos,
+            workers=args.workers, on_start=on_start, on_progress=on_progress,
+        )  # fmt: skip
+    before = "; all of it was there already" if resumed == len(items) else f"; {resumed} were done before" if resumed else ""
+    console.print(
+        f"{out}: {info['videos']} videos, {info['captions']} captions in {len(info['shards'])} shards{before}",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    if info["rejects"]:
+        console.print(f"[yellow]{info['rejects']} rejected:[/] see {out / 'rejects.jsonl'}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _verify(args) -> int:
+    bad = 0
+    for path in find_splits(args.path):
+        with _bar() as progress:
+            task = progress.add_task(f"verify {path}", total=None, note="")
+            problems = verify(path, args.workers, lambda p=progress, t=task: p.update(t, advance=1))
+        for problem in problems:
+            print(f"{path}/{problem}")
+        print(f"{path}: {'all good' if not problems else f'{len(problems)} problems'}")
+        bad += len(problems)
+    return 1 if bad else 0
+
+
+def _info(args) -> int:
+    for path in find_splits(args.path):
+        table = Table(title=str(path), show_header=False)
+        for name, value in describe(path).items():
+            table.add_row(name, value)
+        Console().print(table)
+    return 0
+
+
+def _bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), console=console,
+    )  # fmt: skip
+
+
+def _plain(text: object) -> str:
+    return str(text).replace("[", r"\[")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

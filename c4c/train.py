@@ -1,0 +1,151 @@
+"""The training run, from a configuration to a run folder."""
+
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from c4c import checkpoint
+from c4c.config import Config, dump
+from c4c.engine import Learner, build_engine, set_lr, start_distributed, stop_distributed
+from c4c.evaluate import evaluate
+from c4c.model import CLIP4Clip, build
+from c4c.optim import lr_factor
+from c4c.report import Report
+from c4c.run import Metrics, prepare, save_description
+from pipelines.loader import Batch, Loader
+from shards.dataset import Split
+
+
+def train(config: Config) -> None:
+    """Train as `config` says, on every rank of the launcher. Raises ValueError for what cannot be done."""
+    rank, world, device = start_distributed()
+    try:
+        Trainer(config, rank, world, device).run()
+    finally:
+        stop_distributed()
+
+
+class Trainer:
+    """One rank's part of a run."""
+
+    def __init__(self, config: Config, rank: int, world: int, device: torch.device):
+        self.config, self.rank, self.world, self.device = config, rank, world, device
+        self.folder = Path(config.run.dir)
+        for key in ("train", "test"):
+            if not getattr(config.data, key):
+                raise ValueError(f"data.{key} is not set: name the folder of a packed split, data.{key}=data/…")
+        self.split, self.test = Split(config.data.train), Split(config.data.test)
+        torch.manual_seed(config.run.seed)
+        model = build(config.model)
+        _check_sizes(model, config)
+        moved = prepare(self.folder, config.run.resume) if rank == 0 else None
+        dist.barrier()
+        self.engine = build_engine(Learner(model), config.engine, config.train, world, config.deepspeed)
+        self.step = 0
+        if config.run.resume == "auto" and (self.folder / checkpoint.FOLDER / "latest").exists():
+            self.step = checkpoint.restore(self.engine, self.folder)
+        self.loader = Loader(
+            self.split, config.data, batch_size=config.train.batch_size, seed=config.run.seed, rank=rank, world=world,
+            device=device, quarantine=self.folder / "quarantine.jsonl",
+        )  # fmt: skip
+        self.per_epoch = self.loader.steps_per_epoch
+        self.total = config.train.total_steps(self.per_epoch)
+        self.warmup = round(config.train.warmup_epochs * self.per_epoch)
+        self.report = Report(rank == 0, self.total, self.per_epoch, self.step)
+        self.metrics = None
+        if rank == 0:
+            save_description(self.folder, dump(config))
+            self.metrics = Metrics(self.folder, self.step)
+        self._introduce(moved)
+
+    def run(self) -> None:
+        """The training loop."""
+        epoch, first = divmod(self.step, self.per_epoch)
+        with self.loader, self.report:
+            self._mark = time.perf_counter()
+            for batch in self.loader.batches(epoch, first, max(0, self.total - self.step)):
+                lr = self.config.train.lr * self._lr_factor()
+                set_lr(self.engine, lr)
+                loss = self.engine(batch.frames, batch.frame_mask, batch.tokens, batch.valid)
+                self.engine.backward(loss)
+                self.engine.step()
+                self.step += 1
+                self._log(batch, loss.detach(), lr)
+                if self.step % self.per_epoch == 0 or self.step == self.total:
+                    self._end_of_epoch()
+        if self.metrics:
+            self.metrics.close()
+        self.report.say(
+            f"done: {self.step} steps. Evaluate with\n    python launch/eval.py --ckpt {self.folder}\n"
+            f"and see the curves with\n    tensorboard --logdir {self.folder}"
+        )
+
+    def _lr_factor(self) -> float:
+        return lr_factor(self.step, self.total, self.warmup, self.config.train.warmup_start)
+
+    def _log(self, batch: Batch, loss: torch.Tensor, lr: float) -> None:
+        if self.world > 1:
+            dist.all_reduce(loss)
+            loss /= self.world
+        if self.rank:
+            return
+        now = time.perf_counter()
+        seconds, self._mark = now - self._mark, now
+        clips = len(batch.valid) * self.world
+        values = {
+            "epoch": (self.step - 1) // self.per_epoch,
+            "train/loss": loss.item(),
+            "train/lr": lr,
+            "train/logit_scale": self._scale(),
+            "train/grad_norm": float(self.engine.get_global_grad_norm() or 0.0),
+            "data/wait_s": batch.wait_s,
+            "data/wait_pct": 100 * batch.wait_s / seconds,
+            "step_s": seconds,
+            "clips_per_s": clips / seconds,
+        }
+        self.metrics.step(self.step, values)
+        self.report.step(self.step, values)
+
+    def _scale(self) -> float:
+        with torch.no_grad():
+            return float(self.engine.module.model.scale())
+
+    def _end_of_epoch(self) -> None:
+        every = self.config.train.eval_every
+        last = self.step == self.total
+        checkpoint.save(self.engine, self.folder, self.step, self.config.checkpoint.keep_last)
+        if last or (every and (self.step // self.per_epoch) % every == 0):
+            self.engine.eval()
+            result = evaluate(self.engine.module.model, self.engine, self.test, self.config.data, self.device)
+            self.engine.train()
+            if self.metrics:
+                self.metrics.validation(self.step, result)
+            self.report.validation(self.step, result)
+        self._mark = time.perf_counter()  # neither saving nor validation is part of a step
+
+    def _introduce(self, moved: Path | None) -> None:
+        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
+        if moved:
+            self.report.say(f"an earlier run in {self.folder} was moved to {moved}; run.resume=auto would continue it")
+        self.report.say(
+            f"{self.config.model.backbone} + {self.config.model.head}, {parameters / 1e6:.1f} M weights; {len(self.split)} "
+            f"videos, {self.loader.order.pairs} pairs; {self.total} steps of {self.config.train.batch_size} on {self.world} "
+            f"x {self.device.type}, ZeRO {self.config.engine.zero_stage}, {self.config.engine.precision}; -> {self.folder}"
+        )
+        if self.step:
+            self.report.say(f"continuing after step {self.step}")
+
+
+def _check_sizes(model: CLIP4Clip, config: Config) -> None:
+    if model.image_size != config.data.image_size:
+        raise ValueError(
+            f"data.image_size={config.data.image_size}, but {config.model.backbone} takes pictures of {model.image_size}: "
+            f"set data.image_size={model.image_size}"
+        )
+    if config.data.max_words > model.context_length:
+        raise ValueError(
+            f"data.max_words={config.data.max_words} is longer than the {model.context_length} tokens that "
+            f"{config.model.backbone} takes"
+        )

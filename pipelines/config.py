@@ -1,0 +1,47 @@
+"""Settings of the data path."""
+
+from dataclasses import dataclass
+
+from pipelines.sampling import RULES
+
+LANES = ("auto", "video", "intra")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which data, which frames of it, at what size."""
+
+    train: str = ""  # folder of the training split
+    test: str = ""  # folder of the split that validation and launch/eval.py rank
+    num_frames: int = 12  # frames a video
+    sampling: str = "uniform"  # uniform, head, tail (CLIP4Clip's rules over `fps` frames a second), segment (mmaction2's)
+    fps: int = 1  # frames a second that uniform, head and tail choose from
+    image_size: int = 224  # side of the square crop, pixels
+    resize: int = 0  # short side before the crop, pixels; 0: image_size
+    max_words: int = 32  # tokens a caption, start and end included
+    lane: str = "auto"  # auto: intra for intra shards, video for all others
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # of pixels in 0..1; CLIP's
+    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    threads: int = 0  # decoding threads a rank; 0: the cores of the machine over its ranks
+    prefetch: int = 2  # batches made ahead of the step
+    eval_batch_size: int = 32  # videos, or captions, a rank encodes at once in validation
+    max_bad_fraction: float = 0.01  # of the samples read; above it the run ends
+
+    def __post_init__(self):
+        if self.sampling not in RULES:
+            raise ValueError(f"data.sampling={self.sampling}: there are {', '.join(RULES)}")
+        if self.lane not in LANES:
+            raise ValueError(f"data.lane={self.lane}: there are {', '.join(LANES)}")
+        for name in ("num_frames", "fps", "image_size", "prefetch", "eval_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.{name}={getattr(self, name)}: must be at least 1")
+        if self.resize and self.resize < self.image_size:
+            raise ValueError(f"data.resize={self.resize} is smaller than data.image_size={self.image_size}: the crop needs it")
+        if self.max_words < 3:
+            raise ValueError(f"data.max_words={self.max_words}: a caption takes a start, an end and a word, so at least 3")
+        if len(self.mean) != 3 or len(self.std) != 3:
+            raise ValueError("data.mean and data.std: one number for each of red, green and blue")
+
+    @property
+    def short_side(self) -> int:
+        return self.resize or self.image_size

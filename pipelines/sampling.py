@@ -1,0 +1,75 @@
+"""Which frames of a video make a clip.
+
+Rules speak of frame numbers in the source video; `choose` turns them into positions in the frame table of what is
+stored, by the nearest stored frame. On an unabridged video that is the very frame; an `intra` shard keeps the frames
+of the extractor's grid, so the official rules find theirs there too.
+"""
+
+from fractions import Fraction
+
+import numpy as np
+
+from shards.schema import Video
+
+RULES = ("uniform", "head", "tail", "segment")
+
+
+def extractor_frames(source_frames: int, fps: Fraction | float, max_frames: int, position: str, rate: int = 1) -> np.ndarray:
+    """CLIP4Clip's rule: int32 [at most max_frames] frame numbers.
+
+    Candidates are `rate` frames of every second, where a second has int(fps) frames and its k-th candidate is
+    k*max(1, int(fps)//rate) into it; of more than max_frames, `position` takes the first ones (head), the last ones
+    (tail), or floor(linspace(0, n-1, max_frames)) (uniform). (CLIP4Clip `dataloaders/rawvideo_util.py`,
+    `dataloader_msrvtt_retrieval.py`; a frame rate below 1, a division by zero there, counts as 1.)
+    """
+    whole = max(1, int(fps))
+    offsets = np.arange(rate) * max(1, whole // rate)
+    offsets = offsets[offsets < whole]
+    seconds = np.arange(-(-source_frames // whole)) * whole
+    candidates = (seconds[:, None] + offsets).ravel()
+    candidates = candidates[candidates < source_frames]
+    if len(candidates) > max_frames:
+        if position == "head":
+            candidates = candidates[:max_frames]
+        elif position == "tail":
+            candidates = candidates[-max_frames:]
+        elif position == "uniform":
+            candidates = candidates[np.linspace(0, len(candidates) - 1, num=max_frames, dtype=int)]
+        else:
+            raise ValueError(f"position {position!r}: there are head, tail and uniform")
+    return candidates.astype(np.int32)
+
+
+def segment_frames(source_frames: int, num_frames: int, random: np.random.Generator | None = None) -> np.ndarray:
+    """mmaction2's UniformSample: int32 [num_frames] frame numbers, one from each of num_frames equal segments.
+
+    Segments are (source_frames - 1) / num_frames long. Without `random`, its test rule, round(s*i) + floor(s/2); with
+    it, its training rule, a draw from [round(s*i), round(s*(i+1))], both ends included. Short videos repeat frames.
+    """
+    step = (source_frames - 1) / num_frames
+    edges = np.around(step * np.arange(num_frames + 1)).astype(np.int32)
+    if random is None:
+        return edges[:-1] + np.int32(step // 2)
+    return random.integers(edges[:-1], edges[1:], endpoint=True).astype(np.int32)
+
+
+def choose(
+    video: Video, rule: str, num_frames: int, rate: int = 1, random: np.random.Generator | None = None
+) -> np.ndarray:
+    """Positions in the video's frame table, int64 [at most num_frames], at least one.
+
+    Fewer than num_frames come out for a short video under uniform, head and tail; the rest of the clip is then empty
+    and masked. `random` makes `segment` draw (training) where without it the middles are taken (testing).
+    """
+    if rule == "segment":
+        wanted = segment_frames(video.source_frames, num_frames, random)
+    else:
+        wanted = extractor_frames(video.source_frames, video.fps, num_frames, rule, rate)
+    return nearest(video.frames.number, wanted)
+
+
+def nearest(stored: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """For each wanted frame number the position of the nearest stored one (sorted, not empty); the earlier of two."""
+    right = np.searchsorted(stored, wanted).clip(0, len(stored) - 1)
+    left = (right - 1).clip(0)
+    return np.where(np.abs(stored[left] - wanted) <= np.abs(stored[right] - wanted), left, right)

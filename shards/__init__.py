@@ -1,0 +1,8 @@
+"""Data at rest: WebDataset tar shards with a sample table that answers every question a loader has about a video.
+
+Nothing in this room knows torch or DALI.
+"""
+
+
+class ShardError(ValueError):
+    """Something on disk, or in a command that writes to disk, is not as it must be. The message says what to do."""

@@ -1,0 +1,191 @@
+"""Reading a packed split: rows of the sample table, captions, and bytes of stored files."""
+
+import json
+import os
+import tarfile
+import threading
+from collections import OrderedDict
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from shards import ShardError
+from shards.schema import FORMAT_VERSION, FRAME_COLUMNS, FrameTable, Video
+
+_TABLES_IN_MEMORY = 512  # shards whose sample table stays decoded; a table of 256 videos takes about 3 MB
+
+
+class Table:
+    """The sample table of one shard, as numpy columns."""
+
+    def __init__(self, path: Path, name: str, first: int):
+        table = pq.read_table(path).combine_chunks()
+        self.name, self.first, self.rows = name, first, table.num_rows
+        flat = [f.name for f in table.schema if not pa.types.is_list(f.type)]
+        self._columns = {name: table.column(name).to_pylist() for name in flat}
+        self._bounds = _list_column(table, "frame_number")[0]
+        self._frames = {c: _list_column(table, c)[1].to_numpy(zero_copy_only=False) for c in FRAME_COLUMNS}
+        self.caption_bounds, self._captions = _list_column(table, "captions")
+
+    def video(self, row: int) -> Video:
+        c = {name: values[row] for name, values in self._columns.items()}
+        fps = Fraction(c.pop("fps_num"), c.pop("fps_den"))
+        low, high = self._bounds[row], self._bounds[row + 1]
+        frames = FrameTable(**{name.removeprefix("frame_"): v[low:high] for name, v in self._frames.items()})
+        return Video(index=self.first + row, shard=self.name, fps=fps, frames=frames, **c)
+
+    def captions(self, row: int) -> list[dict]:
+        low, high = self.caption_bounds[row], self.caption_bounds[row + 1]
+        return self._captions.slice(low, high - low).to_pylist()
+
+
+def _list_column(table: pa.Table, name: str) -> tuple[np.ndarray, pa.Array]:
+    column = table.column(name)
+    array = column.chunk(0) if column.num_chunks else pa.array([], column.type)
+    bounds = array.offsets.to_numpy() if len(array) else np.zeros(1, np.int64)
+    return bounds - bounds[0], array.flatten()
+
+
+class Split:
+    """A packed split, opened for reading. Safe to use from several threads.
+
+    Raises ShardError if the folder is not a finished split.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.info = _read_info(self.path)
+        self.shards = [s["name"] for s in self.info["shards"]]
+        self._starts = np.cumsum([0] + [s["videos"] for s in self.info["shards"]])
+        self._tables: OrderedDict[int, Table] = OrderedDict()
+        self._files: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        """Videos in the split."""
+        return int(self._starts[-1])
+
+    @property
+    def digest(self) -> str:
+        return self.info["digest"]
+
+    def video(self, index: int) -> Video:
+        """Row `index` of the sample table. Raises IndexError outside [0, len)."""
+        table, row = self._find(index)
+        return table.video(row)
+
+    def captions(self, index: int) -> list[dict]:
+        """Captions of a video: dicts with `text`, and `start`, `end` in seconds or None."""
+        table, row = self._find(index)
+        return table.captions(row)
+
+    @cached_property
+    def caption_counts(self) -> np.ndarray:
+        """int64 [videos]: captions of each video."""
+        parts = [np.diff(self._table(i).caption_bounds) for i in range(len(self.shards))]
+        return np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64)
+
+    def read(self, video: Video, offset: int = 0, size: int = -1) -> bytes:
+        """Bytes of the stored file; `size` -1 reads to its end. Raises ShardError if the tar is shorter than that."""
+        size = video.size - offset if size < 0 else size
+        data = os.pread(self._file(video.shard), size, video.offset + offset)
+        if len(data) != size:
+            raise ShardError(
+                f"{self.path / video.shard}.tar ends inside {video.key}: the file was cut short after packing. "
+                f"Run: python -m c4c.shard verify {self.path}"
+            )
+        return data
+
+    def json(self, video: Video) -> dict:
+        """The sample's JSON member, which follows the video in the tar."""
+        start = video.offset + -(-video.size // 512) * 512
+        header = os.pread(self._file(video.shard), 512, start)
+        if header[:100].startswith(b"././@LongLink"):  # names over 100 bytes take two more blocks
+            start += 1024
+            header = os.pread(self._file(video.shard), 512, start)
+        member = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
+        return json.loads(os.pread(self._file(video.shard), member.size, start + 512))
+
+    def close(self) -> None:
+        with self._lock:
+            for descriptor in self._files.values():
+                os.close(descriptor)
+            self._files.clear()
+
+    def _find(self, index: int) -> tuple[Table, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"video {index} of {len(self)} in {self.path}")
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._table(shard), index - int(self._starts[shard])
+
+    def _table(self, shard: int) -> Table:
+        with self._lock:
+            if shard in self._tables:
+                self._tables.move_to_end(shard)
+                return self._tables[shard]
+        name = self.shards[shard]
+        table = Table(self.path / f"{name}.parquet", name, int(self._starts[shard]))
+        with self._lock:
+            self._tables[shard] = table
+            while len(self._tables) > _TABLES_IN_MEMORY:
+                self._tables.popitem(last=False)
+        return table
+
+    def _file(self, shard: str) -> int:
+        with self._lock:
+            if shard not in self._files:
+                self._files[shard] = os.open(self.path / f"{shard}.tar", os.O_RDONLY)
+            return self._files[shard]
+
+
+def find_splits(path: str | Path) -> list[Path]:
+    """`path` itself if it is a split, else the splits directly inside it. Raises ShardError if there is none."""
+    path = Path(path)
+    if (path / "dataset.json").exists() or (path / "packing.json").exists():
+        return [path]
+    inside = sorted(p.parent for name in ("dataset.json", "packing.json") for p in path.glob(f"*/{name}"))
+    if not inside:
+        _read_info(path)
+    return sorted(set(inside))
+
+
+def _read_info(path: Path) -> dict:
+    if not path.is_dir():
+        raise ShardError(f"there is no folder {path}. Pack one with: python -m c4c.shard --help")
+    if not (path / "dataset.json").exists():
+        inside = sorted(p.parent.name for p in path.glob("*/dataset.json"))
+        if inside:
+            raise ShardError(f"{path} is not a split, but holds some: did you mean {path / inside[0]}?")
+        if (path / "packing.json").exists():
+            total = json.loads((path / "packing.json").read_text())["shards"]
+            done = len(list(path.glob("[0-9]*.parquet")))
+            raise ShardError(
+                f"{path} is incomplete: {done} of {total} shards are packed. Run the packing command again; it goes on "
+                "where it stopped."
+            )
+        raise ShardError(f"{path} holds no dataset.json, so it is not a packed split. Pack one: python -m c4c.shard --help")
+    try:
+        info = json.loads((path / "dataset.json").read_text())
+    except ValueError as error:
+        raise ShardError(f"{path / 'dataset.json'} is not JSON ({error})") from error
+    if info.get("format") != FORMAT_VERSION:
+        raise ShardError(f"{path} has format {info.get('format')}; this version reads {FORMAT_VERSION}. Pack it again.")
+    for shard in info["shards"]:
+        for suffix in ("tar", "parquet"):
+            file = path / f"{shard['name']}.{suffix}"
+            if not file.exists():
+                raise ShardError(
+                    f"{path} is incomplete: {file.name} is missing of {len(info['shards'])} shards. Copy it again, or "
+                    f"delete {path / 'dataset.json'} and run the packing command again."
+                )
+        size = (path / f"{shard['name']}.tar").stat().st_size
+        if size != shard["bytes"]:
+            raise ShardError(
+                f"{path / shard['name']}.tar has {size} bytes, {shard['bytes']} were packed: it was cut short or changed. "
+                "Copy it again, or delete it with its .parquet and dataset.json, and run the packing command again."
+            )
+    return info

@@ -1,0 +1,349 @@
+"""Packing: from a list of videos to committed shards, on all cores, resumable after a kill at any moment.
+
+A shard is a fixed run of the input list, so what goes where does not depend on the number of workers or on what was
+rejected. Its parquet is renamed into place last; a shard with a parquet is never touched again.
+"""
+
+import ctypes
+import fcntl
+import hashlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from crc32c import crc32c
+
+from shards import ShardError, video
+from shards.datasets import Item
+from shards.schema import FORMAT_VERSION, SCHEMA, FrameTable
+from shards.tar import TarWriter, commit, safe_extension, safe_key, write_atomic
+
+PROFILES = ("intra", "copy")
+_REJECTS = b"c4c.rejects"  # key in the parquet's metadata, so that rejects commit together with the rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """What is stored of each video. `fps`, `short_side` (pixels) and `quality` (2 best, 31 worst) speak of `intra`."""
+
+    name: str = "intra"
+    fps: int = 3
+    short_side: int = 224
+    quality: int = 3
+
+    def __post_init__(self):
+        if self.name not in PROFILES:
+            raise ShardError(f"--profile {self.name}: there are {', '.join(PROFILES)}")
+        for name, low, high in (("fps", 1, 240), ("short_side", 16, 4096), ("quality", 2, 31)):
+            if not low <= getattr(self, name) <= high:
+                flag = name.replace("_", "-")
+                raise ShardError(f"--{flag} {getattr(self, name)}: must be between {low} and {high}")
+
+    def describe(self) -> dict:
+        return asdict(self) if self.name == "intra" else {"name": self.name}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One input dealt with: `bytes` read of it, and why it was rejected, if it was."""
+
+    bytes: int
+    rejected: str | None
+
+
+@dataclass(frozen=True)
+class _Job:
+    items: tuple[Item, ...]
+    out: Path
+    name: str
+    profile: Profile
+
+
+def pack(
+    items: list[Item],
+    out: Path,
+    *,
+    dataset: str,
+    split: str,
+    profile: Profile,
+    shard_videos: int | None = None,
+    workers: int | None = None,
+    on_start: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> dict:
+    """Pack `items` into `out` and return the contents of its `dataset.json`.
+
+    `on_start(done, total)` says how many videos earlier runs have dealt with. Raises ShardError if `out` holds
+    something else, if two items share a name, or if nothing at all could be packed.
+    """
+    if not items:
+        raise ShardError("there is nothing to pack: the annotations name no video")
+    _refuse_duplicates(items)
+    shard_videos = shard_videos or min(256, max(16, -(-len(items) // 32)))
+    slices = [tuple(items[i : i + shard_videos]) for i in range(0, len(items), shard_videos)]
+    names = [f"{i:06d}" for i in range(len(slices))]
+    plan = {
+        "format": FORMAT_VERSION,
+        "name": dataset,
+        "split": split,
+        "profile": profile.describe(),
+        "input": _input_digest(items),
+        "shards": len(slices),
+        "shard_videos": shard_videos,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    with _locked(out):
+        if _already_packed(out, plan):
+            on_start(len(items), len(items))
+            return json.loads((out / "dataset.json").read_text())
+        write_atomic(out / "packing.json", json.dumps(plan, indent=2) + "\n")
+        for leftover in out.glob(".*.tmp"):
+            leftover.unlink()
+        jobs = [
+            _Job(part, out, name, profile)
+            for part, name in zip(slices, names, strict=True)
+            if not (out / f"{name}.parquet").exists()
+        ]
+        on_start(len(items) - sum(len(job.items) for job in jobs), len(items))
+        _run(jobs, workers or os.cpu_count() or 1, on_progress)
+        return _finish(out, plan, names)
+
+
+def _refuse_duplicates(items: list[Item]) -> None:
+    seen: dict[str, Item] = {}
+    for item in items:
+        other = seen.setdefault(safe_key(item.id), item)
+        if other is not item:
+            raise ShardError(
+                f"two videos share the name {item.id!r}: {other.path} and {item.path}. Names must differ; rename one."
+            )
+
+
+def _input_digest(items: list[Item]) -> str:
+    digest = hashlib.sha256()
+    for item in items:
+        captions = [(c.text, c.start, c.end) for c in item.captions]
+        digest.update(json.dumps([item.id, item.path.name, captions, item.meta], sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _locked(out: Path):
+    """One packer a folder: the kernel drops the lock with the process, however that ends."""
+    with open(out / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ShardError(f"{out} is being packed by another process: wait for it, or choose another --out") from error
+        yield
+
+
+def _already_packed(out: Path, plan: dict) -> bool:
+    """True if `out` holds exactly this, finished. Raises ShardError if it holds something else."""
+    for name in ("dataset.json", "packing.json"):
+        if (out / name).exists():
+            there = json.loads((out / name).read_text()).get("plan", {}) if name == "dataset.json" else None
+            there = there if there is not None else json.loads((out / name).read_text())
+            differing = sorted(k for k in plan if there.get(k) != plan[k])
+            if differing:
+                details = "; ".join(f"{k}: {there.get(k)} there, {plan[k]} asked for" for k in differing)
+                raise ShardError(f"{out} holds a different packing ({details}). Choose another --out, or delete it first.")
+            return name == "dataset.json"
+    foreign = [p.name for p in out.iterdir() if p.suffix in (".tar", ".parquet")]
+    if foreign:
+        raise ShardError(f"{out} already holds {foreign[0]} and no record of how it was made. Choose another --out.")
+    return False
+
+
+def _run(jobs: list[_Job], workers: int, on_progress: Callable[[Progress], None]) -> None:
+    if not jobs:
+        return
+    # spawn: a fork of a process with threads (rich, Arrow) can deadlock
+    context = get_context("spawn")
+    reports = context.SimpleQueue()
+    workers = min(workers, len(jobs))
+    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(reports, os.getpid())) as pool:
+        futures = {pool.submit(_pack_shard, job): job for job in jobs}
+        try:
+            waiting = set(futures)
+            while waiting:
+                for future in [f for f in waiting if f.done()]:
+                    waiting.discard(future)
+                    future.result()
+                _drain(reports, on_progress)
+                _wait_a_little(waiting)
+            _drain(reports, on_progress)
+        except BrokenProcessPool as error:
+            raise ShardError(
+                "a packing process was killed (out of memory, or a crash in a decoder). What is committed stays: "
+                "run the same command again to go on, with --workers 1 to see which video it is."
+            ) from error
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list((pool._processes or {}).values()):
+                process.terminate()
+            raise
+
+
+def _wait_a_little(futures: set) -> None:
+    try:
+        next(as_completed(futures, timeout=0.1), None)
+    except TimeoutError:
+        pass
+
+
+def _drain(reports, on_progress: Callable[[Progress], None]) -> None:
+    while not reports.empty():
+        on_progress(reports.get())
+
+
+def _start_worker(reports, parent: int) -> None:
+    global _reports
+    _reports = reports
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no worker outlives a killed packer
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+def _pack_shard(job: _Job) -> None:
+    paths = {suffix: job.out / f"{job.name}.{suffix}" for suffix in ("tar", "idx", "parquet")}
+    temporary = {s: p.with_name(f".{p.name}.{os.getpid()}.tmp") for s, p in paths.items()}
+    rows, rejects = [], []
+    writer = TarWriter(temporary["tar"])
+    for item in job.items:
+        size = 0
+        try:
+            captions = [c for c in item.captions if c.text.strip()]
+            rejects += [{"id": item.id, "caption": c.text, "reason": "the caption is empty"}
+                        for c in item.captions if not c.text.strip()]  # fmt: skip
+            if not captions:
+                raise video.VideoError("it has no caption")
+            data = _read(item.path)
+            size = len(data)
+            rows.append(_pack_video(item, captions, data, job.profile, writer))
+            reason = None
+        except video.VideoError as error:
+            reason = str(error)
+            rejects.append({"id": item.id, "path": str(item.path), "reason": reason})
+        _reports.put(Progress(size, reason and f"{item.id}: {reason}"))
+    writer.close()
+    commit(temporary["tar"], paths["tar"])
+    write_atomic(paths["idx"], writer.index())
+    metadata = {_REJECTS: json.dumps(rejects, sort_keys=True).encode()}
+    table = pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata(metadata))
+    with open(temporary["parquet"], "wb") as file:
+        pq.write_table(table, file, compression="zstd")
+        file.flush()
+        os.fsync(file.fileno())
+    commit(temporary["parquet"], paths["parquet"])
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise video.VideoError("the file is missing") from error
+    except OSError as error:
+        raise video.VideoError(f"the file cannot be read ({error.strerror})") from error
+
+
+def _pack_video(item: Item, captions: list, data: bytes, profile: Profile, writer: TarWriter) -> dict:
+    """Write one video into the tar; returns its row. Nothing is written unless all of it decoded."""
+    if profile.name == "intra":
+        source, stored, frames = video.to_intra(
+            data, rate=profile.fps, short_side=profile.short_side, quality=profile.quality
+        )
+        codec, extension, extradata, rotation = "mjpeg", "mp4", b"", 0
+        width, height = video.scaled_size(source.width, source.height, profile.short_side)
+    else:
+        source = video.scan(data)
+        stored, frames = data, source.frames
+        codec, extension, extradata, rotation = source.codec, safe_extension(item.path), source.extradata, source.rotation
+        width, height = source.width, source.height
+    key = safe_key(item.id)
+    row = {
+        "key": key,
+        "id": item.id,
+        "ext": extension,
+        "size": len(stored),
+        "crc32c": crc32c(stored),
+        "codec": codec,
+        "width": width,
+        "height": height,
+        "rotation": rotation,
+        "fps_num": source.fps.numerator,
+        "fps_den": source.fps.denominator,
+        "source_frames": len(source.frames),
+        "duration": source.duration,
+        "extradata": extradata,
+        "captions": [asdict(c) for c in captions],
+    }
+    described = {k: row[k] for k in ("id", "captions", "codec", "width", "height", "duration", "source_frames")}
+    described |= {
+        "fps": f"{source.fps.numerator}/{source.fps.denominator}",
+        "source": {"file": item.path.name, "codec": source.codec, "width": source.width, "height": source.height},
+        "frame_number": frames.number.tolist() if profile.name == "intra" else None,
+        "profile": profile.describe(),
+        "meta": item.meta,
+    }
+    text = json.dumps(described, ensure_ascii=False, sort_keys=True).encode()
+    row["offset"] = writer.add(key, {extension: stored, "json": text})[extension]
+    return row | frame_columns(frames)
+
+
+def frame_columns(frames: FrameTable) -> dict:
+    """The frame table as columns of the sample table."""
+    return {f"frame_{name}": getattr(frames, name) for name in ("number", "time", "offset", "size", "key", "crc32c")}
+
+
+def _finish(out: Path, plan: dict, names: list[str]) -> dict:
+    """Write rejects.jsonl and dataset.json from the committed shards."""
+    shards, rejects = [], []
+    digest = hashlib.sha256(json.dumps(plan["profile"], sort_keys=True).encode())
+    for name in names:
+        table = pq.read_table(out / f"{name}.parquet", columns=["key", "crc32c", "captions", "size"])
+        rejects += json.loads(table.schema.metadata[_REJECTS])
+        rows = table.to_pylist()
+        for row in rows:
+            digest.update(json.dumps([row["key"], row["crc32c"], row["captions"]], sort_keys=True).encode())
+        shards.append(
+            {
+                "name": name,
+                "videos": len(rows),
+                "captions": sum(len(row["captions"]) for row in rows),
+                "bytes": (out / f"{name}.tar").stat().st_size,
+            }
+        )
+    write_atomic(out / "rejects.jsonl", "".join(json.dumps(r, ensure_ascii=False, sort_keys=True) + "\n" for r in rejects))
+    summary = {
+        "format": FORMAT_VERSION,
+        "name": plan["name"],
+        "split": plan["split"],
+        "profile": plan["profile"],
+        "videos": sum(s["videos"] for s in shards),
+        "captions": sum(s["captions"] for s in shards),
+        "rejects": len(rejects),
+        "digest": digest.hexdigest(),
+        "shards": shards,
+        "plan": plan,
+    }
+    if not summary["videos"]:
+        raise ShardError(
+            f"not one of the videos could be packed; {out / 'rejects.jsonl'} says why for each. "
+            f"First: {rejects[0]['id']}: {rejects[0]['reason']}"
+        )
+    write_atomic(out / "dataset.json", json.dumps(summary, indent=2) + "\n")
+    (out / "packing.json").unlink(missing_ok=True)
+    return summary

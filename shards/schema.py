@@ -1,0 +1,86 @@
+"""The sample table: one row a video, with the frame table of the stored file inside the row.
+
+The table is Arrow/Parquet, one file a shard. Lists over frames are parallel and in display order.
+"""
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import pyarrow as pa
+
+FORMAT_VERSION = 1
+
+FRAME_COLUMNS = {
+    "frame_number": (pa.int32(), "frame number in the source video, counted from 0 in display order"),
+    "frame_time": (pa.float64(), "presentation time in the source video, seconds"),
+    "frame_offset": (pa.int64(), "first byte of the frame's packet in the stored file; -1: cannot be sliced"),
+    "frame_size": (pa.int32(), "bytes of the packet; -1: cannot be sliced"),
+    "frame_key": (pa.bool_(), "a decoder can start at this packet"),
+    "frame_crc32c": (pa.uint32(), "crc32c of the packet; 0 where it cannot be sliced"),
+}
+
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),  # name in the tar, without characters that WebDataset or a file system would interpret
+        ("id", pa.string()),  # name in the data set
+        ("ext", pa.string()),
+        ("offset", pa.int64()),  # first byte of the video file in the tar
+        ("size", pa.int64()),
+        ("crc32c", pa.uint32()),  # of the whole stored file
+        ("codec", pa.string()),
+        ("width", pa.int32()),  # as displayed, after rotation
+        ("height", pa.int32()),
+        ("rotation", pa.int16()),  # degrees counter-clockwise to turn decoded frames by
+        ("fps_num", pa.int32()),  # of the source
+        ("fps_den", pa.int32()),
+        ("source_frames", pa.int32()),
+        ("duration", pa.float64()),  # of the source, seconds
+        ("extradata", pa.binary()),  # codec configuration, so that packets can be decoded without opening the container
+        ("captions", pa.list_(pa.struct([("text", pa.string()), ("start", pa.float64()), ("end", pa.float64())]))),
+        *((name, pa.list_(kind)) for name, (kind, _) in FRAME_COLUMNS.items()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class FrameTable:
+    """The stored frames of a video, in display order. Every array has shape [stored frames]."""
+
+    number: np.ndarray  # int32
+    time: np.ndarray  # float64, seconds
+    offset: np.ndarray  # int64, into the stored file
+    size: np.ndarray  # int32, bytes
+    key: np.ndarray  # bool
+    crc32c: np.ndarray  # uint32
+
+    def __len__(self) -> int:
+        return len(self.number)
+
+    @property
+    def sliceable(self) -> bool:
+        """Whether each frame is one packet whose bytes stand at `offset` in the file."""
+        return len(self.offset) > 0 and bool(self.offset[0] >= 0)
+
+
+@dataclass(frozen=True)
+class Video:
+    """A row of the sample table."""
+
+    index: int  # position in the split
+    shard: str
+    key: str
+    id: str
+    ext: str
+    offset: int
+    size: int
+    crc32c: int
+    codec: str
+    width: int
+    height: int
+    rotation: int
+    fps: Fraction
+    source_frames: int
+    duration: float
+    extradata: bytes
+    frames: FrameTable
