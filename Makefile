@@ -1,0 +1,17 @@
+PYTHON ?= python3
+VENV ?= .venv
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+.PHONY: demo test lint
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/ready
+	python -m c4c.shard demo --out data/demo && deepspeed launch/train.py --cfg demo.yaml run.resume=auto && python launch/eval.py --ckpt runs/demo --json runs/demo/eval.json
+
+test: $(VENV)/ready
+	python -m pytest -q
+
+lint: $(VENV)/ready
+	ruff check . && ruff format --check .
+
+$(VENV)/ready: requirements.txt constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV) && pip install --no-compile -q -r requirements.txt -e '.[test]' -c constraints.txt && touch $@
