@@ -55,6 +55,30 @@ def read_config(folder: Path) -> dict:
     return yaml.safe_load(path.read_text())
 
 
+# what may differ between a run and its continuation: none of it changes what a step computes
+_FREE = ("run.", "checkpoint.", "engine.", "deepspeed.", "train.max_steps", "train.eval_every", "data.test", "data.threads",
+         "data.prefetch", "data.eval_batch_size", "data.max_bad_fraction", "data.lane")  # fmt: skip
+
+
+def check_continuation(folder: Path, config: dict) -> None:
+    """Raise ValueError, naming every difference, if `config` would not continue the run in `folder`."""
+    before, now = _flat(read_config(folder)), _flat(config)
+    keys = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and not k.startswith(_FREE)]
+    if keys:
+        changes = "; ".join(f"{k} was {before.get(k)}, is {now.get(k)}" for k in keys)
+        raise ValueError(
+            f"run.resume=auto: {folder} was made with other settings ({changes}). Set them back, choose another run.dir, "
+            "or start anew with run.resume=never, which moves the old run aside"
+        )
+
+
+def _flat(tree: dict, prefix: str = "") -> dict:
+    out = {}
+    for key, value in tree.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return out
+
+
 class Metrics:
     """RUN/metrics.jsonl, one object a step; RUN/eval.jsonl, one a validation; and both in TensorBoard."""
 

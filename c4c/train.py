@@ -7,13 +7,13 @@ import torch
 import torch.distributed as dist
 
 from c4c import checkpoint
-from c4c.config import Config, dump
+from c4c.config import Config, dump, to_dict
 from c4c.engine import Learner, build_engine, set_lr, start_distributed, stop_distributed
 from c4c.evaluate import evaluate
 from c4c.model import CLIP4Clip, build
 from c4c.optim import lr_factor
 from c4c.report import Report
-from c4c.run import Metrics, prepare, save_description
+from c4c.run import Metrics, check_continuation, prepare, save_description
 from pipelines.loader import Batch, Loader
 from shards.dataset import Split
 
@@ -37,15 +37,16 @@ class Trainer:
             if not getattr(config.data, key):
                 raise ValueError(f"data.{key} is not set: name the folder of a packed split, data.{key}=data/…")
         self.split, self.test = Split(config.data.train), Split(config.data.test)
+        resuming = config.run.resume == "auto" and (self.folder / checkpoint.FOLDER / "latest").exists()
+        if resuming:
+            check_continuation(self.folder, to_dict(config))
         torch.manual_seed(config.run.seed)
         model = build(config.model)
         _check_sizes(model, config)
         moved = prepare(self.folder, config.run.resume) if rank == 0 else None
         dist.barrier()
         self.engine = build_engine(Learner(model), config.engine, config.train, world, config.deepspeed)
-        self.step = 0
-        if config.run.resume == "auto" and (self.folder / checkpoint.FOLDER / "latest").exists():
-            self.step = checkpoint.restore(self.engine, self.folder)
+        self.step = checkpoint.restore(self.engine, self.folder) if resuming else 0
         self.loader = Loader(
             self.split, config.data, batch_size=config.train.batch_size, seed=config.run.seed, rank=rank, world=world,
             device=device, quarantine=self.folder / "quarantine.jsonl",
