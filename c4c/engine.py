@@ -1,6 +1,7 @@
 """The model inside a DeepSpeed engine: one place derives DeepSpeed's configuration from ours."""
 
 import logging
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -11,10 +12,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from c4c.loss import contrastive_loss
-from c4c.model import CLIP4Clip
+from c4c.model import MAX_SCALE, CLIP4Clip
 from c4c.optim import TrainConfig, parameter_groups
+from pipelines.order import rank_rows
 
 PRECISIONS = ("bf16", "fp16", "fp32")
+MAX_LOGIT = math.log(MAX_SCALE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,14 +42,89 @@ class Learner(nn.Module):
         super().__init__()
         self.model = model
         # DeepSpeed 0.19 broadcasts weights as views of bytes, which a tensor without axes does not allow
-        model.clip.logit_scale = nn.Parameter(model.clip.logit_scale.detach().reshape(1))
+        temperature = model.clip.logit_scale
+        model.clip.logit_scale = nn.Parameter(temperature.detach().reshape(1), requires_grad=temperature.requires_grad)
 
-    def forward(self, frames: Tensor, frame_mask: Tensor, tokens: Tensor, valid: Tensor | None = None):
-        """With `valid`: this rank's loss (see c4c.loss). Without: text features and videos, for evaluation."""
+    def forward(self, frames: Tensor, frame_mask: Tensor, tokens: Tensor, valid: Tensor | None = None, pull: "Pull | None" = None):
+        """With `valid`: this rank's loss (see c4c.loss). Without: what stands for texts and videos, for evaluation.
+
+        With `pull`, a micro-batch of gradient caching: a number whose gradient is the loss's (see `_cached_step`).
+        """
         text, video = self.model(frames, frame_mask, tokens)
         if valid is None:
             return text, video
+        if pull is None:
+            return self.loss(text, video, valid)
+        pulled = (text * pull.text).sum() + (video * pull.video).sum()
+        return pulled if pull.whole is None else pulled + self.loss(*pull.whole)
+
+    def loss(self, text: Tensor, video: Tensor, valid: Tensor) -> Tensor:
         return contrastive_loss(text, video, valid, self.model.scale(), self.model.head.score)
+
+
+@dataclass(frozen=True)
+class Pull:
+    """The loss's gradient at a micro-batch's features; with the last one, all features of this rank and `valid`."""
+
+    text: Tensor
+    video: Tensor
+    whole: tuple[Tensor, Tensor, Tensor] | None = None
+
+
+def train_step(engine, batch, factor: float, micro: int) -> Tensor:
+    """One update of the weights, at `factor` times the peak learning rate; returns this rank's loss.
+
+    micro: pairs encoded at once, 0 or at least this rank's share: all of it.
+    """
+    for group, lr in zip(engine.optimizer.param_groups, engine.module.peak_lrs, strict=True):
+        group["lr"] = lr * factor
+    if not micro or micro >= len(batch.valid):
+        loss = engine(batch.frames, batch.frame_mask, batch.tokens, batch.valid)
+        engine.backward(loss)
+        engine.step()
+    else:
+        loss = _cached_step(engine, batch, micro)
+    clamp_temperature(engine)
+    return loss.detach()
+
+
+def _cached_step(engine, batch, micro: int) -> Tensor:
+    """Gradient caching (https://arxiv.org/abs/2101.06983): the whole global batch's negatives with the memory of `micro`.
+
+    Encode everything without graphs; take the loss's gradient at the features; encode each micro-batch again and pull
+    that gradient through. The head's own weights and the temperature get theirs with the last one.
+    """
+    parts = [
+        tuple(t[i : i + micro] for t in (batch.frames, batch.frame_mask, batch.tokens))
+        for i in range(0, len(batch.valid), micro)
+    ]
+    learner = engine.module
+    with torch.no_grad():
+        texts, videos = (torch.cat(found) for found in zip(*(learner(*part) for part in parts), strict=True))
+    texts.requires_grad_(), videos.requires_grad_()
+    loss = learner.loss(texts, videos, batch.valid)
+    text_grad, video_grad = torch.autograd.grad(loss, (texts, videos))
+    whole = (texts.detach(), videos.detach(), batch.valid)
+    for i, part in enumerate(parts):
+        rows = slice(i * micro, (i + 1) * micro)
+        pull = Pull(text_grad[rows], video_grad[rows], whole if i == len(parts) - 1 else None)
+        engine.backward(engine(*part, batch.valid[rows], pull), scale_wrt_gas=False)
+        engine.step()  # updates at the last one only
+    return loss
+
+
+def clamp_temperature(engine) -> None:
+    """Keep CLIP's temperature at 1/100 or above in the master copy, wherever ZeRO has put it (CLIP4Clip does each step)."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+
+    scale = engine.module.model.clip.logit_scale
+    if not scale.requires_grad:
+        return
+    master = safe_get_full_fp32_param(scale)
+    if master is None:  # stage 0: each rank has its own
+        scale.data.clamp_(max=MAX_LOGIT)
+    elif float(master.max()) > MAX_LOGIT:
+        safe_set_full_fp32_param(scale, master.clamp(max=MAX_LOGIT))
 
 
 def start_distributed() -> tuple[int, int, torch.device]:
@@ -92,23 +170,27 @@ def deepspeed_config(engine: EngineConfig, train: TrainConfig, world: int, extra
 
     Raises ValueError where `extra` contradicts what one of our keys decides.
     """
+    rows = rank_rows(train.batch_size, 0, world).stop
+    micro = min(train.micro_batch_size or rows, rows)
+    passes = -(-rows // micro)  # of gradient caching; DeepSpeed counts them as accumulation
     derived = {
-        "train_batch_size": train.batch_size,
-        "train_micro_batch_size_per_gpu": train.batch_size // world,
-        "gradient_accumulation_steps": 1,
+        "train_batch_size": micro * passes * world,  # our batch size, but for a last micro-batch that is not full
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": passes,
         "gradient_clipping": engine.clip_grad_norm,
         "zero_optimization": {"stage": engine.zero_stage},
         "bf16": {"enabled": engine.precision == "bf16"},
         "fp16": {"enabled": engine.precision == "fp16"},
         "optimizer": {
             "type": "AdamW",
-            "params": {"lr": train.lr, "betas": list(train.betas), "eps": train.eps, "weight_decay": train.weight_decay},
+            "params": {"lr": train.lr, "betas": list(train.betas), "eps": train.eps,
+                       "weight_decay": train.weight_decay, "bias_correction": train.bias_correction},
         },
     }
     owners = {
         "train_batch_size": "train.batch_size",
-        "train_micro_batch_size_per_gpu": "train.batch_size and the number of ranks",
-        "gradient_accumulation_steps": "train.batch_size (a contrastive loss cannot be accumulated)",
+        "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+        "gradient_accumulation_steps": "train.micro_batch_size",
         "gradient_clipping": "engine.clip_grad_norm",
         "zero_optimization.stage": "engine.zero_stage",
         "bf16.enabled": "engine.precision",
@@ -117,7 +199,8 @@ def deepspeed_config(engine: EngineConfig, train: TrainConfig, world: int, extra
         "optimizer.params.betas": "train.betas",
         "optimizer.params.eps": "train.eps",
         "optimizer.params.weight_decay": "train.weight_decay",
-        "scheduler": "train.lr and train.warmup_epochs",
+        "optimizer.params.bias_correction": "train.bias_correction",
+        "scheduler": "train.schedule",
     }
     for path, owner in owners.items():
         given, ours = _at(extra, path), _at(derived, path)
@@ -133,17 +216,14 @@ def build_engine(learner: Learner, config: EngineConfig, train: TrainConfig, wor
     if config.zero_stage == 3:  # used by CLIP4Clip itself and owned by its `clip`: DeepSpeed has to be told
         for parameter in learner.model.clip.parameters(recurse=False):
             deepspeed.zero.register_external_parameter(learner.model, parameter)
+    groups = parameter_groups(learner, train)
+    learner.peak_lrs = [group["lr"] for group in groups]
     engine, *_ = deepspeed.initialize(
         model=learner,
-        model_parameters=parameter_groups(learner, train.weight_decay),
+        model_parameters=groups,
         config=deepspeed_config(config, train, world, extra),
     )
     return engine
-
-
-def set_lr(engine, lr: float) -> None:
-    for group in engine.optimizer.param_groups:
-        group["lr"] = lr
 
 
 def _at(tree: dict, path: str):

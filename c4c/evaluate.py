@@ -1,17 +1,15 @@
 """Features of a whole split on all ranks, and the metrics over them."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from c4c.checkpoint import load_weights
 from c4c.loss import world_size
 from c4c.metrics import retrieval
-from c4c.model import CLIP4Clip, ModelConfig, load_strictly
+from c4c.model import CLIP4Clip
 from pipelines.config import DataConfig
 from pipelines.loader import VideoReader
 from pipelines.tokens import tokenize
@@ -63,11 +61,4 @@ def _collect(mine: dict[int, Tensor], total: int, device: torch.device) -> Tenso
 def evaluate(model: CLIP4Clip, encode: Encode, split: Split, config: DataConfig, device: torch.device) -> dict:
     """t2v and v2t metrics of `split`; the same on every rank."""
     texts, videos, owner = features(encode, split, config, device)
-    return retrieval(model.head.score(texts, videos).float(), owner)
-
-
-def load_run(run: Path, model_config: ModelConfig, device: torch.device, tag: str | None = None) -> CLIP4Clip:
-    """The model of a run folder, from its ZeRO checkpoint, in eval mode and fp32. Raises ValueError."""
-    model = CLIP4Clip(model_config)
-    load_strictly(model, load_weights(run, tag), run)
-    return model.eval().to(device)
+    return retrieval(texts, videos, owner, model.head.score)

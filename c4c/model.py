@@ -1,20 +1,19 @@
 """CLIP4Clip: CLIP's two towers, a similarity head, and a temperature."""
 
-import logging
 import math
+import warnings
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
-import open_clip
 import torch
 from torch import Tensor, nn
 
-from c4c.checkpoint import load_weights
+from c4c import towers
 from c4c.heads import HEADS
+from c4c.weights import Weights, read, read_backbone
 
 MAX_SCALE = 100.0  # CLIP's bound on the temperature's inverse
-
-open_clip.add_model_config(Path(__file__).parent / "backbones")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,31 +22,53 @@ class ModelConfig:
 
     backbone: str = "ViT-B-32"  # a name open_clip knows, or one in c4c/backbones
     head: str = "meanP"
-    linear_patch: str = "2d"
+    head_layers: int = 4  # transformer blocks of the heads that have some
+    linear_patch: str = "2d"  # 3d: the patch embedding also spans three frames
     init_from: str = ""  # an open_clip tag (openai, ...), a weights file, a run folder, or scratch
 
     def __post_init__(self):
-        if self.backbone not in open_clip.list_models():
-            raise ValueError(
-                f"model.backbone={self.backbone}: open_clip knows no such model. Names are like ViT-B-32, ViT-B-16, "
-                "ViT-L-14; python -c 'import open_clip; print(open_clip.list_models())' prints all"
-            )
+        towers.named(self.backbone)
         if self.head not in HEADS:
             raise ValueError(f"model.head={self.head}: there are {', '.join(HEADS)}")
-        if self.linear_patch != "2d":
-            raise ValueError(f"model.linear_patch={self.linear_patch}: only 2d is built")
+        if self.linear_patch not in ("2d", "3d"):
+            raise ValueError(f"model.linear_patch={self.linear_patch}: there are 2d and 3d")
+        if self.head_layers < 1:
+            raise ValueError(f"model.head_layers={self.head_layers}: must be at least 1")
 
 
 class CLIP4Clip(nn.Module):
-    """Scores texts against videos. Weights of the towers keep CLIP's own names, under `clip.`."""
+    """Scores texts against videos. The towers' weights keep CLIP's own names under `clip.`, the head's are under `head.`.
 
-    def __init__(self, config: ModelConfig, clip: nn.Module | None = None):
+    spec: the towers (see c4c.towers). segments: frames a clip, for heads that are made for that many.
+    """
+
+    def __init__(self, spec: dict, head: str = "meanP", linear_patch: str = "2d", blocks: int = 4, segments: int = 12):
         super().__init__()
-        self.config = config
-        self.clip = _random_towers(config.backbone) if clip is None else clip
-        if not hasattr(self.clip, "transformer"):
-            raise ValueError(f"model.backbone={config.backbone}: its text tower is not CLIP's; choose a plain ViT")
-        self.head = HEADS[config.head]()
+        self.spec, self.linear_patch, self.blocks, self.segments = spec, linear_patch, blocks, segments
+        self.clip = towers.build(spec)
+        if linear_patch == "3d":
+            towers.to_3d(self.clip.visual)
+        text = spec["text_cfg"]
+        self.head = HEADS[head](
+            spec["embed_dim"], blocks=blocks, segments=segments, attention_heads=text["heads"],
+            positions=text["context_length"],
+        )  # fmt: skip
+
+    @classmethod
+    def from_checkpoint(
+        cls, path: str | Path, allow: tuple[str, ...] = (), *, quick_gelu: bool | None = None, tag: str | None = None
+    ) -> "CLIP4Clip":
+        """The model in any file or folder that `c4c.weights.read` knows; eval mode, fp32.
+
+        Raises ValueError listing missing, unexpected and mis-shaped weights, but for missing or unexpected ones that a
+        pattern in `allow` matches ("clip.visual.*"). quick_gelu: as in `c4c.weights.read`. tag: of a run's checkpoint;
+        None: its latest.
+        """
+        weights = read(path, quick_gelu=quick_gelu, tag=tag)
+        model = cls(weights.spec, weights.head, weights.linear_patch, weights.blocks, weights.segments)
+        model.head.start_from(model.clip)
+        load_strictly(model, weights.state, path, allow)
+        return model.eval()
 
     @property
     def context_length(self) -> int:
@@ -60,90 +81,104 @@ class CLIP4Clip(nn.Module):
         return size[0] if isinstance(size, tuple) else size
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """int64 [N, L], L up to the context length -> features [N, D], taken at the end-of-text token."""
+        """int64 [N, L], L up to the context length -> features [N, D], taken at the end-of-text token.
+
+        For a head that scores every token: [N, L, D], zeros after the end-of-text token.
+        """
         clip, length = self.clip, tokens.shape[1]
         dtype = clip.token_embedding.weight.dtype
         x = clip.token_embedding(tokens) + clip.positional_embedding[:length].to(dtype)
         x = clip.ln_final(clip.transformer(x, attn_mask=clip.attn_mask[:length, :length].to(dtype)))
-        x = x[torch.arange(len(x), device=x.device), tokens.argmax(dim=-1)]
-        return x @ clip.text_projection
+        end = tokens.argmax(dim=-1)
+        if not self.head.tokens:
+            return x[torch.arange(len(x), device=x.device), end] @ clip.text_projection
+        inside = torch.arange(length, device=x.device) <= end[:, None]
+        return (x @ clip.text_projection) * inside.unsqueeze(-1).to(dtype)
 
     def encode_video(self, frames: Tensor, frame_mask: Tensor) -> Tensor:
-        """[M, F, 3, H, W], [M, F] -> frame features [M, F, D]; those outside the mask are zeros."""
+        """[M, F, 3, H, W], [M, F] -> frame features [M, F, D]. Slots outside the mask are encoded too, and mean nothing."""
         m, f = frame_mask.shape
-        frames = frames.to(self.clip.visual.conv1.weight.dtype)
-        if frames.is_cuda:  # fixed shapes: no wait for the mask to reach the host
-            features = self.clip.visual(frames.flatten(0, 1)).unflatten(0, (m, f))
-            return features * frame_mask.unsqueeze(-1).to(features.dtype)
+        frames = frames.to(self.clip.visual.class_embedding.dtype)
+        if self.linear_patch == "3d":  # three frames meet in the patch embedding
+            frames = frames * frame_mask[:, :, None, None, None].to(frames.dtype)
+            return self.clip.visual(frames).unflatten(0, (m, f))
+        return self.clip.visual(frames.flatten(0, 1)).unflatten(0, (m, f))
+
+    def _encode_kept(self, frames: Tensor, frame_mask: Tensor) -> Tensor:
+        """encode_video without work on empty slots, which come as zeros."""
+        if frames.is_cuda or self.linear_patch == "3d":  # fixed shapes: no wait for the mask to reach the host
+            return self.encode_video(frames, frame_mask)
         kept = frame_mask.clone()
         kept[0, 0] |= not bool(frame_mask.any())  # at least one frame, so that all ranks run the same modules
-        features = self.clip.visual(frames[kept])
-        out = features.new_zeros(m, f, features.shape[-1])
-        out[kept] = features
-        return out * frame_mask.unsqueeze(-1).to(out.dtype)
+        found = self.clip.visual(frames[kept].to(self.clip.visual.class_embedding.dtype))
+        features = found.new_zeros(*frame_mask.shape, found.shape[-1])
+        features[kept] = found
+        return features
 
     def scale(self) -> Tensor:
-        """The inverse temperature, at most 100."""
+        """What scores are multiplied by: the inverse temperature, at most 100; 1 for heads that use none."""
+        if not self.head.scaled:
+            return torch.ones((), device=self.clip.logit_scale.device)
         return self.clip.logit_scale.float().clamp(max=math.log(MAX_SCALE)).exp()
 
     def similarity(self, text: Tensor, video: Tensor, frame_mask: Tensor) -> Tensor:
-        """Text features [N, D], frame features [M, F, D], mask [M, F] -> scores [N, M], times the scale."""
-        return self.scale() * self.head.score(text, self.head.video(video, frame_mask))
+        """Features that encode_text and encode_video gave, and the mask [M, F] -> scores [N, M], scaled."""
+        return self.scale() * self.head.score(self.head.text(text), self.head.video(video, frame_mask.bool()))
 
     def forward(self, frames: Tensor, frame_mask: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """(text features [B, D], what stands for each video [B, ...]), both float32."""
-        text = self.encode_text(tokens).float()
-        video = self.head.video(self.encode_video(frames, frame_mask).float(), frame_mask)
-        return text, video
+        """What stands for each text and for each video, float32; ranks exchange it and the head scores it."""
+        mask = frame_mask.bool()
+        video = self._encode_kept(frames, mask) * mask.unsqueeze(-1)
+        return self.head.text(self.encode_text(tokens)).float(), self.head.video(video, mask).float()
 
 
-def _random_towers(backbone: str) -> nn.Module:
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # open_clip warns that it loaded no weights
-    try:
-        return open_clip.create_model(backbone, pretrained=None)
-    finally:
-        logging.disable(before)
-
-
-def build(config: ModelConfig) -> CLIP4Clip:
+def build(config: ModelConfig, num_frames: int) -> CLIP4Clip:
     """A model with the weights that `config.init_from` names. Raises ValueError if they are not to be had.
 
-    Random weights only if asked for by name, `scratch`.
+    Random towers only if asked for by name, `scratch`. A head that the weights do not hold starts as its class says.
     """
-    source = config.init_from
-    if source == "scratch":
-        return CLIP4Clip(config)
-    if not source:
+    if not config.init_from:
         raise ValueError(
             "model.init_from is not set: name an open_clip tag (openai), a weights file, a run folder, or scratch for "
             "random weights"
         )
-    if Path(source).is_dir():
-        model = CLIP4Clip(config)
-        load_strictly(model, load_weights(Path(source)), source)
+    if config.init_from == "scratch":
+        model = CLIP4Clip(
+            towers.named(config.backbone), config.head, config.linear_patch, config.head_layers, num_frames
+        )  # fmt: skip
+        model.head.start_from(model.clip)
         return model
-    if Path(source).is_file():
-        return CLIP4Clip(config, open_clip.create_model(config.backbone, pretrained=source, weights_only=True))
-    tags = open_clip.list_pretrained_tags_by_model(config.backbone)
-    if source not in tags:
-        raise ValueError(
-            f"model.init_from={source}: no such file, folder, or open_clip tag of {config.backbone}; its tags are "
-            f"{', '.join(tags) or 'none: use scratch, or a file'}"
-        )
-    try:
-        return CLIP4Clip(config, open_clip.create_model(config.backbone, pretrained=source))
-    except Exception as error:  # hubs fail in many ways
-        raise ValueError(
-            f"model.init_from={source}: the weights of {config.backbone} could not be fetched "
-            f"({str(error).splitlines()[0]}). Fetch them on a machine with a network and give their path"
-        ) from error
+    return _start(config, read_backbone(config.backbone, config.init_from), num_frames)
 
 
-def load_strictly(model: nn.Module, state: dict[str, Tensor], source: object) -> None:
-    """Load weights; raises ValueError that lists every missing, unexpected or mis-shaped one."""
+def _start(config: ModelConfig, weights: Weights, num_frames: int) -> CLIP4Clip:
+    source = config.init_from
+    spec = towers.named(config.backbone) | {"quick_gelu": weights.spec["quick_gelu"]}
+    model = CLIP4Clip(spec, config.head, config.linear_patch, config.head_layers, num_frames)
+    clip = {k: v for k, v in weights.state.items() if k.startswith("clip.")}
+    if config.linear_patch == "3d" and "clip.visual.conv2.weight" not in clip:
+        kernel = clip["clip.visual.conv1.weight"]
+        clip["clip.visual.conv2.weight"] = torch.stack([torch.zeros_like(kernel), kernel, torch.zeros_like(kernel)], dim=2)
+    if config.linear_patch == "2d":
+        clip.pop("clip.visual.conv2.weight", None)
+    head = {k: v for k, v in weights.state.items() if k.startswith("head.")}
+    same = weights.head == config.head
+    if head and not same:
+        warnings.warn(f"{source} has head {weights.head}; model.head={config.head} starts anew from its towers", stacklevel=2)
+    load_strictly(model, clip | (head if same else {}), source, () if same and head else ("head.*",))
+    if not (same and head):
+        model.head.start_from(model.clip)
+    return model
+
+
+def load_strictly(model: nn.Module, state: dict[str, Tensor], source: object, allow: tuple[str, ...] = ()) -> None:
+    """Load weights; raises ValueError that lists every missing, unexpected or mis-shaped one.
+
+    Missing and unexpected ones that a pattern in `allow` matches are left out.
+    """
     own = model.state_dict()
-    wrong = [f"missing {k}" for k in own.keys() - state.keys()] + [f"unexpected {k}" for k in state.keys() - own.keys()]
+    wrong = [f"missing {k}" for k in own.keys() - state.keys() if not _allowed(k, allow)]
+    wrong += [f"unexpected {k}" for k in state.keys() - own.keys() if not _allowed(k, allow)]
     wrong += [
         f"{k} has shape {list(state[k].shape)}, the model {list(own[k].shape)}"
         for k in own.keys() & state.keys()
@@ -151,4 +186,8 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor], source: object) ->
     ]
     if wrong:
         raise ValueError(f"the weights in {source} do not fit the model: {'; '.join(sorted(wrong))}")
-    model.load_state_dict(state)
+    model.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
+
+
+def _allowed(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)

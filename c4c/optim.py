@@ -1,9 +1,12 @@
-"""Learning rate and parameter groups."""
+"""Learning rates, decay and freezing: mmaction2's recipe by default, the official CLIP4Clip's by choice."""
 
 import math
 from dataclasses import dataclass
 
 from torch import nn
+
+SCHEDULES = ("mmaction2", "official")
+DECAYS = ("mmaction2", "official")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,41 +14,101 @@ class TrainConfig:
     """How long, how fast. The defaults are mmaction2's CLIP4Clip recipe on MSR-VTT."""
 
     batch_size: int = 128  # pairs a step, over all ranks
+    micro_batch_size: int = 0  # pairs a rank encodes at once; fewer than its share: gradient caching. 0: all its share
     epochs: float = 5.0
     max_steps: int = 0  # stop after so many steps; 0: epochs decide. The schedule ends there too
-    lr: float = 1e-5
-    warmup_epochs: float = 0.5
-    warmup_start: float = 0.05  # of lr, at the first step
-    weight_decay: float = 0.05  # none on biases, norms and the temperature
+    drop_last: bool = False  # every batch full and the rest of an epoch left out, not all batches a little smaller
+    lr: float = 1e-5  # of the head; of the towers times coef_lr
+    coef_lr: float = 1.0
+    schedule: str = "mmaction2"  # or official: see lr_factor and official_lr_factor
+    warmup_epochs: float = 0.5  # mmaction2's
+    warmup_start: float = 0.05  # mmaction2's: of lr, at the first step
+    warmup_fraction: float = 0.1  # official: of all steps
+    weight_decay: float = 0.05
+    decay: str = "mmaction2"  # none on biases, norms and scalars; official: none on biases only
     betas: tuple[float, ...] = (0.9, 0.999)
     eps: float = 1e-8
+    bias_correction: bool = True  # of Adam's moments; BertAdam has none
+    freeze_layers: int = -1  # N >= 0: towers' embeddings and blocks below N stay as they are
     eval_every: int = 1  # epochs between validations; 0: only at the end
 
     def __post_init__(self):
-        for name, low in (("batch_size", 1), ("lr", 0), ("epochs", 0), ("max_steps", 0), ("weight_decay", 0), ("eval_every", 0)):
-            if getattr(self, name) < low:
-                raise ValueError(f"train.{name}={getattr(self, name)}: must be at least {low}")
+        low = {"batch_size": 1, "lr": 0, "epochs": 0, "max_steps": 0, "weight_decay": 0, "eval_every": 0, "freeze_layers": -1,
+               "micro_batch_size": 0, "coef_lr": 0}  # fmt: skip
+        for name, least in low.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"train.{name}={getattr(self, name)}: must be at least {least}")
         if len(self.betas) != 2:
             raise ValueError(f"train.betas={self.betas}: two numbers")
+        for name, known in (("schedule", SCHEDULES), ("decay", DECAYS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"train.{name}={getattr(self, name)}: there are {', '.join(known)}")
 
     def total_steps(self, steps_per_epoch: int) -> int:
         return self.max_steps or max(1, round(self.epochs * steps_per_epoch))
 
+    def factor(self, step: int, steps_per_epoch: int) -> float:
+        """The learning rate at `step` (from 0) over its peak."""
+        total = self.total_steps(steps_per_epoch)
+        if self.schedule == "official":
+            return official_lr_factor(step, total, self.warmup_fraction)
+        return lr_factor(step, total, round(self.warmup_epochs * steps_per_epoch), self.warmup_start)
+
 
 def lr_factor(step: int, total: int, warmup: int, start: float) -> float:
-    """The learning rate at `step` (from 0) over its peak: linear from `start` over `warmup` steps, then half a cosine to 0.
-
-    mmaction2's schedule: https://github.com/open-mmlab/mmaction2, configs/retrieval/clip4clip.
-    """
+    """mmaction2's: linear from `start` over `warmup` steps, then half a cosine to 0 over the rest."""
     if step < warmup:
         return start + (1 - start) * step / warmup
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: matrices and kernels, which decay, and vectors and scalars (biases, norms, the temperature)."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decayed = [p for _, p in named if p.ndim > 1]
-    plain = [p for _, p in named if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+def official_lr_factor(step: int, total: float, warmup: float) -> float:
+    """CLIP4Clip's (modules/optimization.py): x = step / total; x / warmup below it, then (1 + cos(pi x)) / 2.
+
+    As written there: the cosine is of the whole progress, so the rate drops a little where the warm-up ends, and the
+    first step has rate 0.
+    """
+    x = step / total
+    return x / warmup if x < warmup else 0.5 * (1 + math.cos(math.pi * x))
+
+
+def freeze(model: nn.Module, layers: int) -> None:
+    """CLIP4Clip's --freeze_layer_num, in place: with N >= 0, what is not named below gets no gradient.
+
+    Trained: blocks N and above of both towers, the towers' last norms and projections, the temperature, a 3d patch
+    kernel, the head. (The official script freezes nothing at all with 3d patches, by a slip.)
+    """
+    if layers < 0:
+        return
+    always = ("ln_final.", "text_projection", "logit_scale", "visual.ln_post.", "visual.proj", "visual.conv2.")
+    for name, parameter in model.named_parameters():
+        tower, _, rest = name.partition(".")
+        if tower != "clip" or rest.startswith(always):
+            continue
+        _, in_block, after = rest.partition("transformer.resblocks.")
+        if not (in_block and int(after.split(".")[0]) >= layers):
+            parameter.requires_grad_(False)
+
+
+def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
+    """Towers and head, with and without decay: up to four groups, each with its `lr` and `weight_decay`."""
+    groups: dict[tuple[bool, bool], list] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            tower = name.removeprefix("model.").startswith("clip.")
+            groups.setdefault((tower, decays(name, parameter, config.decay)), []).append(parameter)
+    return [
+        {
+            "params": groups[tower, decayed],
+            "lr": config.lr * (config.coef_lr if tower else 1.0),
+            "weight_decay": config.weight_decay if decayed else 0.0,
+        }
+        for tower, decayed in sorted(groups, reverse=True)
+    ]
+
+
+def decays(name: str, parameter: nn.Parameter, rule: str) -> bool:
+    """Whether weight decay applies: official, to all whose name lacks `bias`; mmaction2, to matrices and kernels."""
+    if rule == "official":
+        return "bias" not in name
+    return parameter.ndim > 1

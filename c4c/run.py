@@ -20,6 +20,7 @@ class RunConfig:
 
     dir: str = "runs/run"
     seed: int = 42
+    deterministic: bool = False  # the same losses bit for bit on the same machine and ranks; slower on a GPU
     resume: str = "never"  # never: an earlier run in `dir` is moved aside; auto: it is continued where it stopped
 
     def __post_init__(self):
@@ -39,9 +40,10 @@ def prepare(folder: Path, resume: str) -> Path | None:
     return moved
 
 
-def save_description(folder: Path, config_text: str) -> None:
-    """Write config.yaml and versions.json."""
+def save_description(folder: Path, config_text: str, towers: dict) -> None:
+    """Write config.yaml, towers.json and versions.json."""
     (folder / "config.yaml").write_text(config_text)
+    (folder / "towers.json").write_text(json.dumps(towers, indent=2) + "\n")
     found = {name: _version(name) for name in _PACKAGES}
     found |= {"python": platform.python_version(), "machine": platform.machine(), "system": platform.platform()}
     (folder / "versions.json").write_text(json.dumps(found, indent=2) + "\n")

@@ -1,5 +1,6 @@
 """The training run, from a configuration to a run folder."""
 
+import os
 import time
 from pathlib import Path
 
@@ -8,10 +9,10 @@ import torch.distributed as dist
 
 from c4c import checkpoint
 from c4c.config import Config, dump, to_dict
-from c4c.engine import Learner, build_engine, set_lr, start_distributed, stop_distributed
+from c4c.engine import Learner, build_engine, start_distributed, stop_distributed, train_step
 from c4c.evaluate import evaluate
 from c4c.model import CLIP4Clip, build
-from c4c.optim import lr_factor
+from c4c.optim import freeze
 from c4c.report import Report
 from c4c.run import Metrics, check_continuation, prepare, save_description
 from pipelines.loader import Batch, Loader
@@ -20,6 +21,10 @@ from shards.dataset import Split
 
 def train(config: Config) -> None:
     """Train as `config` says, on every rank of the launcher. Raises ValueError for what cannot be done."""
+    if config.run.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
     rank, world, device = start_distributed()
     try:
         Trainer(config, rank, world, device).run()
@@ -41,7 +46,8 @@ class Trainer:
         if resuming:
             check_continuation(self.folder, to_dict(config))
         torch.manual_seed(config.run.seed)
-        model = build(config.model)
+        model = build(config.model, config.data.num_frames)
+        freeze(model, config.train.freeze_layers)
         _check_sizes(model, config)
         moved = prepare(self.folder, config.run.resume) if rank == 0 else None
         dist.barrier()
@@ -53,11 +59,10 @@ class Trainer:
         )  # fmt: skip
         self.per_epoch = self.loader.steps_per_epoch
         self.total = config.train.total_steps(self.per_epoch)
-        self.warmup = round(config.train.warmup_epochs * self.per_epoch)
         self.report = Report(rank == 0, self.total, self.per_epoch, self.step)
         self.metrics = None
         if rank == 0:
-            save_description(self.folder, dump(config))
+            save_description(self.folder, dump(config), model.spec)
             self.metrics = Metrics(self.folder, self.step)
         self._introduce(moved)
 
@@ -67,13 +72,10 @@ class Trainer:
         with self.loader, self.report:
             self._mark = time.perf_counter()
             for batch in self.loader.batches(epoch, first, max(0, self.total - self.step)):
-                lr = self.config.train.lr * self._lr_factor()
-                set_lr(self.engine, lr)
-                loss = self.engine(batch.frames, batch.frame_mask, batch.tokens, batch.valid)
-                self.engine.backward(loss)
-                self.engine.step()
+                factor = self.config.train.factor(self.step, self.per_epoch)
+                loss = train_step(self.engine, batch, factor, self.config.train.micro_batch_size)
                 self.step += 1
-                self._log(batch, loss.detach(), lr)
+                self._log(batch, loss, self.config.train.lr * factor)
                 if self.step % self.per_epoch == 0 or self.step == self.total:
                     self._end_of_epoch()
         if self.metrics:
@@ -82,9 +84,6 @@ class Trainer:
             f"done: {self.step} steps. Evaluate with\n    python launch/eval.py --ckpt {self.folder}\n"
             f"and see the curves with\n    tensorboard --logdir {self.folder}"
         )
-
-    def _lr_factor(self) -> float:
-        return lr_factor(self.step, self.total, self.warmup, self.config.train.warmup_start)
 
     def _log(self, batch: Batch, loss: torch.Tensor, lr: float) -> None:
         if self.world > 1:

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from c4c.config import from_dict
 from c4c.engine import quiet_libraries
-from c4c.evaluate import evaluate, load_run
+from c4c.evaluate import evaluate
+from c4c.model import CLIP4Clip
 from c4c.report import metrics_table
 from c4c.run import read_config
 from shards.dataset import Split
@@ -31,7 +32,7 @@ def main() -> int:
         data = replace(config.data, test=args.data or config.data.test)
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         split = Split(data.test)
-        model = load_run(args.ckpt, config.model, device, args.tag)
+        model = CLIP4Clip.from_checkpoint(args.ckpt, tag=args.tag).to(device)
         result = evaluate(model, model, split, data, device)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,18 +1,40 @@
-"""Parameter-free head: the mean of the frames."""
+"""Parameter-free heads: the mean of the frames."""
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
 
+from c4c.heads import Head
 
-class MeanPooling(nn.Module):
-    """CLIP4Clip's meanP: normalise each frame, average those in the mask, normalise the average; cosine with the text."""
 
-    def video(self, frames: Tensor, mask: Tensor) -> Tensor:
-        """[M, F, D], [M, F] -> [M, D] of length 1. A video without frames gives zeros, which match nothing."""
-        weight = mask.to(frames.dtype).unsqueeze(-1)
-        total = (normalize(frames, dim=-1) * weight).sum(dim=1)
-        return normalize(total / weight.sum(dim=1).clamp(min=1), dim=-1)
+def masked_mean(frames: Tensor, mask: Tensor) -> Tensor:
+    """[M, F, D], [M, F] -> [M, D]; zeros for a video without frames."""
+    weight = mask.to(frames.dtype).unsqueeze(-1)
+    return (frames * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+
+
+class Cosine(Head):
+    """Heads that end in one vector a video, compared with the text by cosine."""
+
+    def text(self, features: Tensor) -> Tensor:
+        return normalize(features.float(), dim=-1)
 
     def score(self, text: Tensor, video: Tensor) -> Tensor:
-        """[N, D], [M, D] -> [N, M]."""
-        return normalize(text, dim=-1) @ video.T
+        return text @ video.T
+
+
+class MeanPooling(Cosine):
+    """CLIP4Clip's meanP: normalise each frame, average those in the mask, normalise the average."""
+
+    name = "meanP"
+
+    def video(self, frames: Tensor, mask: Tensor) -> Tensor:
+        return normalize(masked_mean(normalize(frames.float(), dim=-1), mask), dim=-1)
+
+
+class SimpleMeanAdapter(Cosine):
+    """mmaction2's mean: average the raw frame features, normalise once."""
+
+    name = "SimpleMeanAdapter"
+
+    def video(self, frames: Tensor, mask: Tensor) -> Tensor:
+        return normalize(masked_mean(frames.float(), mask), dim=-1)

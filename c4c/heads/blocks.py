@@ -1,0 +1,54 @@
+"""A stack of CLIP's transformer blocks over frames."""
+
+from functools import partial
+
+import torch
+from open_clip.transformer import LayerNorm, QuickGELU, ResidualAttentionBlock
+from torch import Tensor, nn
+
+_HIDDEN = -1e6  # added to the attention on padding, as in CLIP4Clip's modules/until_module.py
+
+
+class TemporalTransformer(nn.Module):
+    """Blocks in CLIP's layout (`resblocks.N.…`), every position attending to all that are not padding."""
+
+    def __init__(self, width: int, blocks: int, attention_heads: int, eps: float):
+        super().__init__()
+        self.attention_heads = attention_heads
+        norm = partial(LayerNorm, eps=eps)
+        self.resblocks = nn.ModuleList(
+            ResidualAttentionBlock(width, attention_heads, act_layer=QuickGELU, norm_layer=norm) for _ in range(blocks)
+        )
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """[M, T, D], bool [M, T] -> [M, T, D]. Outputs at padding mean nothing."""
+        m, t, _ = x.shape
+        hidden = (~mask).to(x.dtype) * _HIDDEN
+        # [M, T] -> [M * heads, T queries, T keys]
+        bias = hidden[:, None, None, :].expand(m, self.attention_heads, t, t).reshape(-1, t, t)
+        for block in self.resblocks:
+            x = block(x, attn_mask=bias)
+        return x
+
+    def randomize(self) -> None:
+        """CLIP's own initialisation, for stacks that copy nothing."""
+        width, depth = self.resblocks[0].attn.embed_dim, len(self.resblocks)
+        for block in self.resblocks:
+            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * depth) ** -0.5)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * depth) ** -0.5)
+
+
+def too_long(what: str, length: int, limit: int) -> ValueError:
+    return ValueError(f"{what} has {limit} positions and the clip needs {length}: lower data.num_frames")
+
+
+def copy_positions(table: nn.Parameter | nn.Embedding, clip: nn.Module) -> bool:
+    """Start a table of positions as CLIP's text positions; False if the sizes differ."""
+    weight = table.weight if isinstance(table, nn.Embedding) else table
+    if weight.shape != clip.positional_embedding.shape:
+        return False
+    with torch.no_grad():
+        weight.copy_(clip.positional_embedding)
+    return True

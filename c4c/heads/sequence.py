@@ -1,0 +1,68 @@
+"""CLIP4Clip's sequential heads: the frames pass through an LSTM or a transformer before they are averaged."""
+
+import torch
+from torch import Tensor, nn
+
+from c4c.heads import copy_blocks
+from c4c.heads.blocks import TemporalTransformer, copy_positions, too_long
+from c4c.heads.mean import MeanPooling
+
+
+class SeqTransf(MeanPooling):
+    """seqTransf: add positions, 4 transformer blocks, add the input back, then meanP.
+
+    Positions and blocks start as CLIP's text positions and first text blocks. LayerNorm eps is 1e-12.
+    """
+
+    name = "seqTransf"
+
+    def __init__(self, width: int, *, blocks: int = 4, attention_heads: int = 1, positions: int = 77, **_):
+        super().__init__(width)
+        self.frame_position_embeddings = nn.Embedding(positions, width)
+        self.transformerClip = TemporalTransformer(width, blocks, attention_heads, eps=1e-12)
+        nn.init.normal_(self.frame_position_embeddings.weight, std=0.02)
+        self.transformerClip.randomize()
+
+    def start_from(self, clip: nn.Module) -> None:
+        if copy_positions(self.frame_position_embeddings, clip):
+            copy_blocks(self.transformerClip.resblocks, clip.transformer)
+
+    def video(self, frames: Tensor, mask: Tensor) -> Tensor:
+        return super().video(self.frames(frames, mask), mask)
+
+    def frames(self, frames: Tensor, mask: Tensor) -> Tensor:
+        """Frame features after the transformer, residual included, [M, F, D]."""
+        length, limit = frames.shape[1], self.frame_position_embeddings.num_embeddings
+        if length > limit:
+            raise too_long("seqTransf", length, limit)
+        positions = self.frame_position_embeddings(torch.arange(length, device=frames.device))
+        x = frames.to(positions.dtype)
+        return self.transformerClip(x + positions, mask).float() + frames.float()
+
+
+class SeqLSTM(MeanPooling):
+    """seqLSTM: one forward LSTM layer, add the input back, then meanP.
+
+    The official code packs sequences by length; an LSTM sees no later frame, so masking afterwards is the same.
+    """
+
+    name = "seqLSTM"
+
+    def __init__(self, width: int, *, positions: int = 77, **_):
+        super().__init__(width)
+        self.lstm_visual = nn.LSTM(width, width, batch_first=True)
+        # the official model owns this table and never uses it: kept so that checkpoints go both ways
+        self.frame_position_embeddings = nn.Module()
+        self.frame_position_embeddings.register_buffer("weight", torch.zeros(positions, width))
+
+    def start_from(self, clip: nn.Module) -> None:
+        if self.frame_position_embeddings.weight.shape == clip.positional_embedding.shape:
+            self.frame_position_embeddings.weight.copy_(clip.positional_embedding.detach())
+
+    def video(self, frames: Tensor, mask: Tensor) -> Tensor:
+        return super().video(self.frames(frames, mask), mask)
+
+    def frames(self, frames: Tensor, mask: Tensor) -> Tensor:
+        """Frame features after the LSTM, residual included, [M, F, D]."""
+        out, _ = self.lstm_visual(frames.to(self.lstm_visual.weight_ih_l0.dtype))
+        return out.float() + frames.float()

@@ -1,0 +1,59 @@
+"""Weighted token interaction (DRL, https://arxiv.org/abs/2203.07111)."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from c4c.heads import Head, present
+
+_ROWS = 32  # texts whose token-by-frame products are held at once
+
+
+class WeightedTokenInteraction(Head):
+    """Each token meets its best frame and each frame its best token; small MLPs weigh tokens and frames.
+
+    score = (sum_t a_t max_f s_tf + sum_f b_f max_t s_tf) / 2, s the cosine, a and b softmaxes over what is present.
+    """
+
+    name = "wti"
+    tokens = True
+
+    def __init__(self, width: int, **_):
+        super().__init__(width)
+        self.text_weight_fc = _mlp(width)
+        self.video_weight_fc = _mlp(width)
+
+    def text(self, features: Tensor) -> Tensor:
+        return features.float()
+
+    def video(self, frames: Tensor, mask: Tensor) -> Tensor:
+        return frames.float() * mask.unsqueeze(-1)
+
+    def score(self, text: Tensor, video: Tensor) -> Tensor:
+        """[N, L, D], [M, F, D] -> [N, M]."""
+        seen_text, seen_video = present(text), present(video)
+        a, b = _weights(self.text_weight_fc, text, seen_text), _weights(self.video_weight_fc, video, seen_video)
+        words, frames = normalize(text, dim=-1), normalize(video, dim=-1)
+        rows = range(0, len(text), _ROWS)
+        parts = [self._tile(words[i : i + _ROWS], a[i : i + _ROWS], seen_text[i : i + _ROWS], frames, b, seen_video) for i in rows]
+        return torch.cat(parts)
+
+    @staticmethod
+    def _tile(words: Tensor, a: Tensor, seen_text: Tensor, frames: Tensor, b: Tensor, seen_video: Tensor) -> Tensor:
+        cosine = torch.einsum("nld,mfd->nmlf", words, frames)
+        lowest = torch.finfo(cosine.dtype).min
+        to_frame = cosine.masked_fill(~seen_video[None, :, None, :], lowest).amax(dim=3)  # [N, M, L]
+        to_word = cosine.masked_fill(~seen_text[:, None, :, None], lowest).amax(dim=2)  # [N, M, F]
+        empty = ~seen_video.any(dim=1)  # a video without frames matches nothing
+        score = (torch.einsum("nml,nl->nm", to_frame, a) + torch.einsum("nmf,mf->nm", to_word, b)) / 2
+        return score.masked_fill(empty[None], 0.0)
+
+
+def _mlp(width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
+
+
+def _weights(mlp: nn.Sequential, features: Tensor, seen: Tensor) -> Tensor:
+    raw = mlp(features.to(mlp[0].weight.dtype)).squeeze(-1).float()
+    raw = raw.masked_fill(~seen, torch.finfo(torch.float32).min)
+    return raw.softmax(dim=-1) * seen

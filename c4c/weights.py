@@ -1,0 +1,243 @@
+"""Weights from wherever CLIP4Clip's users have them, recognised by their names; nothing in a file is executed.
+
+    official CLIP4Clip   pytorch_model.bin.N: `clip.*` beside the head's modules
+    mmaction2            {"state_dict": `clip.*`, `adapter.*`}
+    OpenAI               a TorchScript archive, or its state dict: `visual.*`, `transformer.*`, …
+    open_clip            {"state_dict": …} or bare, perhaps under `module.`; `text.*` for its CustomTextCLIP
+    c4c                  a run folder, or a safetensors file that c4c.export wrote
+"""
+
+import io
+import json
+import pickle
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import open_clip
+import safetensors
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+
+from c4c import towers
+from c4c.checkpoint import load_weights
+
+_ARCHIVE_EXTRAS = {"input_resolution", "context_length", "vocab_size"}  # sizes that OpenAI's archives carry as tensors
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A state dict in c4c's names (`clip.*`, `head.*`), fp32, and the model it fits."""
+
+    state: dict[str, Tensor]
+    spec: dict  # the towers; see c4c.towers
+    head: str
+    linear_patch: str
+    blocks: int
+    segments: int
+    kind: str  # what the file was recognised as
+
+
+def read(path: str | Path, quick_gelu: bool | None = None, tag: str | None = None) -> Weights:
+    """Read a file or run folder. Raises ValueError if it is none of the kinds known or unreadable.
+
+    quick_gelu: the towers' activation; None: QuickGELU but for open_clip's checkpoints, whose names do not tell.
+    tag: which checkpoint of a run folder; None: its latest.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _from_run(path, tag)
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such file or folder of weights")
+    raw, metadata = _load(path)
+    if "c4c" in metadata:
+        about = json.loads(metadata["c4c"])
+        return Weights(state=_floats(raw), kind="c4c", **about)
+    try:
+        return recognise(raw, quick_gelu)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_backbone(backbone: str, source: str) -> Weights:
+    """Weights to start `backbone` from: a path, or one of open_clip's tags for it. Raises ValueError."""
+    if Path(source).exists():
+        spec = towers.named(backbone)
+        found = read(source, quick_gelu=spec["quick_gelu"] or None)
+        return found
+    tags = open_clip.list_pretrained_tags_by_model(backbone)
+    if source not in tags:
+        raise ValueError(
+            f"model.init_from={source}: no such file, folder, or open_clip tag of {backbone}; its tags are "
+            f"{', '.join(tags) or 'none: use scratch, or a file'}"
+        )
+    about = open_clip.get_pretrained_cfg(backbone, source)
+    try:
+        path = open_clip.download_pretrained(about)
+    except Exception as error:  # hubs fail in many ways
+        where = about.get("url") or f"https://huggingface.co/{about.get('hf_hub', '').rstrip('/')} (open_clip_model.safetensors)"
+        raise ValueError(
+            f"model.init_from={source}: the weights of {backbone} are not here and could not be fetched "
+            f"({type(error).__name__}). Fetch {where} on a machine with a network, put it beside your data, and set "
+            "model.init_from to its path"
+        ) from error
+    return read(path, quick_gelu=bool(about.get("quick_gelu", False)))
+
+
+def recognise(raw: dict, quick_gelu: bool | None = None) -> Weights:
+    """Weights from a loaded file of any other project. Raises ValueError if its names are none that are known."""
+    wrapped = isinstance(raw.get("state_dict"), dict)
+    state = raw["state_dict"] if wrapped else raw
+    state = {str(k): v for k, v in state.items() if isinstance(v, Tensor)}
+    if state and all(k.startswith("module.") for k in state):
+        state = {k.removeprefix("module."): v for k, v in state.items()}
+    state = {k: v for k, v in state.items() if not k.startswith("data_preprocessor.")}
+    if any(k.startswith("clip.") for k in state):
+        return _clip4clip(state, mmaction2=wrapped or any(k.startswith("adapter.") for k in state), quick_gelu=quick_gelu)
+    if any(k.startswith("text.") for k in state):
+        state = {k.removeprefix("text."): v for k, v in state.items()}
+    state = {k: v for k, v in state.items() if k not in _ARCHIVE_EXTRAS and k != "attn_mask"}
+    if "visual.conv1.weight" not in state:
+        names = ", ".join(sorted(state)[:3]) or "no tensors at all"
+        raise ValueError(f"neither CLIP4Clip, mmaction2, OpenAI nor open_clip ViT weights (it holds {names})")
+    openai = not wrapped
+    spec = towers.measured(state, quick_gelu if quick_gelu is not None else openai)
+    kind = "OpenAI" if openai else "open_clip"
+    return Weights(_floats({f"clip.{k}": v for k, v in state.items()}), spec, "meanP", "2d", 4, 12, kind)
+
+
+def _clip4clip(state: dict[str, Tensor], mmaction2: bool, quick_gelu: bool | None) -> Weights:
+    clip = {k.removeprefix("clip."): v for k, v in state.items() if k.startswith("clip.")}
+    extras = {k: v for k, v in clip.items() if k in _ARCHIVE_EXTRAS}
+    rest = {k.removeprefix("adapter."): v for k, v in state.items() if not k.startswith("clip.")}
+    if mmaction2:
+        head = "TransformerAdapter" if "positional_embedding" in rest else "SimpleMeanAdapter"
+        stack, segments = "transformer.resblocks.", len(rest.get("positional_embedding", range(12)))
+    else:
+        marks = {"lstm_visual.": "seqLSTM", "transformerClip.": "seqTransf", "cross.": "tightTransf", "text_weight_fc.": "wti"}
+        head = next((name for mark, name in marks.items() if any(k.startswith(mark) for k in rest)), "meanP")
+        stack, segments = {"tightTransf": "cross.transformer.resblocks."}.get(head, "transformerClip.resblocks."), 12
+    spec = towers.measured(clip, True if quick_gelu is None else quick_gelu)
+    ours = {f"clip.{k}": v for k, v in clip.items() if k not in extras} | {f"head.{k}": v for k, v in rest.items()}
+    patch = "3d" if "visual.conv2.weight" in clip else "2d"
+    blocks = len({k[len(stack) :].split(".")[0] for k in rest if k.startswith(stack)}) or 4
+    return Weights(_floats(ours), spec, head, patch, blocks, segments, "mmaction2" if mmaction2 else "official")
+
+
+def to_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """c4c's names to the official CLIP4Clip's."""
+    return {k.removeprefix("head."): v for k, v in state.items()}
+
+
+def _from_run(folder: Path, tag: str | None) -> Weights:
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"{folder} is not a run folder: it has no config.yaml")
+    config = yaml.safe_load(path.read_text())
+    model = config["model"]
+    state = load_weights(folder, tag)
+    spec = towers.named(model["backbone"])
+    about = folder / "towers.json"
+    if about.is_file():
+        spec = json.loads(about.read_text())
+    frames = config["data"]["num_frames"]
+    return Weights(state, spec, model["head"], model["linear_patch"], model.get("head_layers", 4), frames, "c4c run")
+
+
+def _load(path: Path) -> tuple[dict, dict[str, str]]:
+    try:
+        if path.suffix == ".safetensors":
+            with safetensors.safe_open(path, "pt") as file:
+                return load_file(path), file.metadata() or {}
+        if _is_torchscript(path):
+            return _read_torchscript(path), {}
+        raw = torch.load(path, map_location="cpu", weights_only=True)
+    except ValueError:
+        raise
+    except Exception as error:  # torch and safetensors raise many kinds for files that are not theirs
+        raise ValueError(
+            f"{path} cannot be read as weights ({type(error).__name__}: {str(error).splitlines()[0][:200]}). Files that need "
+            "code to be run are refused"
+        ) from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} holds a {type(raw).__name__}, not a dict of weights")
+    return raw, {}
+
+
+def _floats(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v.float() for k, v in state.items()}
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+_STORAGES = {
+    "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16, "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32, "BoolStorage": torch.bool,
+}  # fmt: skip
+
+
+class _Module:
+    """Stands for any class of a TorchScript archive: only its attributes matter."""
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads an archive's data.pkl into `_Module`s and tensors, and knows nothing else that a pickle could ask for."""
+
+    def __init__(self, archive: zipfile.ZipFile, root: str):
+        super().__init__(io.BytesIO(archive.read(f"{root}/data.pkl")))
+        self._archive, self._root = archive, root
+
+    def find_class(self, module: str, name: str):
+        if module.startswith("__torch__"):
+            return _Module
+        known = {
+            ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
+            ("collections", "OrderedDict"): dict,
+            ("torch.jit._pickle", "build_intlist"): list,
+            ("torch.jit._pickle", "build_doublelist"): list,
+            ("torch.jit._pickle", "build_boollist"): list,
+            ("torch.jit._pickle", "build_tensorlist"): list,
+            ("torch.jit._pickle", "restore_type_tag"): lambda value, _: value,
+        }
+        if (module, name) in known:
+            return known[module, name]
+        if module == "torch" and name in _STORAGES:
+            return _STORAGES[name]
+        raise pickle.UnpicklingError(f"the archive asks for {module}.{name}")
+
+    def persistent_load(self, pid: tuple) -> Tensor:
+        _, dtype, key, _, numel = pid
+        data = bytearray(self._archive.read(f"{self._root}/data/{key}"))
+        return torch.frombuffer(data, dtype=dtype, count=numel) if numel else torch.empty(0, dtype=dtype)
+
+
+def _rebuild(storage: Tensor, offset: int, size: tuple, stride: tuple, *_) -> Tensor:
+    return storage.as_strided(tuple(size), tuple(stride), offset)
+
+
+def _read_torchscript(path: Path) -> dict[str, Tensor]:
+    """The parameters and buffers of a TorchScript archive, by name, without TorchScript."""
+    with zipfile.ZipFile(path) as archive:
+        root = next(n for n in archive.namelist() if n.endswith("/data.pkl")).removesuffix("/data.pkl")
+        top = _Unpickler(archive, root).load()
+    out: dict[str, Tensor] = {}
+
+    def walk(module: _Module, prefix: str) -> None:
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor):
+                out[prefix + name] = value
+            elif isinstance(value, _Module):
+                walk(value, f"{prefix}{name}.")
+
+    walk(top, "")
+    return out

@@ -1,0 +1,212 @@
+"""Weights in every layout that users have: recognised, sized by their shapes, never executed, and written back."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from c4c import towers
+from c4c.export import export
+from c4c.heads import HEADS
+from c4c.model import CLIP4Clip, ModelConfig, build
+from c4c.weights import read
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+SPEC = {
+    "embed_dim": 64,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 64, "layers": 2, "head_width": 64},
+    "text_cfg": {"context_length": 77, "vocab_size": 1000, "width": 64, "heads": 1, "layers": 2},
+}
+
+
+def tiny(head: str = "meanP", patch: str = "2d", seed: int = 0) -> CLIP4Clip:
+    torch.manual_seed(seed)
+    return CLIP4Clip(SPEC, head, patch, blocks=2, segments=4).eval()
+
+
+def clip_state(seed: int = 0) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in tiny(seed=seed).clip.state_dict().items()}
+
+
+def scores(model: CLIP4Clip) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    frames = torch.randn(3, 4, 3, 32, 32, generator=generator)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]).bool()
+    tokens = torch.tensor([[998, 5, 999, 0], [998, 7, 8, 999], [998, 999, 0, 0]])
+    with torch.no_grad():
+        return model.similarity(model.encode_text(tokens), model.encode_video(frames, mask), mask)
+
+
+@pytest.mark.parametrize("name", ["meanP", "seqLSTM", "seqTransf", "tightTransf", "meanP_3d"])
+def test_official_checkpoints(name, tmp_path):
+    state = load_file(GOLDEN / f"{name}.safetensors")
+    torch.save(state, tmp_path / "pytorch_model.bin.4")
+    weights = read(tmp_path / "pytorch_model.bin.4")
+    head, _, patch = name.partition("_")
+    assert (weights.kind, weights.head, weights.linear_patch) == ("official", head, patch or "2d")
+    assert weights.spec["vision_cfg"]["layers"] == 2 and weights.spec["text_cfg"]["vocab_size"] == 1000
+    assert CLIP4Clip.from_checkpoint(tmp_path / "pytorch_model.bin.4").image_size == 64
+
+
+def test_mmaction2_checkpoints(tmp_path):
+    model = tiny("TransformerAdapter")
+    state = {f"clip.{k}": v for k, v in model.clip.state_dict().items()}
+    adapter = {f"adapter.{k}": v for k, v in model.head.state_dict().items()}
+    extra = {"data_preprocessor.mean": torch.zeros(3)}
+    torch.save({"meta": {"epoch": 5}, "state_dict": state | adapter | extra}, tmp_path / "a.pth")
+    torch.save({"meta": {"epoch": 5}, "state_dict": state}, tmp_path / "b.pth")
+    weights = read(tmp_path / "a.pth")
+    assert (weights.kind, weights.head, weights.segments, weights.blocks) == ("mmaction2", "TransformerAdapter", 4, 2)
+    assert torch.equal(scores(CLIP4Clip.from_checkpoint(tmp_path / "a.pth")), scores(model))
+    assert CLIP4Clip.from_checkpoint(tmp_path / "b.pth").head.name == "SimpleMeanAdapter"
+
+
+def test_openai_archive_is_read_without_running_it(tmp_path):
+    """A real TorchScript archive with OpenAI's names and half-precision weights."""
+    clip = tiny().clip.half()
+
+    class Archive(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name, child in clip.named_children():
+                self.add_module(name, child if name != "token_embedding" else torch.nn.Embedding.from_pretrained(child.weight))
+            for name in ("positional_embedding", "text_projection", "logit_scale"):
+                setattr(self, name, torch.nn.Parameter(getattr(clip, name)))
+            for name, value in (("input_resolution", 32), ("context_length", 77), ("vocab_size", 1000)):
+                self.register_buffer(name, torch.tensor(value))
+
+        def forward(self, image):
+            return self.visual.conv1(image) * self.logit_scale
+
+    traced = torch.jit.trace(Archive(), torch.zeros(1, 3, 32, 32, dtype=torch.float16), check_trace=False)
+    torch.jit.save(traced, tmp_path / "ViT.pt")
+    weights = read(tmp_path / "ViT.pt")
+    assert (weights.kind, weights.spec["quick_gelu"]) == ("OpenAI", True)
+    for name, value in clip.state_dict().items():
+        assert torch.equal(weights.state[f"clip.{name}"], value.float()), name
+    assert torch.equal(scores(CLIP4Clip.from_checkpoint(tmp_path / "ViT.pt")), scores(_with(clip.float())))
+
+
+def _with(clip) -> CLIP4Clip:
+    model = tiny()
+    model.clip.load_state_dict(clip.state_dict())
+    return model
+
+
+def test_openai_and_open_clip_state_dicts(tmp_path):
+    state = clip_state()
+    extras = {"input_resolution": torch.tensor(32), "context_length": torch.tensor(77), "vocab_size": torch.tensor(1000)}
+    torch.save(state | extras, tmp_path / "openai.pt")
+    torch.save({"epoch": 3, "name": "x", "state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "open_clip.pt")
+    text = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection")
+    custom = {f"text.{k}" if k.startswith(text) else k: v for k, v in state.items()}
+    torch.save({"state_dict": custom}, tmp_path / "custom.pt")
+    save_file(state, tmp_path / "hub.safetensors")
+    reference = scores(tiny())
+    assert torch.equal(scores(CLIP4Clip.from_checkpoint(tmp_path / "openai.pt")), reference)
+    assert torch.equal(scores(CLIP4Clip.from_checkpoint(tmp_path / "hub.safetensors")), reference)
+    for name in ("open_clip.pt", "custom.pt"):
+        assert not read(tmp_path / name).spec["quick_gelu"]
+        assert torch.equal(scores(CLIP4Clip.from_checkpoint(tmp_path / name, quick_gelu=True)), reference)
+        assert not torch.equal(scores(CLIP4Clip.from_checkpoint(tmp_path / name)), reference)  # GELU is another function
+
+
+@pytest.mark.parametrize("head", sorted(HEADS))
+def test_export_and_back(head, tmp_path):
+    model = tiny(head)
+    export(model, tmp_path / "m.safetensors", official=False)
+    export(model, tmp_path / "m.bin", official=True)
+    assert json.loads((tmp_path / "m.json").read_text())["head"] == head
+    assert torch.equal(scores(CLIP4Clip.from_checkpoint(tmp_path / "m.safetensors")), scores(model))
+    if head not in ("TransformerAdapter", "SimpleMeanAdapter"):  # which the official code does not know
+        assert torch.equal(scores(CLIP4Clip.from_checkpoint(tmp_path / "m.bin")), scores(model))
+
+
+def test_what_does_not_fit_is_listed(tmp_path):
+    state = load_file(GOLDEN / "seqTransf.safetensors")
+    del state["transformerClip.resblocks.0.ln_1.bias"]
+    state["transformerClip.resblocks.1.ln_1.bias"] = torch.zeros(3)
+    state["stranger"] = torch.zeros(1)
+    torch.save(state, tmp_path / "w.bin")
+    with pytest.raises(ValueError) as error:
+        CLIP4Clip.from_checkpoint(tmp_path / "w.bin")
+    for part in ("missing head.transformerClip.resblocks.0.ln_1.bias", "unexpected head.stranger", "has shape [3]", "w.bin"):
+        assert part in str(error.value)
+    del state["transformerClip.resblocks.1.ln_1.bias"]
+    torch.save(state, tmp_path / "w.bin")
+    CLIP4Clip.from_checkpoint(tmp_path / "w.bin", allow=("head.stranger", "head.transformerClip.*.ln_1.bias"))
+
+
+def test_files_that_run_code_are_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+
+    (tmp_path / "evil.bin").write_bytes(pickle.dumps({"clip.logit_scale": Evil()}))
+    torch.save({"clip.logit_scale": Evil()}, tmp_path / "evil.pt")
+    for name in ("evil.bin", "evil.pt"):
+        with pytest.raises(ValueError, match="refused"):
+            CLIP4Clip.from_checkpoint(tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_other_files_are_named(tmp_path):
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
+    (tmp_path / "text.safetensors").write_text("no")
+    for name, words in (("other.pt", "neither"), ("text.safetensors", "cannot be read"), ("gone.pt", "no such file")):
+        with pytest.raises(ValueError, match=words):
+            CLIP4Clip.from_checkpoint(tmp_path / name)
+    with pytest.raises(ValueError, match="no config.yaml"):
+        CLIP4Clip.from_checkpoint(tmp_path)
+
+
+def test_heads_start_from_the_weights_towers(tmp_path, monkeypatch):
+    """model.init_from with bare CLIP weights: the head is new and copies blocks; with a whole model, all is taken."""
+    monkeypatch.setattr(towers, "named", lambda name: SPEC)
+    torch.save(clip_state(), tmp_path / "clip.pt")
+    config = ModelConfig(backbone="tiny", head="seqTransf", head_layers=2, init_from=str(tmp_path / "clip.pt"))
+    model = build(config, num_frames=4)
+    assert torch.equal(model.head.frame_position_embeddings.weight, model.clip.positional_embedding)
+    trained = tiny("seqTransf", seed=3)
+    export(trained, tmp_path / "m.safetensors", official=False)
+    again = build(ModelConfig(backbone="tiny", head="seqTransf", head_layers=2, init_from=str(tmp_path / "m.safetensors")), 4)
+    for name, value in trained.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    with pytest.warns(UserWarning, match="starts anew"):
+        other = build(ModelConfig(backbone="tiny", head="meanP", init_from=str(tmp_path / "m.safetensors")), 4)
+    assert torch.equal(other.clip.text_projection, trained.clip.text_projection)
+
+
+def test_patches_3d_from_2d_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(towers, "named", lambda name: SPEC)
+    torch.save(clip_state(), tmp_path / "clip.pt")
+    flat = build(ModelConfig(backbone="tiny", init_from=str(tmp_path / "clip.pt")), 4).eval()
+    deep = build(ModelConfig(backbone="tiny", linear_patch="3d", init_from=str(tmp_path / "clip.pt")), 4).eval()
+    torch.testing.assert_close(scores(deep), scores(flat), rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        deep.clip.visual.conv2.weight[:, :, 0] += 0.1 * torch.randn(64, 3, 16, 16)
+    assert not torch.allclose(scores(deep), scores(flat), atol=1e-3)
+
+
+def test_weights_that_are_not_there_name_the_file_to_fetch():
+    with pytest.raises(ValueError, match="tags are .*openai"):
+        build(ModelConfig(backbone="ViT-B-32", init_from="nonsense"), 12)
+    with pytest.raises(ValueError, match="scratch"):
+        build(ModelConfig(backbone="ViT-B-32"), 12)
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-L-14-336", "ViT-B-32-quickgelu", "ViT-H-14"])
+def test_backbones_by_name(name):
+    spec = towers.named(name)
+    assert spec["quick_gelu"] == name.endswith("quickgelu")
+    assert spec["vision_cfg"]["layers"] >= 12
+
+
+def test_backbones_without_plain_towers_are_refused():
+    for name in ("RN50", "coca_ViT-B-32", "ViT-B-16-SigLIP", "nonsense"):
+        with pytest.raises(ValueError, match=r"model\.backbone"):
+            towers.named(name)
