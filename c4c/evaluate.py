@@ -1,6 +1,8 @@
 """Features of a whole split on all ranks, and the metrics over them."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -8,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from c4c.loss import world_size
-from c4c.metrics import retrieval
+from c4c.metrics import ranks, report
 from c4c.model import CLIP4Clip
 from pipelines.config import DataConfig
 from pipelines.loader import VideoReader
@@ -58,7 +60,24 @@ def _collect(mine: dict[int, Tensor], total: int, device: torch.device) -> Tenso
 
 
 @torch.no_grad()
-def evaluate(model: CLIP4Clip, encode: Encode, split: Split, config: DataConfig, device: torch.device) -> dict:
-    """t2v and v2t metrics of `split`; the same on every rank."""
+def evaluate(
+    model: CLIP4Clip, encode: Encode, split: Split, config: DataConfig, device: torch.device
+) -> tuple[dict, Tensor]:
+    """(t2v and v2t metrics of `split`, 0-based rank of each text's video [N]); the same on every rank."""
     texts, videos, owner = features(encode, split, config, device)
-    return retrieval(texts, videos, owner, model.head.score)
+    by_text, by_video = ranks(texts, videos, owner, model.head.score)
+    return report(by_text, by_video), by_text
+
+
+def write_ranks(path: Path, split: Split, by_text: Tensor) -> None:
+    """One JSON object a text: the text, its video's key and meta, and the video's rank, from 1."""
+    found = iter(by_text.tolist())
+    lines = []
+    for index in range(len(split)):
+        video = split.video(index)
+        meta = split.json(video).get("meta", {})
+        for caption in split.captions(index):
+            row = {"rank": next(found) + 1, "video": video.key, "text": caption["text"], "meta": meta}
+            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(lines))

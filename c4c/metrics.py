@@ -71,12 +71,11 @@ def summarize(found: Tensor, lower_median: bool = False) -> dict[str, float]:
     return recalls | {"MdR": float(middle) + 1, "MnR": round(float(np.mean(r)) + 1, 4)}
 
 
-def retrieval(texts: Tensor, videos: Tensor, video_of_text: Tensor, score: Score) -> dict:
-    """{"t2v": {...}, "v2t": {...}, "n_texts", "n_videos"}.
+def report(by_text: Tensor, by_video: Tensor) -> dict:
+    """{"t2v": {...}, "v2t": {...}, "n_texts", "n_videos"} from what `ranks` gives.
 
     Where videos have several texts, the median of t2v is the lower one, as in the official evaluation of MSVD.
     """
-    by_text, by_video = ranks(texts, videos, video_of_text, score)
     return {
         "t2v": summarize(by_text, lower_median=len(by_text) != len(by_video)),
         "v2t": summarize(by_video),
@@ -86,7 +85,7 @@ def retrieval(texts: Tensor, videos: Tensor, video_of_text: Tensor, score: Score
 
 
 def of_matrix(similarity: Tensor) -> tuple[Tensor, Tensor, Score]:
-    """(texts, videos, score) that look scores up in a matrix [N, M]: for `ranks` and `retrieval`."""
+    """(texts, videos, score) that look scores up in a matrix [N, M]: for `ranks`."""
     n, m = similarity.shape
     texts = torch.arange(n, dtype=torch.float64)[:, None]
     videos = torch.arange(m, dtype=torch.float64)[:, None]

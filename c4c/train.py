@@ -118,7 +118,7 @@ class Trainer:
         checkpoint.save(self.engine, self.folder, self.step, self.config.checkpoint.keep_last)
         if last or (every and (self.step // self.per_epoch) % every == 0):
             self.engine.eval()
-            result = evaluate(self.engine.module.model, self.engine, self.test, self.config.data, self.device)
+            result, _ = evaluate(self.engine.module.model, self.engine, self.test, self.config.data, self.device)
             self.engine.train()
             if self.metrics:
                 self.metrics.validation(self.step, result)

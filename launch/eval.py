@@ -11,7 +11,7 @@ from rich.console import Console
 
 from c4c.config import from_dict
 from c4c.engine import quiet_libraries
-from c4c.evaluate import evaluate
+from c4c.evaluate import evaluate, write_ranks
 from c4c.model import CLIP4Clip
 from c4c.report import metrics_table
 from c4c.run import read_config
@@ -24,6 +24,7 @@ def main() -> int:
     parser.add_argument("--tag", help="a checkpoint in it (the latest)")
     parser.add_argument("--data", help="a packed split (the run's own data.test)")
     parser.add_argument("--json", type=Path, help="write the metrics here too")
+    parser.add_argument("--ranks", type=Path, help="write each text's rank here, one JSON object a line")
     parser.add_argument("--device", help="cuda or cpu (cuda where there is one)")
     args = parser.parse_args()
     try:
@@ -33,7 +34,7 @@ def main() -> int:
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         split = Split(data.test)
         model = CLIP4Clip.from_checkpoint(args.ckpt, tag=args.tag).to(device)
-        result = evaluate(model, model, split, data, device)
+        result, found = evaluate(model, model, split, data, device)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -41,6 +42,8 @@ def main() -> int:
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=2) + "\n")
+    if args.ranks:
+        write_ranks(args.ranks, split, found)
     return 0
 
 
