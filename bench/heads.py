@@ -1,0 +1,52 @@
+"""Train several heads on the demo set and compare them where only order or direction tells videos apart.
+
+    python bench/heads.py [--heads meanP seqTransf] [--seeds 0] [key=value ...]
+
+Needs data/demo (python -m c4c.shard demo --out data/demo). Writes bench/results/heads.json.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).parents[1]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Compare heads on the demo set.")
+    parser.add_argument("--heads", nargs="+", default=["meanP", "seqTransf"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[42])
+    parser.add_argument("--json", type=Path, default=ROOT / "bench/results/heads.json")
+    parser.add_argument("overrides", nargs="*", help="settings for launch/train.py, key=value")
+    args = parser.parse_intermixed_args()
+    rows = [measure(head, seed, args.overrides) for head in args.heads for seed in args.seeds]
+    table = Table("head", "seed", "t2v R@1 %", "in pairs, t2v R@1 %", "others, t2v R@1 %")
+    for row in rows:
+        table.add_row(row["head"], str(row["seed"]), *(f"{row[k]:.1f}" for k in ("R1", "R1_pairs", "R1_others")))
+    Console().print(table)
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps(rows, indent=2) + "\n")
+    return 0
+
+
+def measure(head: str, seed: int, overrides: list[str]) -> dict:
+    run = ROOT / f"runs/heads/{head}-{seed}"
+    words = [f"model.head={head}", f"run.seed={seed}", f"run.dir={run.relative_to(ROOT)}", *overrides]
+    subprocess.run(["deepspeed", "launch/train.py", "--cfg", "demo.yaml", *words], cwd=ROOT, check=True)
+    ranks = run / "ranks.jsonl"
+    subprocess.run([sys.executable, "launch/eval.py", "--ckpt", run, "--ranks", ranks], cwd=ROOT, check=True)
+    texts = [json.loads(line) for line in ranks.read_text().splitlines()]
+    pairs = [t for t in texts if t["meta"].get("pair")]
+    others = [t for t in texts if not t["meta"].get("pair")]
+    share = {name: 100 * sum(t["rank"] == 1 for t in part) / max(1, len(part))
+             for name, part in (("R1", texts), ("R1_pairs", pairs), ("R1_others", others))}  # fmt: skip
+    return {"head": head, "seed": seed, "texts": len(texts), "texts_in_pairs": len(pairs)} | share
+
+
+if __name__ == "__main__":
+    sys.exit(main())
