@@ -1,18 +1,21 @@
 """Encoded video and frames, through PyAV: what a file holds, its intra-only copy, and picking single frames out of it."""
 
 import io
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 import av
 import numpy as np
-from av.video.reformatter import Colorspace, ColorRange, Interpolation
+from av.video.reformatter import ColorRange, Colorspace, Interpolation
 from crc32c import crc32c
 
 from shards.schema import FrameTable
 
 av.logging.set_level(av.logging.PANIC)  # libav's own lines say nothing that our errors do not
+
+_DECODERS = {"av1": "libdav1d"}  # libav's own "av1" decodes on a GPU only; files opened by libav get this one
 
 
 class VideoError(ValueError):
@@ -130,7 +133,7 @@ def _frame_table(data: bytes, packets: list, stamps: list, times: list[float]) -
         and None not in by_stamp
         and set(stamps) == set(by_stamp)
         and offsets[0] >= 0
-        and all(a < b for a, b in zip(offsets, offsets[1:], strict=False))
+        and all(a < b for a, b in itertools.pairwise(offsets))
     ):
         rows = [by_stamp[pts] for pts in stamps]
     else:
@@ -246,7 +249,7 @@ def pick_frames(
     place = np.empty_like(decode_order)
     place[decode_order] = np.arange(len(decode_order))
     out: dict[int, np.ndarray] = {}
-    decoder = av.CodecContext.create(codec, "r")
+    decoder = av.CodecContext.create(_DECODERS.get(codec, codec), "r")
     decoder.extradata = extradata or None
     decoder.thread_count = 1
     try:
@@ -260,8 +263,8 @@ def pick_frames(
             raise
         raise VideoError(f"stored frames {list(wanted)} do not decode ({_short(error)})") from error
     missing = sorted(set(map(int, wanted)) - set(out))
-    if missing:
-        raise VideoError(f"stored frames {missing} did not come out of the decoder")
+    if missing:  # "keyframes" of intra refresh: a decoder that starts there shows nothing until the picture is whole
+        out |= _pick_through_container(read(0, -1), rotation, missing)
     return out
 
 
@@ -288,7 +291,8 @@ def _packets(frames: FrameTable, positions: np.ndarray, read: Callable[[int, int
         piece = data[at : at + int(frames.size[position])]
         if crc32c(piece) != frames.crc32c[position]:
             raise VideoError(f"crc32c of stored frame {position} differs from the sample table: the shard is damaged")
-        packet = av.Packet(piece)
+        packet = av.Packet(len(piece))  # av.Packet(piece) lacks the zeros after it that libav's decoders read
+        packet.update(piece)
         packet.pts = int(position)  # carried through reordering, so a decoded frame says which one it is
         yield packet
 
