@@ -56,7 +56,13 @@ def _parser() -> argparse.ArgumentParser:
         "--quality",
         type=int,
         default=default.quality,
-        help="intra: JPEG quantiser, 2 best to 31 smallest (%(default)s)",
+        help="intra: JPEG quantiser, 1 best to 31 smallest (%(default)s)",
+    )
+    packing.add_argument(
+        "--chroma",
+        type=int,
+        default=default.chroma,
+        help="intra: 420; 444 keeps full colour resolution and scales exactly, slower and larger (%(default)s)",
     )
     packing.add_argument("--workers", type=int, default=None, help="processes (one a core)")
     packing.add_argument(
@@ -115,6 +121,7 @@ def _pack(args, items: list[Item], out: Path, dataset: str, split: str, short_si
     profile = Profile(
         name=args.profile, fps=args.fps, short_side=short_side if args.short_side is None else args.short_side,
         quality=args.quality,
+        chroma=args.chroma,
     )  # fmt: skip
     started, read, rejects = time.monotonic(), 0, 0
     with _bar() as progress:

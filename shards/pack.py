@@ -33,20 +33,24 @@ PROFILES = ("intra", "copy")
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """What is stored of each video. `fps`, `short_side` (pixels) and `quality` (2 best, 31 worst) speak of `intra`."""
+    """What is stored of each video. All but the name speak of `intra`: `fps`, `short_side` in pixels, `quality` (JPEG
+    quantiser, 1 best, 31 worst), `chroma` (420, or 444 for exact scaling and full colour resolution)."""
 
     name: str = "intra"
     fps: int = 3
     short_side: int = 224
     quality: int = 3
+    chroma: int = 420
 
     def __post_init__(self):
         if self.name not in PROFILES:
             raise ShardError(f"--profile {self.name}: there are {', '.join(PROFILES)}")
-        for name, low, high in (("fps", 1, 240), ("short_side", 16, 4096), ("quality", 2, 31)):
+        for name, low, high in (("fps", 1, 240), ("short_side", 16, 4096), ("quality", 1, 31)):
             if not low <= getattr(self, name) <= high:
                 flag = name.replace("_", "-")
                 raise ShardError(f"--{flag} {getattr(self, name)}: must be between {low} and {high}")
+        if self.chroma not in (420, 444):
+            raise ShardError(f"--chroma {self.chroma}: there are 420 and 444")
 
     def describe(self) -> dict:
         return asdict(self) if self.name == "intra" else {"name": self.name}
@@ -285,7 +289,7 @@ def _pack_video(item: Item, captions: list, data: bytes, profile: Profile, write
     """Write one video into the tar; returns its row and its json's crc32c. Writes nothing unless all of it decoded."""
     if profile.name == "intra":
         source, stored, frames = video.to_intra(
-            data, rate=profile.fps, short_side=profile.short_side, quality=profile.quality
+            data, rate=profile.fps, short_side=profile.short_side, quality=profile.quality, chroma=profile.chroma
         )
         codec, extension, extradata, rotation = "mjpeg", "mp4", b"", 0
         width, height = video.scaled_size(source.width, source.height, profile.short_side)

@@ -10,6 +10,7 @@ import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
 from crc32c import crc32c
+from PIL import Image
 
 from shards.schema import FrameTable
 
@@ -167,10 +168,13 @@ def scaled_size(width: int, height: int, short_side: int) -> tuple[int, int]:
     return int(short_side * width / height), short_side
 
 
-def to_intra(data: bytes, *, rate: int, short_side: int, quality: int) -> tuple[Source, bytes, FrameTable]:
+def to_intra(
+    data: bytes, *, rate: int, short_side: int, quality: int, chroma: int = 420
+) -> tuple[Source, bytes, FrameTable]:
     """Decode `data` and store the frames of the extractor's grid as independent JPEGs in an MJPEG mp4.
 
-    `quality` is MJPEG's quantiser scale, 2 (best) to 31. Returns the source, the new file, and its frame table, whose
+    `quality` is MJPEG's quantiser scale, 1 (best) to 31. `chroma` 420 scales planes as they are (fast); 444 scales RGB
+    as PIL does and keeps full colour resolution (exact). Returns the source, the new file, and its frame table, whose
     `number` and `time` speak of the source video.
     """
     out = io.BytesIO()
@@ -181,12 +185,15 @@ def to_intra(data: bytes, *, rate: int, short_side: int, quality: int) -> tuple[
         if not grid(number, fps, rate):
             return
         if not mux:
-            _open_muxer(mux, out, frame, rate, short_side, quality)
-        if frame.rotation:
-            frame = av.VideoFrame.from_ndarray(upright(frame), format="rgb24")
+            _open_muxer(mux, out, frame, rate, short_side, quality, chroma)
         stream = mux["stream"]
+        if chroma == 444:
+            picture = Image.fromarray(upright(frame)).resize((stream.width, stream.height), Image.Resampling.BICUBIC)
+            frame = av.VideoFrame.from_ndarray(np.asarray(picture), format="rgb24")
+        elif frame.rotation:
+            frame = av.VideoFrame.from_ndarray(upright(frame), format="rgb24")
         jpeg = frame.reformat(
-            stream.width, stream.height, "yuvj420p", interpolation=Interpolation.BICUBIC,
+            stream.width, stream.height, f"yuvj{chroma}p", interpolation=Interpolation.BICUBIC,
             dst_colorspace=Colorspace.ITU601, dst_color_range=ColorRange.JPEG,
         )  # fmt: skip
         jpeg.pts, jpeg.time_base = len(kept), Fraction(1, rate)
@@ -211,13 +218,15 @@ def to_intra(data: bytes, *, rate: int, short_side: int, quality: int) -> tuple[
     return source, video, FrameTable(numbers, stored.time, stored.offset, stored.size, stored.key, stored.crc32c)
 
 
-def _open_muxer(mux: dict, out: io.BytesIO, frame: av.VideoFrame, rate: int, short_side: int, quality: int) -> None:
+def _open_muxer(
+    mux: dict, out: io.BytesIO, frame: av.VideoFrame, rate: int, short_side: int, quality: int, chroma: int
+) -> None:
     width, height = (frame.height, frame.width) if frame.rotation % 180 else (frame.width, frame.height)
     # bitexact: no library version in the file, so that equal input gives equal bytes
     mux["container"] = av.open(out, "w", format="mp4", options={"fflags": "+bitexact"})
     stream = mux["stream"] = mux["container"].add_stream("mjpeg", rate=rate)
     stream.width, stream.height = scaled_size(width, height, short_side)
-    stream.pix_fmt = "yuvj420p"
+    stream.pix_fmt = f"yuvj{chroma}p"
     stream.codec_context.qmin = stream.codec_context.qmax = quality
     stream.codec_context.thread_count = 1
     stream.codec_context.flags |= av.codec.context.Flags.bitexact

@@ -134,7 +134,7 @@ def test_info_counts(copied: Path, intra: Path) -> None:
     assert told["sliceable"] == "4 of 5"
     assert told["digest"] == json.loads((copied / "dataset.json").read_text())["digest"]
     told = describe(intra)
-    assert told["profile"] == "intra, fps 3, short_side 64, quality 3"
+    assert told["profile"] == "intra, fps 3, short_side 64, quality 3, chroma 420"
     assert told["stored frames"] == "23 (4 to 6, median 4 a video)"
     assert told["codecs"] == "mjpeg (5)" and told["sliceable"] == "5 of 5"
 
@@ -170,7 +170,7 @@ def test_packing_a_folder(own: Path, capsys: pytest.CaptureFixture, monkeypatch:
     assert f"2 videos and 1 caption rejected: see {own / 'mine' / 'rejects.jsonl'}" in told
     told = describe(own / "mine")
     assert (told["name"], told["rejected"]) == ("mine", "2 videos and 1 caption")
-    assert told["profile"] == "intra, fps 2, short_side 48, quality 3"
+    assert told["profile"] == "intra, fps 2, short_side 48, quality 3, chroma 420"
     before = files(own / "mine")
     assert run(own, "--short-side", "48", "--fps", "2") == 0
     assert "all of it was there already" in capsys.readouterr().err
@@ -185,7 +185,8 @@ def test_bad_arguments_are_answered_in_words(own: Path, capsys: pytest.CaptureFi
     for more, words in (
         (("--workers", "0"), "--workers 0: must be at least 1"),
         (("--shard-videos", "0"), "--shard-videos 0: must be at least 1"),
-        (("--quality", "1"), "--quality 1: must be between 2 and 31"),
+        (("--quality", "0"), "--quality 0: must be between 1 and 31"),
+        (("--chroma", "422"), "--chroma 422: there are 420 and 444"),
         (("--short-side", "0"), "--short-side 0: must be between 16 and 4096"),
         (("--videos", str(own / "none")), "there is no such folder"),
     ):
@@ -214,5 +215,5 @@ def test_two_splits_of_a_demo(tmp_path: Path, capsys: pytest.CaptureFixture) -> 
     assert shard.main(command) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source", "test", "train"]
     assert describe(tmp_path / "train")["name"] == "demo train"
-    assert describe(tmp_path / "test")["profile"] == "intra, fps 3, short_side 64, quality 3"
+    assert describe(tmp_path / "test")["profile"] == "intra, fps 3, short_side 64, quality 3, chroma 420"
     assert json.loads((tmp_path / "test" / "dataset.json").read_text())["videos"] == 2
