@@ -3,16 +3,17 @@
 import argparse
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
 
 from shards import ShardError
 from shards.dataset import find_splits
 from shards.datasets import Item, demo, folder
-from shards.info import describe
+from shards.info import count, describe, rejected, title
 from shards.pack import PROFILES, Profile, pack
 from shards.verify import verify
 
@@ -37,15 +38,36 @@ def _parser() -> argparse.ArgumentParser:
 
     packing = argparse.ArgumentParser(add_help=False)
     default = Profile()
-    packing.add_argument("--profile", choices=PROFILES, default=default.name,
-                         help="intra: each kept frame an independent JPEG, for training; copy: source bytes untouched")
+    packing.add_argument(
+        "--profile",
+        choices=PROFILES,
+        default=default.name,
+        help="intra: each kept frame an independent JPEG, for training; copy: source bytes untouched",
+    )
     packing.add_argument("--fps", type=int, default=default.fps, help="intra: frames kept a second (%(default)s)")
-    packing.add_argument("--short-side", type=int, default=None, metavar="PX",
-                         help=f"intra: scale the short side to this ({default.short_side}; demo: 64)")
-    packing.add_argument("--quality", type=int, default=default.quality,
-                         help="intra: JPEG quantiser, 2 best to 31 smallest (%(default)s)")
+    packing.add_argument(
+        "--short-side",
+        type=int,
+        default=None,
+        metavar="PX",
+        help=f"intra: scale the short side to this ({default.short_side}; demo: 64)",
+    )
+    packing.add_argument(
+        "--quality",
+        type=int,
+        default=default.quality,
+        help="intra: JPEG quantiser, 1 best to 31 smallest (%(default)s)",
+    )
+    packing.add_argument(
+        "--chroma",
+        type=int,
+        default=default.chroma,
+        help="intra: 420; 444 keeps full colour resolution and scales exactly, slower and larger (%(default)s)",
+    )
     packing.add_argument("--workers", type=int, default=None, help="processes (one a core)")
-    packing.add_argument("--shard-videos", type=int, default=None, help="videos a shard (16 to 256 by the size of the set)")
+    packing.add_argument(
+        "--shard-videos", type=int, default=None, help="videos a shard (16 to 256 by the size of the set)"
+    )
 
     one = commands.add_parser("demo", parents=[packing], help="generate a small data set of moving shapes and pack it")
     one.add_argument("--out", type=Path, required=True, help="writes OUT/source, OUT/train and OUT/test")
@@ -56,7 +78,9 @@ def _parser() -> argparse.ArgumentParser:
 
     one = commands.add_parser("folder", parents=[packing], help="pack your own videos, captioned in a csv")
     one.add_argument("--videos", type=Path, required=True, help="folder of video files")
-    one.add_argument("--captions", type=Path, required=True, help="csv with the header video,caption; one row a caption")
+    one.add_argument(
+        "--captions", type=Path, required=True, help="csv with the header video,caption; one row a caption"
+    )
     one.add_argument("--out", type=Path, required=True, help="the split to write")
     one.add_argument("--name", default=None, help="name of the data set (the output folder's name)")
     one.set_defaults(run=_folder)
@@ -77,7 +101,7 @@ def _demo(args) -> int:
         task = progress.add_task("videos", total=args.train + args.test, note="")
         items = demo.generate(
             args.out / "source", seed=args.seed, train=args.train, test=args.test, workers=args.workers,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
+            progress=partial(_show, progress, task),
         )  # fmt: skip
     for split in ("train", "test"):
         _pack(args, items[split], args.out / split, "demo", split, short_side=64)
@@ -97,20 +121,21 @@ def _pack(args, items: list[Item], out: Path, dataset: str, split: str, short_si
     profile = Profile(
         name=args.profile, fps=args.fps, short_side=short_side if args.short_side is None else args.short_side,
         quality=args.quality,
+        chroma=args.chroma,
     )  # fmt: skip
-    started, read, rejected = time.monotonic(), 0, 0
+    started, read, rejects = time.monotonic(), 0, 0
     with _bar() as progress:
-        task = progress.add_task(f"{dataset} {split}", total=len(items), note="")
+        task = progress.add_task(title(dataset, split), total=len(items), note="")
 
         def on_progress(event) -> None:
-            nonlocal read, rejected
+            nonlocal read, rejects
             read += event.bytes
             if event.rejected:
-                rejected += 1
+                rejects += 1
                 progress.console.print(f"[yellow]rejected[/] {_plain(event.rejected)}", highlight=False, soft_wrap=True)
             seconds = max(1e-9, time.monotonic() - started)
             done = progress.tasks[0].completed + 1 - resumed
-            note = f"{done / seconds:.1f} videos/s  {read / 1e6 / seconds:.1f} MB/s  {rejected} rejects"
+            note = f"{_rate(done / seconds)} videos/s {_rate(read / 1e6 / seconds)} MB/s {rejects} rejects"
             progress.update(task, advance=1, note=note)
 
         resumed = 0
@@ -118,19 +143,21 @@ def _pack(args, items: list[Item], out: Path, dataset: str, split: str, short_si
         def on_start(done: int, total: int) -> None:
             nonlocal resumed
             resumed = done
-            progress.update(task, completed=done, total=total)
+            progress.reset(task, completed=done, total=total)  # or what was there already would flatter the ETA
 
         info = pack(
             items, out, dataset=dataset, split=split, profile=profile, shard_videos=args.shard_videos,
             workers=args.workers, on_start=on_start, on_progress=on_progress,
         )  # fmt: skip
-    before = "; all of it was there already" if resumed == len(items) else f"; {resumed} were done before" if resumed else ""
+    before = (
+        "; all of it was there already" if resumed == len(items) else f"; {resumed} were done before" if resumed else ""
+    )
     console.print(
         f"{out}: {info['videos']} videos, {info['captions']} captions in {len(info['shards'])} shards{before}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
-    if info["rejects"]:
-        console.print(f"[yellow]{info['rejects']} rejected:[/] see {out / 'rejects.jsonl'}", highlight=False, soft_wrap=True)
+    if (lost := rejected(info)) != "nothing":
+        console.print(f"[yellow]{lost} rejected:[/] see {out / 'rejects.jsonl'}", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -138,11 +165,11 @@ def _verify(args) -> int:
     bad = 0
     for path in find_splits(args.path):
         with _bar() as progress:
-            task = progress.add_task(f"verify {path}", total=None, note="")
-            problems = verify(path, args.workers, lambda p=progress, t=task: p.update(t, advance=1))
+            task = progress.add_task(f"verify {path.name}", total=None, note="shards")
+            problems = verify(path, args.workers, partial(_show, progress, task))
         for problem in problems:
             print(f"{path}/{problem}")
-        print(f"{path}: {'all good' if not problems else f'{len(problems)} problems'}")
+        print(f"{path}: {count(len(problems), 'problem') if problems else 'all good'}")
         bad += len(problems)
     return 1 if bad else 0
 
@@ -157,10 +184,21 @@ def _info(args) -> int:
 
 
 def _bar() -> Progress:
+    """All that there is to say in one line of 80 columns; the bar takes what the words leave."""
+    name = Column(max_width=16, no_wrap=True, overflow="ellipsis")
     return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), console=console,
+        TextColumn("{task.description}", table_column=name), BarColumn(None, table_column=Column(ratio=1, max_width=40)),
+        MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TextColumn("ETA"), TimeRemainingColumn(compact=True),
+        console=console, expand=True,
     )  # fmt: skip
+
+
+def _show(progress: Progress, task: TaskID, done: int, total: int) -> None:
+    progress.update(task, completed=done, total=total)
+
+
+def _rate(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
 
 
 def _plain(text: object) -> str:

@@ -14,7 +14,8 @@ class DataConfig:
     train: str = ""  # folder of the training split
     test: str = ""  # folder of the split that validation and launch/eval.py rank
     num_frames: int = 12  # frames a video
-    sampling: str = "uniform"  # uniform, head, tail (CLIP4Clip's rules over `fps` frames a second), segment (mmaction2's)
+    # uniform, head, tail (CLIP4Clip's rules over `fps` frames a second), segment (mmaction2's)
+    sampling: str = "uniform"
     fps: int = 1  # frames a second that uniform, head and tail choose from
     image_size: int = 224  # side of the square crop, pixels
     resize: int = 0  # short side before the crop, pixels; 0: image_size
@@ -36,9 +37,13 @@ class DataConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name}={getattr(self, name)}: must be at least 1")
         if self.resize and self.resize < self.image_size:
-            raise ValueError(f"data.resize={self.resize} is smaller than data.image_size={self.image_size}: the crop needs it")
+            raise ValueError(
+                f"data.resize={self.resize} is smaller than data.image_size={self.image_size}: the crop needs it"
+            )
         if self.max_words < 3:
-            raise ValueError(f"data.max_words={self.max_words}: a caption takes a start, an end and a word, so at least 3")
+            raise ValueError(
+                f"data.max_words={self.max_words}: a caption takes a start, an end and a word, so at least 3"
+            )
         if len(self.mean) != 3 or len(self.std) != 3:
             raise ValueError("data.mean and data.std: one number for each of red, green and blue")
 

@@ -159,7 +159,9 @@ class Lane:
             except (OSError, ShardError) as error:
                 return BadSample(str(error))
             if crc32c(data) != frames.crc32c[position]:
-                return BadSample(f"crc32c of stored frame {position} differs from the sample table: the shard is damaged")
+                return BadSample(
+                    f"crc32c of stored frame {position} differs from the sample table: the shard is damaged"
+                )
             out.append(np.frombuffer(data, np.uint8))
         return out
 

@@ -21,7 +21,7 @@ from pipelines.tokens import tokenize
 from shards import ShardError
 from shards.dataset import Split
 
-_REPLACEMENT_TRIES = 64
+_REPLACEMENT_TRIES = 64  # batches looked through for a replacement
 
 
 @dataclass
@@ -53,8 +53,9 @@ class Loader:
     """Training batches from a position on, made by a thread `config.prefetch` batches ahead.
 
     Use it as `with Loader(...) as loader: for batch in loader.batches(epoch, step, steps)`. A video that cannot be
-    read or decoded is replaced by another pair of the epoch, named once in a warning and in `quarantine`
-    (a JSON-lines file); past `config.max_bad_fraction` of what was read, ShardError ends the run.
+    read or decoded is replaced by another pair of the epoch (by padding where a tiny set has none to spare), named once
+    in a warning and in `quarantine` (a JSON-lines file); past `config.max_bad_fraction` of what was read, ShardError
+    ends the run.
     """
 
     def __init__(
@@ -105,6 +106,8 @@ class Loader:
             while self._thread.is_alive():  # it may be waiting for room in the queue
                 _empty(self._queue)
                 self._thread.join(timeout=0.05)
+            _empty(self._queue)
+            self._queue.put(None)  # whoever still iterates comes to an end
         self._lane.close()
 
     def __enter__(self) -> "Loader":
@@ -134,15 +137,21 @@ class Loader:
 
     def _make(self, epoch: int, step: int) -> Batch:
         whole = self.order.batch(epoch, step)
-        pairs = whole[self._rows].copy()
+        pairs = list(whole[self._rows])
         requests = [self._request(pair, epoch) for pair in pairs]
-        sources = self._lane.read(requests)
-        self._read += len(requests)
-        for row, source in enumerate(sources):
+        rows = list(zip(pairs, requests, self._lane.read(requests), strict=True))
+        self._read += len(rows)
+        for i, (_, request, source) in enumerate(rows):
             if isinstance(source, BadSample):
-                self._report(requests[row].video, source)
-                taken = set(whole[:, 0].tolist()) | set(pairs[:, 0].tolist())
-                pairs[row], requests[row], sources[row] = self._replace(epoch, step, self._rows.start + row, taken)
+                self._report(request.video, source)
+                rows[i] = self._replace(epoch, step, self._rows.start + i)
+        kept = [row for row in rows if row is not None]
+        if not kept and len(rows) == len(whole):
+            raise ShardError(
+                f"step {step} of epoch {epoch}: no video of {self.split.path} is readable. Verify the shards"
+            )
+        pairs, requests, sources = map(list, zip(*kept, strict=True)) if kept else ([], [], [])
+        pairs = np.array(pairs, np.int64).reshape(-1, 2)
         return self._assemble(epoch, step, pairs, requests, sources)
 
     def _assemble(self, epoch: int, step: int, pairs: np.ndarray, requests: list[Request], sources: list) -> Batch:
@@ -171,44 +180,63 @@ class Loader:
         video = self.split.video(int(pair[0]))
         random = None
         if self.config.sampling == "segment":  # drawn from counters, so a resumed run draws the same
-            counter = [epoch, int(pair[0]), int(pair[1]), 0]
-            random = np.random.Generator(np.random.Philox(key=[self.seed & (2**64 - 1), 1], counter=counter))
+            key = np.array([self.seed & (2**64 - 1), 1], np.uint64)
+            counter = [0, epoch, int(pair[0]), int(pair[1])]  # the first counts the draws
+            random = np.random.Generator(np.random.Philox(key=key, counter=counter))
         config = self.config
         return Request(video, choose(video, config.sampling, config.num_frames, config.fps, random))
 
-    def _replace(self, epoch: int, step: int, row: int, taken: set[int]) -> tuple[np.ndarray, Request, list]:
-        """Another pair of the epoch for a row of the global batch: from the batches after it, the same row first."""
-        steps = self.steps_per_epoch
-        for attempt in range(1, _REPLACEMENT_TRIES):
-            other = self.order.batch(epoch, (step + attempt) % steps)
-            pair = other[(row + attempt // steps) % len(other)]
-            if int(pair[0]) in taken or int(pair[0]) in self._bad:
-                continue
+    def _replace(self, epoch: int, step: int, row: int) -> tuple[np.ndarray, Request, list[np.ndarray]] | None:
+        """Another pair of the epoch for a row of the global batch; None, for padding, if there is none to spare."""
+        for pair in self._spares(epoch, step, row):
             request = self._request(pair, epoch)
             (source,) = self._lane.read([request])
             self._read += 1
             if not isinstance(source, BadSample):
                 return pair, request, source
             self._report(request.video, source)
-        raise ShardError(f"no readable video was found to replace a bad one in {self.split.path}: verify the shards")
+        return None
+
+    def _spares(self, epoch: int, step: int, row: int) -> Iterator[np.ndarray]:
+        """Pairs of the batches after this one whose videos are not in it.
+
+        They are dealt out to the rows in turn: no two rows get the same one, whichever ranks they are on, and what a
+        row gets does not depend on what else was bad before.
+        """
+        whole = self.order.batch(epoch, step)
+        seen, dealt = set(whole[:, 0].tolist()), 0
+        for ahead in range(1, min(_REPLACEMENT_TRIES, self.steps_per_epoch)):
+            for pair in self.order.batch(epoch, (step + ahead) % self.steps_per_epoch):
+                if int(pair[0]) not in seen:
+                    seen.add(int(pair[0]))
+                    if dealt % len(whole) == row:
+                        yield pair
+                    dealt += 1
 
     def _report(self, video, reason: BadSample) -> None:
         self._bad[video.index] = self._bad.get(video.index, 0) + 1
         if self._bad[video.index] == 1:
             warnings.warn(f"{self.split.path}: {video.key} cannot be used and is replaced: {reason}", stacklevel=2)
-            if self._quarantine is not None:
+            if self._quarantine is not None and not self._listed(video.key):
                 line = json.dumps({"split": str(self.split.path), "key": video.key, "reason": str(reason)}) + "\n"
                 descriptor = os.open(self._quarantine, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
                 os.write(descriptor, line.encode())  # one write: ranks share the file
                 os.close(descriptor)
         bad = sum(self._bad.values())
         limit = self.config.max_bad_fraction
-        if bad > max(1, limit * max(self._read, 1000)):
+        if bad > limit * max(self._read, 1000):
             raise ShardError(
                 f"{bad} of {self._read} samples read from {self.split.path} are bad, more than "
                 f"data.max_bad_fraction={limit} allows. Last: {video.key}: {reason}. Run: python -m c4c.shard verify "
                 f"{self.split.path}"
             )
+
+    def _listed(self, key: str) -> bool:
+        """Whether another rank, or this run before it was resumed, has listed the video."""
+        if not self._quarantine.exists():
+            return False
+        there = [json.loads(line) for line in self._quarantine.read_text().splitlines()]
+        return any(entry["key"] == key and entry["split"] == str(self.split.path) for entry in there)
 
 
 class VideoReader:
@@ -221,7 +249,8 @@ class VideoReader:
         self.split, self.config = split, config
         self._mine = np.arange(rank, len(split), world)
         size = config.eval_batch_size
-        self.batches = -(-(-(-len(split) // world)) // size)
+        most = -(-len(split) // world)  # videos of a rank
+        self.batches = -(-most // size)
         self._lane = Lane(split, config, torch.device(device), size)
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor]]:
@@ -238,7 +267,9 @@ class VideoReader:
             sources = self._lane.read(requests)
             for video, source in zip(videos, sources, strict=True):
                 if isinstance(source, BadSample):
-                    raise ShardError(f"{self.split.path}: {video.key} cannot be evaluated: {source}. Pack the split again.")
+                    raise ShardError(
+                        f"{self.split.path}: {video.key} cannot be evaluated: {source}. Pack the split again."
+                    )
             yield indices, *self._lane.decode(requests, sources)
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ global batch, so it is the same for every number of them.
 """
 
 import warnings
+from collections import Counter
 from functools import lru_cache
 
 import numpy as np
@@ -47,7 +48,7 @@ class Order:
         return pairs[bounds[step] : bounds[step + 1]]
 
     def _draw_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        random = np.random.Philox(key=[self.seed & (2**64 - 1), epoch])
+        random = np.random.Philox(key=np.array([self.seed & (2**64 - 1), epoch], np.uint64))
         bounds = np.linspace(0, self.pairs, self.steps_per_epoch + 1).round().astype(np.int64)
         video = np.repeat(np.arange(len(self.counts)), self.counts)
         caption = np.arange(self.pairs) - np.repeat(np.cumsum(self.counts) - self.counts, self.counts)
@@ -60,9 +61,9 @@ class Order:
 def rank_rows(batch_size: int, rank: int, world: int) -> slice:
     """The rows of a global batch that a rank takes. Raises ValueError if they cannot be shared out evenly."""
     if batch_size % world:
+        usable = [n for n in (batch_size // world * world, (batch_size // world + 1) * world) if n]
         raise ValueError(
-            f"train.batch_size={batch_size} does not divide by {world} ranks: use "
-            f"{batch_size // world * world or world} or {(batch_size // world + 1) * world}"
+            f"train.batch_size={batch_size} does not divide by {world} ranks: use {' or '.join(map(str, usable))}"
         )
     share = batch_size // world
     return slice(rank * share, (rank + 1) * share)
@@ -79,14 +80,21 @@ def _separate(order: np.ndarray, video: np.ndarray, bounds: np.ndarray, random: 
         return order
     order = order.copy()
     held = set(cell.tolist())
+    extra = Counter(cell[clashing].tolist())  # copies of a video in a batch beyond the first
     width = int(video.max()) + 1
     for here in clashing.tolist():
+        if not extra[int(batch_of[here]) * width + int(video[order[here]])]:
+            continue  # a swap for another pair has parted them already
         for there in (random.random_raw(_REPAIR_TRIES) % np.uint64(len(order))).tolist():
             mine, other = int(video[order[here]]), int(video[order[there]])
             a, b = int(batch_of[here]), int(batch_of[there])
             if a != b and a * width + other not in held and b * width + mine not in held:
                 order[here], order[there] = order[there], order[here]
-                held -= {b * width + other}
+                extra[a * width + mine] -= 1
+                if extra[b * width + other]:
+                    extra[b * width + other] -= 1
+                else:
+                    held.remove(b * width + other)
                 held |= {a * width + other, b * width + mine}
                 break
         else:

@@ -14,7 +14,9 @@ from shards.schema import Video
 RULES = ("uniform", "head", "tail", "segment")
 
 
-def extractor_frames(source_frames: int, fps: Fraction | float, max_frames: int, position: str, rate: int = 1) -> np.ndarray:
+def extractor_frames(
+    source_frames: int, fps: Fraction | float, max_frames: int, position: str, rate: int = 1
+) -> np.ndarray:
     """CLIP4Clip's rule: int32 [at most max_frames] frame numbers.
 
     Candidates are `rate` frames of every second, where a second has int(fps) frames and its k-th candidate is

@@ -17,13 +17,20 @@ from shards import ShardError
 from shards.schema import FORMAT_VERSION, FRAME_COLUMNS, FrameTable, Video
 
 _TABLES_IN_MEMORY = 512  # shards whose sample table stays decoded; a table of 256 videos takes about 3 MB
+_OPEN_FILES = 256  # tars; a process may often open 1024 files in all
 
 
 class Table:
     """The sample table of one shard, as numpy columns."""
 
     def __init__(self, path: Path, name: str, first: int):
-        table = pq.read_table(path).combine_chunks()
+        try:
+            table = pq.read_table(path, page_checksum_verification=True).combine_chunks()
+        except (OSError, pa.ArrowException) as error:
+            raise ShardError(
+                f"{path} cannot be read ({str(error).splitlines()[0]}). Copy it again, or delete it and run the packing "
+                "command again."
+            ) from error
         self.name, self.first, self.rows = name, first, table.num_rows
         flat = [f.name for f in table.schema if not pa.types.is_list(f.type)]
         self._columns = {name: table.column(name).to_pylist() for name in flat}
@@ -62,7 +69,7 @@ class Split:
         self.shards = [s["name"] for s in self.info["shards"]]
         self._starts = np.cumsum([0] + [s["videos"] for s in self.info["shards"]])
         self._tables: OrderedDict[int, Table] = OrderedDict()
-        self._files: dict[str, int] = {}
+        self._files: OrderedDict[str, _File] = OrderedDict()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -92,7 +99,7 @@ class Split:
     def read(self, video: Video, offset: int = 0, size: int = -1) -> bytes:
         """Bytes of the stored file; `size` -1 reads to its end. Raises ShardError if the tar is shorter than that."""
         size = video.size - offset if size < 0 else size
-        data = os.pread(self._file(video.shard), size, video.offset + offset)
+        data = self._file(video.shard).read(size, video.offset + offset)
         if len(data) != size:
             raise ShardError(
                 f"{self.path / video.shard}.tar ends inside {video.key}: the file was cut short after packing. "
@@ -102,18 +109,15 @@ class Split:
 
     def json(self, video: Video) -> dict:
         """The sample's JSON member, which follows the video in the tar."""
-        start = video.offset + -(-video.size // 512) * 512
-        header = os.pread(self._file(video.shard), 512, start)
-        if header[:100].startswith(b"././@LongLink"):  # names over 100 bytes take two more blocks
-            start += 1024
-            header = os.pread(self._file(video.shard), 512, start)
-        member = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
-        return json.loads(os.pread(self._file(video.shard), member.size, start + 512))
+        file, start = self._file(video.shard), video.offset + _blocks(video.size)
+        member = tarfile.TarInfo.frombuf(file.read(512, start), "utf-8", "strict")
+        if member.type == tarfile.GNUTYPE_LONGNAME:  # a name over 100 bytes stands in blocks of its own
+            start += 512 + _blocks(member.size)
+            member = tarfile.TarInfo.frombuf(file.read(512, start), "utf-8", "strict")
+        return json.loads(file.read(member.size, start + 512))
 
     def close(self) -> None:
         with self._lock:
-            for descriptor in self._files.values():
-                os.close(descriptor)
             self._files.clear()
 
     def _find(self, index: int) -> tuple[Table, int]:
@@ -135,11 +139,33 @@ class Split:
                 self._tables.popitem(last=False)
         return table
 
-    def _file(self, shard: str) -> int:
+    def _file(self, shard: str) -> "_File":
         with self._lock:
             if shard not in self._files:
-                self._files[shard] = os.open(self.path / f"{shard}.tar", os.O_RDONLY)
+                self._files[shard] = _File(self.path / f"{shard}.tar")
+            self._files.move_to_end(shard)
+            while len(self._files) > _OPEN_FILES:
+                self._files.popitem(last=False)
             return self._files[shard]
+
+
+class _File:
+    """A file open for reading at any place. Closed when the last who holds it lets go, so never under a reading thread."""
+
+    def __init__(self, path: Path):
+        self._descriptor = os.open(path, os.O_RDONLY)
+
+    def read(self, size: int, offset: int) -> bytes:
+        return os.pread(self._descriptor, size, offset)
+
+    def __del__(self):
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+
+def _blocks(size: int) -> int:
+    """Bytes that `size` bytes take in a tar."""
+    return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
 def find_splits(path: str | Path) -> list[Path]:
@@ -167,7 +193,9 @@ def _read_info(path: Path) -> dict:
                 f"{path} is incomplete: {done} of {total} shards are packed. Run the packing command again; it goes on "
                 "where it stopped."
             )
-        raise ShardError(f"{path} holds no dataset.json, so it is not a packed split. Pack one: python -m c4c.shard --help")
+        raise ShardError(
+            f"{path} holds no dataset.json, so it is not a packed split. Pack one: python -m c4c.shard --help"
+        )
     try:
         info = json.loads((path / "dataset.json").read_text())
     except ValueError as error:
@@ -180,12 +208,12 @@ def _read_info(path: Path) -> dict:
             if not file.exists():
                 raise ShardError(
                     f"{path} is incomplete: {file.name} is missing of {len(info['shards'])} shards. Copy it again, or "
-                    f"delete {path / 'dataset.json'} and run the packing command again."
+                    "run the packing command again; it packs what is missing."
                 )
         size = (path / f"{shard['name']}.tar").stat().st_size
         if size != shard["bytes"]:
             raise ShardError(
                 f"{path / shard['name']}.tar has {size} bytes, {shard['bytes']} were packed: it was cut short or changed. "
-                "Copy it again, or delete it with its .parquet and dataset.json, and run the packing command again."
+                "Copy it again, or run the packing command again; it packs that shard anew."
             )
     return info

@@ -20,9 +20,10 @@ def describe(path: Path) -> dict[str, str]:
     shapes = Counter(f"{v.width}x{v.height}" for v in videos)
     rates = Counter(f"{float(v.fps):.4g}" for v in videos)
     return {
-        "name": f"{split.info['name']} / {split.info['split']}",
+        "name": title(split.info["name"], split.info["split"]),
         "profile": ", ".join(f"{k} {v}" if k != "name" else v for k, v in profile.items()),
-        "videos": f"{len(videos)} in {len(split.shards)} shards, {split.info['rejects']} rejects",
+        "videos": f"{len(videos)} in {len(split.shards)} shards",
+        "rejected": rejected(split.info),
         "captions": f"{split.info['captions']} ({_span(split.caption_counts)} a video, {_span(words)} words)",
         "duration": f"{durations.sum() / 3600:.2f} h ({_span(durations)} s a video)",
         "stored frames": f"{stored.sum()} ({_span(stored)} a video)",
@@ -33,6 +34,20 @@ def describe(path: Path) -> dict[str, str]:
         "sliceable": f"{sum(v.frames.sliceable for v in videos)} of {len(videos)}",
         "digest": split.digest,
     }
+
+
+def title(name: str, split: str) -> str:
+    return name if name == split else f"{name} {split}"
+
+
+def rejected(info: dict) -> str:
+    """What `dataset.json` says was not packed, or "nothing"."""
+    counts = ((info[f"rejected_{what}s"], what) for what in ("video", "caption"))
+    return " and ".join(count(n, what) for n, what in counts if n) or "nothing"
+
+
+def count(n: int, what: str) -> str:
+    return f"{n} {what}{'s' * (n != 1)}"
 
 
 def _span(values: np.ndarray) -> str:

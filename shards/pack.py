@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,29 +25,32 @@ from crc32c import crc32c
 
 from shards import ShardError, video
 from shards.datasets import Item
-from shards.schema import FORMAT_VERSION, SCHEMA, FrameTable
-from shards.tar import TarWriter, commit, safe_extension, safe_key, write_atomic
+from shards.schema import FORMAT_VERSION, JSON_CRCS, REJECTS, SCHEMA, FrameTable
+from shards.tar import UNSUPPORTED, TarWriter, commit, safe_extension, safe_key, sync_and_close, write_atomic
 
 PROFILES = ("intra", "copy")
-_REJECTS = b"c4c.rejects"  # key in the parquet's metadata, so that rejects commit together with the rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """What is stored of each video. `fps`, `short_side` (pixels) and `quality` (2 best, 31 worst) speak of `intra`."""
+    """What is stored of each video. All but the name speak of `intra`: `fps`, `short_side` in pixels, `quality` (JPEG
+    quantiser, 1 best, 31 worst), `chroma` (420, or 444 for exact scaling and full colour resolution)."""
 
     name: str = "intra"
     fps: int = 3
     short_side: int = 224
     quality: int = 3
+    chroma: int = 420
 
     def __post_init__(self):
         if self.name not in PROFILES:
             raise ShardError(f"--profile {self.name}: there are {', '.join(PROFILES)}")
-        for name, low, high in (("fps", 1, 240), ("short_side", 16, 4096), ("quality", 2, 31)):
+        for name, low, high in (("fps", 1, 240), ("short_side", 16, 4096), ("quality", 1, 31)):
             if not low <= getattr(self, name) <= high:
                 flag = name.replace("_", "-")
                 raise ShardError(f"--{flag} {getattr(self, name)}: must be between {low} and {high}")
+        if self.chroma not in (420, 444):
+            raise ShardError(f"--chroma {self.chroma}: there are 420 and 444")
 
     def describe(self) -> dict:
         return asdict(self) if self.name == "intra" else {"name": self.name}
@@ -103,18 +106,23 @@ def pack(
     }
     out.mkdir(parents=True, exist_ok=True)
     with _locked(out):
-        if _already_packed(out, plan):
-            on_start(len(items), len(items))
-            return json.loads((out / "dataset.json").read_text())
-        write_atomic(out / "packing.json", json.dumps(plan, indent=2) + "\n")
+        finished = _refuse_other(out, plan)
         for leftover in out.glob(".*.tmp"):
             leftover.unlink()
+        packed = {shard["name"]: shard["bytes"] for shard in finished["shards"]} if finished else {}
         jobs = [
             _Job(part, out, name, profile)
             for part, name in zip(slices, names, strict=True)
-            if not (out / f"{name}.parquet").exists()
+            if not _is_committed(out, name, packed.get(name))
         ]
         on_start(len(items) - sum(len(job.items) for job in jobs), len(items))
+        if finished and not jobs:
+            (out / "packing.json").unlink(missing_ok=True)  # left by a kill between the last two steps
+            return finished
+        write_atomic(out / "packing.json", json.dumps(plan, indent=2) + "\n")
+        for job in jobs:
+            (out / f"{job.name}.parquet").unlink(missing_ok=True)
+        (out / "dataset.json").unlink(missing_ok=True)
         _run(jobs, workers or os.cpu_count() or 1, on_progress)
         return _finish(out, plan, names)
 
@@ -143,26 +151,45 @@ def _locked(out: Path):
     with open(out / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ShardError(
+                f"{out} is being packed by another process: wait for it, or choose another --out"
+            ) from error
         except OSError as error:
-            raise ShardError(f"{out} is being packed by another process: wait for it, or choose another --out") from error
+            if error.errno not in UNSUPPORTED:
+                raise
         yield
 
 
-def _already_packed(out: Path, plan: dict) -> bool:
-    """True if `out` holds exactly this, finished. Raises ShardError if it holds something else."""
+def _refuse_other(out: Path, plan: dict) -> dict | None:
+    """Raises ShardError if `out` holds something else than `plan`. Returns its `dataset.json`, if it has been finished."""
     for name in ("dataset.json", "packing.json"):
         if (out / name).exists():
-            there = json.loads((out / name).read_text()).get("plan", {}) if name == "dataset.json" else None
-            there = there if there is not None else json.loads((out / name).read_text())
+            try:
+                record = json.loads((out / name).read_text())
+            except ValueError as error:
+                raise ShardError(
+                    f"{out / name} is not JSON ({error}). Choose another --out, or delete {out}."
+                ) from error
+            there = record.get("plan", {}) if name == "dataset.json" else record
             differing = sorted(k for k in plan if there.get(k) != plan[k])
             if differing:
                 details = "; ".join(f"{k}: {there.get(k)} there, {plan[k]} asked for" for k in differing)
-                raise ShardError(f"{out} holds a different packing ({details}). Choose another --out, or delete it first.")
-            return name == "dataset.json"
-    foreign = [p.name for p in out.iterdir() if p.suffix in (".tar", ".parquet")]
+                raise ShardError(
+                    f"{out} holds a different packing ({details}). Choose another --out, or delete it first."
+                )
+            return record if name == "dataset.json" else None
+    foreign = sorted(p.name for p in out.iterdir() if p.suffix in (".tar", ".parquet"))
     if foreign:
         raise ShardError(f"{out} already holds {foreign[0]} and no record of how it was made. Choose another --out.")
-    return False
+    return None
+
+
+def _is_committed(out: Path, name: str, size: int | None) -> bool:
+    """Whether a shard's files are all there, and its tar has `size` bytes where that is known."""
+    if not all((out / f"{name}.{suffix}").exists() for suffix in ("tar", "idx", "parquet")):
+        return False
+    return size is None or (out / f"{name}.tar").stat().st_size == size
 
 
 def _run(jobs: list[_Job], workers: int, on_progress: Callable[[Progress], None]) -> None:
@@ -196,10 +223,8 @@ def _run(jobs: list[_Job], workers: int, on_progress: Callable[[Progress], None]
 
 
 def _wait_a_little(futures: set) -> None:
-    try:
+    with suppress(TimeoutError):
         next(as_completed(futures, timeout=0.1), None)
-    except TimeoutError:
-        pass
 
 
 def _drain(reports, on_progress: Callable[[Progress], None]) -> None:
@@ -220,7 +245,7 @@ def _start_worker(reports, parent: int) -> None:
 def _pack_shard(job: _Job) -> None:
     paths = {suffix: job.out / f"{job.name}.{suffix}" for suffix in ("tar", "idx", "parquet")}
     temporary = {s: p.with_name(f".{p.name}.{os.getpid()}.tmp") for s, p in paths.items()}
-    rows, rejects = [], []
+    rows, rejects, json_crcs = [], [], []
     writer = TarWriter(temporary["tar"])
     for item in job.items:
         size = 0
@@ -232,7 +257,9 @@ def _pack_shard(job: _Job) -> None:
                 raise video.VideoError("it has no caption")
             data = _read(item.path)
             size = len(data)
-            rows.append(_pack_video(item, captions, data, job.profile, writer))
+            row, json_crc = _pack_video(item, captions, data, job.profile, writer)
+            rows.append(row)
+            json_crcs.append(json_crc)
             reason = None
         except video.VideoError as error:
             reason = str(error)
@@ -241,12 +268,11 @@ def _pack_shard(job: _Job) -> None:
     writer.close()
     commit(temporary["tar"], paths["tar"])
     write_atomic(paths["idx"], writer.index())
-    metadata = {_REJECTS: json.dumps(rejects, sort_keys=True).encode()}
+    metadata = {REJECTS: json.dumps(rejects, sort_keys=True).encode(), JSON_CRCS: json.dumps(json_crcs).encode()}
     table = pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata(metadata))
-    with open(temporary["parquet"], "wb") as file:
-        pq.write_table(table, file, compression="zstd")
-        file.flush()
-        os.fsync(file.fileno())
+    file = open(temporary["parquet"], "wb")  # noqa: SIM115 closed in sync_and_close()
+    pq.write_table(table, file, compression="zstd", write_page_checksum=True)
+    sync_and_close(file)
     commit(temporary["parquet"], paths["parquet"])
 
 
@@ -259,18 +285,23 @@ def _read(path: Path) -> bytes:
         raise video.VideoError(f"the file cannot be read ({error.strerror})") from error
 
 
-def _pack_video(item: Item, captions: list, data: bytes, profile: Profile, writer: TarWriter) -> dict:
-    """Write one video into the tar; returns its row. Nothing is written unless all of it decoded."""
+def _pack_video(item: Item, captions: list, data: bytes, profile: Profile, writer: TarWriter) -> tuple[dict, int]:
+    """Write one video into the tar; returns its row and its json's crc32c. Writes nothing unless all of it decoded."""
     if profile.name == "intra":
         source, stored, frames = video.to_intra(
-            data, rate=profile.fps, short_side=profile.short_side, quality=profile.quality
+            data, rate=profile.fps, short_side=profile.short_side, quality=profile.quality, chroma=profile.chroma
         )
         codec, extension, extradata, rotation = "mjpeg", "mp4", b"", 0
         width, height = video.scaled_size(source.width, source.height, profile.short_side)
     else:
         source = video.scan(data)
         stored, frames = data, source.frames
-        codec, extension, extradata, rotation = source.codec, safe_extension(item.path), source.extradata, source.rotation
+        codec, extension, extradata, rotation = (
+            source.codec,
+            safe_extension(item.path),
+            source.extradata,
+            source.rotation,
+        )
         width, height = source.width, source.height
     key = safe_key(item.id)
     row = {
@@ -300,7 +331,7 @@ def _pack_video(item: Item, captions: list, data: bytes, profile: Profile, write
     }
     text = json.dumps(described, ensure_ascii=False, sort_keys=True).encode()
     row["offset"] = writer.add(key, {extension: stored, "json": text})[extension]
-    return row | frame_columns(frames)
+    return row | frame_columns(frames), crc32c(text)
 
 
 def frame_columns(frames: FrameTable) -> dict:
@@ -314,7 +345,7 @@ def _finish(out: Path, plan: dict, names: list[str]) -> dict:
     digest = hashlib.sha256(json.dumps(plan["profile"], sort_keys=True).encode())
     for name in names:
         table = pq.read_table(out / f"{name}.parquet", columns=["key", "crc32c", "captions", "size"])
-        rejects += json.loads(table.schema.metadata[_REJECTS])
+        rejects += json.loads(table.schema.metadata[REJECTS])
         rows = table.to_pylist()
         for row in rows:
             digest.update(json.dumps([row["key"], row["crc32c"], row["captions"]], sort_keys=True).encode())
@@ -326,7 +357,10 @@ def _finish(out: Path, plan: dict, names: list[str]) -> dict:
                 "bytes": (out / f"{name}.tar").stat().st_size,
             }
         )
-    write_atomic(out / "rejects.jsonl", "".join(json.dumps(r, ensure_ascii=False, sort_keys=True) + "\n" for r in rejects))
+    rejected_captions = sum("caption" in r for r in rejects)
+    write_atomic(
+        out / "rejects.jsonl", "".join(json.dumps(r, ensure_ascii=False, sort_keys=True) + "\n" for r in rejects)
+    )
     summary = {
         "format": FORMAT_VERSION,
         "name": plan["name"],
@@ -334,15 +368,17 @@ def _finish(out: Path, plan: dict, names: list[str]) -> dict:
         "profile": plan["profile"],
         "videos": sum(s["videos"] for s in shards),
         "captions": sum(s["captions"] for s in shards),
-        "rejects": len(rejects),
+        "rejected_videos": len(rejects) - rejected_captions,
+        "rejected_captions": rejected_captions,
         "digest": digest.hexdigest(),
         "shards": shards,
         "plan": plan,
     }
     if not summary["videos"]:
+        first = next(r for r in rejects if "caption" not in r)
         raise ShardError(
             f"not one of the videos could be packed; {out / 'rejects.jsonl'} says why for each. "
-            f"First: {rejects[0]['id']}: {rejects[0]['reason']}"
+            f"First: {first['id']}: {first['reason']}. When that is mended, delete {out} and run the command again."
         )
     write_atomic(out / "dataset.json", json.dumps(summary, indent=2) + "\n")
     (out / "packing.json").unlink(missing_ok=True)

@@ -11,6 +11,10 @@ import pyarrow as pa
 
 FORMAT_VERSION = 1
 
+# keys of the parquet's metadata: what belongs to a shard but to no row commits together with the rows
+REJECTS = b"c4c.rejects"  # JSON: what was not packed, and why
+JSON_CRCS = b"c4c.json_crc32c"  # JSON: crc32c of each row's .json member
+
 FRAME_COLUMNS = {
     "frame_number": (pa.int32(), "frame number in the source video, counted from 0 in display order"),
     "frame_time": (pa.float64(), "presentation time in the source video, seconds"),

@@ -1,5 +1,6 @@
 """One WebDataset tar and DALI's index of it, written so that equal input gives equal bytes."""
 
+import errno
 import io
 import os
 import re
@@ -8,6 +9,9 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 
 _INDEX_VERSION = "v1.2"  # of nvidia.dali.fn.readers.webdataset
+
+# what network and user-space file systems answer to a sync or a lock that they do not have
+UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF, errno.ENOLCK}
 
 
 def safe_key(name: str) -> str:
@@ -36,7 +40,7 @@ class TarWriter:
 
     def __init__(self, path: Path):
         self._file = open(path, "wb")  # noqa: SIM115 closed in close()
-        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.GNU_FORMAT)
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.GNU_FORMAT)  # noqa: SIM115
         self._index: list[str] = []
 
     def add(self, key: str, members: dict[str, bytes]) -> dict[str, int]:
@@ -80,24 +84,31 @@ def read_index(path: Path) -> dict[str, tuple[int, int]]:
 
 
 def read_members(path: Path) -> dict[str, tuple[int, int]]:
-    """{member name: (offset, size)} from the tar itself. Raises tarfile.TarError if it is damaged or cut short."""
-    with tarfile.open(path, "r:") as tar:
+    """{member name: (offset, size)} of the members whose headers are whole. Raises tarfile.TarError if it is cut short."""
+    with tarfile.open(path, "r:", ignore_zeros=True) as tar:  # without, it ends in silence at a damaged header
         return {m.name: (m.offset_data, m.size) for m in tar}
 
 
 def sync_and_close(file) -> None:
     file.flush()
-    os.fsync(file.fileno())
+    _sync(file.fileno())
     file.close()
+
+
+def _sync(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Write a whole file so that a reader sees either the old one or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data.encode() if isinstance(data, str) else data)
-        file.flush()
-        os.fsync(file.fileno())
+    file = open(temporary, "wb")  # noqa: SIM115 closed in sync_and_close()
+    file.write(data.encode() if isinstance(data, str) else data)
+    sync_and_close(file)
     commit(temporary, path)
 
 
@@ -106,6 +117,6 @@ def commit(temporary: Path, path: Path) -> None:
     os.replace(temporary, path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        _sync(folder)
     finally:
         os.close(folder)

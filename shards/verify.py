@@ -8,12 +8,14 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow.parquet as pq
 from crc32c import crc32c
 
 from shards import ShardError
 from shards.dataset import Split, Table
+from shards.schema import JSON_CRCS, Video
 from shards.tar import read_index, read_members
 from shards.video import VideoError, scan
 
@@ -30,8 +32,13 @@ class Problem:
         return f"{self.shard}: {self.key + ': ' if self.key else ''}{self.what}"
 
 
-def verify(path: Path, workers: int | None = None, on_shard: Callable[[], None] = lambda: None) -> list[Problem]:
-    """Check every shard of a split: crc32c, full decode, index against tar, table against both. [] if all is well."""
+def verify(
+    path: Path, workers: int | None = None, on_shard: Callable[[int, int], None] = lambda done, total: None
+) -> list[Problem]:
+    """Check every shard of a split: crc32c, full decode, index against tar, table against both. [] if all is well.
+
+    `on_shard(done, total)` is called with shards. Raises ShardError if `path` is not a finished split.
+    """
     problems, jobs, first = [], [], 0
     info = json.loads((path / "dataset.json").read_text()) if (path / "dataset.json").exists() else None
     if info is None:
@@ -41,9 +48,10 @@ def verify(path: Path, workers: int | None = None, on_shard: Callable[[], None] 
         jobs.append((path, shard, first))
         first += shard["videos"]
     with ProcessPoolExecutor(min(workers or os.cpu_count() or 1, max(1, len(jobs))), get_context("spawn")) as pool:
-        for found in pool.map(_verify_shard, jobs):
+        on_shard(0, len(jobs))
+        for done, found in enumerate(pool.map(_verify_shard, jobs), 1):
             problems += found
-            on_shard()
+            on_shard(done, len(jobs))
     return problems
 
 
@@ -56,18 +64,20 @@ def _verify_shard(job: tuple[Path, dict, int]) -> list[Problem]:
         return [Problem(name, None, f"{name}.{s} is missing") for s in missing]
     try:
         table = Table(path / f"{name}.parquet", name, first)
-        rejected = pq.read_schema(path / f"{name}.parquet").metadata
-        if b"c4c.rejects" not in (rejected or {}):
-            problems.append(Problem(name, None, "the sample table carries no list of rejects"))
+        json_crcs = json.loads(pq.read_schema(path / f"{name}.parquet").metadata[JSON_CRCS])
     except Exception as error:  # Arrow raises many kinds for a damaged file
         return [Problem(name, None, f"the sample table cannot be read ({str(error).splitlines()[0]})")]
+    size = tar_path.stat().st_size
+    if size != shard["bytes"]:
+        problems.append(Problem(name, None, f"the tar has {size} bytes, {shard['bytes']} were packed"))
     if table.rows != shard["videos"]:
         problems.append(Problem(name, None, f"{table.rows} videos in the table, {shard['videos']} in dataset.json"))
     try:
         members = read_members(tar_path)
     except (tarfile.TarError, EOFError, ValueError) as error:
         members = None
-        problems.append(Problem(name, None, f"the tar is damaged ({error})"))
+        if not problems:
+            problems.append(Problem(name, None, f"the tar is damaged ({error})"))
     try:
         index = read_index(path / f"{name}.idx")
         if members is not None and index != members:
@@ -78,16 +88,27 @@ def _verify_shard(job: tuple[Path, dict, int]) -> list[Problem]:
     with open(tar_path, "rb") as file:
         for row in range(table.rows):
             video = table.video(row)
-            file.seek(video.offset)
-            what = _verify_video(video, file.read(video.size), members)
+            if any(p.key == video.key for p in problems):
+                continue
+            what = _verify_members(video, file, members, json_crcs[row])
             problems += [Problem(name, video.key, what)] if what else []
     return problems
 
 
-def _verify_video(video, data: bytes, members: dict | None) -> str | None:
+def _verify_members(video: Video, file: BinaryIO, members: dict | None, json_crc: int) -> str | None:
     member = f"{video.key}.{video.ext}"
-    if members is not None and members.get(member) != (video.offset, video.size):
-        return f"table and tar disagree about {member}"
+    if members is not None:
+        if members.get(member) != (video.offset, video.size):
+            return f"table and tar disagree about {member}"
+        offset, size = members.get(f"{video.key}.json", (0, 0))
+        file.seek(offset)
+        if crc32c(file.read(size)) != json_crc:
+            return "crc32c differs: its json changed after packing"
+    file.seek(video.offset)
+    return _verify_video(video, file.read(video.size))
+
+
+def _verify_video(video: Video, data: bytes) -> str | None:
     if len(data) != video.size:
         return f"the tar ends after {len(data)} of its {video.size} bytes"
     if crc32c(data) != video.crc32c:

@@ -1,18 +1,22 @@
 """Encoded video and frames, through PyAV: what a file holds, its intra-only copy, and picking single frames out of it."""
 
 import io
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 import av
 import numpy as np
-from av.video.reformatter import Colorspace, ColorRange, Interpolation
+from av.video.reformatter import ColorRange, Colorspace, Interpolation
 from crc32c import crc32c
+from PIL import Image
 
 from shards.schema import FrameTable
 
 av.logging.set_level(av.logging.PANIC)  # libav's own lines say nothing that our errors do not
+
+_DECODERS = {"av1": "libdav1d"}  # libav's own "av1" decodes on a GPU only; files opened by libav get this one
 
 
 class VideoError(ValueError):
@@ -130,7 +134,7 @@ def _frame_table(data: bytes, packets: list, stamps: list, times: list[float]) -
         and None not in by_stamp
         and set(stamps) == set(by_stamp)
         and offsets[0] >= 0
-        and all(a < b for a, b in zip(offsets, offsets[1:], strict=False))
+        and all(a < b for a, b in itertools.pairwise(offsets))
     ):
         rows = [by_stamp[pts] for pts in stamps]
     else:
@@ -164,10 +168,13 @@ def scaled_size(width: int, height: int, short_side: int) -> tuple[int, int]:
     return int(short_side * width / height), short_side
 
 
-def to_intra(data: bytes, *, rate: int, short_side: int, quality: int) -> tuple[Source, bytes, FrameTable]:
+def to_intra(
+    data: bytes, *, rate: int, short_side: int, quality: int, chroma: int = 420
+) -> tuple[Source, bytes, FrameTable]:
     """Decode `data` and store the frames of the extractor's grid as independent JPEGs in an MJPEG mp4.
 
-    `quality` is MJPEG's quantiser scale, 2 (best) to 31. Returns the source, the new file, and its frame table, whose
+    `quality` is MJPEG's quantiser scale, 1 (best) to 31. `chroma` 420 scales planes as they are (fast); 444 scales RGB
+    as PIL does and keeps full colour resolution (exact). Returns the source, the new file, and its frame table, whose
     `number` and `time` speak of the source video.
     """
     out = io.BytesIO()
@@ -178,12 +185,15 @@ def to_intra(data: bytes, *, rate: int, short_side: int, quality: int) -> tuple[
         if not grid(number, fps, rate):
             return
         if not mux:
-            _open_muxer(mux, out, frame, rate, short_side, quality)
-        if frame.rotation:
-            frame = av.VideoFrame.from_ndarray(upright(frame), format="rgb24")
+            _open_muxer(mux, out, frame, rate, short_side, quality, chroma)
         stream = mux["stream"]
+        if chroma == 444:
+            picture = Image.fromarray(upright(frame)).resize((stream.width, stream.height), Image.Resampling.BICUBIC)
+            frame = av.VideoFrame.from_ndarray(np.asarray(picture), format="rgb24")
+        elif frame.rotation:
+            frame = av.VideoFrame.from_ndarray(upright(frame), format="rgb24")
         jpeg = frame.reformat(
-            stream.width, stream.height, "yuvj420p", interpolation=Interpolation.BICUBIC,
+            stream.width, stream.height, f"yuvj{chroma}p", interpolation=Interpolation.BICUBIC,
             dst_colorspace=Colorspace.ITU601, dst_color_range=ColorRange.JPEG,
         )  # fmt: skip
         jpeg.pts, jpeg.time_base = len(kept), Fraction(1, rate)
@@ -208,13 +218,15 @@ def to_intra(data: bytes, *, rate: int, short_side: int, quality: int) -> tuple[
     return source, video, FrameTable(numbers, stored.time, stored.offset, stored.size, stored.key, stored.crc32c)
 
 
-def _open_muxer(mux: dict, out: io.BytesIO, frame: av.VideoFrame, rate: int, short_side: int, quality: int) -> None:
+def _open_muxer(
+    mux: dict, out: io.BytesIO, frame: av.VideoFrame, rate: int, short_side: int, quality: int, chroma: int
+) -> None:
     width, height = (frame.height, frame.width) if frame.rotation % 180 else (frame.width, frame.height)
     # bitexact: no library version in the file, so that equal input gives equal bytes
     mux["container"] = av.open(out, "w", format="mp4", options={"fflags": "+bitexact"})
     stream = mux["stream"] = mux["container"].add_stream("mjpeg", rate=rate)
     stream.width, stream.height = scaled_size(width, height, short_side)
-    stream.pix_fmt = "yuvj420p"
+    stream.pix_fmt = f"yuvj{chroma}p"
     stream.codec_context.qmin = stream.codec_context.qmax = quality
     stream.codec_context.thread_count = 1
     stream.codec_context.flags |= av.codec.context.Flags.bitexact
@@ -246,7 +258,7 @@ def pick_frames(
     place = np.empty_like(decode_order)
     place[decode_order] = np.arange(len(decode_order))
     out: dict[int, np.ndarray] = {}
-    decoder = av.CodecContext.create(codec, "r")
+    decoder = av.CodecContext.create(_DECODERS.get(codec, codec), "r")
     decoder.extradata = extradata or None
     decoder.thread_count = 1
     try:
@@ -260,8 +272,8 @@ def pick_frames(
             raise
         raise VideoError(f"stored frames {list(wanted)} do not decode ({_short(error)})") from error
     missing = sorted(set(map(int, wanted)) - set(out))
-    if missing:
-        raise VideoError(f"stored frames {missing} did not come out of the decoder")
+    if missing:  # "keyframes" of intra refresh: a decoder that starts there shows nothing until the picture is whole
+        out |= _pick_through_container(read(0, -1), rotation, missing)
     return out
 
 
@@ -288,7 +300,8 @@ def _packets(frames: FrameTable, positions: np.ndarray, read: Callable[[int, int
         piece = data[at : at + int(frames.size[position])]
         if crc32c(piece) != frames.crc32c[position]:
             raise VideoError(f"crc32c of stored frame {position} differs from the sample table: the shard is damaged")
-        packet = av.Packet(piece)
+        packet = av.Packet(len(piece))  # av.Packet(piece) lacks the zeros after it that libav's decoders read
+        packet.update(piece)
         packet.pts = int(position)  # carried through reordering, so a decoded frame says which one it is
         yield packet
 

@@ -1,6 +1,8 @@
 """Any folder of videos with a csv of captions: header `video,caption`, one row a caption."""
 
 import csv
+import math
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -14,12 +16,23 @@ def read(videos: Path, captions: Path) -> list[Item]:
     """Items in the order in which the csv first names them. A video that is named but not there is still an item:
     packing lists it among the rejects. Optional columns `start` and `end` are seconds.
 
-    Raises ShardError if a file or a column is missing, or a time is no number.
+    Raises ShardError if a file or a column is missing, or a row cannot be what was meant.
     """
     if not videos.is_dir():
         raise ShardError(f"--videos {videos}: there is no such folder")
     if not captions.is_file():
         raise ShardError(f"--captions {captions}: there is no such file")
+    try:
+        rows = _rows(captions)
+    except UnicodeDecodeError as error:
+        raise ShardError(f"{captions} is not in UTF-8 ({error}): save it as CSV UTF-8") from error
+    except csv.Error as error:
+        raise ShardError(f"{captions} is not a csv ({error})") from error
+    ids = _ids(list(rows))
+    return [Item(ids[name], _find(videos, name), tuple(spoken)) for name, spoken in rows.items()]
+
+
+def _rows(captions: Path) -> dict[str, list[Caption]]:
     rows: dict[str, list[Caption]] = {}
     with open(captions, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
@@ -31,17 +44,21 @@ def read(videos: Path, captions: Path) -> list[Item]:
             )
         for row in reader:
             where = f"{captions}, line {reader.line_num}"
-            if not (row["video"] or "").strip():
+            if None in row:  # or the caption would be cut at its first comma
+                raise ShardError(f"{where}: more cells than the header has. Put a caption with commas in double quotes")
+            name = (row["video"] or "").strip()
+            if not name or "\0" in name:
                 raise ShardError(f"{where}: the video is not named")
-            times = [_seconds(row.get(name), f"{where}: {name}") for name in ("start", "end")]
-            rows.setdefault(row["video"].strip(), []).append(Caption((row["caption"] or "").strip(), *times))
-    ids = _ids(list(rows))
-    return [Item(ids[name], _find(videos, name), tuple(spoken)) for name, spoken in rows.items()]
+            times = [_seconds(row.get(column), f"{where}: {column}") for column in ("start", "end")]
+            rows.setdefault(name, []).append(Caption((row["caption"] or "").strip(), *times))
+    return rows
 
 
 def _ids(names: list[str]) -> dict[str, str]:
     """A video is called by its name without the extension, unless two videos differ in nothing else."""
-    short = {name: str(Path(name).with_suffix("")) if Path(name).suffix.lower() in EXTENSIONS else name for name in names}
+    short = {
+        name: str(Path(name).with_suffix("")) if Path(name).suffix.lower() in EXTENSIONS else name for name in names
+    }
     count = Counter(short.values())
     return {name: short[name] if count[short[name]] == 1 else name for name in names}
 
@@ -50,9 +67,12 @@ def _seconds(text: str | None, where: str) -> float | None:
     if text is None or not text.strip():
         return None
     try:
-        return float(text)
-    except ValueError as error:
-        raise ShardError(f"{where} is {text!r}, not a number of seconds") from error
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not math.isfinite(seconds):
+        raise ShardError(f"{where} is {text!r}, not a number of seconds")
+    return seconds
 
 
 def _find(folder: Path, name: str) -> Path:
@@ -60,7 +80,7 @@ def _find(folder: Path, name: str) -> Path:
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ShardError(f"the video name {name!r} leads out of {folder}")
-    if not path.exists():
+    if not os.path.exists(path):  # Path.exists raises for a name that is too long
         stems = [p for p in path.parent.glob(f"{_escape(path.name)}.*") if p.suffix != ".json"]
         if len(stems) == 1:
             return stems[0]

@@ -1,0 +1,336 @@
+"""The loader: ahead of the step, exact to resume and to cut, and not to be stopped by a bad video."""
+
+import json
+import shutil
+import threading
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines.config import DataConfig
+from pipelines.loader import Batch, Loader, VideoReader
+from pipelines.tokens import tokenize
+from shards import ShardError
+from shards.dataset import Split
+
+SMALL = DataConfig(num_frames=3, image_size=32, max_words=12, threads=1)
+PROFILES = ["copy", "intra"]
+
+
+def run(split, count, start=(0, 0), batch_size=4, seed=0, config=SMALL, **options) -> list[Batch]:
+    with Loader(split, config, batch_size=batch_size, seed=seed, **options) as loader:
+        return list(loader.batches(*start, count=count))
+
+
+def same(a: Batch, b: Batch) -> bool:
+    return (
+        (a.epoch, a.step, a.keys, a.captions) == (b.epoch, b.step, b.keys, b.captions)
+        and all(torch.equal(getattr(a, n), getattr(b, n)) for n in ("frames", "frame_mask", "tokens", "valid"))
+        and all(np.array_equal(getattr(a, n), getattr(b, n)) for n in ("frame_numbers", "pairs"))
+    )
+
+
+def joined(parts: list[Batch]) -> dict:
+    """The valid rows of a step's batches on all ranks."""
+    used = [part.valid for part in parts]
+    tensors = {n: torch.cat([getattr(p, n)[u] for p, u in zip(parts, used, strict=True)]) for n in ("frames", "tokens")}
+    numbers = np.concatenate([p.frame_numbers[u.numpy()] for p, u in zip(parts, used, strict=True)])
+    return tensors | {"keys": [key for part in parts for key in part.keys], "numbers": torch.from_numpy(numbers)}
+
+
+def equal(a: dict, b: dict) -> bool:
+    return a["keys"] == b["keys"] and all(torch.equal(a[n], b[n]) for n in ("frames", "tokens", "numbers"))
+
+
+def damage(split: Split, keys: list[str], folder: Path) -> Split:
+    """A copy of the split in which the first stored frame of these videos has changed since packing."""
+    shutil.copytree(split.path, folder)
+    for video in map(split.video, range(len(split))):
+        if video.key in keys:
+            with open(folder / f"{video.shard}.tar", "r+b") as file:
+                file.seek(video.offset + int(video.frames.offset[0]) + int(video.frames.size[0]) // 2)
+                flipped = bytes(byte ^ 0xFF for byte in file.read(16))
+                file.seek(-16, 1)
+                file.write(flipped)
+    return Split(folder)
+
+
+@pytest.fixture
+def slow_decode(monkeypatch):
+    decode = Loader._assemble
+
+    def slow(self, *args):
+        time.sleep(0.12)
+        return decode(self, *args)
+
+    monkeypatch.setattr(Loader, "_assemble", slow)
+
+
+def test_what_a_batch_holds(numbered):
+    with Loader(numbered.intra, SMALL, batch_size=5, seed=0) as loader:
+        assert loader.steps_per_epoch == 5
+        batches = list(loader.batches(count=5))
+    assert sorted(len(b.keys) for b in batches) == [4, 5, 5, 5, 5]
+    pairs = set()
+    for b in batches:
+        n = len(b.keys)
+        assert b.frames.shape == (5, 3, 3, 32, 32) and b.frames.dtype == torch.float32
+        assert b.frame_mask.shape == b.frame_numbers.shape == (5, 3) and b.frame_mask.dtype == torch.bool
+        assert b.valid.tolist() == [True] * n + [False] * (5 - n)
+        assert not b.frames[n:].any() and not b.frame_mask[n:].any() and not b.tokens[n:].any()
+        assert (b.frame_numbers[n:] == -1).all()
+        assert torch.equal(b.tokens[:n], tokenize(b.captions, 12))
+        for key, caption, (video, which) in zip(b.keys, b.captions, b.pairs.tolist(), strict=True):
+            assert numbered.intra.video(video).key == key and caption == f"caption {which} of {key}"
+            pairs.add((key, which))
+    assert len(pairs) == numbered.intra.caption_counts.sum() == 24
+
+
+def test_batches_are_made_ahead_of_the_step(numbered, slow_decode):
+    with Loader(numbered.intra, replace(SMALL, prefetch=3), batch_size=4, seed=0) as loader:
+        waits = []
+        for batch in loader.batches(count=6):
+            waits.append(batch.wait_s)
+            time.sleep(0.3)
+    assert waits[0] > 0.1
+    assert max(waits[1:]) < 0.05, waits
+
+
+def test_the_wait_of_a_step_is_measured(numbered, slow_decode):
+    with Loader(numbered.intra, SMALL, batch_size=4, seed=0) as loader:
+        started = time.perf_counter()
+        waits = [batch.wait_s for batch in loader.batches(count=5)]
+        elapsed = time.perf_counter() - started
+    assert min(waits) > 0.1
+    assert sum(waits) == pytest.approx(elapsed, rel=0.1)
+
+
+def test_no_more_is_made_ahead_than_asked_for(numbered, monkeypatch):
+    made = []
+    make = Loader._make
+    monkeypatch.setattr(Loader, "_make", lambda self, *at: made.append(at) or make(self, *at))
+    with Loader(numbered.intra, replace(SMALL, prefetch=2), batch_size=4, seed=0) as loader:
+        next(loader.batches())
+        deadline = time.perf_counter() + 5
+        while len(made) < 4 and time.perf_counter() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        assert len(made) == 4  # one handed over, two waiting, one that found no room
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("rule", ["uniform", "segment"])
+def test_a_run_goes_on_exactly_from_any_step(numbered, profile, rule):
+    split, config = getattr(numbered, profile), replace(SMALL, sampling=rule)
+    unbroken = run(split, 14, config=config)
+    assert [(b.epoch, b.step) for b in unbroken] == [(e, s) for e in range(3) for s in range(6)][:14]
+    for at in (3, 5, 6, 12):
+        resumed = run(split, 14 - at, start=divmod(at, 6), config=config)
+        assert len(resumed) == 14 - at
+        assert all(map(same, resumed, unbroken[at:]))
+    assert not same(unbroken[0], run(split, 1, seed=1, config=config)[0])
+    assert not same(unbroken[0], replace(unbroken[6], epoch=0, step=0))
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_the_global_batch_is_the_same_for_any_number_of_ranks(numbered, profile):
+    split = getattr(numbered, profile)
+    config = replace(SMALL, sampling="segment")
+    for size, worlds in ((4, (1, 2, 4)), (6, (1, 3))):
+        options = {"batch_size": size, "config": config}
+        by_world = {w: [run(split, 7, rank=r, world=w, **options) for r in range(w)] for w in worlds}
+        for step in range(7):
+            whole = joined([by_world[1][0][step]])
+            for world in worlds[1:]:
+                parts = [ranks[step] for ranks in by_world[world]]
+                assert {len(p.frames) for p in parts} == {size // world}
+                assert equal(joined(parts), whole)
+
+
+def test_ranks_without_rows_get_padding(numbered):
+    with pytest.warns(UserWarning, match="batches hold 12 pairs, not 32"):
+        parts = [run(numbered.intra, 2, batch_size=32, rank=r, world=4) for r in range(4)]
+    for step in range(2):
+        assert [int(p[step].valid.sum()) for p in parts] == [8, 4, 0, 0]
+        assert all(p[step].frames.shape[0] == 8 for p in parts)
+
+
+def test_a_batch_size_that_ranks_cannot_share_is_refused(numbered):
+    with pytest.raises(ValueError, match="does not divide by 4 ranks: use 4 or 8"):
+        Loader(numbered.intra, SMALL, batch_size=6, seed=0, rank=0, world=4)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_damaged_video_is_replaced_and_reported_once(numbered, profile, tmp_path):
+    bad = "long_25"
+    split = damage(getattr(numbered, profile), [bad], tmp_path / "split")
+    listed = tmp_path / "quarantine.jsonl"
+    healthy = run(getattr(numbered, profile), 18)
+    with pytest.warns(UserWarning) as caught:
+        batches = run(split, 18, quarantine=listed)
+    assert len([w for w in caught if "long_25 cannot be used and is replaced: crc32c" in str(w.message)]) == 1
+    (entry,) = map(json.loads, listed.read_text().splitlines())
+    assert entry["key"] == bad and entry["split"] == str(split.path) and "the shard is damaged" in entry["reason"]
+    replaced = 0
+    for before, after in zip(healthy, batches, strict=True):
+        assert after.valid.all() and bad not in after.keys
+        assert len(set(after.keys)) == 4
+        for row, key in enumerate(before.keys):
+            if key == bad:
+                replaced += 1
+                assert after.captions[row].endswith(f"of {after.keys[row]}")
+                assert torch.equal(after.tokens[row], tokenize([after.captions[row]], 12)[0])
+                assert after.frames[row][after.frame_mask[row]].any()
+            else:
+                assert after.keys[row] == key and torch.equal(after.frames[row], before.frames[row])
+    assert replaced == 6
+    with pytest.warns(UserWarning, match="long_25 cannot be used"):
+        resumed = run(split, 8, start=(1, 4), quarantine=listed)
+    assert all(map(same, resumed, batches[10:])), "what replaces it does not depend on what was seen before"
+    assert len(listed.read_text().splitlines()) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be used and is replaced")
+def test_replacements_are_the_same_for_any_number_of_ranks(numbered, tmp_path):
+    bad = ["long_25", "short", "mpegts", "wide_30"]
+    split = damage(numbered.intra, bad, tmp_path / "split")
+    config = replace(SMALL, max_bad_fraction=1.0)
+    by_world = {w: [run(split, 12, rank=r, world=w, config=config) for r in range(w)] for w in (1, 2, 4)}
+    padded = 0
+    for step in range(12):
+        whole = joined([by_world[1][0][step]])
+        assert len(set(whole["keys"])) == len(whole["keys"]) and not set(bad) & set(whole["keys"])
+        padded += 4 - len(whole["keys"])
+        for world in (2, 4):
+            assert equal(joined([ranks[step] for ranks in by_world[world]]), whole)
+    assert padded < 5
+
+
+@pytest.mark.filterwarnings("ignore:batches hold")
+def test_a_row_that_nothing_can_replace_becomes_padding(numbered, tmp_path):
+    split = damage(numbered.intra, ["short"], tmp_path / "split")
+    with pytest.warns(UserWarning, match="short cannot be used"):
+        batches = run(split, 3, batch_size=16)  # a batch holds all twelve videos
+    for batch in batches:
+        assert len(batch.keys) == 11 and batch.valid.tolist() == [True] * 11 + [False] * 5
+        assert torch.equal(batch.tokens[:11], tokenize(batch.captions, 12))
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be used and is replaced")
+def test_too_many_bad_videos_end_the_run(numbered, tmp_path):
+    split = damage(numbered.copy, ["short", "one_frame"], tmp_path / "split")
+    with pytest.raises(ShardError, match=r"1 of \d+ samples read from .*split are bad.*max_bad_fraction=0\.0 allows"):
+        run(split, 6, config=replace(SMALL, max_bad_fraction=0.0))
+    # a fraction counts from a thousand samples on, so that an early one does not end a run
+    with pytest.raises(ShardError, match=r"3 of \d+ samples .*=0\.002 .*Last: (short|one_frame): .*c4c\.shard verify"):
+        run(split, 60, config=replace(SMALL, max_bad_fraction=0.002))
+    # and from then on of all that was read: here one in twelve
+    few = damage(numbered.intra, ["short"], tmp_path / "few")
+    config = replace(SMALL, num_frames=1, image_size=16)
+    assert len(run(few, 150, batch_size=8, config=replace(config, max_bad_fraction=0.09))) == 150
+    with pytest.raises(ShardError, match=r"more than data\.max_bad_fraction=0\.07 allows"):
+        run(few, 150, batch_size=8, config=replace(config, max_bad_fraction=0.07))
+    all_bad = damage(numbered.intra, [numbered.intra.video(i).key for i in range(12)], tmp_path / "all")
+    with pytest.raises(ShardError, match=r"step 0 of epoch 0: no video of .*all is readable"):
+        run(all_bad, 1, config=replace(SMALL, max_bad_fraction=1.0))
+
+
+def test_an_error_in_the_thread_reaches_the_step(numbered, monkeypatch):
+    def broken(captions, max_words):
+        raise KeyError("no such word")
+
+    monkeypatch.setattr("pipelines.loader.tokenize", broken)
+    with pytest.raises(KeyError, match="no such word"):
+        run(numbered.intra, 3)
+
+
+def own_threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("c4c")]
+
+
+def test_close_ends_the_threads_even_while_the_queue_is_full(numbered):
+    loader = Loader(numbered.copy, replace(SMALL, prefetch=1), batch_size=4, seed=0)
+    batches = loader.batches()
+    next(batches)
+    time.sleep(0.3)  # by now the thread waits for room
+    assert "c4c-loader" in own_threads()
+    started = time.perf_counter()
+    loader.close()
+    loader.close()
+    assert time.perf_counter() - started < 1
+    assert list(batches) == [], "and whoever still iterates comes to an end"
+    deadline = time.perf_counter() + 2
+    while own_threads() and time.perf_counter() < deadline:
+        time.sleep(0.01)
+    assert own_threads() == []
+    Loader(numbered.copy, SMALL, batch_size=4, seed=0).close()  # never started
+
+
+def test_a_loader_runs_once(numbered):
+    with Loader(numbered.intra, SMALL, batch_size=4, seed=0) as loader:
+        assert len(list(loader.batches(count=1))) == 1
+        with pytest.raises(RuntimeError, match="already running"):
+            next(loader.batches())
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 13])
+def test_evaluation_sees_every_video_once(numbered, world):
+    whole = {}
+    config = replace(SMALL, eval_batch_size=2)
+    readers = [VideoReader(numbered.intra, config, rank=rank, world=world) for rank in range(world)]
+    assert {reader.batches for reader in readers} == {{1: 6, 2: 3, 3: 2, 13: 1}[world]}
+    for reader in readers:
+        batches = list(reader)
+        assert len(batches) == reader.batches
+        for indices, frames, mask in batches:
+            assert len(indices) == len(frames) == len(mask) <= 2
+            assert frames.shape[1:] == (3, 3, 32, 32) and mask.shape[1:] == (3,)
+            for index, clip in zip(indices.tolist(), frames, strict=True):
+                assert index not in whole
+                whole[index] = clip
+        reader.close()
+    assert sorted(whole) == list(range(12))
+    if world > 1:
+        (reader,) = [VideoReader(numbered.intra, replace(SMALL, eval_batch_size=12))]
+        ((indices, frames, _),) = reader
+        reader.close()
+        assert all(torch.equal(whole[i], clip) for i, clip in zip(indices.tolist(), frames, strict=True))
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_evaluation_refuses_a_damaged_video(numbered, profile, tmp_path):
+    split = damage(getattr(numbered, profile), ["short"], tmp_path / "split")
+    reader = VideoReader(split, SMALL)
+    with pytest.raises(ShardError, match="split: short cannot be evaluated: crc32c"):
+        list(reader)
+    reader.close()
+
+
+def test_a_healthy_run_warns_of_nothing(numbered, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(numbered.copy, 6, quarantine=tmp_path / "quarantine.jsonl")
+    assert not (tmp_path / "quarantine.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"sampling": "middle"}, "data.sampling=middle: there are uniform, head, tail, segment"),
+        ({"lane": "fast"}, "data.lane=fast"),
+        ({"num_frames": 0}, "data.num_frames=0: must be at least 1"),
+        ({"prefetch": 0}, "data.prefetch=0"),
+        ({"resize": 100}, "data.resize=100 is smaller than data.image_size=224"),
+        ({"max_words": 2}, "data.max_words=2"),
+        ({"mean": (0.5, 0.5)}, "data.mean and data.std"),
+    ],
+)
+def test_wrong_settings_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**wrong)
+    assert DataConfig().short_side == 224 and DataConfig(resize=256).short_side == 256

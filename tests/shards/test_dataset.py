@@ -1,0 +1,167 @@
+"""Reading a packed split, and what is said of a folder that is none."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shards import ShardError, dataset
+from shards.dataset import Split, Table, find_splits
+from shards.datasets import Item
+from shards.video import scan
+from tests.shards.sets import files, packed
+
+
+@pytest.fixture
+def copy(copied: Path, tmp_path: Path) -> Path:
+    """A packed split to damage."""
+    return Path(shutil.copytree(copied, tmp_path / "copy"))
+
+
+def test_rows_are_what_was_packed(items: list[Item], copied: Path) -> None:
+    split = Split(copied)
+    assert len(split) == 5 and split.shards == ["000000", "000001", "000002"]
+    for i, item in enumerate(items):
+        video, source = split.video(i), scan(item.path.read_bytes())
+        assert (video.index, video.shard, video.id) == (i, f"00000{i // 2}", item.id)
+        for name in ("codec", "width", "height", "rotation", "fps", "duration", "extradata"):
+            assert getattr(video, name) == getattr(source, name), name
+        for name in ("number", "time", "offset", "size", "key", "crc32c"):
+            stored, scanned = getattr(video.frames, name), getattr(source.frames, name)
+            assert np.array_equal(stored, scanned) and stored.dtype == scanned.dtype, name
+        assert video.source_frames == len(video.frames) == len(source.frames)
+        assert split.json(video)["id"] == item.id
+    assert split.video(1).fps == Fraction(30000, 1001)
+    for index in (-1, 5):
+        with pytest.raises(IndexError, match="of 5"):
+            split.video(index)
+
+
+def test_captions_carry_their_times(items: list[Item], copied: Path) -> None:
+    split = Split(copied)
+    expected = [[{"text": c.text, "start": c.start, "end": c.end} for c in item.captions] for item in items]
+    assert [split.captions(i) for i in range(5)] == expected
+    assert expected[0][0] == {"text": "one, with a comma", "start": 0.0, "end": 1.5}
+    assert split.caption_counts.tolist() == [2, 1, 3, 1, 1] and split.caption_counts.dtype == np.int64
+
+
+def test_reads_any_part(items: list[Item], copied: Path) -> None:
+    split, data = Split(copied), items[3].path.read_bytes()
+    video = split.video(3)
+    assert split.read(video) == data
+    assert split.read(video, 100, 50) == data[100:150]
+    assert split.read(video, 100) == data[100:]
+    split.close()
+    assert split.read(video, 7, 1) == data[7:8]  # opens again
+
+
+def test_threads_share_a_split_and_few_open_files(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset, "_OPEN_FILES", 1)
+    monkeypatch.setattr(dataset, "_TABLES_IN_MEMORY", 1)
+    split, wrong = Split(copied), []
+    expected = [(split.video(i).id, split.read(split.video(i)), split.captions(i)) for i in range(5)]
+
+    def read(seed: int) -> None:
+        for i in np.random.default_rng(seed).integers(0, 5, 100).tolist():
+            video = split.video(i)
+            if (video.id, split.read(video), split.captions(i)) != expected[i]:
+                wrong.append(i)
+
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before
+
+
+def test_a_folder_that_is_no_split(copied: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    shutil.copytree(copied, tmp_path / "sets" / "train")
+    for path, words in (
+        (tmp_path / "missing", "there is no folder .*missing.*python -m c4c.shard"),
+        (tmp_path / "other", "holds no dataset.json"),
+        (tmp_path / "sets", "did you mean .*sets/train"),
+    ):
+        with pytest.raises(ShardError, match=words):
+            Split(path)
+    assert find_splits(tmp_path / "sets") == [tmp_path / "sets" / "train"]
+    assert find_splits(copied) == [copied]
+    for path in (tmp_path / "missing", tmp_path / "other"):
+        with pytest.raises(ShardError, match=path.name):
+            find_splits(path)
+
+
+def test_an_incomplete_packing(copy: Path) -> None:
+    plan = json.loads((copy / "dataset.json").read_text())["plan"]
+    (copy / "dataset.json").rename(copy / "packing.json")
+    (copy / "packing.json").write_text(json.dumps(plan))
+    (copy / "000001.parquet").unlink()
+    with pytest.raises(ShardError, match=r"is incomplete: 2 of 3 shards are packed. Run the packing command again"):
+        Split(copy)
+    assert find_splits(copy.parent) == [copy]
+
+
+@pytest.mark.parametrize("name", ["000001.tar", "000002.parquet"])
+def test_a_missing_file_is_named_and_the_advice_works(items: list[Item], copied: Path, copy: Path, name: str) -> None:
+    (copy / name).unlink()
+    with pytest.raises(ShardError, match=f"{name} is missing of 3 shards.*run the packing command again"):
+        Split(copy)
+    packed(items, copy)
+    assert files(copy) == files(copied)
+
+
+def test_a_truncated_tar_is_named(items: list[Item], copied: Path, copy: Path) -> None:
+    opened = Split(copy)
+    size = (copy / "000001.tar").stat().st_size
+    with open(copy / "000001.tar", "rb+") as file:
+        file.truncate(1000)
+    with pytest.raises(ShardError, match=rf"000001\.tar has 1000 bytes, {size} were packed"):
+        Split(copy)
+    with pytest.raises(ShardError, match=r"000001\.tar ends inside web.*c4c\.shard verify"):  # cut while in use
+        opened.read(opened.video(2))
+    packed(items, copy)
+    assert files(copy) == files(copied)
+
+
+def test_a_damaged_table_never_gives_other_rows(copied: Path, tmp_path: Path) -> None:
+    def rows(path: Path) -> list[str]:
+        table = Table(path, "000000", 0)
+        return [repr((vars(v) | {"frames": None, **vars(v.frames)}, table.captions(v.index)))
+                for v in map(table.video, range(table.rows))]  # fmt: skip
+
+    data, path, refused = (copied / "000000.parquet").read_bytes(), tmp_path / "damaged.parquet", 0
+    good = rows(copied / "000000.parquet")
+    pages = len(data) - 8 - int.from_bytes(data[-8:-4], "little")  # behind them, the footer
+    for at in range(4, pages, 11):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        try:
+            assert rows(path) == good  # a bit that says nothing
+        except ShardError:
+            refused += 1
+    assert refused > pages // 11 // 2
+
+
+def test_files_that_cannot_be_read_are_named(copy: Path) -> None:
+    data = bytearray((copy / "000000.parquet").read_bytes())
+    data[len(data) // 3] ^= 1
+    (copy / "000000.parquet").write_bytes(data)
+    split = Split(copy)
+    with pytest.raises(ShardError, match=r"000000\.parquet cannot be read"):
+        split.video(0)
+    assert split.video(2).id == "web"
+    info = json.loads((copy / "dataset.json").read_text())
+    (copy / "dataset.json").write_text(json.dumps(info | {"format": 99}))
+    with pytest.raises(ShardError, match="has format 99; this version reads 1"):
+        Split(copy)
+    (copy / "dataset.json").write_text('{"format": ')
+    with pytest.raises(ShardError, match=r"dataset\.json is not JSON"):
+        Split(copy)

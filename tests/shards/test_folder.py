@@ -1,0 +1,219 @@
+"""The reader of a folder and a csv, `info`, and the command line that packs."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from c4c import shard
+from shards import ShardError
+from shards.datasets import Caption, Item
+from shards.datasets.folder import read
+from shards.info import describe
+from tests.shards.sets import files
+from tests.videos import encode
+
+
+@pytest.fixture
+def videos(tmp_path: Path) -> Path:
+    out = tmp_path / "videos"
+    for name in ("a.mp4", "b.MP4", "sub/c.webm", "d.e.mp4", "two.mp4", "two.mkv", "x[1].mp4", "x1.mp4"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_bytes(b"")
+    (out / "a.json").write_text("{}")
+    return out
+
+
+def table(folder: Path, text: str | bytes) -> Path:
+    path = folder.parent / "captions.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def items(folder: Path, text: str | bytes) -> list[Item]:
+    return read(folder, table(folder, text))
+
+
+def test_one_item_a_video_in_the_order_of_the_csv(videos: Path) -> None:
+    text = 'video,caption\nb.MP4,first\na.mp4,"two, with a comma"\nb.MP4,"third\nline"\n b.MP4 , spaces \n'
+    assert items(videos, text) == [
+        Item("b", videos / "b.MP4", (Caption("first"), Caption("third\nline"), Caption("spaces"))),
+        Item("a", videos / "a.mp4", (Caption("two, with a comma"),)),
+    ]
+
+
+def test_a_name_may_lack_its_extension(videos: Path) -> None:
+    found = items(videos, "video,caption\na,1\nb,2\nsub/c,3\nd.e,4\nx[1],5\n")
+    assert [(i.id, i.path.name) for i in found] == [
+        ("a", "a.mp4"),
+        ("b", "b.MP4"),
+        ("sub/c", "c.webm"),
+        ("d.e", "d.e.mp4"),
+        ("x[1]", "x[1].mp4"),
+    ]
+
+
+def test_what_is_not_there_or_not_clear_is_left_to_the_packer(videos: Path) -> None:
+    long = "n" * 300
+    found = items(videos, f"video,caption\nmissing,1\ntwo,2\n{long},3\nno/where.mp4,4\n")
+    assert [(i.id, i.path) for i in found] == [
+        ("missing", videos / "missing"),
+        ("two", videos / "two"),
+        (long, videos / long),
+        ("no/where", videos / "no/where.mp4"),
+    ]
+
+
+def test_videos_that_differ_in_their_extension_keep_it(videos: Path) -> None:
+    assert [i.id for i in items(videos, "video,caption\ntwo.mp4,1\ntwo.mkv,2\na.mp4,3\n")] == [
+        "two.mp4",
+        "two.mkv",
+        "a",
+    ]
+
+
+def test_times_and_other_columns(videos: Path) -> None:
+    text = "\ufeffstart,video,note,caption,end\n1.5,a,ignored,one,3\n,a,,two,\n"  # with the mark that Excel writes
+    assert items(videos, text)[0].captions == (Caption("one", 1.5, 3.0), Caption("two"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("file,text\na,1\n", r"no column caption and video in its header \['file', 'text'\].*video,caption"),
+        ("video;caption\na;1\n", "no column caption and video"),
+        ("video,caption,start\na,1,soon\n", "line 2: start is 'soon', not a number of seconds"),
+        ("video,caption,end\na,1,nan\n", "line 2: end is 'nan'"),
+        ("video,caption\na,1\n,2\n", "line 3: the video is not named"),
+        ("video,caption\na,a man, running\n", "line 2: more cells than the header has.*double quotes"),
+        ("", "no column"),
+        ("video,caption\na,caf\u00e9\n".encode("latin-1"), "is not in UTF-8"),
+        ("video,caption\n../../secret,1\n", r"'\.\./\.\./secret' leads out of"),
+        ("video,caption\n/etc/passwd,1\n", "'/etc/passwd' leads out of"),
+    ],
+)
+def test_a_csv_that_cannot_be_meant(videos: Path, text: str | bytes, words: str) -> None:
+    with pytest.raises(ShardError, match=words):
+        items(videos, text)
+
+
+def test_a_link_that_leads_out_is_refused(videos: Path) -> None:
+    (videos.parent / "outside.mp4").write_bytes(b"")
+    (videos / "link.mp4").symlink_to(videos.parent / "outside.mp4")
+    with pytest.raises(ShardError, match="leads out of"):
+        items(videos, "video,caption\nlink.mp4,1\n")
+
+
+def test_missing_arguments_are_named(videos: Path) -> None:
+    with pytest.raises(ShardError, match=r"--videos .*nowhere: there is no such folder"):
+        read(videos / "nowhere", table(videos, "video,caption\n"))
+    with pytest.raises(ShardError, match=r"--captions .*none\.csv: there is no such file"):
+        read(videos, videos / "none.csv")
+
+
+# ---- info ----
+
+
+def test_info_counts(copied: Path, intra: Path) -> None:
+    told = describe(copied)
+    assert told["name"] == "set train"
+    assert told["profile"] == "copy"
+    assert told["videos"] == "5 in 3 shards"
+    assert told["rejected"] == "nothing"
+    assert told["captions"] == "8 (1 to 3, median 1 a video, 1 to 4, median 1 words)"
+    assert told["duration"].startswith("0.00 h (1.2 to 2, median 1.33")
+    assert told["stored frames"] == "195 (30 to 50, median 40 a video)"
+    assert told["codecs"] == "h264 (3), vp9 (1), hevc (1)"
+    assert told["frame size"] == "160x120 (3), 120x160 (1), 96x64 (1)"
+    assert told["source fps"] == "25 (2), 29.97 (1), 24 (1), 30 (1)"
+    assert told["sliceable"] == "4 of 5"
+    assert told["digest"] == json.loads((copied / "dataset.json").read_text())["digest"]
+    told = describe(intra)
+    assert told["profile"] == "intra, fps 3, short_side 64, quality 3, chroma 420"
+    assert told["stored frames"] == "23 (4 to 6, median 4 a video)"
+    assert told["codecs"] == "mjpeg (5)" and told["sliceable"] == "5 of 5"
+
+
+# ---- the command line ----
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A user's folder: two good videos, a bad one, one that is not there, and an empty caption."""
+    (tmp_path / "own").mkdir()
+    for name in ("one.mp4", "two.mp4"):
+        (tmp_path / "own" / name).write_bytes(encode(30, 25))
+    (tmp_path / "own" / "bad [x].mp4").write_bytes(b"no video")
+    rows = 'one,"a, b"\none,second\ntwo,third\nbad [x],fourth\ngone,fifth\ntwo,\n'
+    (tmp_path / "own.csv").write_text("video,caption\n" + rows)
+    return tmp_path
+
+
+def run(own: Path, *more: str) -> int:
+    command = ["folder", "--videos", str(own / "own"), "--captions", str(own / "own.csv"), "--out", str(own / "mine")]
+    return shard.main([*command, "--workers", "1", *more])
+
+
+def test_packing_a_folder(own: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard, "console", Console(stderr=True, width=200))
+    assert run(own, "--short-side", "48", "--fps", "2") == 0
+    told = capsys.readouterr().err
+    assert "rejected bad [x]: not a readable video file" in told
+    assert "rejected gone: the file is missing" in told
+    assert re.search(r"^mine ", told, re.MULTILINE) and "mine mine" not in told
+    assert f"{own / 'mine'}: 2 videos, 3 captions in 1 shards" in told
+    assert f"2 videos and 1 caption rejected: see {own / 'mine' / 'rejects.jsonl'}" in told
+    told = describe(own / "mine")
+    assert (told["name"], told["rejected"]) == ("mine", "2 videos and 1 caption")
+    assert told["profile"] == "intra, fps 2, short_side 48, quality 3, chroma 420"
+    before = files(own / "mine")
+    assert run(own, "--short-side", "48", "--fps", "2") == 0
+    assert "all of it was there already" in capsys.readouterr().err
+    assert run(own) == 1  # other arguments
+    assert "error: " in (told := capsys.readouterr().err) and "different packing" in told
+    assert files(own / "mine") == before
+    assert shard.main(["info", str(own / "mine")]) == 0
+    assert "2 videos and 1 caption" in capsys.readouterr().out
+
+
+def test_bad_arguments_are_answered_in_words(own: Path, capsys: pytest.CaptureFixture) -> None:
+    for more, words in (
+        (("--workers", "0"), "--workers 0: must be at least 1"),
+        (("--shard-videos", "0"), "--shard-videos 0: must be at least 1"),
+        (("--quality", "0"), "--quality 0: must be between 1 and 31"),
+        (("--chroma", "422"), "--chroma 422: there are 420 and 444"),
+        (("--short-side", "0"), "--short-side 0: must be between 16 and 4096"),
+        (("--videos", str(own / "none")), "there is no such folder"),
+    ):
+        assert run(own, *more) == 1
+        told = " ".join(capsys.readouterr().err.split())
+        assert f"error: {words}" in told or words in told
+    assert not (own / "mine").exists()
+    with pytest.raises(SystemExit):
+        shard.main([])
+
+
+def test_the_progress_line_fits_in_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("msrvtt train", "a data set with a name that is long"):
+        screen = io.StringIO()
+        monkeypatch.setattr(shard, "console", Console(file=screen, width=80, force_terminal=True, color_system=None))
+        with shard._bar() as progress:
+            task = progress.add_task(name, total=10_000, note="123 videos/s 45.6 MB/s 12 rejects")
+            progress.update(task, completed=5000)
+        last = [line for line in screen.getvalue().splitlines() if "videos/s" in line][-1].split("\r")[-1]
+        assert re.search(r"━+.* 5000/10000 123 videos/s 45\.6 MB/s 12 rejects ETA +-?-?[-:\d]+", last), last
+        assert name[:12] in last
+
+
+def test_two_splits_of_a_demo(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    command = ["demo", "--out", str(tmp_path), "--train", "2", "--test", "2", "--workers", "2"]
+    assert shard.main(command) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["source", "test", "train"]
+    assert describe(tmp_path / "train")["name"] == "demo train"
+    assert describe(tmp_path / "test")["profile"] == "intra, fps 3, short_side 64, quality 3, chroma 420"
+    assert json.loads((tmp_path / "test" / "dataset.json").read_text())["videos"] == 2
