@@ -45,29 +45,32 @@ class Learner(nn.Module):
         temperature = model.clip.logit_scale
         model.clip.logit_scale = nn.Parameter(temperature.detach().reshape(1), requires_grad=temperature.requires_grad)
 
-    def forward(self, frames: Tensor, frame_mask: Tensor, tokens: Tensor, valid: Tensor | None = None, pull: "Pull | None" = None):
+    def forward(self, frames: Tensor | None, frame_mask: Tensor | None, tokens: Tensor | None, valid: Tensor | None = None, pull: "Pull | None" = None):
         """With `valid`: this rank's loss (see c4c.loss). Without: what stands for texts and videos, for evaluation.
 
-        With `pull`, a micro-batch of gradient caching: a number whose gradient is the loss's (see `_cached_step`).
+        With `pull`, a micro-batch of gradient caching: a number whose gradient is the loss's (see `_cached_step`); without
+        frames, the loss of `pull.whole`.
         """
+        if frames is None:
+            return self._loss(*pull.whole)
         text, video = self.model(frames, frame_mask, tokens)
         if valid is None:
             return text, video
         if pull is None:
-            return self.loss(text, video, valid)
+            return self._loss(text, video, valid)
         pulled = (text * pull.text).sum() + (video * pull.video).sum()
-        return pulled if pull.whole is None else pulled + self.loss(*pull.whole)
+        return pulled if pull.whole is None else pulled + self._loss(*pull.whole)
 
-    def loss(self, text: Tensor, video: Tensor, valid: Tensor) -> Tensor:
+    def _loss(self, text: Tensor, video: Tensor, valid: Tensor) -> Tensor:
         return contrastive_loss(text, video, valid, self.model.scale(), self.model.head.score)
 
 
 @dataclass(frozen=True)
 class Pull:
-    """The loss's gradient at a micro-batch's features; with the last one, all features of this rank and `valid`."""
+    """The loss's gradient at a micro-batch's features; in one of them, all features of this rank and `valid`."""
 
-    text: Tensor
-    video: Tensor
+    text: Tensor | None
+    video: Tensor | None
     whole: tuple[Tensor, Tensor, Tensor] | None = None
 
 
@@ -102,12 +105,13 @@ def _cached_step(engine, batch, micro: int) -> Tensor:
     with torch.no_grad():
         texts, videos = (torch.cat(found) for found in zip(*(learner(*part) for part in parts), strict=True))
     texts.requires_grad_(), videos.requires_grad_()
-    loss = learner.loss(texts, videos, batch.valid)
+    loss = learner(None, None, None, pull=Pull(None, None, (texts, videos, batch.valid)))
     text_grad, video_grad = torch.autograd.grad(loss, (texts, videos))
     whole = (texts.detach(), videos.detach(), batch.valid)
+    scoring = 0 if engine.zero_optimization_stage() == 3 else len(parts) - 1
     for i, part in enumerate(parts):
         rows = slice(i * micro, (i + 1) * micro)
-        pull = Pull(text_grad[rows], video_grad[rows], whole if i == len(parts) - 1 else None)
+        pull = Pull(text_grad[rows], video_grad[rows], whole if i == scoring else None)
         engine.backward(engine(*part, batch.valid[rows], pull), scale_wrt_gas=False)
         engine.step()  # updates at the last one only
     return loss
@@ -115,16 +119,20 @@ def _cached_step(engine, batch, micro: int) -> Tensor:
 
 def clamp_temperature(engine) -> None:
     """Keep CLIP's temperature at 1/100 or above in the master copy, wherever ZeRO has put it (CLIP4Clip does each step)."""
-    from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+    from deepspeed import utils
 
     scale = engine.module.model.clip.logit_scale
     if not scale.requires_grad:
         return
-    master = safe_get_full_fp32_param(scale)
+    if hasattr(scale, "ds_id"):  # stage 3: each rank has a part, which may be padding
+        part = utils.safe_get_local_fp32_param(scale)
+        utils.safe_set_local_fp32_param(scale, part.clamp(max=MAX_LOGIT))
+        return
+    master = utils.safe_get_full_fp32_param(scale)
     if master is None:  # stage 0: each rank has its own
         scale.data.clamp_(max=MAX_LOGIT)
     elif float(master.max()) > MAX_LOGIT:
-        safe_set_full_fp32_param(scale, master.clamp(max=MAX_LOGIT))
+        utils.safe_set_full_fp32_param(scale, master.clamp(max=MAX_LOGIT))
 
 
 def start_distributed() -> tuple[int, int, torch.device]:

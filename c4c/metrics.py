@@ -55,7 +55,7 @@ def ranks(texts: Tensor, videos: Tensor, video_of_text: Tensor, score: Score, ti
 def _tiles_of_groups(owner: np.ndarray, tile: int) -> list[tuple[int, int]]:
     """Cut sorted texts into runs of about `tile`, never between two texts of one video."""
     starts = np.flatnonzero(np.r_[True, owner[1:] != owner[:-1]])
-    cuts = [0]
+    cuts, previous = [0], 0
     for start in [*starts[1:].tolist(), len(owner)]:
         if start - cuts[-1] > tile and previous > cuts[-1]:
             cuts.append(previous)

@@ -157,9 +157,9 @@ def _load(path: Path) -> tuple[dict, dict[str, str]]:
     except ValueError:
         raise
     except Exception as error:  # torch and safetensors raise many kinds for files that are not theirs
+        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{path} cannot be read as weights ({type(error).__name__}: {str(error).splitlines()[0][:200]}). Files that need "
-            "code to be run are refused"
+            f"{path} cannot be read as weights ({type(error).__name__}: {reason}). Files that need code to be run are refused"
         ) from error
     if not isinstance(raw, dict):
         raise ValueError(f"{path} holds a {type(raw).__name__}, not a dict of weights")
