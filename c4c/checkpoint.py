@@ -34,19 +34,28 @@ def tag_of(step: int) -> str:
 
 def save(engine, run: Path, step: int, keep_last: int) -> None:
     """Write the engine's state after `step` steps; called on every rank. Then drop all but the newest `keep_last`."""
-    folder = run / FOLDER
-    engine.save_checkpoint(str(folder), tag=tag_of(step), client_state={"step": step})
+    folder, tag = run / FOLDER, tag_of(step)
+    # DeepSpeed's rank 0 would write `latest` before the other ranks are done; behind the barrier it ends with, all are
+    engine.save_checkpoint(str(folder), tag=tag, client_state={"step": step}, save_latest=False)
     if engine.global_rank == 0:
-        for old in tags(run)[:-keep_last]:
+        temporary = folder / ".latest.tmp"
+        temporary.write_text(tag)
+        os.replace(temporary, folder / "latest")
+        # what a killed run left half-written of later steps is no reason to drop this one
+        for old in [t for t in tags(run) if t <= tag][:-keep_last]:
             shutil.rmtree(folder / old)
 
 
 def restore(engine, run: Path) -> int:
-    """Load the newest checkpoint into the engine, on every rank; returns the number of steps it has seen."""
-    with safe_loading():
-        path, state = engine.load_checkpoint(str(run / FOLDER), tag=latest(run))
+    """Load the newest checkpoint into the engine, on every rank; returns the number of steps it has seen.
+
+    Executes nothing from the file. Raises CheckpointError.
+    """
+    tag = latest(run)
+    with _reading(run / FOLDER / tag):
+        path, state = engine.load_checkpoint(str(run / FOLDER), tag=tag)
     if path is None:
-        raise CheckpointError(f"{run / FOLDER} could not be loaded")
+        raise CheckpointError(f"{run / FOLDER / tag} could not be loaded")
     return int(state["step"])
 
 
@@ -63,8 +72,8 @@ def latest(run: Path) -> str:
             raise CheckpointError(f"there is no run folder {run}")
         raise CheckpointError(f"{run} holds no checkpoint (no {pointer.relative_to(run)}): train it first, or longer")
     tag = pointer.read_text().strip()
-    if not (run / FOLDER / tag).is_dir():
-        raise CheckpointError(f"{pointer} names {tag}, which is not there; there are {', '.join(tags(run)) or 'none'}")
+    if tag not in tags(run):
+        raise CheckpointError(f"{pointer} names {tag or 'nothing'}, which is not there; there are {_listed(run)}")
     return tag
 
 
@@ -77,20 +86,34 @@ def load_weights(run: Path, tag: str | None = None) -> dict[str, Tensor]:
 
     tag = tag or latest(run)
     folder = run / FOLDER / tag
+    if tag not in tags(run):
+        raise CheckpointError(f"{run} has no checkpoint {tag}; there are {_listed(run)}")
+    with _reading(folder):
+        if list(folder.glob("*_optim_states.pt")):
+            with _quiet():
+                state = get_fp32_state_dict_from_zero_checkpoint(str(run / FOLDER), tag=tag)
+        else:  # stage 0 in fp32 keeps whole weights in the model's own file
+            state = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu")["module"]
+        # as c4c.engine.Learner names and shapes them
+        state = {name.removeprefix("model."): tensor.float() for name, tensor in state.items()}
+        state["clip.logit_scale"] = state["clip.logit_scale"].reshape(())
+    return state
+
+
+def _listed(run: Path) -> str:
+    return ", ".join(tags(run)) or "none"
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Load safely, and make of whatever goes wrong one CheckpointError that names the folder."""
     try:
         with safe_loading():
-            if list(folder.glob("*_optim_states.pt")):
-                with _quiet():
-                    state = get_fp32_state_dict_from_zero_checkpoint(str(run / FOLDER), tag=tag)
-            else:  # stage 0 in fp32 keeps whole weights in the model's own file
-                state = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu")["module"]
-    except CheckpointError:
-        raise
+            yield
     except Exception as error:  # DeepSpeed raises whatever its file formats lead to
-        raise CheckpointError(f"{folder} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})") from error
-    state = {name.removeprefix("model."): tensor.float() for name, tensor in state.items()}  # as c4c.engine.Learner names it
-    state["clip.logit_scale"] = state["clip.logit_scale"].reshape(())
-    return state
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        there = _listed(folder.parent.parent)
+        raise CheckpointError(f"{folder} cannot be read ({reason}); the run has {there}") from error
 
 
 @contextmanager

@@ -40,7 +40,7 @@ def load(name: str, overrides: list[str] = (), search: list[Path] = ()) -> Confi
 
     Raises ConfigError.
     """
-    tree = _read(_find(name, search), search, ())
+    tree = _read(_find(name, [Path(), *search]), search, ())
     for word in overrides:
         key, equals, text = word.partition("=")
         if not equals or not key:
@@ -68,11 +68,11 @@ def dump(config: Config) -> str:
 
 
 def _find(name: str, search: list[Path]) -> Path:
-    candidates = [Path(name), *(folder / name for folder in search)]
+    candidates = [folder / name for folder in search]
     for path in candidates:
         if path.is_file():
             return path
-    there = sorted(p.name for folder in search for p in folder.glob("*.yaml"))
+    there = sorted({p.name for folder in search for p in folder.glob("*.yaml")})
     near = difflib.get_close_matches(name, there, 1)
     hint = f"did you mean {near[0]}? " if near else ""
     raise ConfigError(f"no configuration {name}: {hint}looked at {', '.join(map(str, candidates))}; there are {there}")
@@ -80,7 +80,7 @@ def _find(name: str, search: list[Path]) -> Path:
 
 def _read(path: Path, search: list[Path], parents: tuple[Path, ...]) -> dict:
     """The file's tree with every leaf as (value, where it stands), on top of the files it extends."""
-    if path in parents:
+    if path.resolve() in [parent.resolve() for parent in parents]:
         raise ConfigError(f"{path} extends itself, by way of {', '.join(map(str, parents))}")
     try:
         text = yaml.safe_load(path.read_text()) or {}
@@ -88,10 +88,13 @@ def _read(path: Path, search: list[Path], parents: tuple[Path, ...]) -> dict:
         raise ConfigError(f"{path} is not YAML: {error}") from error
     if not isinstance(text, dict):
         raise ConfigError(f"{path}: the top level must be keys and values")
-    bases = text.pop("extends", [])
+    bases = text.pop("extends", None) or []
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"extends={bases!r} in {path}: must be the name of a file, or a list of names")
     tree: dict = {}
-    for base in [bases] if isinstance(bases, str) else bases:
-        _merge(tree, _read(_find(base, [path.parent, *search]), search, (*parents, path)))
+    for base in bases:  # its own folder first: where the command is run from must not change what a file means
+        _merge(tree, _read(_find(base, [path.parent, *search, Path()]), search, (*parents, path)))
     _merge(tree, _located(text, str(path)))
     return tree
 
@@ -131,7 +134,7 @@ def _build(cls: type, tree: dict, prefix: str) -> Any:
         if dataclasses.is_dataclass(kind):
             values[key] = _build(kind, value, f"{prefix}{key}.")
         elif kind is dict:
-            values[key] = _unlocated(value)
+            values[key] = _mapping(value, f"{prefix}{key}")
         else:
             values[key] = _leaf(kind, value, f"{prefix}{key}")
     try:
@@ -161,10 +164,14 @@ def _where(value: Any) -> str:
     return value[1]
 
 
+def _mapping(value: Any, key: str) -> dict:
+    if not isinstance(value, dict) and value[0] is not None:
+        raise ConfigError(f"{key}={value[0]!r} in {value[1]}: must hold keys and values")
+    return _unlocated(value) or {}
+
+
 def _unlocated(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _unlocated(v) for k, v in value.items()}
-    return value[0] or {} if isinstance(value[0], (dict, type(None))) else value[0]
+    return {k: _unlocated(v) for k, v in value.items()} if isinstance(value, dict) else value[0]
 
 
 def _leaf(kind: Any, located: Any, key: str) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from c4c.loss import contrastive_loss
 from c4c.model import CLIP4Clip
 from c4c.optim import TrainConfig, parameter_groups
+from pipelines.order import rank_rows
 
 PRECISIONS = ("bf16", "fp16", "fp32")
 
@@ -90,11 +91,11 @@ def quiet_libraries() -> None:
 def deepspeed_config(engine: EngineConfig, train: TrainConfig, world: int, extra: dict) -> dict:
     """DeepSpeed's configuration: ours, with `extra` (the yaml's `deepspeed:` block) on top.
 
-    Raises ValueError where `extra` contradicts what one of our keys decides.
+    Raises ValueError where `extra` contradicts what one of our keys decides, and if the batch cannot be shared out evenly.
     """
     derived = {
         "train_batch_size": train.batch_size,
-        "train_micro_batch_size_per_gpu": train.batch_size // world,
+        "train_micro_batch_size_per_gpu": rank_rows(train.batch_size, 0, world).stop,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": engine.clip_grad_norm,
         "zero_optimization": {"stage": engine.zero_stage},

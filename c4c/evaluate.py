@@ -41,7 +41,7 @@ def features(encode: Encode, split: Split, config: DataConfig, device: torch.dev
             videos |= {int(i): f for i, f in zip(indices, found.float(), strict=False)}
     finally:
         reader.close()
-    for i in range(-(-(-(-len(captions) // world)) // size)):
+    for i in range(-(-len(captions) // (world * size))):
         indices = mine[i * size : (i + 1) * size]
         tokens = tokenize([captions[j][1] for j in indices], config.max_words).to(device) if len(indices) else no_text
         found, _ = encode(none, no_mask, tokens)

@@ -22,7 +22,7 @@ def video_ranks(similarity: Tensor, video_of_text: Tensor) -> Tensor:
 
     A video's texts count by their best score, as in CLIP4Clip's evaluation of several captions a video.
     """
-    texts, videos = similarity.shape
+    videos = similarity.shape[1]
     worst_first = torch.nan_to_num(similarity, nan=float("inf"))
     best = torch.full((videos, videos), float("-inf"), dtype=similarity.dtype, device=similarity.device)
     # best[k, j]: video j against video k's texts

@@ -124,7 +124,12 @@ def build(config: ModelConfig) -> CLIP4Clip:
         load_strictly(model, load_weights(Path(source)), source)
         return model
     if Path(source).is_file():
-        return CLIP4Clip(config, open_clip.create_model(config.backbone, pretrained=source, weights_only=True))
+        try:
+            clip = open_clip.create_model(config.backbone, pretrained=source, weights_only=True)
+        except Exception as error:  # a file can be wrong in many ways
+            reason = " ".join(str(error).split())
+            raise ValueError(f"model.init_from={source}: cannot be loaded into {config.backbone} ({reason})") from error
+        return CLIP4Clip(config, clip)
     tags = open_clip.list_pretrained_tags_by_model(config.backbone)
     if source not in tags:
         raise ValueError(
@@ -132,12 +137,13 @@ def build(config: ModelConfig) -> CLIP4Clip:
             f"{', '.join(tags) or 'none: use scratch, or a file'}"
         )
     try:
-        return CLIP4Clip(config, open_clip.create_model(config.backbone, pretrained=source))
+        clip = open_clip.create_model(config.backbone, pretrained=source)
     except Exception as error:  # hubs fail in many ways
         raise ValueError(
             f"model.init_from={source}: the weights of {config.backbone} could not be fetched "
-            f"({str(error).splitlines()[0]}). Fetch them on a machine with a network and give their path"
+            f"({str(error).partition(chr(10))[0]}). Fetch them on a machine with a network and give their path"
         ) from error
+    return CLIP4Clip(config, clip)
 
 
 def load_strictly(model: nn.Module, state: dict[str, Tensor], source: object) -> None:

@@ -48,11 +48,17 @@ def save_description(folder: Path, config_text: str) -> None:
 
 
 def read_config(folder: Path) -> dict:
-    """The resolved configuration of a run, as plain dicts. Raises ValueError if the folder is no run."""
+    """The resolved configuration of a run, as plain dicts. Raises ValueError if the folder is no run, or damaged."""
     path = folder / "config.yaml"
     if not path.is_file():
         raise ValueError(f"{folder} is not a run folder: it has no config.yaml. --ckpt takes the folder that run.dir named")
-    return yaml.safe_load(path.read_text())
+    try:
+        config = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is damaged, it is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is damaged: it holds no settings")
+    return config
 
 
 # what may differ between a run and its continuation: none of it changes what a step computes

@@ -43,14 +43,15 @@ class Trainer:
         torch.manual_seed(config.run.seed)
         model = build(config.model)
         _check_sizes(model, config)
-        moved = prepare(self.folder, config.run.resume) if rank == 0 else None
-        dist.barrier()
         self.engine = build_engine(Learner(model), config.engine, config.train, world, config.deepspeed)
         self.step = checkpoint.restore(self.engine, self.folder) if resuming else 0
         self.loader = Loader(
             self.split, config.data, batch_size=config.train.batch_size, seed=config.run.seed, rank=rank, world=world,
             device=device, quarantine=self.folder / "quarantine.jsonl",
         )  # fmt: skip
+        # only now that nothing is left to be refused: a mistake must not move an earlier run aside
+        moved = prepare(self.folder, config.run.resume) if rank == 0 else None
+        dist.barrier()
         self.per_epoch = self.loader.steps_per_epoch
         self.total = config.train.total_steps(self.per_epoch)
         self.warmup = round(config.train.warmup_epochs * self.per_epoch)

@@ -1,0 +1,251 @@
+"""From YAML and words to a Config, and what is said when that cannot be."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from c4c.config import ConfigError, dump, from_dict, load, to_dict
+
+SHIPPED = Path(__file__).parents[2] / "launch" / "cfg"
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name: str, text: str) -> str:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def refused(*args, **kwargs) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(*args, **kwargs)
+    return str(caught.value)
+
+
+# ---- files ----
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda p: p.name)
+def test_every_shipped_file_loads_by_name(path):
+    config = load(path.name, search=[SHIPPED])
+    assert config.run.dir == f"runs/{path.stem}"
+    assert config.data.train
+    assert config.data.test
+
+
+def test_a_path_comes_before_the_search_folders(write, tmp_path, monkeypatch):
+    write("cfg/a.yaml", "run: {dir: searched}")
+    assert load("a.yaml", search=[tmp_path / "cfg"]).run.dir == "searched"
+    write("a.yaml", "run: {dir: here}")
+    monkeypatch.chdir(tmp_path)
+    assert load("a.yaml", search=[tmp_path / "cfg"]).run.dir == "here"
+
+
+def test_an_empty_file_gives_the_defaults(write):
+    assert load(write("a.yaml", "")) == from_dict({})
+
+
+def test_extends_merges_key_by_key(write, tmp_path):
+    write("base.yaml", "train: {lr: 1.0, epochs: 9}\nrun: {dir: base}")
+    write("other.yaml", "train: {epochs: 7}\ndata: {fps: 2}")
+    config = load(write("top.yaml", "extends: [base.yaml, other.yaml]\ntrain: {batch_size: 3}"))
+    assert (config.train.lr, config.train.epochs, config.train.batch_size) == (1.0, 7.0, 3)
+    assert (config.run.dir, config.data.fps) == ("base", 2)
+    assert load(write("one.yaml", "extends: top.yaml\nrun: {dir: one}")).run.dir == "one"
+    assert load(write("none.yaml", "extends:\nrun: {dir: none}")).run.dir == "none"
+
+
+def test_extends_looks_beside_the_file_first_then_where_configurations_are(write, tmp_path, monkeypatch):
+    path = write("a/top.yaml", "extends: base.yaml")
+    write("here/base.yaml", "run: {dir: here}")
+    monkeypatch.chdir(tmp_path / "here")
+    assert load(path).run.dir == "here"
+    write("cfg/base.yaml", "run: {dir: searched}")
+    assert load(path, search=[tmp_path / "cfg"]).run.dir == "searched"
+    write("a/base.yaml", "run: {dir: beside}")
+    assert load(path, search=[tmp_path / "cfg"]).run.dir == "beside"
+
+
+@pytest.mark.parametrize("base", ["a.yaml", "b.yaml", "../here/a.yaml"])
+def test_extends_in_a_circle_is_refused(base, write):
+    write("here/b.yaml", "extends: a.yaml")
+    message = refused(write("here/a.yaml", f"extends: {base}"))
+    assert "extends itself" in message
+    assert "a.yaml" in message
+
+
+def test_extends_must_name_files(write):
+    assert refused(write("a.yaml", "extends: 5")).startswith("extends=5 in ")
+    assert "no configuration gone.yaml" in refused(write("b.yaml", "extends: gone.yaml"))
+
+
+def test_a_missing_file_lists_what_there_is():
+    message = refused("demmo.yaml", search=[SHIPPED])
+    assert "did you mean demo.yaml?" in message
+    assert "msrvtt.yaml" in message
+
+
+def test_what_is_not_yaml_is_named(write):
+    assert "a.yaml is not YAML" in refused(write("a.yaml", "run: [1,"))
+    assert "b.yaml: the top level" in refused(write("b.yaml", "- 1"))
+    assert "b.yaml: the top level" in refused(write("b.yaml", "just words"))
+
+
+def test_yaml_cannot_make_objects(write, tmp_path):
+    assert "is not YAML" in refused(write("a.yaml", f"run: !!python/object/apply:os.mkdir [{tmp_path / 'ran'}]"))
+    assert not (tmp_path / "ran").exists()
+
+
+# ---- words on the command line ----
+
+
+def test_words_replace_the_file(write):
+    path = write("a.yaml", "train: {lr: 1.0, batch_size: 3}")
+    config = load(path, ["train.lr=1e-4", "run.dir=x=y", "train.lr=2e-4", "model={head: meanP, backbone: ViT-demo-16}"])
+    assert (config.train.lr, config.train.batch_size) == (2e-4, 3)
+    assert (config.run.dir, config.model.backbone) == ("x=y", "ViT-demo-16")
+
+
+@pytest.mark.parametrize("word", ["train.lr", "=3", "train.lr 3"])
+def test_a_word_that_is_no_assignment_is_refused(word, write):
+    message = refused(write("a.yaml", ""), [word])
+    assert repr(word) in message
+    assert "key=value" in message
+
+
+def test_a_word_whose_value_is_not_yaml_is_refused(write):
+    assert "'train.lr=[' on the command line" in refused(write("a.yaml", ""), ["train.lr=["])
+
+
+# ---- keys ----
+
+
+@pytest.mark.parametrize(
+    ("word", "wrong", "right"),
+    [
+        ("train.batchsize=3", "train.batchsize", "train.batch_size"),
+        ("trian.lr=3", "trian", "train"),
+        ("lr=3", "lr", "train.lr"),
+        ("data.backbone=3", "data.backbone", "model.backbone"),
+        ("engine.zero=1", "engine.zero", "engine.zero_stage"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_right_one(word, wrong, right, write):
+    assert refused(write("a.yaml", ""), [word]) == f"unknown key {wrong} in the command line: did you mean {right}?"
+
+
+def test_an_unknown_key_names_its_file(write):
+    write("base.yaml", "train: {lrr: 3}")
+    message = refused(write("a.yaml", "extends: base.yaml"))
+    assert "unknown key train.lrr in " in message
+    assert "base.yaml" in message
+    assert "did you mean train.lr?" in message
+    assert "a.yaml" not in message.replace("base.yaml", "")
+
+
+def test_an_unknown_key_like_none_lists_all(write):
+    message = refused(write("a.yaml", ""), ["zzzzzzzzzzzz=3"])
+    assert message.endswith("there are run, data, model, train, engine, checkpoint, deepspeed")
+
+
+# ---- values ----
+
+
+@pytest.mark.parametrize(
+    ("word", "read", "value"),
+    [
+        ("train.lr=1e-4", lambda c: c.train.lr, 1e-4),  # YAML 1.1 reads this as text
+        ("train.lr=3", lambda c: c.train.lr, 3.0),
+        ("train.epochs=0.5", lambda c: c.train.epochs, 0.5),
+        ("train.betas=[0.5, 1e-1]", lambda c: c.train.betas, (0.5, 0.1)),
+        ("data.mean=[0, 0.5, 1]", lambda c: c.data.mean, (0.0, 0.5, 1.0)),
+        ("run.seed=7", lambda c: c.run.seed, 7),
+        ("run.dir='7'", lambda c: c.run.dir, "7"),
+    ],
+)
+def test_values_take_the_type_of_their_key(word, read, value, write):
+    got = read(load(write("a.yaml", ""), [word]))
+    assert got == value
+    assert type(got) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("word", "must"),
+    [
+        ("run.seed=true", "a whole number"),
+        ("run.seed=1.0", "a whole number"),
+        ("run.seed=1e3", "a whole number"),
+        ("train.lr=true", "a number"),
+        ("train.lr=fast", "a number"),
+        ("train.lr=null", "a number"),
+        ("run.dir=7", "text"),
+        ("train.betas=0.9", "a list"),
+        ("train.betas=[a, b]", "a list"),
+    ],
+)
+def test_a_wrong_type_names_key_and_place(word, must, write):
+    key = word.partition("=")[0]
+    path = write("a.yaml", "")
+    assert refused(path, [word]).endswith(f"in the command line: must be {must}")
+    section, name = key.split(".")
+    message = refused(write("b.yaml", f"{section}: {{{name}: {word.partition('=')[2]}}}"))
+    assert message.startswith(f"{key}=")
+    assert "b.yaml" in message
+
+
+def test_keys_where_a_value_belongs_and_the_other_way_round(write):
+    assert "train.lr in the command line: takes one value" in refused(write("a.yaml", ""), ["train.lr.x=3"])
+    assert "train in the command line: must hold keys and values, not 3" in refused(write("a.yaml", ""), ["train=3"])
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "train.lr=-1", "train.batch_size=0", "train.betas=[0.9]", "run.resume=maybe", "run.dir=''", "engine.precision=fp8",
+        "engine.zero_stage=4", "model.backbone=ViT-B-33", "model.head=max", "data.sampling=all", "checkpoint.keep_last=0",
+    ],
+)  # fmt: skip
+def test_a_value_that_makes_no_sense_names_its_key(word, write):
+    assert refused(write("a.yaml", ""), [word]).startswith(word.partition("=")[0])
+
+
+# ---- the whole ----
+
+
+def test_the_deepspeed_block_passes_through(write):
+    text = "deepspeed:\n  zero_optimization: {reduce_bucket_size: 5, offload_optimizer: null}\n  a: [1, {b: 2}]"
+    config = load(write("a.yaml", text), ["deepspeed.comms_logger.enabled=true"])
+    assert config.deepspeed == {
+        "zero_optimization": {"reduce_bucket_size": 5, "offload_optimizer": None},
+        "a": [1, {"b": 2}],
+        "comms_logger": {"enabled": True},
+    }
+    assert load(write("b.yaml", "deepspeed:")).deepspeed == {}
+    assert "deepspeed=3 in the command line" in refused(write("b.yaml", ""), ["deepspeed=3"])
+
+
+def test_the_resolved_config_survives_yaml(write):
+    words = ["train.lr=1e-4", "train.betas=[0.5, 0.6]", "deepspeed.a.b=[1, 2]", "run.dir=x"]
+    config = load("demo.yaml", words, [SHIPPED])
+    assert from_dict(yaml.safe_load(dump(config))) == config
+    assert yaml.safe_load(dump(config)) == to_dict(config)
+    assert to_dict(config)["train"]["betas"] == [0.5, 0.6]
+
+
+def test_a_saved_config_with_a_key_of_another_version_is_refused():
+    with pytest.raises(ConfigError, match=r"unknown key run\.old in the saved configuration"):
+        from_dict({"run": {"old": 1}})
+
+
+def test_a_config_cannot_be_changed():
+    config = from_dict({})
+    for part in (config, config.run, config.data, config.model, config.train, config.engine, config.checkpoint):
+        name = dataclasses.fields(part)[0].name
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(part, name, None)

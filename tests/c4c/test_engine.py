@@ -1,0 +1,110 @@
+"""DeepSpeed's configuration, derived from ours; the module that it wraps."""
+
+import math
+
+import pytest
+import torch
+
+from c4c.engine import EngineConfig, Learner, deepspeed_config, set_lr
+from c4c.loss import contrastive_loss
+from c4c.model import CLIP4Clip, ModelConfig
+from c4c.optim import TrainConfig
+
+TRAIN = TrainConfig(batch_size=12, lr=0.1, betas=(0.7, 0.8), eps=1e-7, weight_decay=0.2)
+
+
+def derived(extra: dict | None = None, world: int = 4, **engine) -> dict:
+    return deepspeed_config(EngineConfig(**engine), TRAIN, world, extra or {})
+
+
+def test_what_is_derived():
+    config = derived(precision="bf16", zero_stage=2, clip_grad_norm=0.5)
+    assert (config["train_batch_size"], config["train_micro_batch_size_per_gpu"]) == (12, 3)
+    assert config["gradient_accumulation_steps"] == 1
+    assert config["gradient_clipping"] == 0.5
+    assert config["zero_optimization"] == {"stage": 2}
+    assert config["optimizer"] == {
+        "type": "AdamW", "params": {"lr": 0.1, "betas": [0.7, 0.8], "eps": 1e-7, "weight_decay": 0.2},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_precision(precision):
+    config = derived(precision=precision)
+    assert [config[p]["enabled"] for p in ("bf16", "fp16")] == [precision == "bf16", precision == "fp16"]
+
+
+def test_the_deepspeed_block_lies_on_top():
+    config = derived(
+        {
+            "zero_optimization": {"reduce_bucket_size": 5},
+            "optimizer": {"type": "Lion"},
+            "comms_logger": {"enabled": True},
+        }
+    )
+    assert config["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 5}
+    assert config["optimizer"]["type"] == "Lion"
+    assert config["optimizer"]["params"]["lr"] == 0.1
+    assert config["comms_logger"] == {"enabled": True}
+    assert (
+        derived({"gradient_clipping": 1.0, "zero_optimization": {"stage": 1}}) == derived()
+    )  # saying the same is no harm
+
+
+@pytest.mark.parametrize(
+    ("extra", "path", "owner"),
+    [
+        ({"train_batch_size": 8}, "train_batch_size=8", "train.batch_size"),
+        ({"train_micro_batch_size_per_gpu": 8}, "train_micro_batch_size_per_gpu=8", "train.batch_size"),
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps=2", "train.batch_size"),
+        ({"gradient_clipping": 3}, "gradient_clipping=3", "engine.clip_grad_norm"),
+        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage=3", "engine.zero_stage"),
+        ({"bf16": {"enabled": False}}, "bf16.enabled=False", "engine.precision"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled=True", "engine.precision"),
+        ({"optimizer": {"params": {"lr": 1}}}, "optimizer.params.lr=1", "train.lr"),
+        ({"optimizer": {"params": {"betas": [0, 0]}}}, "optimizer.params.betas=[0, 0]", "train.betas"),
+        ({"optimizer": {"params": {"eps": 1}}}, "optimizer.params.eps=1", "train.eps"),
+        ({"optimizer": {"params": {"weight_decay": 1}}}, "optimizer.params.weight_decay=1", "train.weight_decay"),
+        ({"scheduler": {"type": "WarmupLR"}}, "scheduler=", "train.lr"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and "=" in value else None,
+)
+def test_a_contradiction_names_both_keys(extra, path, owner):
+    with pytest.raises(ValueError, match="contradicts") as caught:
+        derived(extra)
+    assert f"deepspeed.{path}" in str(caught.value)
+    assert owner in str(caught.value)
+
+
+def test_a_batch_that_cannot_be_shared_out():
+    with pytest.raises(ValueError, match=r"train\.batch_size=12 does not divide by 5 ranks: use 10 or 15"):
+        derived(world=5)
+
+
+@pytest.mark.parametrize("wrong", [{"precision": "tf32"}, {"zero_stage": 4}])
+def test_what_makes_no_sense_is_refused_by_name(wrong):
+    with pytest.raises(ValueError, match=rf"engine\.{next(iter(wrong))}="):
+        EngineConfig(**wrong)
+
+
+def test_the_learner_returns_the_loss_of_its_features():
+    torch.manual_seed(0)
+    learner = Learner(CLIP4Clip(ModelConfig(backbone="ViT-demo-16"))).eval()
+    assert learner.model.clip.logit_scale.shape == (1,)
+    assert learner.model.scale().item() == pytest.approx(1 / 0.07, rel=1e-5)
+    batch = torch.randn(3, 2, 3, 64, 64), torch.ones(3, 2).bool(), torch.randint(1, 49407, (3, 9))
+    valid = torch.tensor([True, True, False])
+    text, video = learner(*batch)
+    assert (text.shape, video.shape) == ((3, 128), (3, 128))
+    expected = contrastive_loss(
+        text, video, valid, torch.tensor([math.exp(math.log(1 / 0.07))]), learner.model.head.score
+    )
+    torch.testing.assert_close(learner(*batch, valid), expected)
+
+
+def test_the_learning_rate_reaches_every_group():
+    class Engine:
+        optimizer = torch.optim.SGD([{"params": [torch.zeros(1)]}, {"params": [torch.zeros(1)]}], lr=9.0)
+
+    set_lr(Engine, 0.25)
+    assert [group["lr"] for group in Engine.optimizer.param_groups] == [0.25, 0.25]

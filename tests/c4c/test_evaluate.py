@@ -1,0 +1,77 @@
+"""Features of a split in its own order, whatever the batches; metrics over them. Several ranks: tests/launch."""
+
+import numpy as np
+import pytest
+import torch
+
+from c4c import evaluate as module
+from c4c.evaluate import evaluate, features
+from c4c.heads.mean import MeanPooling
+from pipelines.config import DataConfig
+
+CAPTIONS = [["0"], ["1", "1", "1"], ["2", "2"], ["3"], ["4"]]  # each says which video it belongs to
+CPU = torch.device("cpu")
+
+
+class Split:
+    def __len__(self) -> int:
+        return len(CAPTIONS)
+
+    def captions(self, index: int) -> list[dict]:
+        return [{"text": text} for text in CAPTIONS[index]]
+
+
+class Reader:
+    """Videos whose every pixel is their number, in batches of one, then of none."""
+
+    closed = False
+
+    def __init__(self, split, config, *, rank, world, device):
+        self.shape = config.num_frames, 3, config.image_size, config.image_size
+
+    def __iter__(self):
+        for i in (0, 1, 2, 3, 4, None):
+            n = 0 if i is None else 1
+            yield (
+                np.arange(5)[i : i + 1] if n else np.zeros(0, int),
+                torch.full((n, *self.shape), float(i or 0)),
+                torch.ones(n, 2).bool(),
+            )
+
+    def close(self):
+        Reader.closed = True
+
+
+class Model:
+    head = MeanPooling()
+
+    def __call__(self, frames, mask, tokens):
+        """One-hot features; never asked about no videos or no captions at all."""
+        assert len(frames) and len(tokens)
+        texts, videos = tokens[:, 0], frames[:, 0, 0, 0, 0].long()
+        return torch.eye(8)[texts], torch.eye(8)[videos]
+
+
+@pytest.fixture(autouse=True)
+def fakes(monkeypatch):
+    monkeypatch.setattr(module, "VideoReader", Reader)
+    monkeypatch.setattr(
+        module, "tokenize", lambda texts, words: torch.tensor([[int(t) if t != "none" else 7] for t in texts])
+    )
+
+
+@pytest.mark.parametrize("size", [1, 3, 8, 50])
+def test_every_video_and_caption_once_in_order(size):
+    config = DataConfig(num_frames=2, image_size=4, eval_batch_size=size)
+    texts, videos, owner = features(Model(), Split(), config, CPU)
+    assert owner.tolist() == [0, 1, 1, 1, 2, 2, 3, 4]
+    assert texts.argmax(dim=1).tolist() == owner.tolist()
+    assert videos.argmax(dim=1).tolist() == [0, 1, 2, 3, 4]
+    assert Reader.closed
+
+
+def test_the_right_answers_score_full_marks():
+    model = Model()
+    result = evaluate(model, model, Split(), DataConfig(num_frames=2, image_size=4), CPU)
+    assert (result["n_texts"], result["n_videos"]) == (8, 5)
+    assert result["t2v"] == result["v2t"] == {"R1": 100.0, "R5": 100.0, "R10": 100.0, "MdR": 1.0, "MnR": 1.0}

@@ -1,0 +1,76 @@
+"""The learning rate's course, what decays, and how long a run is."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from c4c.engine import Learner
+from c4c.model import CLIP4Clip, ModelConfig
+from c4c.optim import TrainConfig, lr_factor, parameter_groups
+
+
+def test_the_learning_rate_rises_in_a_line_and_falls_in_half_a_cosine():
+    factor = [lr_factor(step, 100, 20, 0.05) for step in range(101)]
+    assert factor[0] == 0.05
+    assert factor[10] == pytest.approx(0.525)
+    assert factor[20] == 1.0
+    assert factor[40] == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
+    assert factor[60] == pytest.approx(0.5)
+    assert factor[100] == pytest.approx(0.0)
+    assert factor[:21] == sorted(factor[:21])
+    assert factor[20:] == sorted(factor[20:], reverse=True)
+
+
+def test_the_learning_rate_at_the_edges():
+    assert lr_factor(0, 10, 0, 0.05) == 1.0  # no warm-up
+    assert lr_factor(11, 10, 2, 0.05) == pytest.approx(0.0)  # past the end it does not rise again
+    assert lr_factor(3, 3, 5, 0.0) == pytest.approx(0.6)  # a run shorter than its warm-up
+    assert lr_factor(5, 5, 5, 0.0) == 1.0
+
+
+def test_total_steps():
+    assert TrainConfig(epochs=3).total_steps(7) == 21
+    assert TrainConfig(epochs=0.5).total_steps(7) == 4
+    assert TrainConfig(epochs=0).total_steps(7) == 1
+    assert TrainConfig(epochs=3, max_steps=4).total_steps(7) == 4
+    assert TrainConfig(epochs=3, max_steps=40).total_steps(7) == 40
+
+
+def test_matrices_decay_and_vectors_do_not():
+    learner = Learner(CLIP4Clip(ModelConfig(backbone="ViT-demo-16")))
+    decayed, plain = parameter_groups(learner, 0.3)
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
+    names = {p: name for name, p in learner.named_parameters()}
+    decayed, plain = ({names[p] for p in group["params"]} for group in (decayed, plain))
+    assert decayed | plain == set(names.values())
+    assert not decayed & plain
+    assert "model.clip.logit_scale" in plain
+    assert {name for name in names.values() if name.endswith("bias") or ".ln_" in name} <= plain
+    for kept in (
+        "text_projection",
+        "token_embedding.weight",
+        "visual.proj",
+        "visual.conv1.weight",
+        "positional_embedding",
+    ):
+        assert f"model.clip.{kept}" in decayed
+
+
+def test_frozen_weights_and_empty_groups_are_left_out():
+    layer = nn.Linear(2, 2)
+    layer.bias.requires_grad = False
+    (only,) = parameter_groups(layer, 0.3)
+    assert only["params"] == [layer.weight]
+    assert torch.equal(only["params"][0], layer.weight)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"batch_size": 0}, {"lr": -1.0}, {"epochs": -1.0}, {"max_steps": -1}, {"weight_decay": -1.0}, {"eval_every": -1}, {"betas": (0.9,)}],
+    ids=lambda w: next(iter(w)),
+)  # fmt: skip
+def test_what_makes_no_sense_is_refused_by_name(wrong):
+    with pytest.raises(ValueError, match=rf"train\.{next(iter(wrong))}="):
+        TrainConfig(**wrong)

@@ -1,0 +1,115 @@
+"""`launch/eval.py`: the metrics of a run, from its ZeRO checkpoint of any stage and number of ranks."""
+
+import json
+import runpy
+import subprocess
+import sys
+
+import pytest
+
+from tests.launch.runs import ROOT, lines
+
+pytestmark = pytest.mark.timeout(1200)  # the first launch in a new environment compiles DeepSpeed's optimizer
+WAYS = ["1 rank", "2 ranks", "2 ranks, ZeRO 2", "2 ranks, ZeRO 3"]
+
+
+@pytest.fixture
+def evaluate(monkeypatch, capsys):
+    """Runs the script in this process, which has imported everything. Returns (exit code, stdout, stderr)."""
+
+    def evaluate(*words) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["launch/eval.py", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / "launch" / "eval.py"), run_name="__main__")
+        return ended.value.code, *capsys.readouterr()
+
+    return evaluate
+
+
+def validated(run, step: int) -> dict:
+    """What the run itself wrote after `step`, in the shape that eval.py writes."""
+    (line,) = (line for line in lines(run / "eval.jsonl") if line["step"] == step)
+    result = {way: {k: line[f"val/{way}_{k}"] for k in ("R1", "R5", "R10", "MdR", "MnR")} for way in ("t2v", "v2t")}
+    return result | {"n_texts": line["val/n_texts"], "n_videos": line["val/n_videos"]}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_stage_and_number_of_ranks_gives_the_runs_own_metrics(way, runs, evaluate, tmp_path):
+    file = tmp_path / "new" / "out.json"
+    code, out, err = evaluate("--ckpt", runs[way], "--json", file)
+    assert (code, err) == (0, "")
+    result = json.loads(file.read_text())
+    assert result == validated(runs[way], 10)
+    assert list(result) == ["t2v", "v2t", "n_texts", "n_videos"]
+    assert list(result["t2v"]) == list(result["v2t"]) == ["R1", "R5", "R10", "MdR", "MnR"]
+    assert "17 texts, 17 videos" in out
+    assert "text to video" in out
+    assert "video to text" in out
+    assert f"{result['t2v']['R10']:.1f}" in out
+
+
+def test_an_earlier_checkpoint(runs, evaluate, tmp_path):
+    run = runs["2 ranks, ZeRO 2"]
+    assert evaluate("--ckpt", run, "--tag", "step00000005", "--json", tmp_path / "out.json")[0] == 0
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result == validated(run, 5) != validated(run, 10)
+
+
+def test_another_split(runs, evaluate, launcher, tmp_path):
+    assert evaluate("--ckpt", runs["1 rank"], "--data", launcher.train, "--json", tmp_path / "out.json")[0] == 0
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert (result["n_texts"], result["n_videos"]) == (200, 40)
+    assert result["t2v"]["R10"] > 35  # it was trained on these; chance is 25
+
+
+def test_as_a_command(runs, tmp_path):
+    command = [sys.executable, "launch/eval.py", "--ckpt", str(runs["1 rank"]), "--json", str(tmp_path / "out.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "17 texts, 17 videos" in done.stdout
+    assert json.loads((tmp_path / "out.json").read_text()) == validated(runs["1 rank"], 10)
+
+
+# ---- what cannot be done ----
+
+
+def refused(outcome: tuple[int, str, str]) -> str:
+    code, out, err = outcome
+    assert (code, out) == (1, "")
+    (line,) = err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def test_a_folder_that_is_no_run(evaluate, tmp_path):
+    assert "is not a run folder: it has no config.yaml" in refused(evaluate("--ckpt", tmp_path))
+    assert "is not a run folder: it has no config.yaml" in refused(evaluate("--ckpt", tmp_path / "gone"))
+
+
+def test_a_run_without_a_checkpoint(evaluate, runs, tmp_path):
+    (tmp_path / "config.yaml").write_text((runs["1 rank"] / "config.yaml").read_text())
+    assert "holds no checkpoint (no checkpoints/latest): train it first, or longer" in refused(
+        evaluate("--ckpt", tmp_path)
+    )
+
+
+def test_a_checkpoint_that_is_not_there(evaluate, runs):
+    line = refused(evaluate("--ckpt", runs["1 rank"], "--tag", "step00000007"))
+    assert "has no checkpoint step00000007; there are step00000005, step00000010" in line
+
+
+def test_a_config_that_does_not_fit_the_weights(evaluate, runs, tmp_path):
+    (tmp_path / "checkpoints").symlink_to(runs["1 rank"] / "checkpoints")
+    config = (runs["1 rank"] / "config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(config.replace("ViT-demo-16", "ViT-S-32-alt"))
+    assert "do not fit the model: " in refused(evaluate("--ckpt", tmp_path))
+
+
+@pytest.mark.parametrize(("text", "said"), [("run: [", "is damaged"), ("train: {speed: 3}", "unknown key train.speed")])
+def test_a_config_that_cannot_be_read(text, said, evaluate, tmp_path):
+    (tmp_path / "config.yaml").write_text(text)
+    assert said in refused(evaluate("--ckpt", tmp_path))
+
+
+def test_no_such_split(evaluate, runs):
+    assert "there is no folder nowhere" in refused(evaluate("--ckpt", runs["1 rank"], "--data", "nowhere"))

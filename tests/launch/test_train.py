@@ -1,0 +1,169 @@
+"""`deepspeed launch/train.py`: the same curve on any number of ranks, at any ZeRO stage, and after a kill."""
+
+import os
+import runpy
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+
+from c4c.checkpoint import latest, tags
+from c4c.run import read_config
+from tests.launch.runs import ROOT, STEPS_PER_EPOCH, lines, losses
+
+pytestmark = pytest.mark.timeout(1200)  # the first launch in a new environment compiles DeepSpeed's optimizer
+TOTAL = 2 * STEPS_PER_EPOCH
+ROUNDING = 1e-5  # relative, after ten steps in fp32
+
+
+def column(run, name: str) -> list:
+    return [line[name] for line in lines(run / "metrics.jsonl")]
+
+
+def test_every_step_is_in_the_metrics(runs):
+    for run in runs.values():
+        assert column(run, "step") == list(range(1, TOTAL + 1))
+        assert column(run, "epoch") == [0] * STEPS_PER_EPOCH + [1] * STEPS_PER_EPOCH
+        assert min(column(run, "data/wait_s")) >= 0
+        assert min(column(run, "step_s")) > 0
+        assert losses(run)[-1] < 0.9 * losses(run)[0]
+
+
+def test_the_learning_rate_follows_the_schedule(runs):
+    rates = column(runs["1 rank"], "train/lr")
+    assert rates[0] == pytest.approx(0.05 * 1e-3)
+    assert rates[STEPS_PER_EPOCH] == max(rates) == pytest.approx(1e-3)  # the warm-up is one epoch
+    assert rates[STEPS_PER_EPOCH:] == sorted(rates[STEPS_PER_EPOCH:], reverse=True)
+
+
+@pytest.mark.parametrize("way", ["2 ranks", "2 ranks, ZeRO 2", "2 ranks, ZeRO 3"])
+def test_two_ranks_learn_what_one_does_at_every_stage(way, runs):
+    for name, tolerance in (
+        ("train/loss", ROUNDING),
+        ("train/logit_scale", ROUNDING),
+        ("train/grad_norm", 10 * ROUNDING),
+    ):
+        assert column(runs[way], name) == pytest.approx(column(runs["1 rank"], name), rel=tolerance), name
+
+
+def test_two_ranks_validate_as_one_does(runs):
+    def validations(run) -> list[dict]:
+        return [{k: v for k, v in line.items() if k != "time_unix_s"} for line in lines(run / "eval.jsonl")]
+
+    one = validations(runs["1 rank"])
+    assert [line["step"] for line in one] == [STEPS_PER_EPOCH, TOTAL]
+    assert one[0]["val/n_videos"] == one[0]["val/n_texts"] == 17
+    for run in runs.values():
+        assert validations(run) == one
+
+
+def test_a_run_folder_holds_all_that_is_needed_later(runs, launcher):
+    run = runs["2 ranks"]
+    config = read_config(run)
+    assert config["data"]["train"] == str(launcher.train)  # from the command line
+    assert config["train"]["lr"] == 1e-3  # from the file
+    assert config["model"]["head"] == "meanP"  # from nowhere but the defaults
+    assert (run / "versions.json").is_file()
+    assert list((run / "tensorboard").iterdir())
+    assert tags(run) == ["step00000005", "step00000010"]
+    assert latest(run) == "step00000010"
+
+
+def test_a_killed_run_resumes_as_if_unbroken(launcher, runs):
+    run = launcher.folder / "killed"
+    command = launcher.command(2, f"run.dir={run}", "run.resume=auto")
+    process = launcher.start(command)
+    _wait_for_line(run / "metrics.jsonl", STEPS_PER_EPOCH + 1, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert latest(run) == "step00000005"
+    assert STEPS_PER_EPOCH < len(losses(run)) < TOTAL, "the kill was to come in the second epoch"
+
+    code, out, err = launcher.finish(command)
+    assert code == 0, out + err
+    assert "continuing after step 5" in err
+    assert column(run, "step") == list(range(1, TOTAL + 1))
+    unbroken = runs["2 ranks"]
+    for name in ("train/loss", "train/grad_norm"):  # weights and batches are the same to the bit,
+        assert column(run, name)[: STEPS_PER_EPOCH + 1] == column(unbroken, name)[: STEPS_PER_EPOCH + 1]
+    # Adam's bias correction is not: DeepSpeed's CPU kernel multiplies it up step by step, or takes a power after a start
+    assert losses(run) == pytest.approx(losses(unbroken), rel=ROUNDING)
+    assert [line["step"] for line in lines(run / "eval.jsonl")] == [STEPS_PER_EPOCH, TOTAL]
+    assert not run.with_name("killed.old1").exists()
+
+
+def _wait_for_line(path, number: int, process) -> None:
+    until = time.monotonic() + 120
+    while not path.exists() or path.read_text().count("\n") < number:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
+# ---- what cannot be done ----
+
+
+def _incomplete_split(launcher) -> list[str]:
+    shutil.copytree(launcher.train, launcher.folder / "incomplete")
+    (launcher.folder / "incomplete" / "000000.parquet").unlink()
+    return [f"data.train={launcher.folder / 'incomplete'}"]
+
+
+def _other_settings(launcher) -> list[str]:
+    run = launcher.folder / "other"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "latest").write_text("step00000001")
+    (run / "config.yaml").write_text("train: {lr: 0.5}")
+    return [f"run.dir={run}", "run.resume=auto"]
+
+
+MISTAKES = {
+    "an unknown key": (["train.batchsize=3"], "unknown key train.batchsize in the command line: did you mean train.batch_size?"),
+    "no such folder": (["data.train=nowhere"], "there is no folder nowhere. Pack one with"),
+    "no folder": (["data.test=''"], "data.test is not set: name the folder of a packed split"),
+    "an incomplete split": (_incomplete_split, "is incomplete: 000000.parquet is missing"),
+    "another picture size": (["data.image_size=32"], "ViT-demo-16 takes pictures of 64: set data.image_size=64"),
+    "too long captions": (["data.max_words=99"], "data.max_words=99 is longer than the 77 tokens"),
+    "a contradiction": (["deepspeed.gradient_clipping=2"], "gradient_clipping=2 contradicts engine.clip_grad_norm"),
+    "no weights": (["model.init_from=''"], "model.init_from is not set"),
+    "a run of other settings": (_other_settings, "train.lr was 0.5, is 0.001"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_gives_one_clear_line(name, launcher, monkeypatch, capsys):
+    """In this process, which must not join a process group: what is refused is refused before ranks have to meet."""
+    monkeypatch.setattr("c4c.train.start_distributed", lambda: (0, 1, torch.device("cpu")))
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    words, said = MISTAKES[name]
+    words = words(launcher) if callable(words) else words
+    run = launcher.folder / "mistake"
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["launch/train.py", *launcher.words(f"run.dir={run}", *words)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path("launch/train.py", run_name="__main__")
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out) == (1, "")
+    (line,) = err.splitlines()
+    assert line.startswith("error: ")
+    assert said in line
+    assert not run.exists()
+
+
+def test_a_mistake_without_the_launcher(launcher):
+    code, _, err = launcher.finish(launcher.without_deepspeed("data.train=nowhere"))
+    assert (code, err) == (1, "error: there is no folder nowhere. Pack one with: python -m c4c.shard --help\n")
+
+
+def test_a_batch_that_two_ranks_cannot_share(launcher):
+    run = launcher.folder / "earlier"
+    run.mkdir()
+    (run / "config.yaml").write_text("")
+    code, out, err = launcher.finish(launcher.command(2, f"run.dir={run}", "train.batch_size=15"))
+    assert code == 1
+    assert "Traceback" not in out + err
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert line == "error: train.batch_size=15 does not divide by 2 ranks: use 14 or 16"
+    assert (run / "config.yaml").exists(), "an earlier run was moved aside for a run that never was"
