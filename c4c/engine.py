@@ -176,7 +176,7 @@ def quiet_libraries() -> None:
 def deepspeed_config(engine: EngineConfig, train: TrainConfig, world: int, extra: dict) -> dict:
     """DeepSpeed's configuration: ours, with `extra` (the yaml's `deepspeed:` block) on top.
 
-    Raises ValueError where `extra` contradicts what one of our keys decides.
+    Raises ValueError where `extra` contradicts what one of our keys decides, and if the batch cannot be shared out evenly.
     """
     rows = rank_rows(train.batch_size, 0, world).stop
     micro = min(train.micro_batch_size or rows, rows)
