@@ -21,7 +21,9 @@ class CheckpointConfig:
 
     def __post_init__(self):
         if self.keep_last < 1:
-            raise ValueError(f"checkpoint.keep_last={self.keep_last}: must be at least 1, or nothing could be evaluated")
+            raise ValueError(
+                f"checkpoint.keep_last={self.keep_last}: must be at least 1, or nothing could be evaluated"
+            )
 
 
 class CheckpointError(ValueError):

@@ -144,7 +144,9 @@ def _build(cls: type, tree: dict, prefix: str) -> Any:
 
 
 def _unknown(prefix: str, key: str, names: list[str], value: Any) -> str:
-    known = {f"{f.name}.{g.name}" for f in dataclasses.fields(Config) for g in _fields_of(f)} | {prefix + n for n in names}
+    known = {f"{f.name}.{g.name}" for f in dataclasses.fields(Config) for g in _fields_of(f)} | {
+        prefix + n for n in names
+    }
     near = difflib.get_close_matches(prefix + key, sorted(known), 1, cutoff=0.5)
     near = near or [full for full in sorted(known) if full.split(".")[-1] == key]
     hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(prefix + n for n in names)}"
@@ -210,7 +212,9 @@ def _convert(kind: Any, value: Any) -> Any:
 
 
 def _type_name(kind: Any) -> str:
-    return {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}.get(kind, "a list")
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}.get(
+        kind, "a list"
+    )
 
 
 def _plain(value: Any) -> Any:

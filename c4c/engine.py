@@ -45,7 +45,14 @@ class Learner(nn.Module):
         temperature = model.clip.logit_scale
         model.clip.logit_scale = nn.Parameter(temperature.detach().reshape(1), requires_grad=temperature.requires_grad)
 
-    def forward(self, frames: Tensor | None, frame_mask: Tensor | None, tokens: Tensor | None, valid: Tensor | None = None, pull: "Pull | None" = None):
+    def forward(
+        self,
+        frames: Tensor | None,
+        frame_mask: Tensor | None,
+        tokens: Tensor | None,
+        valid: Tensor | None = None,
+        pull: "Pull | None" = None,
+    ):
         """With `valid`: this rank's loss (see c4c.loss). Without: what stands for texts and videos, for evaluation.
 
         With `pull`, a micro-batch of gradient caching: a number whose gradient is the loss's (see `_cached_step`); without
@@ -191,8 +198,13 @@ def deepspeed_config(engine: EngineConfig, train: TrainConfig, world: int, extra
         "fp16": {"enabled": engine.precision == "fp16"},
         "optimizer": {
             "type": "AdamW",
-            "params": {"lr": train.lr, "betas": list(train.betas), "eps": train.eps,
-                       "weight_decay": train.weight_decay, "bias_correction": train.bias_correction},
+            "params": {
+                "lr": train.lr,
+                "betas": list(train.betas),
+                "eps": train.eps,
+                "weight_decay": train.weight_decay,
+                "bias_correction": train.bias_correction,
+            },
         },
     }
     owners = {

@@ -1,7 +1,7 @@
 """`python -m c4c.export --ckpt runs/x --to model.safetensors`: one file of weights from a run, or from any weights.
 
-    model.safetensors   c4c's names; what the model is stands in the file's metadata and in model.json beside it
-    --official          CLIP4Clip's own layout, as its --init_model reads it (a .bin or .pth file by torch.save)
+model.safetensors   c4c's names; what the model is stands in the file's metadata and in model.json beside it
+--official          CLIP4Clip's own layout, as its --init_model reads it (a .bin or .pth file by torch.save)
 """
 
 import argparse

@@ -94,4 +94,3 @@ def mil_nce_loss(text: Tensor, video: Tensor, owner: Tensor, valid: Tensor, scal
     negative_videos = against[None].expand(rows, -1).masked_fill(~local_bag, lowest).logsumexp(dim=1)
     whole = torch.stack([positive, negative_captions, negative_videos]).logsumexp(dim=0)
     return torch.where(valid, whole - positive, 0.0).sum() * world / all_valid.sum()
-

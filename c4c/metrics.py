@@ -12,7 +12,9 @@ from torch import Tensor
 Score = Callable[[Tensor, Tensor], Tensor]  # texts [N, ...], videos [M, ...] -> [N, M]
 
 
-def ranks(texts: Tensor, videos: Tensor, video_of_text: Tensor, score: Score, tile: int = 2048) -> tuple[Tensor, Tensor]:
+def ranks(
+    texts: Tensor, videos: Tensor, video_of_text: Tensor, score: Score, tile: int = 2048
+) -> tuple[Tensor, Tensor]:
     """0-based ranks: of each text's video among all videos, int64 [N]; of each video's texts among all texts, int64 [M].
 
     video_of_text int64 [N], every video named at least once. A video's texts count by their best score, as in

@@ -158,13 +158,17 @@ def _start(config: ModelConfig, weights: Weights, num_frames: int) -> CLIP4Clip:
     clip = {k: v for k, v in weights.state.items() if k.startswith("clip.")}
     if config.linear_patch == "3d" and "clip.visual.conv2.weight" not in clip:
         kernel = clip["clip.visual.conv1.weight"]
-        clip["clip.visual.conv2.weight"] = torch.stack([torch.zeros_like(kernel), kernel, torch.zeros_like(kernel)], dim=2)
+        clip["clip.visual.conv2.weight"] = torch.stack(
+            [torch.zeros_like(kernel), kernel, torch.zeros_like(kernel)], dim=2
+        )
     if config.linear_patch == "2d":
         clip.pop("clip.visual.conv2.weight", None)
     head = {k: v for k, v in weights.state.items() if k.startswith("head.")}
     same = weights.head == config.head
     if head and not same:
-        warnings.warn(f"{source} has head {weights.head}; model.head={config.head} starts anew from its towers", stacklevel=2)
+        warnings.warn(
+            f"{source} has head {weights.head}; model.head={config.head} starts anew from its towers", stacklevel=2
+        )
     load_strictly(model, clip | (head if same else {}), source, () if same and head else ("head.*",))
     if not (same and head):
         model.head.start_from(model.clip)

@@ -11,7 +11,17 @@ from pathlib import Path
 import yaml
 
 RESUME = ("never", "auto")
-_PACKAGES = ("torch", "nvidia-dali-cuda130", "deepspeed", "open_clip_torch", "webdataset", "av", "pyarrow", "numpy", "c4c")
+_PACKAGES = (
+    "torch",
+    "nvidia-dali-cuda130",
+    "deepspeed",
+    "open_clip_torch",
+    "webdataset",
+    "av",
+    "pyarrow",
+    "numpy",
+    "c4c",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +63,9 @@ def read_config(folder: Path) -> dict:
     """The resolved configuration of a run, as plain dicts. Raises ValueError if the folder is no run, or damaged."""
     path = folder / "config.yaml"
     if not path.is_file():
-        raise ValueError(f"{folder} is not a run folder: it has no config.yaml. --ckpt takes the folder that run.dir named")
+        raise ValueError(
+            f"{folder} is not a run folder: it has no config.yaml. --ckpt takes the folder that run.dir named"
+        )
     try:
         config = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:

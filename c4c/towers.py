@@ -1,6 +1,6 @@
 """CLIP's two towers, described by a plain dict in open_clip's own form:
 
-    {"embed_dim", "quick_gelu", "vision_cfg": {...}, "text_cfg": {...}}
+{"embed_dim", "quick_gelu", "vision_cfg": {...}, "text_cfg": {...}}
 """
 
 import logging
@@ -27,9 +27,21 @@ def named(backbone: str) -> dict:
     known = ({f.name for f in fields(CLIPVisionCfg)}, {f.name for f in fields(CLIPTextCfg)})
     vision, text = spec["vision_cfg"], spec["text_cfg"]
     plain = isinstance(vision.get("layers"), int) and "timm_model_name" not in vision and "hf_model_name" not in text
-    if not plain or spec.get("custom_text") or "multimodal_cfg" in spec or not (vision.keys() <= known[0] and text.keys() <= known[1]):
-        raise ValueError(f"model.backbone={backbone}: its towers are not a ViT and CLIP's text transformer; choose a plain ViT")
-    return {"embed_dim": spec["embed_dim"], "quick_gelu": spec.get("quick_gelu", False), "vision_cfg": vision, "text_cfg": text}
+    if (
+        not plain
+        or spec.get("custom_text")
+        or "multimodal_cfg" in spec
+        or not (vision.keys() <= known[0] and text.keys() <= known[1])
+    ):
+        raise ValueError(
+            f"model.backbone={backbone}: its towers are not a ViT and CLIP's text transformer; choose a plain ViT"
+        )
+    return {
+        "embed_dim": spec["embed_dim"],
+        "quick_gelu": spec.get("quick_gelu", False),
+        "vision_cfg": vision,
+        "text_cfg": text,
+    }
 
 
 def build(spec: dict) -> CLIP:

@@ -52,7 +52,8 @@ class Trainer:
         self.engine = build_engine(Learner(model), config.engine, config.train, world, config.deepspeed)
         self.step = checkpoint.restore(self.engine, self.folder) if resuming else 0
         self.loader = Loader(
-            self.split, config.data, batch_size=config.train.batch_size, seed=config.run.seed, rank=rank, world=world,
+            self.split, config.data, batch_size=config.train.batch_size, seed=config.run.seed,
+            drop_last=config.train.drop_last, rank=rank, world=world,
             device=device, quarantine=self.folder / "quarantine.jsonl",
         )  # fmt: skip
         # only now that nothing is left to be refused: a mistake must not move an earlier run aside

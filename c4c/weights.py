@@ -1,10 +1,10 @@
 """Weights from wherever CLIP4Clip's users have them, recognised by their names; nothing in a file is executed.
 
-    official CLIP4Clip   pytorch_model.bin.N: `clip.*` beside the head's modules
-    mmaction2            {"state_dict": `clip.*`, `adapter.*`}
-    OpenAI               a TorchScript archive, or its state dict: `visual.*`, `transformer.*`, …
-    open_clip            {"state_dict": …} or bare, perhaps under `module.`; `text.*` for its CustomTextCLIP
-    c4c                  a run folder, or a safetensors file that c4c.export wrote
+official CLIP4Clip   pytorch_model.bin.N: `clip.*` beside the head's modules
+mmaction2            {"state_dict": `clip.*`, `adapter.*`}
+OpenAI               a TorchScript archive, or its state dict: `visual.*`, `transformer.*`, …
+open_clip            {"state_dict": …} or bare, perhaps under `module.`; `text.*` for its CustomTextCLIP
+c4c                  a run folder, or a safetensors file that c4c.export wrote
 """
 
 import io
@@ -77,7 +77,10 @@ def read_backbone(backbone: str, source: str) -> Weights:
     try:
         path = open_clip.download_pretrained(about)
     except Exception as error:  # hubs fail in many ways
-        where = about.get("url") or f"https://huggingface.co/{about.get('hf_hub', '').rstrip('/')} (open_clip_model.safetensors)"
+        where = (
+            about.get("url")
+            or f"https://huggingface.co/{about.get('hf_hub', '').rstrip('/')} (open_clip_model.safetensors)"
+        )
         raise ValueError(
             f"model.init_from={source}: the weights of {backbone} are not here and could not be fetched "
             f"({type(error).__name__}). Fetch {where} on a machine with a network, put it beside your data, and set "
@@ -95,7 +98,9 @@ def recognise(raw: dict, quick_gelu: bool | None = None) -> Weights:
         state = {k.removeprefix("module."): v for k, v in state.items()}
     state = {k: v for k, v in state.items() if not k.startswith("data_preprocessor.")}
     if any(k.startswith("clip.") for k in state):
-        return _clip4clip(state, mmaction2=wrapped or any(k.startswith("adapter.") for k in state), quick_gelu=quick_gelu)
+        return _clip4clip(
+            state, mmaction2=wrapped or any(k.startswith("adapter.") for k in state), quick_gelu=quick_gelu
+        )
     if any(k.startswith("text.") for k in state):
         state = {k.removeprefix("text."): v for k, v in state.items()}
     state = {k: v for k, v in state.items() if k not in _ARCHIVE_EXTRAS and k != "attn_mask"}
@@ -116,7 +121,12 @@ def _clip4clip(state: dict[str, Tensor], mmaction2: bool, quick_gelu: bool | Non
         head = "TransformerAdapter" if "positional_embedding" in rest else "SimpleMeanAdapter"
         stack, segments = "transformer.resblocks.", len(rest.get("positional_embedding", range(12)))
     else:
-        marks = {"lstm_visual.": "seqLSTM", "transformerClip.": "seqTransf", "cross.": "tightTransf", "text_weight_fc.": "wti"}
+        marks = {
+            "lstm_visual.": "seqLSTM",
+            "transformerClip.": "seqTransf",
+            "cross.": "tightTransf",
+            "text_weight_fc.": "wti",
+        }
         head = next((name for mark, name in marks.items() if any(k.startswith(mark) for k in rest)), "meanP")
         stack, segments = {"tightTransf": "cross.transformer.resblocks."}.get(head, "transformerClip.resblocks."), 12
     spec = towers.measured(clip, True if quick_gelu is None else quick_gelu)

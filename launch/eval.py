@@ -19,7 +19,9 @@ from shards.dataset import Split
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Rank every test video for every caption, with a run's ZeRO checkpoint.")
+    parser = argparse.ArgumentParser(
+        description="Rank every test video for every caption, with a run's ZeRO checkpoint."
+    )
     parser.add_argument("--ckpt", type=Path, required=True, help="a run folder, as run.dir named it")
     parser.add_argument("--tag", help="a checkpoint in it (the latest)")
     parser.add_argument("--data", help="a packed split (the run's own data.test)")

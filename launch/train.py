@@ -14,7 +14,9 @@ def main() -> int:
                                      "the configuration, for example train.lr=1e-4 run.dir=runs/mine")  # fmt: skip
     parser.add_argument("--cfg", required=True, help="a yaml file: a path, or the name of one in launch/cfg")
     parser.add_argument("--seed", type=int, help="the same as run.seed=N")
-    parser.add_argument("--deterministic", action="store_true", help="the same as run.deterministic=true: equal losses, bit for bit")
+    parser.add_argument(
+        "--deterministic", action="store_true", help="the same as run.deterministic=true: equal losses, bit for bit"
+    )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
     args = parser.parse_args()

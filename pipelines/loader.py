@@ -65,13 +65,14 @@ class Loader:
         *,
         batch_size: int,
         seed: int,
+        drop_last: bool = False,
         rank: int = 0,
         world: int = 1,
         device: torch.device | str = "cpu",
         quarantine: Path | None = None,
     ):
         self.split, self.config, self.seed = split, config, seed
-        self.order = Order(split.caption_counts, batch_size, seed)
+        self.order = Order(split.caption_counts, batch_size, seed, drop_last)
         self._rows = rank_rows(batch_size, rank, world)
         self._lane = Lane(split, config, torch.device(device), self._rows.stop - self._rows.start)
         self._quarantine, self._bad, self._read = quarantine, {}, 0

@@ -18,20 +18,28 @@ class Order:
     """The order of a split's pairs.
 
     caption_counts: int [videos], captions of each video, at least 1. batch_size: pairs a global batch holds at most.
+    drop_last: every batch holds exactly that many, and the few pairs that are over, others each epoch, are left out.
     """
 
-    def __init__(self, caption_counts: np.ndarray, batch_size: int, seed: int):
+    def __init__(self, caption_counts: np.ndarray, batch_size: int, seed: int, drop_last: bool = False):
         self.counts = np.asarray(caption_counts, np.int64)
         if len(self.counts) == 0 or self.counts.min() < 1:
             raise ValueError("every video needs a caption, and the split at least one video")
         if batch_size < 1:
             raise ValueError(f"train.batch_size={batch_size}: must be at least 1")
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed, self.drop_last = batch_size, seed, drop_last
         self.pairs = int(self.counts.sum())
+        if drop_last and self.pairs // batch_size < self.counts.max():
+            raise ValueError(
+                f"train.drop_last: {self.pairs // batch_size} full batches of {batch_size} cannot keep apart the "
+                f"{self.counts.max()} captions of one video; use a smaller train.batch_size, or train.drop_last=false"
+            )
         # a video must meet each of its captions in another batch, so no epoch has fewer batches than captions a video
         full = -(-self.pairs // batch_size)
         self.steps_per_epoch = max(full, int(self.counts.max()))
-        if self.steps_per_epoch > full:
+        if drop_last:
+            self.steps_per_epoch = self.pairs // batch_size
+        elif self.steps_per_epoch > full:
             fill = self.pairs / self.steps_per_epoch
             warnings.warn(
                 f"batches hold {fill:.0f} pairs, not {batch_size}: a video has {self.counts.max()} captions, no batch may "
@@ -49,11 +57,14 @@ class Order:
 
     def _draw_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         random = np.random.Philox(key=np.array([self.seed & (2**64 - 1), epoch], np.uint64))
-        bounds = np.linspace(0, self.pairs, self.steps_per_epoch + 1).round().astype(np.int64)
+        shown = self.steps_per_epoch * self.batch_size if self.drop_last else self.pairs
+        bounds = np.linspace(0, shown, self.steps_per_epoch + 1).round().astype(np.int64)
         video = np.repeat(np.arange(len(self.counts)), self.counts)
         caption = np.arange(self.pairs) - np.repeat(np.cumsum(self.counts) - self.counts, self.counts)
         # argsort of raw counter output: numpy promises those bits for ever, and its own permutation() not
         order = np.argsort(random.random_raw(self.pairs), kind="stable")
+        if self.drop_last:
+            video, caption, order = video[order[:shown]], caption[order[:shown]], np.arange(shown)
         order = _separate(order, video, bounds, random)
         return np.stack([video[order], caption[order]], axis=1), bounds
 

@@ -23,7 +23,9 @@ class Head(nn.Module):
     tokens = False  # whether it scores every token of a caption, not only the end-of-text feature
     scaled = True  # whether scores are multiplied by CLIP's temperature
 
-    def __init__(self, width: int, *, blocks: int = 4, segments: int = 12, attention_heads: int = 1, positions: int = 77):
+    def __init__(
+        self, width: int, *, blocks: int = 4, segments: int = 12, attention_heads: int = 1, positions: int = 77
+    ):
         super().__init__()
         self.width = width
 

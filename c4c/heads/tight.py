@@ -83,7 +83,9 @@ class TightTransf(Head):
         mask = present(video)
         dtype = table.weight.dtype
         # text [N, D] and video [M, F, D] -> [N, M, 1 + F, D] -> [N * M, 1 + F, D]
-        pair = torch.cat([text.to(dtype)[:, None, None].expand(n, m, 1, d), video.to(dtype)[None].expand(n, m, f, d)], 2)
+        pair = torch.cat(
+            [text.to(dtype)[:, None, None].expand(n, m, 1, d), video.to(dtype)[None].expand(n, m, f, d)], 2
+        )
         x = pair.flatten(0, 1) + table(torch.arange(f + 1, device=text.device))
         seen = torch.cat([mask.new_ones(m, 1), mask], dim=1).expand(n, m, f + 1).flatten(0, 1)
         return self.cross.pooler(self.cross.transformer(x, seen)).unflatten(0, (n, m))

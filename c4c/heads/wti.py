@@ -35,7 +35,10 @@ class WeightedTokenInteraction(Head):
         a, b = _weights(self.text_weight_fc, text, seen_text), _weights(self.video_weight_fc, video, seen_video)
         words, frames = normalize(text, dim=-1), normalize(video, dim=-1)
         rows = range(0, len(text), _ROWS)
-        parts = [self._tile(words[i : i + _ROWS], a[i : i + _ROWS], seen_text[i : i + _ROWS], frames, b, seen_video) for i in rows]
+        parts = [
+            self._tile(words[i : i + _ROWS], a[i : i + _ROWS], seen_text[i : i + _ROWS], frames, b, seen_video)
+            for i in rows
+        ]
         return torch.cat(parts)
 
     @staticmethod

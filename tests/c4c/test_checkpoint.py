@@ -115,7 +115,9 @@ def test_weights_of_a_stage_0_checkpoint(tmp_path):
     assert loaded.keys() == model.state_dict().keys()
     assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
     assert load_weights(tmp_path, "step00000003").keys() == loaded.keys()
-    (tmp_path / "config.yaml").write_text("{model: {backbone: ViT-demo-16, head: meanP, linear_patch: 2d}, data: {num_frames: 12}}")
+    (tmp_path / "config.yaml").write_text(
+        "{model: {backbone: ViT-demo-16, head: meanP, linear_patch: 2d}, data: {num_frames: 12}}"
+    )
     again = build(ModelConfig(backbone="ViT-demo-16", init_from=str(tmp_path)), 12)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
 

@@ -36,12 +36,20 @@ def test_precision(precision):
 
 
 def test_the_deepspeed_block_lies_on_top():
-    config = derived({"zero_optimization": {"reduce_bucket_size": 5}, "optimizer": {"type": "Lion"}, "comms_logger": {"enabled": True}})
+    config = derived(
+        {
+            "zero_optimization": {"reduce_bucket_size": 5},
+            "optimizer": {"type": "Lion"},
+            "comms_logger": {"enabled": True},
+        }
+    )
     assert config["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 5}
     assert config["optimizer"]["type"] == "Lion"
     assert config["optimizer"]["params"]["lr"] == 0.1
     assert config["comms_logger"] == {"enabled": True}
-    assert derived({"gradient_clipping": 1.0, "zero_optimization": {"stage": 1}}) == derived()  # saying the same is no harm
+    assert (
+        derived({"gradient_clipping": 1.0, "zero_optimization": {"stage": 1}}) == derived()
+    )  # saying the same is no harm
 
 
 @pytest.mark.parametrize(
@@ -89,7 +97,9 @@ def test_the_learner_returns_the_loss_of_its_features():
     valid = torch.tensor([True, True, False])
     text, video = learner(*batch)
     assert (text.shape, video.shape) == ((3, 128), (3, 128))
-    expected = contrastive_loss(text, video, valid, torch.tensor([math.exp(math.log(1 / 0.07))]), learner.model.head.score)
+    expected = contrastive_loss(
+        text, video, valid, torch.tensor([math.exp(math.log(1 / 0.07))]), learner.model.head.score
+    )
     torch.testing.assert_close(learner(*batch, valid), expected)
 
 
@@ -109,4 +119,9 @@ def test_passes_of_gradient_caching_are_deepspeeds_accumulation():
     config = deepspeed_config(EngineConfig(), train, 2, {})
     assert (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (5, 3)
     assert config["train_batch_size"] == 5 * 3 * 2
-    assert deepspeed_config(EngineConfig(), TrainConfig(batch_size=24, micro_batch_size=99), 2, {})["gradient_accumulation_steps"] == 1
+    assert (
+        deepspeed_config(EngineConfig(), TrainConfig(batch_size=24, micro_batch_size=99), 2, {})[
+            "gradient_accumulation_steps"
+        ]
+        == 1
+    )

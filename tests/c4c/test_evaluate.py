@@ -32,7 +32,11 @@ class Reader:
     def __iter__(self):
         for i in (0, 1, 2, 3, 4, None):
             n = 0 if i is None else 1
-            yield np.arange(5)[i : i + 1] if n else np.zeros(0, int), torch.full((n, *self.shape), float(i or 0)), torch.ones(n, 2).bool()
+            yield (
+                np.arange(5)[i : i + 1] if n else np.zeros(0, int),
+                torch.full((n, *self.shape), float(i or 0)),
+                torch.ones(n, 2).bool(),
+            )
 
     def close(self):
         Reader.closed = True
@@ -51,7 +55,9 @@ class Model:
 @pytest.fixture(autouse=True)
 def fakes(monkeypatch):
     monkeypatch.setattr(module, "VideoReader", Reader)
-    monkeypatch.setattr(module, "tokenize", lambda texts, words: torch.tensor([[int(t) if t != "none" else 7] for t in texts]))
+    monkeypatch.setattr(
+        module, "tokenize", lambda texts, words: torch.tensor([[int(t) if t != "none" else 7] for t in texts])
+    )
 
 
 @pytest.mark.parametrize("size", [1, 3, 8, 50])

@@ -83,7 +83,9 @@ def test_inside_of_the_heads(case):
 
 
 def test_losses(case):
-    scores = case.model.similarity(case.model.encode_text(case.tokens), case.model.encode_video(case.video, case.mask), case.mask)
+    scores = case.model.similarity(
+        case.model.encode_text(case.tokens), case.model.encode_video(case.video, case.mask), case.mask
+    )
     own = torch.arange(len(scores))
     close(cross_entropy(scores, own), case["loss_rows"], FORWARD)
     close(cross_entropy(scores.T, own), case["loss_cols"], FORWARD)
@@ -101,7 +103,11 @@ def test_gradients(case):
             assert got is None or not got.any()
             continue
         close(got[: len(golden)] if rows else got, golden, GRADIENT)
-    close(gradients["clip.token_embedding.weight"].double().norm(dim=1), case["grad_rownorm/clip.token_embedding.weight"], GRADIENT)
+    close(
+        gradients["clip.token_embedding.weight"].double().norm(dim=1),
+        case["grad_rownorm/clip.token_embedding.weight"],
+        GRADIENT,
+    )
     if case.name == "meanP_3d":
         taps = gradients["clip.visual.conv2.weight"].double().square().sum(dim=(1, 3, 4)).sqrt()
         close(taps, case["grad_norm_per_tap/clip.visual.conv2.weight"], GRADIENT)
@@ -163,7 +169,9 @@ def test_frozen_weights_and_groups(name):
         trained = {n.removeprefix("head."): p.requires_grad for n, p in model.named_parameters()}
         golden = dict(zip(names, setup[f"{name}/trainable"][:, column].tolist(), strict=True))
         if name == "meanP_3d":  # the official script freezes nothing with 3d patches, by a slip; we freeze as with 2d
-            flat = dict(zip(setup["meanP/param_names"].astype(str), setup["meanP/trainable"][:, column].tolist(), strict=True))
+            flat = dict(
+                zip(setup["meanP/param_names"].astype(str), setup["meanP/trainable"][:, column].tolist(), strict=True)
+            )
             golden = {n: flat.get(n, True) for n in names}
         for n, expected in golden.items():
             assert trained.get(n, expected) == expected, (n, layers)
@@ -182,7 +190,9 @@ def test_official_schedule():
         np.testing.assert_allclose(got, golden[name], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["const_small", "const_big_clipped", "const_big_noclip", "const_nodecay", "sched100_small", "sched20_long"])
+@pytest.mark.parametrize(
+    "name", ["const_small", "const_big_clipped", "const_big_noclip", "const_nodecay", "sched100_small", "sched20_long"]
+)
 def test_bert_adam_is_fused_adam_without_bias_correction(name):
     """The optimizer that the official recipe's settings make of DeepSpeed's, against BertAdam's own steps."""
     from c4c.engine import quiet_libraries

@@ -136,5 +136,5 @@ def test_wti_is_its_formula():
 
 def test_too_many_frames_is_an_error():
     frames, mask = torch.randn(1, 6, 64), torch.ones(1, 6, dtype=torch.bool)
-    with pytest.raises(ValueError, match="data.num_frames"):
+    with pytest.raises(ValueError, match=r"data\.num_frames"):
         CLIP4Clip(SPEC, "TransformerAdapter", blocks=1, segments=5).head.video(frames, mask)

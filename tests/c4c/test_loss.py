@@ -54,16 +54,22 @@ def ours(text: Tensor, video: Tensor, valid: Tensor, scale: Tensor) -> Tensor:
 def assert_same(got: dict, expected: dict, tolerance: float) -> None:
     assert got.keys() == expected.keys()
     for name in got:
-        torch.testing.assert_close(got[name], expected[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            got[name], expected[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_a_number_worked_out_by_hand():
     text = video = torch.eye(2)
     expected = torch.tensor(1 + torch.e**-3.0).log()  # -log(e^3 / (e^3 + e^0)), in both directions
-    assert contrastive_loss(text, video, torch.ones(2).bool(), torch.tensor(3.0), score) == pytest.approx(expected.item())
+    assert contrastive_loss(text, video, torch.ones(2).bool(), torch.tensor(3.0), score) == pytest.approx(
+        expected.item()
+    )
 
 
-@pytest.mark.parametrize("valid", [torch.ones(ROWS).bool(), VALID, VALID.flip(0)], ids=["full", "padded", "padded before"])
+@pytest.mark.parametrize(
+    "valid", [torch.ones(ROWS).bool(), VALID, VALID.flip(0)], ids=["full", "padded", "padded before"]
+)
 def test_one_process(valid):
     assert_same(run(ours, *inputs(), valid), run(direct, *inputs(), valid), 1e-12)
 
@@ -96,7 +102,11 @@ def test_the_average_over_ranks_is_the_whole_batch(world, tmp_path):
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
     expected = run(direct, *inputs(), VALID)
     for part in parts:  # averaged by all_reduce: every rank has them
-        assert_same({k: part[k] for k in ("loss", "layer", "scale")}, {k: expected[k] for k in ("loss", "layer", "scale")}, 1e-10)
+        assert_same(
+            {k: part[k] for k in ("loss", "layer", "scale")},
+            {k: expected[k] for k in ("loss", "layer", "scale")},
+            1e-10,
+        )
     for name in ("text", "video"):  # each rank holds its own rows' gradients, which the average over ranks divides
         assert_same({name: torch.cat([part[name] for part in parts]) / world}, {name: expected[name]}, 1e-10)
 

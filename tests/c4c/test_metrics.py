@@ -9,7 +9,15 @@ import torch
 from c4c.metrics import of_matrix, ranks, report, summarize
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "metrics.npz")
-SQUARE = ["random", "clear_diag", "weak_diag", "anti_diag", "hub_column", "tiny3", "even_n_median"]  # those without ties
+SQUARE = [
+    "random",
+    "clear_diag",
+    "weak_diag",
+    "anti_diag",
+    "hub_column",
+    "tiny3",
+    "even_n_median",
+]  # those without ties
 MULTI = ["ragged", "ragged_even", "clear", "single_each", "uniform", "half_median"]
 
 

@@ -129,7 +129,9 @@ def test_similarity_is_the_scaled_score(model, frames, tokens):
     torch.testing.assert_close(got, model.scale() * head.score(head.text(text), head.video(features, MASK)))
 
 
-@pytest.mark.parametrize(("logarithm", "scale"), [(math.log(1 / 0.07), 1 / 0.07), (4.6, math.exp(4.6)), (4.7, 100.0), (50.0, 100.0)])
+@pytest.mark.parametrize(
+    ("logarithm", "scale"), [(math.log(1 / 0.07), 1 / 0.07), (4.6, math.exp(4.6)), (4.7, 100.0), (50.0, 100.0)]
+)
 def test_the_scale_stops_at_100(logarithm, scale):
     model = build(CONFIG, 4)
     model.clip.logit_scale.data.fill_(logarithm)
@@ -192,7 +194,9 @@ def test_weights_that_cannot_be_fetched(monkeypatch):
 
     monkeypatch.setattr(open_clip, "download_pretrained", offline)
     message = refused(backbone="ViT-B-32", init_from="openai")
-    assert message.startswith("model.init_from=openai: the weights of ViT-B-32 are not here and could not be fetched (OSError).")
+    assert message.startswith(
+        "model.init_from=openai: the weights of ViT-B-32 are not here and could not be fetched (OSError)."
+    )
     assert "Fetch http" in message
     assert "\n" not in message
 

@@ -48,7 +48,13 @@ def test_matrices_decay_and_vectors_do_not():
     assert not decayed & plain
     assert "model.clip.logit_scale" in plain
     assert {name for name in names.values() if name.endswith("bias") or ".ln_" in name} <= plain
-    for kept in ("text_projection", "token_embedding.weight", "visual.proj", "visual.conv1.weight", "positional_embedding"):
+    for kept in (
+        "text_projection",
+        "token_embedding.weight",
+        "visual.proj",
+        "visual.conv1.weight",
+        "positional_embedding",
+    ):
         assert f"model.clip.{kept}" in decayed
 
 
@@ -74,7 +80,12 @@ def test_what_makes_no_sense_is_refused_by_name(wrong):
 def test_towers_and_head_learn_at_their_own_rates():
     model = Learner(build(ModelConfig(backbone="ViT-demo-16", head="seqTransf", init_from="scratch"), 4))
     groups = parameter_groups(model, TrainConfig(lr=1e-4, coef_lr=1e-3, weight_decay=0.2, decay="official"))
-    assert [(round(g["lr"], 12), g["weight_decay"]) for g in groups] == [(1e-7, 0.2), (1e-7, 0.0), (1e-4, 0.2), (1e-4, 0.0)]
+    assert [(round(g["lr"], 12), g["weight_decay"]) for g in groups] == [
+        (1e-7, 0.2),
+        (1e-7, 0.0),
+        (1e-4, 0.2),
+        (1e-4, 0.0),
+    ]
     names = {p: name for name, p in model.named_parameters()}
     for group in groups:
         for parameter in group["params"]:

@@ -46,8 +46,15 @@ def test_plain_lines_where_there_is_no_terminal(capsys, clock):
     assert out == ""
     assert "\x1b" not in err
     first, *rest = err.splitlines()
-    assert first == "epoch 1/2  step 1/20  loss 1.2346  lr 1.00e-04  scale 14.3  clips/s 20.0  data wait 12.5%  ETA 0:19"
-    assert [line.split("  ")[1] for line in rest if line.startswith("epoch")] == ["step 7/20", "step 13/20", "step 19/20", "step 20/20"]
+    assert (
+        first == "epoch 1/2  step 1/20  loss 1.2346  lr 1.00e-04  scale 14.3  clips/s 20.0  data wait 12.5%  ETA 0:19"
+    )
+    assert [line.split("  ")[1] for line in rest if line.startswith("epoch")] == [
+        "step 7/20",
+        "step 13/20",
+        "step 19/20",
+        "step 20/20",
+    ]
     assert rest[-2].startswith("validation after step 20: t2v R@1 43.1  R@5 70.4  R@10 80.8  MdR 2.0   v2t R@1 42.5")
     assert rest[-1] == "done [bold]really[/]"  # a path in brackets is not markup
 
@@ -95,7 +102,11 @@ def test_the_table():
     console.print(metrics_table(RESULT))
     text = console.file.getvalue()
     assert "1000 texts, 999 videos" in text
-    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in text.splitlines() if "video" in line and "│" in line]
+    rows = [
+        [cell.strip() for cell in line.strip("│").split("│")]
+        for line in text.splitlines()
+        if "video" in line and "│" in line
+    ]
     assert rows == [
         ["text to video", "43.1", "70.4", "80.8", "2.0", "16.2"],
         ["video to text", "42.5", "70.6", "80.2", "2.5", "12.4"],

@@ -59,7 +59,11 @@ def test_a_continuation_must_compute_the_same(tmp_path):
     other = {"run": {"dir": "a"}, "train": {"lr": 0.6, "max_steps": 0, "betas": [0.9, 0.99]}, "model": {"head": "b"}}
     with pytest.raises(ValueError, match=r"run\.resume=auto") as caught:
         check_continuation(tmp_path, other)
-    for change in ("train.lr was 0.5, is 0.6", "train.betas was [0.9, 0.999], is [0.9, 0.99]", "model.head was None, is b"):
+    for change in (
+        "train.lr was 0.5, is 0.6",
+        "train.betas was [0.9, 0.999], is [0.9, 0.99]",
+        "model.head was None, is b",
+    ):
         assert change in str(caught.value)
     assert "run.dir was" not in str(caught.value)
 
@@ -73,7 +77,14 @@ def test_metrics_go_to_jsonl_and_tensorboard(tmp_path):
     metrics.close()
     assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2]
     (validation,) = lines(tmp_path / "eval.jsonl")
-    expected = {"step": 2, "val/t2v_R1": 10.0, "val/t2v_MdR": 3.0, "val/v2t_R1": 20.0, "val/n_texts": 5, "val/n_videos": 4}
+    expected = {
+        "step": 2,
+        "val/t2v_R1": 10.0,
+        "val/t2v_MdR": 3.0,
+        "val/v2t_R1": 20.0,
+        "val/n_texts": 5,
+        "val/n_videos": 4,
+    }
     assert validation.items() >= expected.items()
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in board.Scalars("train/loss")] == [(1, 3.5), (2, 2.5)]

@@ -63,7 +63,9 @@ def train(way: dict, folder: Path, rank: int, world: int) -> dict:
             scores = engine.module.model.head.score(text, video)
         checkpoint.save(engine, folder, STEPS, keep_last=1)
         if rank == 0:
-            settings = {"model": {"backbone": "ViT-demo-16", "head": way["head"], "linear_patch": "2d", "head_layers": 2}}
+            settings = {
+                "model": {"backbone": "ViT-demo-16", "head": way["head"], "linear_patch": "2d", "head_layers": 2}
+            }
             save_description(folder, yaml.safe_dump(settings | {"data": {"num_frames": FRAMES}}), SPEC)
             again = CLIP4Clip.from_checkpoint(folder)
             out["logit_scale"] = again.clip.logit_scale.item()
@@ -78,7 +80,11 @@ def train(way: dict, folder: Path, rank: int, world: int) -> dict:
 def main() -> None:
     folder = Path(next(word for word in sys.argv[1:] if not word.startswith("-")))
     rank, world, _ = start_distributed()
-    ways = {f"{head}, ZeRO {stage}": {"head": head, "stage": stage, "save": True} for head in sorted(HEADS) for stage in range(4)}
+    ways = {
+        f"{head}, ZeRO {stage}": {"head": head, "stage": stage, "save": True}
+        for head in sorted(HEADS)
+        for stage in range(4)
+    }
     for head in ("meanP", "seqTransf", "tightTransf", "wti"):
         for stage in range(4):
             ways[f"{head}, ZeRO {stage}, cached"] = {"head": head, "stage": stage, "micro": 3}

@@ -166,3 +166,23 @@ def test_wrong_arguments_are_refused():
     for step in (-1, order.steps_per_epoch):
         with pytest.raises(IndexError, match=f"step {step} of an epoch of 13 steps"):
             order.batch(0, step)
+
+
+@pytest.mark.parametrize("counts", [[20] * 40, [3] * 50, list(range(1, 9)) * 6])
+def test_full_batches_only(counts):
+    order = Order(counts, 16, 4, drop_last=True)
+    left_out = []
+    for epoch in range(3):
+        batches = [order.batch(epoch, step) for step in range(order.steps_per_epoch)]
+        assert order.steps_per_epoch == sum(counts) // 16
+        assert all(len(batch) == 16 == len(set(batch[:, 0].tolist())) for batch in batches)
+        seen = {tuple(pair) for batch in batches for pair in batch.tolist()}
+        assert len(seen) == order.steps_per_epoch * 16
+        left_out.append({(v, c) for v, n in enumerate(counts) for c in range(n)} - seen)
+    if sum(counts) % 16:
+        assert left_out[0] != left_out[1]
+
+
+def test_full_batches_that_cannot_be_had():
+    with pytest.raises(ValueError, match=r"train\.drop_last: 2 full batches"):
+        Order([20] * 2, 16, 0, drop_last=True)

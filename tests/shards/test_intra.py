@@ -164,7 +164,9 @@ def test_rotation_is_baked_in(degrees: int) -> None:
 def textured() -> bytes:
     """A second of H.264 with coarse and fine texture in all channels, moving."""
     random = np.random.default_rng(0)
-    coarse = Image.fromarray(random.integers(0, 256, (60, 80, 3), dtype=np.uint8)).resize((640, 480), Image.Resampling.BICUBIC)
+    coarse = Image.fromarray(random.integers(0, 256, (60, 80, 3), dtype=np.uint8)).resize(
+        (640, 480), Image.Resampling.BICUBIC
+    )
     wide = np.clip(np.asarray(coarse) + random.normal(0, 10, (480, 640, 3)), 0, 255).astype(np.uint8)
     pictures = [wide[2 * i : 2 * i + 240, 3 * i : 3 * i + 320] for i in range(26)]
     return encode_pictures(pictures, 25, (320, 240), "libx264", "mp4", {"bf": "3", "g": "250", "crf": "23"})
@@ -182,8 +184,12 @@ def test_fidelity_beats_the_official_compression_and_reaches_40_db() -> None:
     with av.open(io.BytesIO(data)) as file:
         source = [frame for i, frame in enumerate(file.decode(video=0)) if i in numbers]
     size = (298, 224)
-    exact = [np.asarray(Image.fromarray(f.to_ndarray(format="rgb24")).resize(size, Image.Resampling.BICUBIC)) for f in source]
-    small = [f.reformat(*size, "yuv420p", interpolation=Interpolation.BICUBIC).to_ndarray(format="rgb24") for f in source]
+    exact = [
+        np.asarray(Image.fromarray(f.to_ndarray(format="rgb24")).resize(size, Image.Resampling.BICUBIC)) for f in source
+    ]
+    small = [
+        f.reformat(*size, "yuv420p", interpolation=Interpolation.BICUBIC).to_ndarray(format="rgb24") for f in source
+    ]
     official = encode_pictures(small, 3, size, "libx264", "mp4", {})
     with av.open(io.BytesIO(official)) as file:
         compressed = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
