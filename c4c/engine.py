@@ -142,6 +142,15 @@ def clamp_temperature(engine) -> None:
         utils.safe_set_full_fp32_param(scale, master.clamp(max=MAX_LOGIT))
 
 
+def read_scale(engine) -> float:
+    """What scores are multiplied by now; called on every rank, since under ZeRO 3 none has the whole weight."""
+    import deepspeed
+
+    model = engine.module.model
+    with deepspeed.zero.GatheredParameters([model.clip.logit_scale], enabled=hasattr(model.clip.logit_scale, "ds_id")):
+        return model.scale().item()
+
+
 def start_distributed() -> tuple[int, int, torch.device]:
     """Join the process group the launcher made, or make one of a single rank. Returns rank, world, device."""
     quiet_libraries()
@@ -174,6 +183,10 @@ def quiet_libraries() -> None:
     """DeepSpeed's log lines are for its developers; its warnings and errors stay."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what it would find, less a warning
+    if (
+        sys.prefix != sys.base_prefix
+    ):  # environments that share a cache of compiled optimizers compile them over and over
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from deepspeed.utils import logger
 
@@ -233,9 +246,12 @@ def build_engine(learner: Learner, config: EngineConfig, train: TrainConfig, wor
     """A DeepSpeed engine around `learner`, with fused AdamW."""
     import deepspeed
 
-    if config.zero_stage == 3:  # used by CLIP4Clip itself and owned by its `clip`: DeepSpeed has to be told
-        for parameter in learner.model.clip.parameters(recurse=False):
-            deepspeed.zero.register_external_parameter(learner.model, parameter)
+    if config.zero_stage == 3:  # what is used outside the forward of the module that owns it: DeepSpeed has to be told
+        model = learner.model
+        for owner in (model.clip, model.head):
+            for parameter in owner.parameters(recurse=False):
+                deepspeed.zero.register_external_parameter(model, parameter)
+        deepspeed.zero.register_external_parameter(learner, model.clip.logit_scale)
     groups = parameter_groups(learner, train)
     learner.peak_lrs = [group["lr"] for group in groups]
     engine, *_ = deepspeed.initialize(

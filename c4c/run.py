@@ -99,6 +99,13 @@ def _flat(tree: dict, prefix: str = "") -> dict:
     return out
 
 
+def last_validation(folder: Path) -> int | None:
+    """The step of the run's last validation, None before the first."""
+    path = folder / "eval.jsonl"
+    steps = [_step_of(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return max((int(step) for step in steps if step != float("inf")), default=None)
+
+
 class Metrics:
     """RUN/metrics.jsonl, one object a step; RUN/eval.jsonl, one a validation; and both in TensorBoard."""
 

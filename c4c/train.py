@@ -9,12 +9,12 @@ import torch.distributed as dist
 
 from c4c import checkpoint
 from c4c.config import Config, dump, to_dict
-from c4c.engine import Learner, build_engine, start_distributed, stop_distributed, train_step
+from c4c.engine import Learner, build_engine, read_scale, start_distributed, stop_distributed, train_step
 from c4c.evaluate import evaluate
 from c4c.model import CLIP4Clip, build
 from c4c.optim import freeze
 from c4c.report import Report
-from c4c.run import Metrics, check_continuation, prepare, save_description
+from c4c.run import Metrics, check_continuation, last_validation, prepare, save_description
 from pipelines.loader import Batch, Loader
 from shards.dataset import Split
 
@@ -61,6 +61,8 @@ class Trainer:
         dist.barrier()
         self.per_epoch = self.loader.steps_per_epoch
         self.total = config.train.total_steps(self.per_epoch)
+        self.validated = last_validation(self.folder) == self.step
+        dist.barrier()
         self.report = Report(rank == 0, self.total, self.per_epoch, self.step)
         self.metrics = None
         if rank == 0:
@@ -72,6 +74,8 @@ class Trainer:
         """The training loop."""
         epoch, first = divmod(self.step, self.per_epoch)
         with self.loader, self.report:
+            if self.step and not self.validated:
+                self._validate()  # the run was killed between saving and validating
             self._mark = time.perf_counter()
             for batch in self.loader.batches(epoch, first, max(0, self.total - self.step)):
                 factor = self.config.train.factor(self.step, self.per_epoch)
@@ -91,6 +95,7 @@ class Trainer:
         if self.world > 1:
             dist.all_reduce(loss)
             loss /= self.world
+        scale = read_scale(self.engine)
         if self.rank:
             return
         now = time.perf_counter()
@@ -100,7 +105,7 @@ class Trainer:
             "epoch": (self.step - 1) // self.per_epoch,
             "train/loss": loss.item(),
             "train/lr": lr,
-            "train/logit_scale": self._scale(),
+            "train/logit_scale": scale,
             "train/grad_norm": float(self.engine.get_global_grad_norm() or 0.0),
             "data/wait_s": batch.wait_s,
             "data/wait_pct": 100 * batch.wait_s / seconds,
@@ -110,22 +115,22 @@ class Trainer:
         self.metrics.step(self.step, values)
         self.report.step(self.step, values)
 
-    def _scale(self) -> float:
-        with torch.no_grad():
-            return float(self.engine.module.model.scale())
-
     def _end_of_epoch(self) -> None:
-        every = self.config.train.eval_every
-        last = self.step == self.total
         checkpoint.save(self.engine, self.folder, self.step, self.config.checkpoint.keep_last)
-        if last or (every and (self.step // self.per_epoch) % every == 0):
-            self.engine.eval()
-            result, _ = evaluate(self.engine.module.model, self.engine, self.test, self.config.data, self.device)
-            self.engine.train()
-            if self.metrics:
-                self.metrics.validation(self.step, result)
-            self.report.validation(self.step, result)
+        self._validate()
         self._mark = time.perf_counter()  # neither saving nor validation is part of a step
+
+    def _validate(self) -> None:
+        """If one is due at this step."""
+        every, epochs = self.config.train.eval_every, self.step // self.per_epoch
+        if self.step != self.total and not (every and self.step % self.per_epoch == 0 and epochs % every == 0):
+            return
+        self.engine.eval()
+        result, _ = evaluate(self.engine.module.model, self.engine, self.test, self.config.data, self.device)
+        self.engine.train()
+        if self.metrics:
+            self.metrics.validation(self.step, result)
+        self.report.validation(self.step, result)
 
     def _introduce(self, moved: Path | None) -> None:
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
