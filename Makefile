@@ -5,7 +5,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
-	python -m c4c.shard demo --out data/demo && deepspeed launch/train.py --cfg demo.yaml run.resume=auto && python launch/eval.py --ckpt runs/demo --json runs/demo/eval.json
+	python -c 'import c4c.engine as e; e.compile_ops()' & python -m c4c.shard demo --out data/demo && wait && deepspeed launch/train.py --cfg demo.yaml run.resume=auto && python launch/eval.py --ckpt runs/demo --json runs/demo/eval.json
 
 test: $(VENV)/ready
 	python -m pytest -q

@@ -157,8 +157,7 @@ def start_distributed() -> tuple[int, int, torch.device]:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    # a virtual environment that is not activated still has ninja, with which DeepSpeed compiles its optimizers
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    _find_ninja()
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, value)
     if "MASTER_PORT" not in os.environ:
@@ -191,6 +190,23 @@ def quiet_libraries() -> None:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
+
+
+def compile_ops() -> None:
+    """Compile what DeepSpeed compiles at the first start on this machine: its exchange between ranks, its fused Adam."""
+    quiet_libraries()
+    from deepspeed.accelerator import get_accelerator
+
+    _find_ninja()
+    for name in ("ShareMemCommBuilder", "FusedAdamBuilder"):
+        builder = get_accelerator().create_op_builder(name)
+        if builder is not None:
+            builder.load(verbose=False)
+
+
+def _find_ninja() -> None:
+    """An environment that is not activated still has ninja, with which DeepSpeed compiles."""
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
 def deepspeed_config(engine: EngineConfig, train: TrainConfig, world: int, extra: dict) -> dict:
