@@ -128,7 +128,8 @@ def test_progress_counts_every_input_once(items: list[Item], tmp_path: Path) -> 
         ("--fps 0", {"fps": 0}),
         ("--fps 500", {"fps": 500}),
         ("--short-side 8", {"short_side": 8}),
-        ("--quality 1", {"quality": 1}),
+        ("--quality 0", {"quality": 0}),
+        ("--chroma 422", {"chroma": 422}),
         ("--quality 32", {"quality": 32}),
     ],
 )
