@@ -13,7 +13,7 @@ from c4c.loss import world_size
 from c4c.metrics import ranks, report
 from c4c.model import CLIP4Clip
 from pipelines.config import DataConfig
-from pipelines.loader import VideoReader
+from pipelines.loader import VideoReader, texts_of
 from pipelines.tokens import tokenize
 from shards.dataset import Split
 
@@ -27,7 +27,7 @@ def features(encode: Encode, split: Split, config: DataConfig, device: torch.dev
     Ranks share the work; each video and each caption is encoded once.
     """
     world, rank = world_size(), dist.get_rank() if world_size() > 1 else 0
-    captions = [(v, c["text"]) for v in range(len(split)) for c in split.captions(v)]
+    captions = [(v, text) for v in range(len(split)) for text in texts_of(split, v, config)]
     size, mine = config.eval_batch_size, np.arange(rank, len(captions), world)
     none = torch.zeros(1, config.num_frames, 3, config.image_size, config.image_size, device=device)
     no_mask = torch.zeros(1, config.num_frames, dtype=torch.bool, device=device)
@@ -69,15 +69,15 @@ def evaluate(
     return report(by_text, by_video), by_text
 
 
-def write_ranks(path: Path, split: Split, by_text: Tensor) -> None:
+def write_ranks(path: Path, split: Split, config: DataConfig, by_text: Tensor) -> None:
     """One JSON object a text: the text, its video's key and meta, and the video's rank, from 1."""
     found = iter(by_text.tolist())
     lines = []
     for index in range(len(split)):
         video = split.video(index)
         meta = split.json(video).get("meta", {})
-        for caption in split.captions(index):
-            row = {"rank": next(found) + 1, "video": video.key, "text": caption["text"], "meta": meta}
+        for text in texts_of(split, index, config):
+            row = {"rank": next(found) + 1, "video": video.key, "text": text, "meta": meta}
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(lines))

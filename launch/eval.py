@@ -45,7 +45,7 @@ def main() -> int:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=2) + "\n")
     if args.ranks:
-        write_ranks(args.ranks, split, found)
+        write_ranks(args.ranks, split, data, found)
     return 0
 
 

@@ -20,6 +20,7 @@ class DataConfig:
     image_size: int = 224  # side of the square crop, pixels
     resize: int = 0  # short side before the crop, pixels; 0: image_size
     max_words: int = 32  # tokens a caption, start and end included
+    paragraph: bool = False  # a video's captions, joined in their order, are one text (ActivityNet, DiDeMo)
     lane: str = "auto"  # auto: intra for intra shards, video for all others
     mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # of pixels in 0..1; CLIP's
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)

@@ -72,7 +72,8 @@ class Loader:
         quarantine: Path | None = None,
     ):
         self.split, self.config, self.seed = split, config, seed
-        self.order = Order(split.caption_counts, batch_size, seed, drop_last)
+        counts = np.ones(len(split), np.int64) if config.paragraph else split.caption_counts
+        self.order = Order(counts, batch_size, seed, drop_last)
         self._rows = rank_rows(batch_size, rank, world)
         self._lane = Lane(split, config, torch.device(device), self._rows.stop - self._rows.start)
         self._quarantine, self._bad, self._read = quarantine, {}, 0
@@ -158,7 +159,7 @@ class Loader:
     def _assemble(self, epoch: int, step: int, pairs: np.ndarray, requests: list[Request], sources: list) -> Batch:
         rows = self._rows.stop - self._rows.start
         frames, mask = self._lane.decode(requests, sources)
-        captions = [self.split.captions(int(v))[int(c)]["text"] for v, c in pairs]
+        captions = [texts_of(self.split, int(v), self.config)[int(c)] for v, c in pairs]
         tokens = tokenize(captions, self.config.max_words)
         numbers = np.full((rows, self.config.num_frames), -1, np.int32)
         for row, request in enumerate(requests):
@@ -238,6 +239,12 @@ class Loader:
             return False
         there = [json.loads(line) for line in self._quarantine.read_text().splitlines()]
         return any(entry["key"] == key and entry["split"] == str(self.split.path) for entry in there)
+
+
+def texts_of(split: Split, video: int, config: DataConfig) -> list[str]:
+    """The texts that describe a video: its captions, or with `config.paragraph` all of them as one."""
+    texts = [caption["text"] for caption in split.captions(video)]
+    return [" ".join(texts)] if config.paragraph else texts
 
 
 class VideoReader:

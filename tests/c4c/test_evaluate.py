@@ -1,5 +1,7 @@
 """Features of a split in its own order, whatever the batches; metrics over them. Several ranks: tests/launch."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -76,3 +78,26 @@ def test_the_right_answers_score_full_marks():
     assert ranks.tolist() == [0] * 8
     assert (result["n_texts"], result["n_videos"]) == (8, 5)
     assert result["t2v"] == result["v2t"] == {"R1": 100.0, "R5": 100.0, "R10": 100.0, "MdR": 1.0, "MnR": 1.0}
+
+
+def test_a_paragraph_is_one_text():
+    class Paragraphs(Split):
+        def captions(self, index: int) -> list[dict]:
+            return [{"text": text} for text in (["1", "2"] if index == 3 else ["0"])]
+
+    assert module.texts_of(Paragraphs(), 3, DataConfig(paragraph=True)) == ["1 2"]
+    assert module.texts_of(Paragraphs(), 3, DataConfig()) == ["1", "2"]
+
+
+def test_ranks_of_single_texts(tmp_path):
+    class Ranked(Split):
+        def video(self, index):
+            return type("Video", (), {"key": f"v{index}"})
+
+        def json(self, video):
+            return {"meta": {"pair": video.key}}
+
+    module.write_ranks(tmp_path / "ranks.jsonl", Ranked(), DataConfig(), torch.arange(8))
+    rows = [json.loads(line) for line in (tmp_path / "ranks.jsonl").read_text().splitlines()]
+    assert [row["rank"] for row in rows] == list(range(1, 9))
+    assert rows[3] == {"rank": 4, "video": "v1", "text": "1", "meta": {"pair": "v1"}}

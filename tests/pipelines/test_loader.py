@@ -334,3 +334,13 @@ def test_wrong_settings_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         DataConfig(**wrong)
     assert DataConfig().short_side == 224 and DataConfig(resize=256).short_side == 256
+
+
+def test_a_paragraph_is_one_pair_a_video(numbered):
+    split = numbered.intra
+    config = replace(SMALL, paragraph=True)
+    batches = run(split, -(-len(split) // 4), config=config)
+    seen = {key: text for batch in batches for key, text in zip(batch.keys, batch.captions, strict=True)}
+    assert len(seen) == sum(len(batch.keys) for batch in batches) == len(split)
+    for index in range(len(split)):
+        assert seen[split.video(index).key] == " ".join(c["text"] for c in split.captions(index))
