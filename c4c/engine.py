@@ -102,7 +102,8 @@ def _cached_step(engine, batch, micro: int) -> Tensor:
     """Gradient caching (https://arxiv.org/abs/2101.06983): the whole global batch's negatives with the memory of `micro`.
 
     Encode everything without graphs; take the loss's gradient at the features; encode each micro-batch again and pull
-    that gradient through. The head's own weights and the temperature get theirs with the last one.
+    that gradient through. The head's own weights and the temperature get theirs in one of these passes: the last, when ZeRO
+    exchanges gradients; under stage 3 the first, which alone overwrites what its buffers hold from the step before.
     """
     parts = [
         tuple(t[i : i + micro] for t in (batch.frames, batch.frame_mask, batch.tokens))
@@ -182,9 +183,7 @@ def quiet_libraries() -> None:
     """DeepSpeed's log lines are for its developers; its warnings and errors stay."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what it would find, less a warning
-    if (
-        sys.prefix != sys.base_prefix
-    ):  # environments that share a cache of compiled optimizers compile them over and over
+    if sys.prefix != sys.base_prefix:  # environments that share compiled optimizers compile them over and over
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from deepspeed.utils import logger

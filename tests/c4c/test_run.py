@@ -107,3 +107,10 @@ def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path):
 def test_what_makes_no_sense_is_refused_by_name(key, value):
     with pytest.raises(ValueError, match=rf"run\.{key}"):
         RunConfig(**{key: value})
+
+
+def test_another_seed_is_no_continuation(tmp_path):
+    save_description(tmp_path, "run: {dir: a, seed: 1}", {})
+    check_continuation(tmp_path, {"run": {"dir": "b", "seed": 1}})
+    with pytest.raises(ValueError, match=r"run\.seed was 1, is 2"):
+        check_continuation(tmp_path, {"run": {"dir": "a", "seed": 2}})
