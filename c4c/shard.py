@@ -14,7 +14,8 @@ from shards import ShardError
 from shards.dataset import find_splits
 from shards.datasets import Item, demo, folder
 from shards.info import count, describe, rejected, title
-from shards.pack import PROFILES, Profile, pack
+from shards.pack import pack
+from shards.profiles import PROFILES, Profile
 from shards.verify import verify
 
 console = Console(stderr=True)

@@ -7,6 +7,7 @@ rejected. Its parquet is renamed into place last; a shard with a parquet is neve
 import ctypes
 import fcntl
 import hashlib
+import io
 import json
 import os
 import signal
@@ -25,35 +26,9 @@ from crc32c import crc32c
 
 from shards import ShardError, video
 from shards.datasets import Item
+from shards.profiles import Profile, store
 from shards.schema import FORMAT_VERSION, JSON_CRCS, REJECTS, SCHEMA, FrameTable
-from shards.tar import UNSUPPORTED, TarWriter, commit, safe_extension, safe_key, sync_and_close, write_atomic
-
-PROFILES = ("intra", "copy")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Profile:
-    """What is stored of each video. All but the name speak of `intra`: `fps`, `short_side` in pixels, `quality` (JPEG
-    quantiser, 1 best, 31 worst), `chroma` (420, or 444 for exact scaling and full colour resolution)."""
-
-    name: str = "intra"
-    fps: int = 3
-    short_side: int = 224
-    quality: int = 3
-    chroma: int = 420
-
-    def __post_init__(self):
-        if self.name not in PROFILES:
-            raise ShardError(f"--profile {self.name}: there are {', '.join(PROFILES)}")
-        for name, low, high in (("fps", 1, 240), ("short_side", 16, 4096), ("quality", 1, 31)):
-            if not low <= getattr(self, name) <= high:
-                flag = name.replace("_", "-")
-                raise ShardError(f"--{flag} {getattr(self, name)}: must be between {low} and {high}")
-        if self.chroma not in (420, 444):
-            raise ShardError(f"--chroma {self.chroma}: there are 420 and 444")
-
-    def describe(self) -> dict:
-        return asdict(self) if self.name == "intra" else {"name": self.name}
+from shards.tar import UNSUPPORTED, TarWriter, commit, safe_key, sync_and_close, write_atomic
 
 
 @dataclass(frozen=True)
@@ -141,7 +116,8 @@ def _input_digest(items: list[Item]) -> str:
     digest = hashlib.sha256()
     for item in items:
         captions = [(c.text, c.start, c.end) for c in item.captions]
-        digest.update(json.dumps([item.id, item.path.name, captions, item.meta], sort_keys=True).encode())
+        cut = [item.start, item.end] if (item.start, item.end) != (None, None) else []
+        digest.update(json.dumps([item.id, item.path.name, captions, item.meta, *cut], sort_keys=True).encode())
     return digest.hexdigest()
 
 
@@ -287,51 +263,37 @@ def _read(path: Path) -> bytes:
 
 def _pack_video(item: Item, captions: list, data: bytes, profile: Profile, writer: TarWriter) -> tuple[dict, int]:
     """Write one video into the tar; returns its row and its json's crc32c. Writes nothing unless all of it decoded."""
-    if profile.name == "intra":
-        source, stored, frames = video.to_intra(
-            data, rate=profile.fps, short_side=profile.short_side, quality=profile.quality, chroma=profile.chroma
-        )
-        codec, extension, extradata, rotation = "mjpeg", "mp4", b"", 0
-        width, height = video.scaled_size(source.width, source.height, profile.short_side)
-    else:
-        source = video.scan(data)
-        stored, frames = data, source.frames
-        codec, extension, extradata, rotation = (
-            source.codec,
-            safe_extension(item.path),
-            source.extradata,
-            source.rotation,
-        )
-        width, height = source.width, source.height
+    stored = store(io.BytesIO(data), item.path.name, profile, item.start, item.end)
     key = safe_key(item.id)
     row = {
         "key": key,
         "id": item.id,
-        "ext": extension,
-        "size": len(stored),
-        "crc32c": crc32c(stored),
-        "codec": codec,
-        "width": width,
-        "height": height,
-        "rotation": rotation,
-        "fps_num": source.fps.numerator,
-        "fps_den": source.fps.denominator,
-        "source_frames": len(source.frames),
-        "duration": source.duration,
-        "extradata": extradata,
+        "ext": stored.extension,
+        "size": stored.size,
+        "crc32c": stored.crc32c,
+        "codec": stored.codec,
+        "width": stored.width,
+        "height": stored.height,
+        "rotation": stored.rotation,
+        "fps_num": stored.source.fps.numerator,
+        "fps_den": stored.source.fps.denominator,
+        "source_frames": len(stored.source.frames),
+        "duration": stored.source.duration,
+        "extradata": stored.extradata,
         "captions": [asdict(c) for c in captions],
     }
+    source = stored.source
     described = {k: row[k] for k in ("id", "captions", "codec", "width", "height", "duration", "source_frames")}
     described |= {
         "fps": f"{source.fps.numerator}/{source.fps.denominator}",
         "source": {"file": item.path.name, "codec": source.codec, "width": source.width, "height": source.height},
-        "frame_number": frames.number.tolist() if profile.name == "intra" else None,
+        "frame_number": stored.frames.number.tolist() if profile.name == "intra" else None,
         "profile": profile.describe(),
         "meta": item.meta,
     }
     text = json.dumps(described, ensure_ascii=False, sort_keys=True).encode()
-    row["offset"] = writer.add(key, {extension: stored, "json": text})[extension]
-    return row | frame_columns(frames), crc32c(text)
+    row["offset"] = writer.add(key, {stored.extension: stored.file, "json": text})[stored.extension]
+    return row | frame_columns(stored.frames), crc32c(text)
 
 
 def frame_columns(frames: FrameTable) -> dict:

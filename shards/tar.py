@@ -6,6 +6,7 @@ import os
 import re
 import tarfile
 from pathlib import Path
+from typing import BinaryIO
 from urllib.parse import quote, unquote
 
 _INDEX_VERSION = "v1.2"  # of nvidia.dali.fn.readers.webdataset
@@ -43,16 +44,18 @@ class TarWriter:
         self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.GNU_FORMAT)  # noqa: SIM115
         self._index: list[str] = []
 
-    def add(self, key: str, members: dict[str, bytes]) -> dict[str, int]:
-        """Append one sample, {extension: bytes}. Returns {extension: offset of its first byte in the tar}."""
+    def add(self, key: str, members: dict[str, bytes | BinaryIO]) -> dict[str, int]:
+        """Append one sample, {extension: bytes or a seekable file}. Returns {extension: offset of its first byte}."""
         offsets, line = {}, []
         for extension, data in members.items():
+            file = io.BytesIO(data) if isinstance(data, bytes) else data
             info = tarfile.TarInfo(f"{key}.{extension}")
-            info.size, info.mode = len(data), 0o644
-            self._tar.addfile(info, io.BytesIO(data))
-            blocks = -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            info.size, info.mode = file.seek(0, io.SEEK_END), 0o644
+            file.seek(0)
+            self._tar.addfile(info, file)
+            blocks = -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
             offsets[extension] = self._tar.offset - blocks
-            line.append(f"{extension} {offsets[extension]} {len(data)} {info.name}")
+            line.append(f"{extension} {offsets[extension]} {info.size} {info.name}")
         self._index.append(" ".join(line))
         return offsets
 

@@ -15,9 +15,13 @@ class Caption:
 
 @dataclass(frozen=True)
 class Item:
-    """One video to pack: its name in the data set, its file, what is said of it, and anything else worth keeping."""
+    """One video to pack: its name in the data set, its file (a `Path`, or a `UPath` for s3://, https:// and the like),
+    what is said of it, anything else worth keeping, and the seconds [start, end) of the file that are meant, if not all
+    of it. Times of captions count from the file's beginning."""
 
     id: str
     path: Path
     captions: tuple[Caption, ...]
     meta: dict = field(default_factory=dict)
+    start: float | None = None
+    end: float | None = None

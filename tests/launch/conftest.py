@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from shards.datasets import demo
-from shards.pack import Profile, pack
+from shards.pack import pack
+from shards.profiles import Profile
 from tests.launch.runs import Launcher
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from shards.dataset import Split
 from shards.datasets import Caption, Item
-from shards.pack import Profile, pack
+from shards.pack import pack
+from shards.profiles import Profile
 from tests.videos import encode
 
 SIDE = 64  # short side that the intra shards store, pixels

@@ -6,7 +6,8 @@ from fractions import Fraction
 from pathlib import Path
 
 from shards.datasets import Caption, Item
-from shards.pack import Profile, pack
+from shards.pack import pack
+from shards.profiles import Profile
 from tests.videos import encode
 
 INTRA = Profile(name="intra", fps=3, short_side=64)

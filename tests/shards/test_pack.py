@@ -26,7 +26,8 @@ from shards import ShardError
 from shards import pack as packing
 from shards.dataset import Split
 from shards.datasets import Caption, Item
-from shards.pack import Profile, Progress
+from shards.pack import Progress
+from shards.profiles import Profile
 from shards.tar import read_index
 from shards.video import scan
 from tests.shards.sets import COPY, INTRA, files, packed
