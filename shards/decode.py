@@ -99,6 +99,11 @@ class Pass:
         self.container, self.stream = open_video(file)
         self.context = self.stream.codec_context
         self.start, self.end = start, end
+        base = self.stream.time_base
+        self._tick = base.numerator, base.denominator  # a stamp's unit, seconds; in integers, since packets are many
+        # the cut in stamps from the first frame on; -inf and inf where it is open
+        self._from = math.ceil(Fraction(start) / base) if start > 0 else -math.inf
+        self._to = math.ceil(Fraction(end) / base) if end < math.inf else math.inf
         self.packets, self.times = Packets(), array("d")
         self.stamps = array("q")
         self.first: av.VideoFrame | None = None
@@ -148,12 +153,16 @@ class Pass:
                     raise VideoError(f"frame {seen} is damaged")
                 if seen == 0:
                     self.first, zero = frame, frame.pts
-                timed = frame.pts is not None and zero is not None
-                time = float((frame.pts - zero) * self.stream.time_base if timed else seen / self.fps)
+                if frame.pts is not None and zero is not None:
+                    time, before = self._seconds(frame.pts - zero), frame.pts - zero < self._from
+                    after = frame.pts - zero >= self._to
+                else:
+                    time = float(seen / self.fps)
+                    before, after = time < self.start, time >= self.end
                 seen += 1
-                if time < self.start:
+                if before:
                     continue
-                if time >= self.end:
+                if after:
                     return
                 if not self.times:
                     origin = time
@@ -165,6 +174,9 @@ class Pass:
         if seen:
             self._refuse_cut_short()
 
+    def _seconds(self, stamp: int) -> float:
+        return stamp * self._tick[0] / self._tick[1]
+
     def _refuse_cut_short(self) -> None:
         known, found = self.stream.frames, len(self.packets)
         if found < known:
@@ -173,30 +185,31 @@ class Pass:
     # ---- the thrifty way ----
 
     def _thrifty(self, wanted: Callable[[int], bool]) -> Iterator[Shown]:
-        if self.context.codec.intra_only:
-            leave_out, skip = True, False
-        else:
-            leave_out, skip = False, _skips_exactly(self.context)
-        number_of: dict[int, int] = {}  # stamps of packets that are due to be shown
+        context, intra_only = self.context, self.context.codec.intra_only
+        skips, skipping = _skips_exactly(context), False
+        due: dict[int, int] = {}  # {stamp: number} of frames to come
         last = -math.inf
         for packet, number in self.numbered():
-            use = packet is not None and number is not None and wanted(number)
-            if packet is not None and not use and leave_out:
-                continue
+            use = number is not None and wanted(number)
             if use:
-                number_of[packet.pts] = number
-            if skip and packet is not None:
-                self.context.skip_frame = "DEFAULT" if use else "NONREF"
-            for frame in decode(self.context, packet):
-                if frame.is_corrupt or frame.pts is None or frame.pts <= last or frame.interlaced_frame:
+                due[packet.pts] = number
+            elif intra_only and packet is not None:
+                continue
+            if skips and skipping == use:
+                skipping = not use
+                context.skip_frame = "NONREF" if skipping else "DEFAULT"
+            for frame in decode(context, packet):
+                pts = frame.pts
+                if pts is None or pts <= last or frame.is_corrupt or frame.interlaced_frame:
                     raise Unpredictable("frames do not come as their packets promise")
-                last = frame.pts
+                last = pts
                 if self.first is None:
                     self.first = frame
-                if (due := number_of.pop(frame.pts, None)) is not None:
-                    yield Shown(due, self.times[due], frame)
-        if number_of:
-            raise Unpredictable(f"{len(number_of)} packets gave no frame")
+                if pts in due:
+                    found = due.pop(pts)
+                    yield Shown(found, self.times[found], frame)
+        if due:
+            raise Unpredictable(f"{len(due)} packets gave no frame")
 
     def numbered(self) -> Iterator[tuple[av.Packet | None, int | None]]:
         """Packets in decode order, each with its frame's number in the cut (None: outside), and (None, None) at the end.
@@ -204,24 +217,24 @@ class Pass:
         A decode stamp is never above the presentation stamps that are still to come, so the number of a packet is
         certain once a decode stamp has reached its presentation stamp.
         """
-        base, scale = self.stream.time_base, None
+        origin: int | None = None
         waiting: deque[av.Packet] = deque()
         pending: list[int] = []  # heap of stamps without number
         numbers: dict[int, int | None] = {}
         zero, settled, count = self.stream.start_time, -math.inf, 0
 
         def settle(below: float) -> None:
-            nonlocal settled, count, scale
+            nonlocal settled, count, origin
             while pending and pending[0] <= below:
                 pts = heapq.heappop(pending)
                 if pts <= settled:
                     raise Unpredictable("two packets with one stamp, or stamps out of order")
                 settled = pts
-                if not self.start <= float((pts - zero) * base) < self.end:
+                if not self._from <= pts - zero < self._to:
                     numbers[pts] = None
                     continue
-                scale = pts if scale is None else scale
-                self.times.append(float((pts - scale) * base))
+                origin = pts if origin is None else origin
+                self.times.append(self._seconds(pts - origin))
                 self.stamps.append(pts)
                 numbers[pts], count = count, count + 1
 
@@ -239,7 +252,7 @@ class Pass:
                 yield first, numbers.pop(first.pts)
             if len(waiting) > _LOOK_AHEAD:
                 raise Unpredictable("stamps do not say in which order frames are shown")
-            if packet.dts is not None and float((packet.dts - zero) * base) >= self.end:
+            if packet.dts is not None and packet.dts - zero >= self._to:
                 break
         else:
             if self.start <= 0:
@@ -276,7 +289,7 @@ class Pass:
         zero, base = self.stream.start_time, self.stream.time_base
         if zero is None:
             raise Unpredictable("the file does not say when it starts")
-        target = zero + math.floor(self.start / base)
+        target = zero + self._from
         back = Fraction(0)
         while True:
             aim = target - int(back / base)

@@ -28,6 +28,7 @@ from shards.video import Source, describe, scan, unsliced
 os.environ.setdefault("SVT_LOG", "1")  # errors only: SVT-AV1 prints a page for every file
 
 _IN_MEMORY = 32 << 20  # bytes of a stored video before it goes to a temporary file
+_BICUBIC = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT  # the same on every processor
 _HDR = (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)  # PQ and HLG
 _MP4 = {
     "h264",
@@ -120,6 +121,11 @@ def _transcode(file: BinaryIO, rate: int, start: float, end: float, begin: Calla
                 if not thrifty:
                     raise
     raise AssertionError("the exact way has no second try")
+
+
+def _on_grid(fps: Fraction, rate: int) -> Callable[[int], bool]:
+    second = [grid(number, fps, rate) for number in range(max(1, int(fps)))]
+    return lambda number: second[number % len(second)]
 
 
 @dataclass(frozen=True)
@@ -223,7 +229,7 @@ class Writer:
             frame = av.VideoFrame.from_ndarray(upright(frame), format="rgb24")
         # JPEG is BT.601 in full range, and what is small is BT.601
         return self._scaler.reformat(
-            frame, width, height, self._layout.pix_fmt, interpolation=Interpolation.BICUBIC,
+            frame, width, height, self._layout.pix_fmt, interpolation=_BICUBIC,
             dst_colorspace=Colorspace.ITU601, threads=1,
             dst_color_range=ColorRange.JPEG if self._codec == "mjpeg" else ColorRange.MPEG,
         )  # fmt: skip
