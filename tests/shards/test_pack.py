@@ -7,7 +7,6 @@ import fcntl
 import itertools
 import json
 import os
-import queue
 import random
 import shutil
 import signal
@@ -22,14 +21,14 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from shards import ShardError
+from shards import ShardError, scheduler
 from shards import pack as packing
 from shards.dataset import Split
 from shards.datasets import Caption, Item
-from shards.pack import Progress
 from shards.profiles import Profile
 from shards.tar import read_index
 from shards.video import scan
+from shards.worker import Job, Progress, pack_shard
 from tests.shards.sets import COPY, INTRA, files, packed
 from tests.shards.test_video import audio_only
 from tests.videos import encode
@@ -82,7 +81,7 @@ def test_default_shards_are_16_to_256_videos(
     items: list[Item], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs = []
-    monkeypatch.setattr(packing, "_run", lambda some, *_: jobs.append(some))
+    monkeypatch.setattr(scheduler, "run_locally", lambda some, *_: jobs.append(some))
     monkeypatch.setattr(packing, "_finish", lambda *_: {})
     for count, expected in ((10, 10), (40, 16), (1024, 32), (20_000, 256)):
         many = [replace(items[0], id=str(i)) for i in range(count)]
@@ -168,17 +167,16 @@ def killed(monkeypatch: pytest.MonkeyPatch, name: str, nth: int, late: bool, act
 
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
 def test_a_shard_killed_at_any_rename_is_packed_again(items, copied: Path, tmp_path: Path, monkeypatch, late) -> None:
-    monkeypatch.setattr(packing, "_reports", queue.SimpleQueue(), raising=False)
     whole = {name: data for name, data in files(copied).items() if name.startswith("000000")}
     for nth in range(4):
         out = tmp_path / str(nth)
         out.mkdir()
-        job = packing._Job(tuple(items[:2]), out, "000000", COPY)
-        assert killed(monkeypatch, "replace", nth, late, lambda job=job: packing._pack_shard(job)) == (nth < 3)
+        job = Job("000000", tuple(items[:2]), out, COPY)
+        assert killed(monkeypatch, "replace", nth, late, lambda job=job: pack_shard(job)) == (nth < 3)
         there = {n: d for n, d in files(out).items() if not n.endswith(".tmp")}
         assert all(whole[name] == data for name, data in there.items())  # nothing half-written has a real name
         assert "000000.parquet" not in there or len(there) == 3  # and the parquet comes last
-        packing._pack_shard(job)
+        pack_shard(job)
         assert {n: d for n, d in files(out).items() if not n.endswith(".tmp")} == whole
 
 
@@ -216,7 +214,7 @@ def test_a_lost_shard_is_packed_again(items: list[Item], copied: Path, tmp_path:
 
 
 def test_a_finished_split_is_left_alone(items: list[Item], copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "_run", lambda *_: pytest.fail("packed again"))
+    monkeypatch.setattr(scheduler, "run_locally", lambda *_: pytest.fail("packed again"))
     before = {p: p.stat().st_mtime_ns for p in copied.iterdir() if p.name != ".lock"}
     assert packed(items, copied) == json.loads((copied / "dataset.json").read_text())
     assert {p: p.stat().st_mtime_ns for p in before} == before
