@@ -14,7 +14,7 @@ from shards import ShardError
 from shards.dataset import find_splits
 from shards.datasets import Item, demo, folder
 from shards.info import count, describe, rejected, title
-from shards.pack import finish, missing, pack, some
+from shards.pack import finish_parts, missing, pack, some
 from shards.profiles import PROFILES, Profile
 from shards.storage import place
 from shards.verify import verify
@@ -202,7 +202,7 @@ def _pack(args, items: list[Item], out: Path, dataset: str, split: str, short_si
 
 
 def _finish(args) -> int:
-    info = finish(args.path)
+    info = finish_parts(args.path)
     console.print(f"{args.path}: {info['videos']} videos, {info['captions']} captions in {len(info['shards'])} shards")
     return 0
 

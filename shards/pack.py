@@ -7,7 +7,7 @@ Its parquet is put into place last; a shard with a parquet is never touched agai
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,9 +18,9 @@ from shards.datasets import Item
 from shards.profiles import Profile
 from shards.schema import FORMAT_VERSION, REJECTS
 from shards.storage import Bucket, Folder
-from shards.worker import Job, Progress, frame_columns
+from shards.worker import Job, Progress, frame_columns, write_table
 
-__all__ = ["Progress", "finish", "frame_columns", "missing", "pack"]
+__all__ = ["Progress", "finish", "finish_parts", "frame_columns", "input_digest", "missing", "pack", "write_table"]
 
 _SUFFIXES = ("tar", "idx", "parquet")
 _READERS = 8  # parquets read at once; an object store answers slowly, but many
@@ -39,6 +39,7 @@ def pack(
     cluster: str | None = None,
     timeout: float = Job.timeout,
     retry_rejects: bool = False,
+    reconciliation: dict | None = None,
     on_start: Callable[[int, int], None] = lambda done, total: None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> dict | None:
@@ -46,7 +47,8 @@ def pack(
 
     `part` (i, n) packs only shards i-1, i-1+n, i-1+2n, ...; while other parts lack shards, None is returned. `cluster`
     is the address of a Dask scheduler. `timeout` is seconds for a video, in proportion above 100 MB. `retry_rejects`
-    packs shards again that hold rejected videos. `on_start(done, total)` says how many videos earlier runs have dealt
+    packs shards again that hold rejected videos. `reconciliation` holds the counts of the annotations, which
+    `dataset.json` keeps beside those of what was packed and rejected. `on_start(done, total)` says how many videos earlier runs have dealt
     with. Raises ShardError if `out` holds something else, if two items share a name, or if nothing could be packed.
     """
     if not items:
@@ -59,7 +61,7 @@ def pack(
         "name": dataset,
         "split": split,
         "profile": profile.describe(),
-        "input": _input_digest(items),
+        "input": input_digest(items),
         "shards": count,
         "shard_videos": shard_videos,
     }
@@ -89,12 +91,13 @@ def pack(
             if "packing.json" in there:  # left by a kill between the last two steps
                 target.delete("packing.json")
             return finished
-        _prepare(target, there, plan, jobs)
+        _prepare(target, there, plan | _optional(reconciliation), jobs)
         if jobs and cluster:
             scheduler.run_on_dask(jobs, cluster, on_progress)
         elif jobs:
             scheduler.run_locally(jobs, workers or os.cpu_count() or 1, on_progress)
-        return None if part and missing(out) else _finish(target, plan)
+        target.sweep(tag)  # what was killed on the way
+        return None if part and missing(out) else finish(out, plan, list(map(_name, range(count))), reconciliation)
 
 
 def missing(out: Path) -> list[str]:
@@ -105,7 +108,7 @@ def missing(out: Path) -> list[str]:
     return [_name(i) for i in range(plan["shards"]) if not _is_committed(there, _name(i), None)]
 
 
-def finish(out: Path) -> dict:
+def finish_parts(out: Path) -> dict:
     """Write the `dataset.json` of a split whose shards are all committed, and return its contents.
 
     Raises ShardError if shards are missing, and says which.
@@ -114,14 +117,14 @@ def finish(out: Path) -> dict:
     _existing(target)
     with target.locked(None):
         target.sweep("")
-        there = target.listing()
-        plan = _plan(target, there)
+        plan = _plan(target, target.listing())
         if lacking := missing(out):
             raise ShardError(
                 f"{out} is not complete: {len(lacking)} of {plan['shards']} shards are missing ({some(lacking)}). Run the "
                 "packing command for the parts that hold them."
             )
-        return _finish(target, plan)
+        reconciliation = plan.pop("reconciliation", None)
+        return finish(out, plan, list(map(_name, range(plan["shards"]))), reconciliation)
 
 
 def some(names: list[str]) -> str:
@@ -140,8 +143,13 @@ def _plan(target: Folder | Bucket, there: dict[str, int]) -> dict:
     if "packing.json" in there:
         return json.loads(target.read("packing.json"))
     if "dataset.json" in there:
-        return json.loads(target.read("dataset.json"))["plan"]
+        record = json.loads(target.read("dataset.json"))
+        return record["plan"] | _optional(record.get("reconciliation"))
     raise ShardError(f"{target} holds no packing.json: no packing was begun there")
+
+
+def _optional(reconciliation: dict | None) -> dict:
+    return {"reconciliation": reconciliation} if reconciliation else {}
 
 
 def _name(shard: int) -> str:
@@ -161,7 +169,8 @@ def _refuse_duplicates(items: list[Item]) -> None:
         seen[item.id] = item
 
 
-def _input_digest(items: list[Item]) -> str:
+def input_digest(items: Iterable[Item]) -> str:
+    """What a packing is made from: names, captions and file names, in order."""
     digest = hashlib.sha256()
     for item in items:
         captions = [(c.text, c.start, c.end) for c in item.captions]
@@ -227,9 +236,9 @@ def _prepare(target: Folder | Bucket, there: dict[str, int], plan: dict, jobs: l
             target.delete(name)
 
 
-def _finish(target: Folder | Bucket, plan: dict) -> dict:
-    """Write rejects.jsonl and dataset.json from the committed shards."""
-    names = [_name(i) for i in range(plan["shards"])]
+def finish(out: Path, plan: dict, names: list[str], reconciliation: dict | None = None) -> dict:
+    """Write rejects.jsonl and dataset.json from the committed shards `names`; returns what dataset.json says."""
+    target = storage.output(out)
     sizes, shards, rejects = target.listing(), [], []
     digest = hashlib.sha256(json.dumps(plan["profile"], sort_keys=True).encode())
     with ThreadPoolExecutor(_READERS) as pool:
@@ -258,6 +267,11 @@ def _finish(target: Folder | Bucket, plan: dict) -> dict:
         "shards": shards,
         "plan": plan,
     }
+    if reconciliation:
+        packed = {what: summary[what] for what in ("videos", "captions")}
+        lost = {what: reconciliation["annotations"][what] - n for what, n in packed.items()}
+        rejected = {what: max(0, n - reconciliation["missing"][what]) for what, n in lost.items()}
+        summary["reconciliation"] = reconciliation | {"packed": packed, "rejected": rejected}
     if not summary["videos"]:
         first = next(r for r in rejects if "caption" not in r)
         raise ShardError(

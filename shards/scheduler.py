@@ -174,7 +174,7 @@ def run_on_dask(jobs: Iterable[Job], address: str, on_progress: Callable[[Progre
     with client:
         # not all at once: a shard of a large set is a list of hundreds of videos, and there are ten thousands of them
         threads = max(1, sum(client.nthreads().values()))
-        working = as_completed(submit(4 * threads))
+        working = as_completed(submit(4 * threads), loop=client.loop)
         for future in working:
             try:
                 events = future.result()

@@ -23,7 +23,7 @@ from shards import ShardError, storage
 from shards.datasets import Caption, Item
 from shards.profiles import Profile, Stored, store
 from shards.schema import JSON_CRCS, REJECTS, SCHEMA, FrameTable
-from shards.tar import DISK_FULL, TarWriter, safe_key
+from shards.tar import DISK_FULL, TarWriter, commit, safe_key, sync_and_close
 from shards.video import VideoError
 
 
@@ -92,9 +92,7 @@ def pack_shard(job: Job, report: Callable[[Event], None] = lambda event: None) -
         drafts.append(target.draft(f"{job.name}.idx", job.tag))
         drafts[1].write(writer.index().encode())
         drafts.append(target.draft(f"{job.name}.parquet", job.tag))
-        metadata = {REJECTS: json.dumps(rejects, sort_keys=True).encode(), JSON_CRCS: json.dumps(json_crcs).encode()}
-        table = pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata(metadata))
-        pq.write_table(table, drafts[2], compression="zstd", write_page_checksum=True)
+        _put_table(drafts[2], pa.Table.from_pylist(rows, schema=SCHEMA), rejects, json_crcs)
         for suffix in ("tar", "idx", "parquet"):
             target.commit(drafts[0], f"{job.name}.{suffix}")
             drafts.pop(0)
@@ -103,6 +101,19 @@ def pack_shard(job: Job, report: Callable[[Event], None] = lambda event: None) -
             with contextlib.suppress(OSError, ValueError):
                 target.discard(file)
         raise
+
+
+def write_table(path: Path, temporary: Path, table: pa.Table, rejects: list[dict], json_crcs: list[int]) -> None:
+    """Commit a shard's sample table; `json_crcs` are the crc32c of its rows' .json members."""
+    file = open(temporary, "wb")  # noqa: SIM115 closed in sync_and_close()
+    _put_table(file, table, rejects, json_crcs)
+    sync_and_close(file)
+    commit(temporary, path)
+
+
+def _put_table(file, table: pa.Table, rejects: list[dict], json_crcs: list[int]) -> None:
+    metadata = {REJECTS: json.dumps(rejects, sort_keys=True).encode(), JSON_CRCS: json.dumps(json_crcs).encode()}
+    pq.write_table(table.replace_schema_metadata(metadata), file, compression="zstd", write_page_checksum=True)
 
 
 def _captions(item: Item, rejects: list[dict]) -> list[Caption]:
@@ -202,7 +213,9 @@ def _description(item: Item, row: dict, stored: Stored, profile: Profile) -> byt
     described |= {
         "fps": f"{source.fps.numerator}/{source.fps.denominator}",
         "source": {"file": item.path.name, "codec": source.codec, "width": source.width, "height": source.height},
+        # with these the tar alone tells all that the sample table does
         "frame_number": stored.frames.number.tolist() if profile.name == "intra" else None,
+        "frame_time": stored.frames.time.tolist() if profile.name == "intra" else None,
         "profile": profile.describe(),
         "meta": item.meta,
     }
