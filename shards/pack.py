@@ -7,6 +7,7 @@ Its parquet is put into place last; a shard with a parquet is never touched agai
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +19,7 @@ from shards.datasets import Item
 from shards.profiles import Profile
 from shards.schema import FORMAT_VERSION, REJECTS
 from shards.storage import Bucket, Folder
+from shards.tar import DISK_FULL
 from shards.worker import Job, Progress, frame_columns, write_table
 
 __all__ = ["Progress", "finish", "finish_parts", "frame_columns", "input_digest", "missing", "pack", "write_table"]
@@ -92,12 +94,24 @@ def pack(
                 target.delete("packing.json")
             return finished
         _prepare(target, there, plan | _optional(reconciliation), jobs)
+        _run(jobs, cluster, workers, on_progress)
+        target.sweep(tag)  # what was killed on the way
+        return None if part and missing(out) else finish(out, plan, list(map(_name, range(count))), reconciliation)
+
+
+def _run(jobs: list[Job], cluster: str | None, workers: int | None, on_progress: Callable[[Progress], None]) -> None:
+    try:
         if jobs and cluster:
             scheduler.run_on_dask(jobs, cluster, on_progress)
         elif jobs:
             scheduler.run_locally(jobs, workers or os.cpu_count() or 1, on_progress)
-        target.sweep(tag)  # what was killed on the way
-        return None if part and missing(out) else finish(out, plan, list(map(_name, range(count))), reconciliation)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise ShardError(
+            f"{jobs[0].out} or the folder of temporary files ({tempfile.gettempdir()}; TMPDIR chooses it) cannot be "
+            f"written ({error.strerror}). What is committed stays: make room, and run the same command again to go on."
+        ) from error
 
 
 def missing(out: Path) -> list[str]:

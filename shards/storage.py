@@ -220,8 +220,8 @@ class Folder:
         commit(Path(file.name), self.path / name)
 
     def discard(self, file: BinaryIO) -> None:
-        file.close()
         Path(file.name).unlink(missing_ok=True)
+        file.close()  # fails on a full disk: it writes what is left
 
     def read(self, name: str) -> bytes:
         return (self.path / name).read_bytes()
