@@ -14,8 +14,9 @@ from shards import ShardError
 from shards.dataset import find_splits
 from shards.datasets import Item, demo, folder
 from shards.info import count, describe, rejected, title
-from shards.pack import pack
+from shards.pack import finish_parts, missing, pack, some
 from shards.profiles import ENCODERS, PROFILES, Profile
+from shards.storage import place
 from shards.verify import verify
 
 console = Console(stderr=True)
@@ -83,6 +84,27 @@ def _parser() -> argparse.ArgumentParser:
         "--shard-videos", type=int, default=None, help="videos a shard (16 to 256 by the size of the set)"
     )
 
+    packing.add_argument(
+        "--part",
+        type=_part,
+        default=None,
+        metavar="I/N",
+        help="job arrays: pack only every N-th shard, from the I-th (1 to N); whichever part is last finishes the split",
+    )
+    packing.add_argument(
+        "--scheduler", default=None, metavar="ADDRESS", help="pack on the Dask cluster at tcp://HOST:PORT"
+    )
+    packing.add_argument(
+        "--timeout",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="reject a video whose decoding takes longer; above 100 MB in proportion (%(default)g)",
+    )
+    packing.add_argument(
+        "--retry-rejects", action="store_true", help="pack the shards again in which videos were rejected"
+    )
+
     one = commands.add_parser("demo", parents=[packing], help="generate a small data set of moving shapes and pack it")
     one.add_argument("--out", type=Path, required=True, help="writes OUT/source, OUT/train and OUT/test")
     one.add_argument("--train", type=int, default=1000, help="training videos (%(default)s)")
@@ -95,9 +117,13 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--captions", type=Path, required=True, help="csv with the header video,caption; one row a caption"
     )
-    one.add_argument("--out", type=Path, required=True, help="the split to write")
+    one.add_argument("--out", type=place, required=True, help="the split to write: a folder, s3://, gs:// or hf://")
     one.add_argument("--name", default=None, help="name of the data set (the output folder's name)")
     one.set_defaults(run=_folder)
+
+    one = commands.add_parser("finish", help="after --part: write dataset.json once all parts are packed")
+    one.add_argument("path", type=place, help="the split that was packed in parts")
+    one.set_defaults(run=_finish)
 
     one = commands.add_parser("verify", help="re-read everything: crc, decode, index against tar; exit 1 if any is bad")
     one.add_argument("path", type=Path, help="a split, or a folder of splits")
@@ -124,14 +150,16 @@ def _demo(args) -> int:
 
 def _folder(args) -> int:
     items = folder.read(args.videos, args.captions)
-    name = args.name or args.out.resolve().name
-    return _pack(args, items, args.out, name, args.out.resolve().name)
+    split = args.out.resolve().name if isinstance(args.out, Path) else args.out.name
+    return _pack(args, items, args.out, args.name or split, split)
 
 
 def _pack(args, items: list[Item], out: Path, dataset: str, split: str, short_side: int = Profile.short_side) -> int:
     for name in ("workers", "shard_videos"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ShardError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    if not args.timeout > 0:
+        raise ShardError(f"--timeout {args.timeout:g}: must be above 0")
     profile = Profile(
         name=args.profile, fps=args.fps, short_side=short_side if args.short_side is None else args.short_side,
         quality=args.quality, chroma=args.chroma, gop=args.gop, encoder=args.encoder,
@@ -160,8 +188,19 @@ def _pack(args, items: list[Item], out: Path, dataset: str, split: str, short_si
 
         info = pack(
             items, out, dataset=dataset, split=split, profile=profile, shard_videos=args.shard_videos,
-            workers=args.workers, on_start=on_start, on_progress=on_progress,
+            workers=args.workers, part=args.part, cluster=args.scheduler, timeout=args.timeout,
+            retry_rejects=args.retry_rejects, on_start=on_start, on_progress=on_progress,
         )  # fmt: skip
+    if info is None:
+        lacking = missing(out)
+        console.print(
+            f"{out}: part {args.part[0]}/{args.part[1]} is packed. {count(len(lacking), 'shard')} of other parts still "
+            f"missing ({some(lacking)}). The part that is last finishes the split; or, when all are done, run: "
+            f"python -m c4c.shard finish {out}",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+        return 0
+    resumed = 0 if args.part else resumed  # it counts videos of the part
     before = (
         "; all of it was there already" if resumed == len(items) else f"; {resumed} were done before" if resumed else ""
     )
@@ -172,6 +211,22 @@ def _pack(args, items: list[Item], out: Path, dataset: str, split: str, short_si
     if (lost := rejected(info)) != "nothing":
         console.print(f"[yellow]{lost} rejected:[/] see {out / 'rejects.jsonl'}", highlight=False, soft_wrap=True)
     return 0
+
+
+def _finish(args) -> int:
+    info = finish_parts(args.path)
+    console.print(f"{args.path}: {info['videos']} videos, {info['captions']} captions in {len(info['shards'])} shards")
+    return 0
+
+
+def _part(text: str) -> tuple[int, int]:
+    try:
+        index, parts = map(int, text.split("/"))
+    except ValueError:
+        index = parts = 0
+    if not 1 <= index <= parts:
+        raise argparse.ArgumentTypeError(f"{text}: must be I/N with I from 1 to N, such as 2/16")
+    return index, parts
 
 
 def _verify(args) -> int:
