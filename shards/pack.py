@@ -58,10 +58,12 @@ def pack(
     workers: int | None = None,
     on_start: Callable[[int, int], None] = lambda done, total: None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
+    reconciliation: dict | None = None,
 ) -> dict:
     """Pack `items` into `out` and return the contents of its `dataset.json`.
 
-    `on_start(done, total)` says how many videos earlier runs have dealt with. Raises ShardError if `out` holds
+    `on_start(done, total)` says how many videos earlier runs have dealt with. `reconciliation` holds the counts of
+    the annotations (`Reading.reconciliation`); `dataset.json` keeps them with what was packed and rejected. Raises ShardError if `out` holds
     something else, if two items share a name, or if nothing at all could be packed.
     """
     if not items:
@@ -99,7 +101,7 @@ def pack(
             (out / f"{job.name}.parquet").unlink(missing_ok=True)
         (out / "dataset.json").unlink(missing_ok=True)
         _run(jobs, workers or os.cpu_count() or 1, on_progress)
-        return _finish(out, plan, names)
+        return _finish(out, plan, names, reconciliation)
 
 
 def _refuse_duplicates(items: list[Item]) -> None:
@@ -301,7 +303,7 @@ def frame_columns(frames: FrameTable) -> dict:
     return {f"frame_{name}": getattr(frames, name) for name in ("number", "time", "offset", "size", "key", "crc32c")}
 
 
-def _finish(out: Path, plan: dict, names: list[str]) -> dict:
+def _finish(out: Path, plan: dict, names: list[str], reconciliation: dict | None = None) -> dict:
     """Write rejects.jsonl and dataset.json from the committed shards."""
     shards, rejects = [], []
     digest = hashlib.sha256(json.dumps(plan["profile"], sort_keys=True).encode())
@@ -336,6 +338,11 @@ def _finish(out: Path, plan: dict, names: list[str]) -> dict:
         "shards": shards,
         "plan": plan,
     }
+    if reconciliation:
+        packed = {what: summary[what] for what in ("videos", "captions")}
+        lost = {what: reconciliation["annotations"][what] - n for what, n in packed.items()}
+        rejected = {what: max(0, n - reconciliation["missing"][what]) for what, n in lost.items()}
+        summary["reconciliation"] = reconciliation | {"packed": packed, "rejected": rejected}
     if not summary["videos"]:
         first = next(r for r in rejects if "caption" not in r)
         raise ShardError(
