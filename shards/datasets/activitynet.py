@@ -33,7 +33,7 @@ def read(args: Namespace) -> Reading:
         known = {_bare(id): id for id in data}
         ids = list(dict.fromkeys(known.get(_bare(str(id)), str(id)) for id in named))
         if unknown := [id for id in ids if id not in data]:
-            warnings.append(f"{examples(unknown, 'video')} of {args.split} not in {args.annotations}")
+            warnings.append(f"{examples(unknown, 'video')} of {args.split.name} not in {args.annotations.name}")
     items = []
     for id in ids:
         captions, meta = _captions(data[id], f"{args.annotations}: {id}") if id in data else ((), {})

@@ -44,7 +44,7 @@ def read(args: Namespace) -> Reading:
     if args.split:
         ids = list(dict.fromkeys(read_lines(args.split)))
         if unknown := [id for id in ids if id not in captions]:
-            warnings.append(f"{examples(unknown, 'video')} of {args.split} not in {args.annotations}")
+            warnings.append(f"{examples(unknown, 'video')} of {args.split.name} not in {args.annotations.name}")
     items = [
         Item(id, args.videos.find(id), tuple(captions.get(id, ())), {}, None, args.seconds) for id in ids
     ]  # fmt: skip

@@ -48,7 +48,7 @@ def read(args: Namespace) -> Reading:
         told = _split(Path(args.split))
         ids = list(told)
         if unknown := [id for id in ids if args.annotations and id not in captions]:
-            warnings.append(f"{examples(unknown, 'video')} of {args.split} not in {args.annotations}")
+            warnings.append(f"{examples(unknown, 'video')} of {Path(args.split).name} not in {args.annotations.name}")
         captions = {id: told[id] or captions.get(id, ()) for id in ids}
         if not any(captions.values()):
             raise ShardError(f"{args.split} has no column sentence: give --annotations MSRVTT_data.json with it")

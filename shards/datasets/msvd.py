@@ -37,7 +37,7 @@ def read(args: Namespace) -> Reading:
     ids = list(dict.fromkeys(ids))
     warnings = []
     if unknown := [id for id in ids if id not in captions]:
-        warnings.append(f"{examples(unknown, 'video')} of {args.split} not in {args.annotations}")
+        warnings.append(f"{examples(unknown, 'video')} of {args.split.name} not in {args.annotations.name}")
     items = [Item(id, args.videos.find(id), captions.get(id, ())) for id in ids]
     return conclude(items, args.videos, published(PUBLISHED, args.split), warnings)
 

@@ -87,7 +87,7 @@ def test_msrvtt_train_split(msrvtt: Path) -> None:
         "files": 5,
         "missing": {"videos": 2, "captions": 3},
         "warnings": [
-            f"1 video ('video8') of {msrvtt / 'MSRVTT_train.9k.csv'} not in {msrvtt / 'MSRVTT_data.json'}",
+            "1 video ('video8') of MSRVTT_train.9k.csv not in MSRVTT_data.json",
             "1 video ('video8') without a caption in the annotations",
             "9000 videos are published for this split, the annotations given hold 4",
             "180000 captions are published for this split, the annotations given hold 9",

@@ -63,7 +63,7 @@ def test_links(tmp_path: Path) -> None:
     (root / "circle").symlink_to(root)
     closed = Files(root)
     assert list(closed) == ["inside.mp4", "own.mp4"]
-    assert "2 links ('a.mp4', 'out') out of" in closed.warnings()[0]
+    assert "2 links ('a.mp4', 'out') out of --videos" in closed.warnings()[0]
     for name in ("a.mp4", "out/2.mp4"):
         with pytest.raises(ShardError, match=f"{name}' leads out of .*--follow-links"):
             closed.find(name)
