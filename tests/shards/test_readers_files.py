@@ -169,6 +169,74 @@ def test_packing_ends_with_a_reconciliation(tmp_path: Path, capsys, monkeypatch:
     assert shard.main(command) == 0 and files(tmp_path / "msrvtt" / "train") == before
 
 
+TIMES = "0\t1\t0\t1"
+SAMPLES = {  # for each reader: its files, one of two there, options, and the captions of the one
+    "msrvtt": (
+        "video9.webm", {"a.json": {"video9.mp4": ["x", "y"], "video99.mp4": ["z"]}}, "--annotations a.json", ["x", "y"],
+    ),
+    "msvd": (
+        "-4wsuPCjDBc_5_15.avi", {"a.json": {"-4wsuPCjDBc_5_15": ["x"], "b": ["z"]}, "t.txt": "-4wsuPCjDBc_5_15\nb\n"},
+        "--annotations a.json --split t.txt", ["x"],
+    ),
+    "lsmdc": (
+        "1012_Film/1012_Film_00.05.16.065-00.05.21.941.avi",
+        {"a.csv": f"1012_Film_00.05.16.065-00.05.21.941\t{TIMES}\tx\ngone\t{TIMES}\tz\n"}, "--annotations a.csv", ["x"],
+    ),
+    "activitynet": (
+        "QOlSCBRmfWY.mp4",
+        {"a.json": {f"v_{id}": {"duration": 2, "timestamps": [[1, 2], [0, 1]], "sentences": ["x", "y"]}
+                    for id in ("QOlSCBRmfWY", "gone0000000")}},
+        "--annotations a.json", ["x", "y"],
+    ),
+    "didemo": (
+        "1@N02_2.mov", {"a.json": [{"video": v, "description": d, "times": [[0, 1]]}
+                                   for v, d in (("1@N02_2.mov", "x"), ("gone.avi", "z"), ("1@N02_2.mov", "y"))]},
+        "--annotations a.json", ["x", "y"],
+    ),
+    "howto100m": (
+        "a/JTMC9ypFtZ0.mp4", {"a.json": {id: {"text": ["x"], "start": [0], "end": [1.5]} for id in ("JTMC9ypFtZ0", "g")}},
+        "--annotations a.json", ["x"],
+    ),
+    "webvid": (
+        "videos/000001_000050/1066674784.mp4",
+        {"a.csv": "videoid,contentUrl,duration,page_dir,name\n1066674784,u,P,000001_000050,x\n2,u,P,p,z\n"},
+        "--annotations a.csv", ["x"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_every_reader_packs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    video, annotations, options, said = SAMPLES[name]
+    (videos(tmp_path / "videos", video) / video).write_bytes(encode(12, 6, (32, 32), "mpeg4", "avi", {}))
+    for file, content in annotations.items():
+        write(tmp_path / file, content)
+    monkeypatch.chdir(tmp_path)
+    command = [
+        name,
+        "--videos",
+        "videos",
+        "--out",
+        "out/train",
+        "--workers",
+        "1",
+        "--profile",
+        "copy",
+        *options.split(),
+    ]
+    assert shard.main(command) == 0
+    split = Split(tmp_path / "out" / "train")
+    counts = split.info["reconciliation"]
+    assert (split.info["name"], split.info["split"], len(split), split.video(0).size) == (
+        name, "train", 1, (tmp_path / "videos" / video).stat().st_size,
+    )  # fmt: skip
+    assert [caption["text"] for caption in split.captions(0)] == said and split.caption_counts.tolist() == [len(said)]
+    assert (counts["files"], counts["missing"]["videos"], counts["rejected"]["videos"]) == (1, 1, 0)
+    assert (counts["annotations"]["videos"], counts["packed"]) == (2, {"videos": 1, "captions": len(said)})
+    rejects = [json.loads(line) for line in (tmp_path / "out" / "train" / "rejects.jsonl").read_text().splitlines()]
+    assert [reject["reason"] for reject in rejects] == ["the file is missing"]
+
+
 def test_captions_beside_videos_and_in_a_jsonl(tmp_path: Path) -> None:
     root = videos(tmp_path / "v", "a.mp4", "sub/b.mkv", "sub/c.mp4", "two.avi", "two.mp4", "d.mp4")
     write(root / "a.txt", "one\n\n two \n")
