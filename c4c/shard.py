@@ -12,7 +12,8 @@ from rich.table import Column, Table
 
 from shards import ShardError
 from shards.dataset import find_splits
-from shards.datasets import Item, demo, folder
+from shards.datasets import Item, demo, readers
+from shards.datasets.files import Files
 from shards.info import count, describe, rejected, title
 from shards.pack import finish_parts, missing, pack, some
 from shards.profiles import ENCODERS, PROFILES, Profile
@@ -112,14 +113,22 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--seed", type=int, default=0)
     one.set_defaults(run=_demo)
 
-    one = commands.add_parser("folder", parents=[packing], help="pack your own videos, captioned in a csv")
-    one.add_argument("--videos", type=Path, required=True, help="folder of video files")
-    one.add_argument(
-        "--captions", type=Path, required=True, help="csv with the header video,caption; one row a caption"
-    )
-    one.add_argument("--out", type=place, required=True, help="the split to write: a folder, s3://, gs:// or hf://")
-    one.add_argument("--name", default=None, help="name of the data set (the output folder's name)")
-    one.set_defaults(run=_folder)
+    for name, module in readers().items():
+        about = module.__doc__.strip().split("\n\n")
+        one = commands.add_parser(
+            name, parents=[packing], help=f"pack: {about[0].split(':')[0]}", description=" ".join(about[0].split()),
+            epilog="\n\n".join(about[1:]), formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        one.add_argument(
+            "--videos", required=True, help="folder of video files, at any depth, or a URL (s3://, hf://, …)"
+        )
+        one.add_argument(
+            "--out", type=place, required=True,
+            help="the split to write: a folder, s3://, gs:// or hf://; its last folder names the split",
+        )  # fmt: skip
+        module.add_arguments(one)
+        one.add_argument("--follow-links", action="store_true", help="also follow links that lead out of --videos")
+        one.set_defaults(run=_dataset, reader=module, dataset=name)
 
     one = commands.add_parser("finish", help="after --part: write dataset.json once all parts are packed")
     one.add_argument("path", type=place, help="the split that was packed in parts")
@@ -148,18 +157,36 @@ def _demo(args) -> int:
     return 0
 
 
-def _folder(args) -> int:
-    items = folder.read(args.videos, args.captions)
+def _dataset(args) -> int:
+    _check_counts(args)
+    with console.status("listing videos and reading annotations"):
+        args.videos = Files(
+            args.videos, follow_links=args.follow_links, beside=getattr(args.reader, "BESIDE", ())
+        )  # fmt: skip
+        reading = args.reader.read(args)
+    for text in reading.warnings:
+        console.print(f"[yellow]note[/] {_plain(text)}", highlight=False, soft_wrap=True)
     split = args.out.resolve().name if isinstance(args.out, Path) else args.out.name
-    return _pack(args, items, args.out, args.name or split, split)
+    name = split if args.dataset == "folder" else args.dataset
+    return _pack(
+        args, reading.items, args.out, getattr(args, "name", None) or name, split,
+        reconciliation=reading.reconciliation(),
+    )  # fmt: skip
 
 
-def _pack(args, items: list[Item], out: Path, dataset: str, split: str, short_side: int = Profile.short_side) -> int:
+def _check_counts(args) -> None:
     for name in ("workers", "shard_videos"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ShardError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     if not args.timeout > 0:
         raise ShardError(f"--timeout {args.timeout:g}: must be above 0")
+
+
+def _pack(
+    args, items: list[Item], out: Path, dataset: str, split: str, short_side: int = Profile.short_side,
+    reconciliation: dict | None = None,
+) -> int:  # fmt: skip
+    _check_counts(args)
     profile = Profile(
         name=args.profile, fps=args.fps, short_side=short_side if args.short_side is None else args.short_side,
         quality=args.quality, chroma=args.chroma, gop=args.gop, encoder=args.encoder,
@@ -190,6 +217,7 @@ def _pack(args, items: list[Item], out: Path, dataset: str, split: str, short_si
             items, out, dataset=dataset, split=split, profile=profile, shard_videos=args.shard_videos,
             workers=args.workers, part=args.part, cluster=args.scheduler, timeout=args.timeout,
             retry_rejects=args.retry_rejects, on_start=on_start, on_progress=on_progress,
+            reconciliation=reconciliation,
         )  # fmt: skip
     if info is None:
         lacking = missing(out)
@@ -210,6 +238,8 @@ def _pack(args, items: list[Item], out: Path, dataset: str, split: str, short_si
     )  # fmt: skip
     if (lost := rejected(info)) != "nothing":
         console.print(f"[yellow]{lost} rejected:[/] see {out / 'rejects.jsonl'}", highlight=False, soft_wrap=True)
+    if reconciliation:
+        _reconcile(info["reconciliation"])
     return 0
 
 
@@ -227,6 +257,21 @@ def _part(text: str) -> tuple[int, int]:
     if not 1 <= index <= parts:
         raise argparse.ArgumentTypeError(f"{text}: must be I/N with I from 1 to N, such as 2/16")
     return index, parts
+
+
+def _reconcile(counts: dict) -> None:
+    """What was published, what was given, and what became of it."""
+    columns = ("published", "annotations", "missing", "rejected", "packed")
+    table = Table(
+        "", *(Column(name, justify="right") for name in columns), title=f"{counts['files']} video files found"
+    )
+    for what in ("videos", "captions"):
+        cells = (counts[name][what] for name in columns)
+        table.add_row(what, *("" if cell is None else str(cell) for cell in cells))
+    console.print(table)
+    for what, known in counts["published"].items():
+        if known not in (None, counts["packed"][what]):
+            console.print(f"[yellow]note[/] {known} {what} are published, {counts['packed'][what]} were packed")
 
 
 def _verify(args) -> int:
