@@ -12,7 +12,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -75,7 +75,7 @@ def pack(
         "name": dataset,
         "split": split,
         "profile": profile.describe(),
-        "input": _input_digest(items),
+        "input": input_digest(items),
         "shards": len(slices),
         "shard_videos": shard_videos,
     }
@@ -99,7 +99,7 @@ def pack(
             (out / f"{job.name}.parquet").unlink(missing_ok=True)
         (out / "dataset.json").unlink(missing_ok=True)
         _run(jobs, workers or os.cpu_count() or 1, on_progress)
-        return _finish(out, plan, names)
+        return finish(out, plan, names)
 
 
 def _refuse_duplicates(items: list[Item]) -> None:
@@ -112,7 +112,8 @@ def _refuse_duplicates(items: list[Item]) -> None:
             )
 
 
-def _input_digest(items: list[Item]) -> str:
+def input_digest(items: Iterable[Item]) -> str:
+    """What a packing was made from: names, captions and file names, in order."""
     digest = hashlib.sha256()
     for item in items:
         captions = [(c.text, c.start, c.end) for c in item.captions]
@@ -244,12 +245,16 @@ def _pack_shard(job: _Job) -> None:
     writer.close()
     commit(temporary["tar"], paths["tar"])
     write_atomic(paths["idx"], writer.index())
+    write_table(paths["parquet"], temporary["parquet"], pa.Table.from_pylist(rows, schema=SCHEMA), rejects, json_crcs)
+
+
+def write_table(path: Path, temporary: Path, table: pa.Table, rejects: list[dict], json_crcs: list[int]) -> None:
+    """Commit a shard's sample table; `json_crcs` are the crc32c of its rows' .json members."""
     metadata = {REJECTS: json.dumps(rejects, sort_keys=True).encode(), JSON_CRCS: json.dumps(json_crcs).encode()}
-    table = pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata(metadata))
-    file = open(temporary["parquet"], "wb")  # noqa: SIM115 closed in sync_and_close()
-    pq.write_table(table, file, compression="zstd", write_page_checksum=True)
+    file = open(temporary, "wb")  # noqa: SIM115 closed in sync_and_close()
+    pq.write_table(table.replace_schema_metadata(metadata), file, compression="zstd", write_page_checksum=True)
     sync_and_close(file)
-    commit(temporary["parquet"], paths["parquet"])
+    commit(temporary, path)
 
 
 def _read(path: Path) -> bytes:
@@ -287,7 +292,9 @@ def _pack_video(item: Item, captions: list, data: bytes, profile: Profile, write
     described |= {
         "fps": f"{source.fps.numerator}/{source.fps.denominator}",
         "source": {"file": item.path.name, "codec": source.codec, "width": source.width, "height": source.height},
+        # with these the tar alone tells all that the sample table does
         "frame_number": stored.frames.number.tolist() if profile.name == "intra" else None,
+        "frame_time": stored.frames.time.tolist() if profile.name == "intra" else None,
         "profile": profile.describe(),
         "meta": item.meta,
     }
@@ -301,8 +308,8 @@ def frame_columns(frames: FrameTable) -> dict:
     return {f"frame_{name}": getattr(frames, name) for name in ("number", "time", "offset", "size", "key", "crc32c")}
 
 
-def _finish(out: Path, plan: dict, names: list[str]) -> dict:
-    """Write rejects.jsonl and dataset.json from the committed shards."""
+def finish(out: Path, plan: dict, names: list[str]) -> dict:
+    """Write rejects.jsonl and dataset.json from the committed shards `names`; returns what dataset.json says."""
     shards, rejects = [], []
     digest = hashlib.sha256(json.dumps(plan["profile"], sort_keys=True).encode())
     for name in names:

@@ -83,7 +83,7 @@ def test_default_shards_are_16_to_256_videos(
 ) -> None:
     jobs = []
     monkeypatch.setattr(packing, "_run", lambda some, *_: jobs.append(some))
-    monkeypatch.setattr(packing, "_finish", lambda *_: {})
+    monkeypatch.setattr(packing, "finish", lambda *_: {})
     for count, expected in ((10, 10), (40, 16), (1024, 32), (20_000, 256)):
         many = [replace(items[0], id=str(i)) for i in range(count)]
         packed(many, tmp_path / str(count), shard_videos=None)
