@@ -82,12 +82,18 @@ def dedup(
     """
     every = _Every([Split(p) for p in paths])
     content = every.groups(_content_hashes(every), lambda i: _sha256(every, i), "bytes", on_step)
-    alike = {frozenset(g.members) for g in content}
+    alike = {member: number for number, group in enumerate(content) for member in group.members}
     source = every.groups(_length_hashes(every), lambda i: _source(every, i), "sources", on_step) if sources else []
     names = every.groups(np.concatenate([column_hashes(s, "key") for s in every.splits]), every.id, "names", on_step)
     captions, leaks, examples = _captions(every)
     return Report(
-        len(every), content, [g for g in source if frozenset(g.members) not in alike], names, captions, leaks, examples
+        len(every),
+        content,
+        [g for g in source if len({alike.get(m, m) for m in g.members}) > 1],
+        names,
+        captions,
+        leaks,
+        examples,
     )
 
 

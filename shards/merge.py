@@ -9,7 +9,7 @@ import numpy as np
 
 from shards import ShardError
 from shards.dataset import Split
-from shards.hashes import column_hashes, hash64, repeated, tables
+from shards.hashes import column_hashes, hashes, repeated, tables
 from shards.regroup import Made, Piece, Source, new_folder, write_split
 from shards.tar import safe_key
 
@@ -80,16 +80,18 @@ def _named_apart(splits: list[Split], prefix: bool) -> list[Source]:
     labels = _labels([s.path for s in splits])
     renamed = [{key: f"{label}/{id}" for key, id in c.items()} for label, c in zip(labels, clashes, strict=True)]
     taken = np.concatenate([column_hashes(s, "key") for s in splits])
-    for new in (name for names in renamed for name in names.values()):
-        if np.uint64(hash64(safe_key(new))) in taken:
-            raise ShardError(f"--prefix would make {new!r} out of one name, and there is a video of that name already")
+    new = [name for names in renamed for name in names.values()]
+    for name, again in zip(new, np.isin(hashes(map(safe_key, new)), taken), strict=True):
+        if again:
+            raise ShardError(f"--prefix would make {name!r} of one name, and there is a video of that name already")
     return [Source(s, names) for s, names in zip(splits, renamed, strict=True)]
 
 
 def _clashes(splits: list[Split]) -> list[dict[str, str]]:
     """For each split {key: id} of the videos whose key an earlier split has."""
     columns = [column_hashes(s, "key") for s in splits]
-    suspects = np.unique(np.concatenate(columns)[[i for g in repeated(np.concatenate(columns)) for i in g]])
+    every = np.concatenate(columns)
+    suspects = np.array([every[group[0]] for group in repeated(every)], np.uint64)
     seen: set[str] = set()
     out: list[dict[str, str]] = []
     for split, column in zip(splits, columns, strict=True):

@@ -121,7 +121,8 @@ def _rewrite(target: Path, sources: Sequence[Source], pieces: Sequence[Piece]) -
     copier.close()
     commit(temporary, target.with_suffix(".tar"))
     write_atomic(target.with_suffix(".idx"), copier.index())
-    write_table(target.with_suffix(".parquet"), temporary, pa.concat_tables(tables).combine_chunks(), rejects, crcs)
+    table = pa.concat_tables(tables).combine_chunks().cast(SCHEMA)  # Parquet calls what is in a list by another name
+    write_table(target.with_suffix(".parquet"), temporary, table, rejects, crcs)
 
 
 def _copy_piece(copier: TarCopier, source: Source, piece: Piece) -> tuple[pa.Table, list[dict], list[int]]:

@@ -57,11 +57,10 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Found:
-    """What a worker knows of a shard when its index and table are written, but for the rejects that belong to it."""
+    """A shard whose files are all in order now, and the profile of its videos (None: it holds none)."""
 
     repaired: Repaired
     profile: dict | None
-    source_file: str | None = None
 
 
 def repair(
@@ -90,15 +89,13 @@ def repair(
     jobs = [_Job(path, shard, everything, truncate, drop) for shard in names]
     found: list[_Found] = []
     failures: list[str] = []
-    with ProcessPoolExecutor(min(workers or os.cpu_count() or 1, len(jobs)), get_context("spawn")) as pool:
-        on_shard(0, len(jobs))
-        futures = [pool.submit(_repair_shard, job, rejects[job.name]) for job in jobs]
-        for done, future in enumerate(futures, 1):
-            try:
-                found.append(future.result())
-            except ShardError as error:
-                failures.append(str(error))
-            on_shard(done, len(jobs))
+    on_shard(0, len(jobs))
+    for done, one in enumerate(_each(jobs, rejects, workers or os.cpu_count() or 1), 1):
+        if isinstance(one, ShardError):
+            failures.append(str(one))
+        else:
+            found.append(one)
+        on_shard(done, len(jobs))
     if failures:
         more = f" ({len(failures) - 1} more shards have troubles of their own)" if len(failures) > 1 else ""
         raise ShardError(failures[0] + more)
@@ -116,6 +113,14 @@ def repair(
         plan = {**plan, "input": None}  # what is missing now must not pass for packed
     finish(path, plan, names)
     return repaired
+
+
+def _each(jobs: list[_Job], rejects: dict[str, list[dict]], workers: int) -> Iterator[_Found | ShardError]:
+    if workers == 1 or len(jobs) == 1:
+        yield from (_repair_shard(job, rejects[job.name]) for job in jobs)
+        return
+    with ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn")) as pool:
+        yield from pool.map(_repair_shard, jobs, [rejects[job.name] for job in jobs])
 
 
 def _names(path: Path) -> tuple[list[str], dict]:
@@ -191,7 +196,14 @@ def _items(path: Path, names: list[str]) -> Iterator[Item]:
                     yield Item(described["id"], file_name, captions, described.get("meta", {}))
 
 
-def _repair_shard(job: _Job, rejects: list[dict]) -> _Found:
+def _repair_shard(job: _Job, rejects: list[dict]) -> _Found | ShardError:
+    try:
+        return _rebuild(job, rejects)
+    except ShardError as error:  # the other shards are still looked at
+        return error
+
+
+def _rebuild(job: _Job, rejects: list[dict]) -> _Found:
     if not job.everything and (found := _well(job)):
         return found
     tar = job.path / f"{job.name}.tar"
@@ -199,7 +211,7 @@ def _repair_shard(job: _Job, rejects: list[dict]) -> _Found:
     if damage and not job.truncate:
         last = f"after sample {samples[-1].key}" if samples else "before the first sample"
         raise ShardError(
-            f"{tar} is damaged {last}: {damage}. {len(samples)} whole samples stand before that. Copy the file again, or "
+            f"{tar} is damaged {last}: {damage}. Whole samples before that: {len(samples)}. Copy the file again, or "
             f"repair with --truncate to cut it there (the file as it is stays as {tar.name}.damaged)."
         )
     rows, crcs, good, lost = [], [], [], [damage] if damage else []
