@@ -15,19 +15,30 @@ RULES = ("uniform", "head", "tail", "segment")
 
 
 def extractor_frames(
-    source_frames: int, fps: Fraction | float, max_frames: int, position: str, rate: int = 1
+    source_frames: int,
+    fps: Fraction | float,
+    max_frames: int,
+    position: str,
+    rate: int = 1,
+    start: int | None = None,
+    end: int | None = None,
 ) -> np.ndarray:
     """CLIP4Clip's rule: int32 [at most max_frames] frame numbers.
 
     Candidates are `rate` frames of every second, where a second has int(fps) frames and its k-th candidate is
     k*max(1, int(fps)//rate) into it; of more than max_frames, `position` takes the first ones (head), the last ones
-    (tail), or floor(linspace(0, n-1, max_frames)) (uniform). (CLIP4Clip `dataloaders/rawvideo_util.py`,
-    `dataloader_msrvtt_retrieval.py`; a frame rate below 1, a division by zero there, counts as 1.)
+    (tail), or floor(linspace(0, n-1, max_frames)) (uniform).
+
+    With `start` and `end`, whole seconds as an annotation gives them, the candidates are those of the seconds from
+    start to end, the end's own included: reversed ones are swapped, equal ones last one second, and a negative start,
+    or one past the end of the video, leaves none. (CLIP4Clip `dataloaders/rawvideo_util.py`,
+    `dataloader_msrvtt_retrieval.py`, `dataloader_didemo_retrieval.py`; a frame rate below 1, a division by zero there,
+    counts as 1.)
     """
     whole = max(1, int(fps))
     offsets = np.arange(rate) * max(1, whole // rate)
     offsets = offsets[offsets < whole]
-    seconds = np.arange(-(-source_frames // whole)) * whole
+    seconds = _seconds(-(-source_frames // whole), start, end) * whole
     candidates = (seconds[:, None] + offsets).ravel()
     candidates = candidates[candidates < source_frames]
     if len(candidates) > max_frames:
@@ -40,6 +51,16 @@ def extractor_frames(
         else:
             raise ValueError(f"position {position!r}: there are head, tail and uniform")
     return candidates.astype(np.int32)
+
+
+def _seconds(length: int, start: int | None, end: int | None) -> np.ndarray:
+    """The seconds, counted from 0, of a video of `length` that candidates come from."""
+    if start is None or end is None:
+        return np.arange(length)
+    start, end = min(start, end), max(start, end)
+    if start < 0:
+        return np.arange(0)
+    return np.arange(start, min(end if end > start else start + 1, length) + 1)
 
 
 def segment_frames(source_frames: int, num_frames: int, random: np.random.Generator | None = None) -> np.ndarray:
