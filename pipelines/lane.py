@@ -24,7 +24,7 @@ from pipelines.config import CacheConfig, DataConfig
 from pipelines.graph import Graph, GraphError, Plan
 from pipelines.normalise import Normalise
 from pipelines.read import BadSample, Reader, Source
-from pipelines.sampling import candidates, choose, draws, generator
+from pipelines.sampling import candidates, choose, distinct, draws, generator
 from pipelines.stats import Stats
 from pipelines.workers import Hung, Job, Workers
 from shards.dataset import Split
@@ -109,7 +109,7 @@ class Lane:
         found = self.candidates(video)
         if found is None:
             config = self._config
-            found = np.unique(choose(video, config.sampling, config.num_frames, config.fps))
+            found = distinct(choose(video, config.sampling, config.num_frames, config.fps))
         return found
 
     # -- reading
@@ -139,7 +139,7 @@ class Lane:
         return self.finish(self.start(requests))
 
     def _fetch(self, request: Request) -> Source:
-        video, wanted = request.video, np.unique(request.positions)
+        video, wanted = request.video, distinct(request.positions)
         if self.cache is not None:
             keep = self._cacheable(video)
             clip = self.cache.get(video.index)
@@ -171,7 +171,7 @@ class Lane:
         shape = (side, side, 3) if raw else (3, side, side)
         dtype = torch.uint8 if raw else self._normalise.dtype
         frames = self._buffers.take((clips, config.num_frames, *shape), dtype)
-        picks = [np.searchsorted(p, r.positions) for p, r in zip(positions, requests, strict=True)]
+        picks = [_places(p, r.positions) for p, r in zip(positions, requests, strict=True)]
         if self._device.type == "cuda":
             self._fill_on_device(frames, rows, picks, raw)
         else:
@@ -186,7 +186,7 @@ class Lane:
             self.cache.close()
 
     def _count(self, requests: list[Request], sources: list[Source]) -> None:
-        used = [len(np.unique(r.positions)) for r in requests]
+        used = [len(distinct(r.positions)) for r in requests]
         self.stats.add(
             Stats(
                 clips=len(requests),
@@ -212,7 +212,7 @@ class Lane:
 
     def _shown(self, request: Request, source: Source, pictures: list | np.ndarray) -> Source:
         """Of all that is cached of a video, the pictures that the clip shows."""
-        wanted = np.unique(request.positions)
+        wanted = distinct(request.positions)
         return Source([pictures[k] for k in np.searchsorted(source.positions, wanted)], wanted)
 
     def _keep(self, requests: list[Request], sources: list[Source], stored: dict, new: list[int]) -> None:
@@ -359,6 +359,11 @@ class Lane:
         for i, pick in enumerate(picks):
             if len(pick) < out.shape[1]:
                 out[i, len(pick) :] = 0
+
+
+def _places(among: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Where each wanted position stands among increasing ones that hold them all."""
+    return np.arange(len(among)) if np.array_equal(among, wanted) else np.searchsorted(among, wanted)
 
 
 def _copy(frames):

@@ -14,7 +14,7 @@ from pipelines.config import CacheConfig, DataConfig
 from pipelines.lane import BadSample, Lane, Request, Source, Undecodable
 from pipelines.order import Order, rank_rows
 from pipelines.quarantine import Quarantine
-from pipelines.sampling import choose, generator, ordered
+from pipelines.sampling import choose, draws, generator, ordered
 from pipelines.stats import Stats
 from pipelines.tokens import tokenize
 from pipelines.workers import Job
@@ -241,7 +241,8 @@ class Loader:
     def _request(self, pair: np.ndarray, epoch: int) -> Request:
         video, config = self.split.video(int(pair[0])), self.config
         draw = (self.seed, epoch, int(pair[0]), int(pair[1]))
-        random, among = generator(*draw), self._lane.candidates(video)
+        drawn = draws(config.sampling) or config.frame_order == "random"
+        random, among = generator(*draw) if drawn else None, self._lane.candidates(video)
         positions = choose(video, config.sampling, config.num_frames, config.fps, random, among)
         return Request(video, ordered(positions, config.frame_order, random), draw)
 

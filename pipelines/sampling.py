@@ -127,6 +127,11 @@ def candidates(video: Video, count: int) -> np.ndarray:
     return np.unique(np.linspace(0, len(video.frames.number) - 1, count).round().astype(np.int64))
 
 
+def distinct(positions: np.ndarray) -> np.ndarray:
+    """The positions, each once, increasing; often they are so already."""
+    return positions if (np.diff(positions) > 0).all() else np.unique(positions)
+
+
 def ordered(positions: np.ndarray, order: str, random: np.random.Generator | None = None) -> np.ndarray:
     """The positions forward, in reverse, or, where there is a generator, shuffled."""
     if order == "reverse":
