@@ -15,7 +15,7 @@ from shards.dataset import find_splits
 from shards.datasets import Item, demo, folder
 from shards.info import count, describe, rejected, title
 from shards.pack import pack
-from shards.profiles import PROFILES, Profile
+from shards.profiles import ENCODERS, PROFILES, Profile
 from shards.verify import verify
 
 console = Console(stderr=True)
@@ -43,27 +43,40 @@ def _parser() -> argparse.ArgumentParser:
         "--profile",
         choices=PROFILES,
         default=default.name,
-        help="intra: each kept frame an independent JPEG, for training; copy: source bytes untouched",
+        help="intra: each kept frame an independent JPEG, for training; copy: source bytes untouched; h264, hevc, av1: "
+        "the frames of intra re-encoded in short GOPs, for small disks (%(default)s)",
     )
-    packing.add_argument("--fps", type=int, default=default.fps, help="intra: frames kept a second (%(default)s)")
+    packing.add_argument(
+        "--fps", type=int, default=default.fps, help="frames kept a second; 240 keeps all; not for copy (%(default)s)"
+    )
     packing.add_argument(
         "--short-side",
         type=int,
         default=None,
         metavar="PX",
-        help=f"intra: scale the short side to this ({default.short_side}; demo: 64)",
+        help=f"scale the short side to this; not for copy ({default.short_side}; demo: 64)",
     )
     packing.add_argument(
         "--quality",
         type=int,
-        default=default.quality,
-        help="intra: JPEG quantiser, 1 best to 31 smallest (%(default)s)",
+        default=None,
+        help="intra: JPEG quantiser, 1 best to 31 smallest (3); h264, hevc, av1: constant rate factor (23, 26, 32)",
     )
     packing.add_argument(
         "--chroma",
         type=int,
         default=default.chroma,
         help="intra: 420; 444 keeps full colour resolution and scales exactly, slower and larger (%(default)s)",
+    )
+    packing.add_argument(
+        "--gop", type=int, default=None, help="h264, hevc, av1: frames a closed GOP (a second of them, at most 12)"
+    )
+    packing.add_argument(
+        "--encoder",
+        choices=ENCODERS,
+        default=default.encoder,
+        help="h264, hevc, av1: cpu gives the same bytes everywhere; nvenc is a GPU's; auto: nvenc where it opens "
+        "(%(default)s)",
     )
     packing.add_argument("--workers", type=int, default=None, help="processes (one a core)")
     packing.add_argument(
@@ -121,9 +134,8 @@ def _pack(args, items: list[Item], out: Path, dataset: str, split: str, short_si
             raise ShardError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     profile = Profile(
         name=args.profile, fps=args.fps, short_side=short_side if args.short_side is None else args.short_side,
-        quality=args.quality,
-        chroma=args.chroma,
-    )  # fmt: skip
+        quality=args.quality, chroma=args.chroma, gop=args.gop, encoder=args.encoder,
+    ).resolved()  # fmt: skip
     started, read, rejects = time.monotonic(), 0, 0
     with _bar() as progress:
         task = progress.add_task(title(dataset, split), total=len(items), note="")
