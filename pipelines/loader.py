@@ -15,11 +15,13 @@ import torch
 
 from pipelines.config import DataConfig
 from pipelines.lane import BadSample, Lane, Request
-from pipelines.order import Order, rank_rows
+from pipelines.mixture import order_of
+from pipelines.order import rank_rows
 from pipelines.sampling import choose
 from pipelines.tokens import tokenize
 from shards import ShardError
 from shards.dataset import Split
+from shards.joined import Joined
 
 _REPLACEMENT_TRIES = 64  # batches looked through for a replacement
 
@@ -60,7 +62,7 @@ class Loader:
 
     def __init__(
         self,
-        split: Split,
+        split: Split | Joined,
         config: DataConfig,
         *,
         batch_size: int,
@@ -72,8 +74,7 @@ class Loader:
         quarantine: Path | None = None,
     ):
         self.split, self.config, self.seed = split, config, seed
-        counts = np.ones(len(split), np.int64) if config.paragraph else split.caption_counts
-        self.order = Order(counts, batch_size, seed, drop_last)
+        self.order = order_of(split, config, batch_size, seed, drop_last)
         self._rows = rank_rows(batch_size, rank, world)
         self._lane = Lane(split, config, torch.device(device), self._rows.stop - self._rows.start)
         self._quarantine, self._bad, self._read = quarantine, {}, 0
