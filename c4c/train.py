@@ -17,6 +17,7 @@ from c4c.report import Report
 from c4c.run import Metrics, check_continuation, last_validation, prepare, save_description
 from pipelines.loader import Batch, Loader
 from shards.dataset import Split
+from shards.joined import open_splits
 
 
 def train(config: Config) -> None:
@@ -41,7 +42,7 @@ class Trainer:
         for key in ("train", "test"):
             if not getattr(config.data, key):
                 raise ValueError(f"data.{key} is not set: name the folder of a packed split, data.{key}=data/…")
-        self.split, self.test = Split(config.data.train), Split(config.data.test)
+        self.split, self.test = open_splits(config.data.train), Split(config.data.test)
         resuming = config.run.resume == "auto" and (self.folder / checkpoint.FOLDER / "latest").exists()
         if resuming:
             check_continuation(self.folder, to_dict(config))

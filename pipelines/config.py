@@ -28,7 +28,10 @@ class CacheConfig:
 class DataConfig:
     """Which data, which frames of it, at what size."""
 
-    train: str = ""  # folder of the training split
+    train: str | tuple[str, ...] = ""  # folder of the training split; or a list of them, mixed in every batch
+    weights: tuple[float, ...] = ()  # of each in a list: its share of every batch; none: as many as it has captions
+    epoch_samples: int = 0  # pairs an epoch of a list; 0: as many as all of them have
+    shuffle_block: int = 0  # pairs shuffled among each other; 0: all, of sets over a million 32768 (pipelines/order.py)
     test: str = ""  # folder of the split that validation and launch/eval.py rank
     num_frames: int = 12  # frames a video
     # uniform, head, tail (CLIP4Clip's rules over `fps` frames a second), segment (mmaction2's), random (any, in training)
@@ -62,6 +65,14 @@ class DataConfig:
         for name in ("num_frames", "fps", "image_size", "prefetch", "eval_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name}={getattr(self, name)}: must be at least 1")
+        for name in ("epoch_samples", "shuffle_block"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"data.{name}={getattr(self, name)}: must be 0 or more")
+        sets = 1 if isinstance(self.train, str) else len(self.train)
+        if self.weights and (len(self.weights) != sets or not all(0 < w < float("inf") for w in self.weights)):
+            raise ValueError(
+                f"data.weights={list(self.weights)}: one number above 0 for each of the {sets} folders in data.train"
+            )
         if self.resize and self.resize < self.image_size:
             raise ValueError(
                 f"data.resize={self.resize} is smaller than data.image_size={self.image_size}: the crop needs it"

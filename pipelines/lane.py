@@ -28,6 +28,7 @@ from pipelines.sampling import candidates, choose, distinct, draws, generator
 from pipelines.stats import Stats
 from pipelines.workers import Hung, Job, Workers
 from shards.dataset import Split
+from shards.joined import Joined
 from shards.schema import Video
 from shards.video import scaled_size
 
@@ -54,7 +55,7 @@ class Request:
     draw: tuple[int, int, int, int] | None = None
 
 
-def lane_name(split: Split, config: DataConfig) -> str:
+def lane_name(split: Split | Joined, config: DataConfig) -> str:
     """The lane that suits a split. Raises ValueError if the one asked for does not."""
     intra = split.info["profile"]["name"] == "intra"
     if config.lane == "intra" and not intra:
@@ -73,7 +74,7 @@ class Lane:
 
     def __init__(
         self,
-        split: Split,
+        split: Split | Joined,
         config: DataConfig,
         device: torch.device,
         max_clips: int,
@@ -280,8 +281,9 @@ class Lane:
         config = self._config
         source = "files" if self._nvdec else "jpegs" if self.name == "intra" else "pictures"
         whole = self.cache is not None and self._augments
-        stored = self._split.info["profile"].get("short_side")
-        resize = not (self.name == "intra" and stored == config.short_side)
+        splits = getattr(self._split, "splits", [self._split])
+        stored = {split.info["profile"].get("short_side") for split in splits}
+        resize = not (self.name == "intra" and stored == {config.short_side})
         if self._augments and not whole:
             plan = Plan(source, resize or config.random_crop > 0, augment=True)
         else:

@@ -12,7 +12,8 @@ import torch
 
 from pipelines.config import CacheConfig, DataConfig
 from pipelines.lane import BadSample, Lane, Request, Source, Undecodable
-from pipelines.order import Order, rank_rows
+from pipelines.mixture import order_of
+from pipelines.order import rank_rows
 from pipelines.quarantine import Quarantine
 from pipelines.sampling import choose, draws, generator, ordered
 from pipelines.stats import Stats
@@ -20,6 +21,7 @@ from pipelines.tokens import tokenize
 from pipelines.workers import Job
 from shards import ShardError
 from shards.dataset import Split
+from shards.joined import Joined
 
 _REPLACEMENT_TRIES = 64  # batches looked through for a replacement
 
@@ -73,7 +75,7 @@ class Loader:
 
     def __init__(
         self,
-        split: Split,
+        split: Split | Joined,
         config: DataConfig,
         *,
         batch_size: int,
@@ -87,8 +89,7 @@ class Loader:
         raw: bool = False,
     ):
         self.split, self.config, self.seed = split, config, seed
-        counts = np.ones(len(split), np.int64) if config.paragraph else split.caption_counts
-        self.order = Order(counts, batch_size, seed, drop_last)
+        self.order = order_of(split, config, batch_size, seed, drop_last)
         self._rows = rank_rows(batch_size, rank, world)
         rows = self._rows.stop - self._rows.start
         self._lane = Lane(split, config, torch.device(device), rows, cache=cache, training=True)

@@ -75,7 +75,7 @@ class Reader:
         except VideoError as error:
             raise BadSample(str(error)) from error
         out.pieces = [found[int(p)] for p in positions]
-        out.decoded = getattr(found, "decoded", len(found))
+        out.decoded = found.decoded
         out.decode_s = time.perf_counter() - started - out.read_s
         return out
 

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from crc32c import crc32c
@@ -27,7 +28,7 @@ from crc32c import crc32c
 from shards import ShardError, video
 from shards.datasets import Item
 from shards.profiles import Profile, store
-from shards.schema import FORMAT_VERSION, JSON_CRCS, REJECTS, SCHEMA, FrameTable
+from shards.schema import CAPTION_COUNTS, FORMAT_VERSION, JSON_CRCS, REJECTS, SCHEMA, FrameTable
 from shards.tar import UNSUPPORTED, TarWriter, commit, safe_key, sync_and_close, write_atomic
 
 
@@ -303,12 +304,13 @@ def frame_columns(frames: FrameTable) -> dict:
 
 def _finish(out: Path, plan: dict, names: list[str]) -> dict:
     """Write rejects.jsonl and dataset.json from the committed shards."""
-    shards, rejects = [], []
+    shards, rejects, counts = [], [], []
     digest = hashlib.sha256(json.dumps(plan["profile"], sort_keys=True).encode())
     for name in names:
         table = pq.read_table(out / f"{name}.parquet", columns=["key", "crc32c", "captions", "size"])
         rejects += json.loads(table.schema.metadata[REJECTS])
         rows = table.to_pylist()
+        counts += [len(row["captions"]) for row in rows]
         for row in rows:
             digest.update(json.dumps([row["key"], row["crc32c"], row["captions"]], sort_keys=True).encode())
         shards.append(
@@ -342,6 +344,9 @@ def _finish(out: Path, plan: dict, names: list[str]) -> dict:
             f"not one of the videos could be packed; {out / 'rejects.jsonl'} says why for each. "
             f"First: {first['id']}: {first['reason']}. When that is mended, delete {out} and run the command again."
         )
+    with io.BytesIO() as file:
+        np.save(file, np.array(counts, np.min_scalar_type(max(counts))))
+        write_atomic(out / CAPTION_COUNTS, file.getvalue())
     write_atomic(out / "dataset.json", json.dumps(summary, indent=2) + "\n")
     (out / "packing.json").unlink(missing_ok=True)
     return summary
