@@ -18,6 +18,7 @@ from c4c.optim import freeze
 from c4c.run import check_continuation
 from pipelines.loader import Batch, Loader
 from shards.dataset import Split
+from shards.joined import open_splits
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Session:
         for key in ("train", "test"):
             if not getattr(config.data, key):
                 raise ValueError(f"data.{key} is not set: name the folder of a packed split, data.{key}=data/…")
-        self.split, self.test = Split(config.data.train), Split(config.data.test)
+        self.split, self.test = open_splits(config.data.train), Split(config.data.test)
         if resume:
             check_continuation(resume, to_dict(config), to_dict(Config()))
         guard.agree(_identity(config, self.split, self.test), world)

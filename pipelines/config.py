@@ -2,23 +2,50 @@
 
 from dataclasses import dataclass
 
-from pipelines.sampling import RULES
+from pipelines.sampling import ORDERS, RULES
 
 LANES = ("auto", "video", "intra")
+PIXELS = ("float32", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """Decoded frames of the training split, kept from one epoch to the next. Worth it on fast local disk or /dev/shm."""
+
+    dir: str = ""  # folder, on this machine's own disk or in /dev/shm; empty: no cache
+    max_gb: float = 20.0  # of that folder, 1e9 bytes each; clips beyond that are decoded every time
+    # stored frames of a video that are kept where the rule draws at random; the draw then picks among them, cached or not
+    frames: int = 24
+
+    def __post_init__(self):
+        if self.max_gb <= 0:
+            raise ValueError(f"cache.max_gb={self.max_gb}: must be above 0; cache.dir='' turns the cache off")
+        if self.frames < 1:
+            raise ValueError(f"cache.frames={self.frames}: must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which data, which frames of it, at what size."""
 
-    train: str = ""  # folder of the training split
+    train: str | tuple[str, ...] = ""  # folder of the training split; or a list of them, mixed in every batch
+    weights: tuple[float, ...] = ()  # of each in a list: its share of every batch; none: as many as it has captions
+    epoch_samples: int = 0  # pairs an epoch of a list; 0: as many as all of them have
+    shuffle_block: int = 0  # pairs shuffled among each other; 0: all, of sets over a million 32768 (pipelines/order.py)
     test: str = ""  # folder of the split that validation and launch/eval.py rank
     num_frames: int = 12  # frames a video
-    # uniform, head, tail (CLIP4Clip's rules over `fps` frames a second), segment (mmaction2's)
+    # uniform, head, tail (CLIP4Clip's rules over `fps` frames a second), segment (mmaction2's), random (any, in training)
     sampling: str = "uniform"
     fps: int = 1  # frames a second that uniform, head and tail choose from
+    frame_order: str = "forward"  # or reverse, or random (in training)
     image_size: int = 224  # side of the square crop, pixels
     resize: int = 0  # short side before the crop, pixels; 0: image_size
+    random_crop: float = (
+        0.0  # in training: least share of the picture that a random crop keeps, 0.5 say; 0: centre crop
+    )
+    flip: float = 0.0  # in training: chance that a clip is mirrored; captions that say left or right turn false
+    colour: float = 0.0  # in training: most by which brightness, contrast and saturation change, 0.2 say
+    pixels: str = "float32"  # of normalised frames; float16: half the memory and transfer
     max_words: int = 32  # tokens a caption, start and end included
     paragraph: bool = False  # a video's captions, joined in their order, are one text (ActivityNet, DiDeMo)
     lane: str = "auto"  # auto: intra for intra shards, video for all others
@@ -26,6 +53,7 @@ class DataConfig:
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
     threads: int = 0  # decoding threads a rank; 0: the cores of the machine over its ranks
     prefetch: int = 2  # batches made ahead of the step
+    read_timeout_s: float = 60.0  # a video of which nothing can be read for so long is passed over as bad
     eval_batch_size: int = 32  # videos, or captions, a rank encodes at once in validation
     max_bad_fraction: float = 0.01  # of the samples read; above it the run ends
 
@@ -37,10 +65,27 @@ class DataConfig:
         for name in ("num_frames", "fps", "image_size", "prefetch", "eval_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name}={getattr(self, name)}: must be at least 1")
+        for name in ("epoch_samples", "shuffle_block"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"data.{name}={getattr(self, name)}: must be 0 or more")
+        sets = 1 if isinstance(self.train, str) else len(self.train)
+        if self.weights and (len(self.weights) != sets or not all(0 < w < float("inf") for w in self.weights)):
+            raise ValueError(
+                f"data.weights={list(self.weights)}: one number above 0 for each of the {sets} folders in data.train"
+            )
         if self.resize and self.resize < self.image_size:
             raise ValueError(
                 f"data.resize={self.resize} is smaller than data.image_size={self.image_size}: the crop needs it"
             )
+        if self.frame_order not in ORDERS:
+            raise ValueError(f"data.frame_order={self.frame_order}: there are {', '.join(ORDERS)}")
+        if self.pixels not in PIXELS:
+            raise ValueError(f"data.pixels={self.pixels}: there are {', '.join(PIXELS)}")
+        for name in ("random_crop", "flip", "colour"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"data.{name}={getattr(self, name)}: must be between 0 and 1")
+        if self.read_timeout_s <= 0:
+            raise ValueError(f"data.read_timeout_s={self.read_timeout_s}: must be above 0")
         if self.max_words < 3:
             raise ValueError(
                 f"data.max_words={self.max_words}: a caption takes a start, an end and a word, so at least 3"

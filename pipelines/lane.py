@@ -1,43 +1,61 @@
-"""Bytes to normalised frames: one DALI graph a lane, the same code for a CPU and a GPU.
+"""Clips of a split as normalised frames on a device.
 
-`intra`  each frame's JPEG is sliced out of the shard and decoded alone (libjpeg-turbo, or nvJPEG on a GPU)
+`intra`  each frame's JPEG is sliced out of the shard and decoded alone (libjpeg-turbo, or nvJPEG on a GPU), and of it
+         only the crop; nothing is resized where the stored short side is the recipe's
 `video`  the wanted frames are decoded out of the stored video (NVDEC on a GPU; without one, PyAV goes by the frame
          table to the keyframe before and hands pictures to the same graph: DALI's CPU decoder has no H.264)
 
-Resize, crop and normalisation are DALI's in every lane. Sizes are given exactly as PIL/torchvision compute them.
+In every lane DALI decodes, resizes and crops to uint8, pipelines/normalise.py makes numbers of that, and a cache of
+decoded frames may stand between the two. Sizes are given exactly as PIL/torchvision compute them.
 """
 
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import time
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
-from crc32c import crc32c
-from nvidia.dali import fn, types
-from nvidia.dali.pipeline import Pipeline
 
-from pipelines.config import DataConfig
-from shards import ShardError
+from pipelines.augment import View, augments, view
+from pipelines.buffers import Buffers
+from pipelines.cache import FrameCache
+from pipelines.config import CacheConfig, DataConfig
+from pipelines.graph import Graph, GraphError, Plan
+from pipelines.normalise import Normalise
+from pipelines.read import BadSample, Reader, Source
+from pipelines.sampling import candidates, choose, distinct, draws, generator
+from pipelines.stats import Stats
+from pipelines.workers import Hung, Job, Workers
 from shards.dataset import Split
+from shards.joined import Joined
 from shards.schema import Video
-from shards.video import VideoError, pick_frames, scaled_size
+from shards.video import scaled_size
+
+__all__ = ["BadSample", "Lane", "Request", "Source", "Undecodable", "lane_name"]
 
 
-class BadSample(Exception):
-    """A stored video whose wanted frames cannot be had, and why."""
+class Undecodable(Exception):
+    """Clips of a batch that were read well and still did not come out of the graph: {row: BadSample}."""
+
+    def __init__(self, rows: dict[int, BadSample]):
+        super().__init__(f"{len(rows)} clips do not decode")
+        self.rows = rows
 
 
 @dataclass(frozen=True)
 class Request:
-    """The frames of one clip: positions in the video's frame table, int64 [frames], in clip order."""
+    """The frames of one clip: positions in the video's frame table, int64 [frames], in clip order, any of them twice.
+
+    `draw`, (seed, epoch, video, caption), decides its view where training augments; without it the clip looks as the
+    recipe says."""
 
     video: Video
     positions: np.ndarray
+    draw: tuple[int, int, int, int] | None = None
 
 
-def lane_name(split: Split, config: DataConfig) -> str:
+def lane_name(split: Split | Joined, config: DataConfig) -> str:
     """The lane that suits a split. Raises ValueError if the one asked for does not."""
     intra = split.info["profile"]["name"] == "intra"
     if config.lane == "intra" and not intra:
@@ -49,147 +67,321 @@ def lane_name(split: Split, config: DataConfig) -> str:
 
 
 class Lane:
-    """Decodes clips of one split. `device` is torch's; `max_clips` bounds a call of `decode`."""
+    """Decodes clips of one split. `device` is torch's; `max_clips` bounds a call of `decode`.
 
-    def __init__(self, split: Split, config: DataConfig, device: torch.device, max_clips: int):
+    `training`: views may be drawn, and the cache holds what training draws from.
+    """
+
+    def __init__(
+        self,
+        split: Split | Joined,
+        config: DataConfig,
+        device: torch.device,
+        max_clips: int,
+        *,
+        cache: CacheConfig | None = None,
+        training: bool = False,
+    ):
         self.name = lane_name(split, config)
         self._split, self._config, self._device = split, config, device
-        stored = split.info["profile"].get("short_side")
-        self._resize = not (self.name == "intra" and stored == config.short_side)
-        threads = config.threads or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="c4c-read")
-        gpu = device.type == "cuda"
-        self._nvdec = gpu and self.name == "video"
-        # one unit of the graph is a frame where frames come singly, and a clip where NVDEC delivers sequences
-        self._pipeline = Pipeline(
-            batch_size=max_clips if self._nvdec else max_clips * config.num_frames,
-            num_threads=threads,
-            device_id=device.index or 0 if gpu else None,
-            prefetch_queue_depth=1,
-        )
-        self._define(gpu)
+        self._training, self._augments = training, training and augments(config)
+        self._max_clips = max_clips
+        self.threads = config.threads or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        self._reader, self._normalise = Reader(split), Normalise(config)
+        self._nvdec = device.type == "cuda" and self.name == "video"
+        self._cached_frames = config.num_frames
+        self.cache = self._open_cache(cache) if cache is not None and cache.dir else None
+        self._graph, self._second = self._make_graph(), self._make_second()
+        self._readers = Workers(self.threads, "c4c-read")
+        self._workers = Workers(self.threads, "c4c-pixels")
+        self._buffers = Buffers(self._device, config.prefetch + 3)
+        self.stats = Stats()
 
-    def _define(self, gpu: bool) -> None:
-        config = self._config
-        with self._pipeline:
-            source = fn.external_source(name="source", no_copy=True, **self._source_type())
-            if self._nvdec:
-                frames = fn.decoders.video(source, device="mixed", frames=fn.external_source(name="positions", ndim=1))
-            elif self.name == "intra":
-                frames = fn.decoders.image(source, device="mixed" if gpu else "cpu", output_type=types.RGB)
-            else:
-                frames = source
-            if self._resize:
-                size = fn.external_source(name="size", ndim=1, dtype=types.FLOAT)
-                frames = fn.resize(frames, size=size, interp_type=types.INTERP_CUBIC, antialias=True)
-            x, y = (fn.external_source(name=n, ndim=0, dtype=types.FLOAT) for n in ("crop_x", "crop_y"))
-            frames = fn.crop_mirror_normalize(
-                frames,
-                crop=(config.image_size, config.image_size),
-                crop_pos_x=x,
-                crop_pos_y=y,
-                mean=[255 * m for m in config.mean],
-                std=[255 * s for s in config.std],
-                dtype=types.FLOAT,
-                output_layout="FCHW" if self._nvdec else "CHW",
-            )
-            self._pipeline.set_outputs(frames)
-        self._pipeline.build()
+    # -- what a clip consists of
 
-    def _source_type(self) -> dict:
-        if self.name == "intra" or self._nvdec:
-            return {"dtype": types.UINT8, "ndim": 1}
-        return {"dtype": types.UINT8, "ndim": 3, "layout": "HWC"}
+    def candidates(self, video: Video) -> np.ndarray | None:
+        """The stored frames that training may draw: those the cache holds, or None for all."""
+        if self.cache is None or not (self._training and draws(self._config.sampling)):
+            return None
+        return candidates(video, self._cached_frames)
 
-    def read(self, requests: list[Request]) -> list[list[np.ndarray] | BadSample]:
-        """Fetch, and check against the crc32c of packing, what the graph needs of each clip. Bad ones come as such."""
-        fetch: Callable = {"intra": self._read_jpegs, "video": self._read_pictures}[self.name]
-        return list(self._pool.map(self._read_file if self._nvdec else fetch, requests))
+    def _cacheable(self, video: Video) -> np.ndarray:
+        """The frames of a video that the cache keeps; increasing."""
+        found = self.candidates(video)
+        if found is None:
+            config = self._config
+            found = distinct(choose(video, config.sampling, config.num_frames, config.fps))
+        return found
 
-    def decode(self, requests: list[Request], sources: list[list[np.ndarray]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Frames float32 [clips, num_frames, 3, image_size, image_size] on the device, and mask bool [clips, num_frames].
+    # -- reading
 
-        Slots that a clip does not fill are 0 and False. `sources` is what `read` gave, none of it bad.
+    def start(self, requests: list[Request]) -> Job:
+        """Begin to fetch what the graph needs of each clip, in the background; `finish` waits for it."""
+        return self._readers.start(self._fetch, requests)
+
+    def finish(self, job: Job) -> list[Source | BadSample]:
+        """What was fetched, checked against the crc32c of packing. Bad ones come as such."""
+        started = time.perf_counter()
+        out = []
+        for result in job.results(self._config.read_timeout_s):
+            if isinstance(result, Hung):
+                result = BadSample(f"reading hangs: {result} (data.read_timeout_s)")
+            elif isinstance(result, BaseException) and not isinstance(result, BadSample):
+                raise result
+            out.append(result)
+        sources = [s for s in out if isinstance(s, Source)]
+        read, decode = sum(s.read_s for s in sources), sum(s.decode_s for s in sources)
+        waited = time.perf_counter() - started
+        share = decode / max(read + decode, 1e-9)
+        self.stats.add(Stats(read_s=waited * (1 - share), decode_s=waited * share))
+        return out
+
+    def read(self, requests: list[Request]) -> list[Source | BadSample]:
+        return self.finish(self.start(requests))
+
+    def _fetch(self, request: Request) -> Source:
+        video, wanted = request.video, distinct(request.positions)
+        if self.cache is not None:
+            keep = self._cacheable(video)
+            clip = self.cache.get(video.index)
+            if clip is not None and len(clip) == len(keep):
+                return Source([clip], keep, cached=True)
+            if self.cache.has_room:
+                wanted = keep
+        if self.name == "intra":
+            return self._reader.jpegs(video, wanted)
+        return self._reader.file(video, wanted) if self._nvdec else self._reader.pictures(video, wanted)
+
+    # -- decoding
+
+    def decode(
+        self, requests: list[Request], sources: list[Source], raw: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Frames [clips, num_frames, 3, image_size, image_size] on the device, and mask bool [clips, num_frames].
+
+        Slots that a clip does not fill are 0 and False. `sources` is what `read` gave, none of it bad. `raw`: uint8
+        [clips, num_frames, image_size, image_size, 3], not normalised. Raises Undecodable.
         """
-        config, clips = self._config, len(requests)
+        config, clips, side = self._config, len(requests), self._config.image_size
         mask = torch.zeros(clips, config.num_frames, dtype=torch.bool)
         for i, request in enumerate(requests):
             mask[i, : len(request.positions)] = True
-        shape = (clips, config.num_frames, 3, config.image_size, config.image_size)
-        frames = torch.zeros(shape, device=self._device)
-        if clips:
-            self._feed(requests, [piece for source in sources for piece in source])
-            frames[mask.to(self._device)] = self._run()
+        rows, positions = self._decoded(requests, sources) if clips else ([], [])
+        self._count(requests, sources)
+        started = time.perf_counter()
+        shape = (side, side, 3) if raw else (3, side, side)
+        dtype = torch.uint8 if raw else self._normalise.dtype
+        frames = self._buffers.take((clips, config.num_frames, *shape), dtype)
+        picks = [_places(p, r.positions) for p, r in zip(positions, requests, strict=True)]
+        if self._device.type == "cuda":
+            self._fill_on_device(frames, rows, picks, raw)
+        else:
+            self._workers.map(lambda i: self._fill(frames[i], rows[i], picks[i], raw), range(clips))
+        self.stats.normalise_s += time.perf_counter() - started
         return frames, mask.to(self._device)
 
     def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._readers.close()
+        self._workers.close()
+        if self.cache is not None:
+            self.cache.close()
 
-    def _feed(self, requests: list[Request], pieces: list[np.ndarray]) -> None:
-        feed = self._pipeline.feed_input
-        repeats = [1 if self._nvdec else len(r.positions) for r in requests]
-        feed("source", pieces)
-        if self._nvdec:
-            feed("positions", [r.positions.astype(np.int32) for r in requests])
-        sizes = [self._sizes(r.video) for r in requests]
-        if self._resize:
-            feed("size", np.repeat(np.array([[h, w] for w, h in sizes], np.float32), repeats, axis=0))
-        crop = self._config.image_size
-        for name, axis in (("crop_x", 0), ("crop_y", 1)):
-            feed(name, np.repeat(np.array([_crop_position(s[axis], crop) for s in sizes], np.float32), repeats))
+    def _count(self, requests: list[Request], sources: list[Source]) -> None:
+        used = [len(distinct(r.positions)) for r in requests]
+        self.stats.add(
+            Stats(
+                clips=len(requests),
+                bytes_read=sum(s.bytes_read for s in sources),
+                frames_used=sum(used),
+                frames_decoded=sum(s.decoded for s in sources),
+                frames_cached=sum(n for n, s in zip(used, sources, strict=True) if s.cached),
+            )
+        )
 
-    def _sizes(self, video: Video) -> tuple[int, int]:
-        size = (video.width, video.height)
-        return scaled_size(*size, self._config.short_side) if self._resize else size
+    def _decoded(self, requests: list[Request], sources: list[Source]) -> tuple[list, list[np.ndarray]]:
+        """For each clip uint8 [n, side, side, 3], and which stored frames these are, increasing [n]."""
+        new = [i for i, s in enumerate(sources) if not s.cached]
+        stored = self._run(self._graph, requests, sources, new)
+        stored |= {i: s.pieces[0] for i, s in enumerate(sources) if s.cached}
+        if self.cache is not None and new:
+            self._keep(requests, sources, stored, new)
+        every = range(len(sources))
+        if self._second is not None:
+            sources = [self._shown(requests[i], sources[i], stored[i]) for i in every]
+            stored = self._run(self._second, requests, sources, list(every))
+        return [stored[i] for i in every], [s.positions for s in sources]
 
-    def _run(self) -> torch.Tensor:
-        (output,) = self._pipeline.run()
-        if self._device.type != "cuda":
-            return torch.from_numpy(output.as_array())
-        if self._nvdec:
-            return torch.cat([torch.from_dlpack(clip) for clip in output])
-        return torch.from_dlpack(output.as_tensor())
+    def _shown(self, request: Request, source: Source, pictures: list | np.ndarray) -> Source:
+        """Of all that is cached of a video, the pictures that the clip shows."""
+        wanted = distinct(request.positions)
+        return Source([pictures[k] for k in np.searchsorted(source.positions, wanted)], wanted)
 
-    def _read_jpegs(self, request: Request) -> list[np.ndarray] | BadSample:
-        video, frames = request.video, request.video.frames
-        out = []
-        for position in request.positions:
+    def _keep(self, requests: list[Request], sources: list[Source], stored: dict, new: list[int]) -> None:
+        started = time.perf_counter()
+
+        def keep(i: int) -> None:
+            video = requests[i].video
+            if np.array_equal(sources[i].positions, self._cacheable(video)):
+                clip = stored[i].cpu().numpy() if isinstance(stored[i], torch.Tensor) else np.asarray(stored[i])
+                self.cache.put(video.index, clip)
+
+        if self.cache.has_room:
+            self._workers.map(keep, new)
+        self.stats.copy_s += time.perf_counter() - started
+
+    def _run(self, graph: Graph, requests: list[Request], sources: list[Source], rows: list[int]) -> dict:
+        """{row: frames} of these rows. A graph that fails is made anew and the rows halved until the bad ones are found."""
+        started, bad, out = time.perf_counter(), {}, {}
+        batches = _bounded(rows, [len(sources[i].pieces) for i in rows], graph.units)
+        many = len(batches) > 1
+        while batches:
+            part = batches.pop()
             try:
-                data = self._split.read(video, int(frames.offset[position]), int(frames.size[position]))
-            except (OSError, ShardError) as error:
-                return BadSample(str(error))
-            if crc32c(data) != frames.crc32c[position]:
-                return BadSample(
-                    f"crc32c of stored frame {position} differs from the sample table: the shard is damaged"
-                )
-            out.append(np.frombuffer(data, np.uint8))
+                found = self._run_once(graph, [requests[i] for i in part], [sources[i] for i in part])
+            except GraphError as error:
+                graph = self._rebuild(graph)
+                if len(part) == 1:
+                    bad[part[0]] = BadSample(f"the decoder rejects it: {error}")
+                else:
+                    batches += [part[: len(part) // 2], part[len(part) // 2 :]]
+                many = True
+                continue
+            out |= zip(part, [_copy(f) for f in found] if many else found, strict=True)
+        if bad:
+            raise Undecodable(bad)
+        stage = "decode_s" if graph.plan.source != "pictures" else "resize_s"
+        setattr(self.stats, stage, getattr(self.stats, stage) + time.perf_counter() - started)
         return out
 
-    def _read_pictures(self, request: Request) -> list[np.ndarray] | BadSample:
-        video = request.video
+    def _run_once(self, graph: Graph, requests: list[Request], sources: list[Source]) -> list:
+        if not requests:
+            return []
+        files = graph.plan.source == "files"
+        pieces = [piece for source in sources for piece in source.pieces]
+        views, sizes = [], []
+        for request, source in zip(requests, sources, strict=True):
+            size = self._picture_size(request.video, graph)
+            random = generator(*request.draw, view=True) if graph.plan.augment and request.draw else None
+            seen = View(0, 0, *size) if graph.plan.whole else view(size, self._config, random)
+            count = 1 if files else len(source.pieces)
+            views += [seen] * count
+            sizes += [scaled_size(*size, self._config.short_side)] * count
+        output = graph.run(pieces, views, sizes, [s.positions for s in sources] if files else None)
+        ends = list(accumulate(len(s.positions) for s in sources))
+        return [output[a:b] for a, b in zip([0, *ends], ends, strict=False)]
 
-        def read(offset: int, size: int) -> bytes:
-            data = self._split.read(video, offset, size)
-            if size < 0 and crc32c(data) != video.crc32c:
-                raise VideoError("crc32c of the file differs from the sample table: the shard is damaged")
-            return data
+    def _picture_size(self, video: Video, graph: Graph) -> tuple[int, int]:
+        """Width and height of what the graph is given."""
+        size = (video.width, video.height)
+        return scaled_size(*size, self._config.short_side) if graph is self._second else size
 
-        try:
-            found = pick_frames(video.codec, video.extradata, video.frames, video.rotation, read, request.positions)
-        except (OSError, ShardError, VideoError) as error:
-            return BadSample(str(error))
-        return [found[int(p)] for p in request.positions]
+    # -- graphs
 
-    def _read_file(self, request: Request) -> list[np.ndarray] | BadSample:
-        try:
-            data = self._split.read(request.video)
-        except (OSError, ShardError) as error:
-            return BadSample(str(error))
-        if crc32c(data) != request.video.crc32c:
-            return BadSample("crc32c of the file differs from the sample table: the shard is damaged")
-        return [np.frombuffer(data, np.uint8)]
+    def _make_graph(self) -> Graph:
+        config = self._config
+        source = "files" if self._nvdec else "jpegs" if self.name == "intra" else "pictures"
+        whole = self.cache is not None and self._augments
+        splits = getattr(self._split, "splits", [self._split])
+        stored = {split.info["profile"].get("short_side") for split in splits}
+        resize = not (self.name == "intra" and stored == {config.short_side})
+        if self._augments and not whole:
+            plan = Plan(source, resize or config.random_crop > 0, augment=True)
+        else:
+            plan = Plan(source, resize, whole)
+        frames = max(config.num_frames, self._cached_frames)
+        return Graph(
+            plan, config.image_size, self._max_clips * (1 if self._nvdec else frames), self._device, self.threads
+        )
+
+    def _make_second(self) -> Graph | None:
+        """From cached pictures to frames, where training augments them."""
+        if self.cache is None or not self._augments:
+            return None
+        config, plan = self._config, Plan("pictures", self._config.random_crop > 0, augment=True)
+        return Graph(plan, config.image_size, self._max_clips * config.num_frames, self._device, self.threads)
+
+    def _rebuild(self, graph: Graph) -> Graph:
+        if graph is self._second:
+            self._second = self._make_second()
+            return self._second
+        self._graph = self._make_graph()
+        return self._graph
+
+    def _open_cache(self, cache: CacheConfig) -> FrameCache:
+        config, split = self._config, self._split
+        drawn = self._training and draws(config.sampling)
+        self._cached_frames = cache.frames if drawn else config.num_frames
+        what = {
+            "digest": split.digest,
+            "lane": self.name,
+            "decoder": self._device.type,
+            "rule": "any" if drawn else config.sampling,
+            "frames": self._cached_frames,
+            "fps": 0 if drawn else config.fps,
+            "resize": config.short_side,
+            "crop": 0 if self._augments else config.image_size,
+        }
+        side = config.short_side * 2 if self._augments else config.image_size
+        return FrameCache(cache, what, len(split), self._cached_frames * config.short_side * side * 3)
+
+    # -- pixels
+
+    def _fill(self, out: torch.Tensor, frames: np.ndarray, picks: np.ndarray, raw: bool) -> None:
+        """frames[picks] into the first slots of a clip; zeros into the others."""
+        n = len(picks)
+        if n < len(out):
+            out[n:] = 0
+        a = int(picks[0]) if n else 0
+        if not np.array_equal(picks, np.arange(a, a + n)):
+            if raw:
+                np.take(frames, picks, axis=0, out=out[:n].numpy())
+                return
+            for slot, k in enumerate(picks.tolist()):
+                self._normalise.into(out[slot : slot + 1], frames[k : k + 1])
+        elif raw:
+            out[:n].numpy()[:] = frames[a : a + n]
+        else:
+            self._normalise.into(out[:n], frames[a : a + n])
+
+    def _fill_on_device(self, out: torch.Tensor, rows: list, picks: list[np.ndarray], raw: bool) -> None:
+        bytes_ = out if raw else torch.empty(*out.shape[:2], *out.shape[3:], 3, device=out.device, dtype=torch.uint8)
+        host = [i for i, frames in enumerate(rows) if not isinstance(frames, torch.Tensor)]
+        if host:  # through pinned memory, all at once
+            pinned = torch.empty(len(host), *bytes_.shape[1:], dtype=torch.uint8, pin_memory=True)
+            for slot, i in enumerate(host):
+                np.take(rows[i], picks[i], axis=0, out=pinned[slot, : len(picks[i])].numpy())
+            moved = pinned.to(out.device, non_blocking=True)
+            for slot, i in enumerate(host):
+                bytes_[i] = moved[slot]
+        for i, frames in enumerate(rows):
+            if isinstance(frames, torch.Tensor):
+                bytes_[i, : len(picks[i])] = frames[torch.from_numpy(picks[i]).to(frames.device)]
+        if not raw:
+            out.copy_(self._normalise.on_device(bytes_))
+        for i, pick in enumerate(picks):
+            if len(pick) < out.shape[1]:
+                out[i, len(pick) :] = 0
 
 
-def _crop_position(size: int, crop: int) -> float:
-    """DALI's relative position of the window that torchvision's CenterCrop takes."""
-    return round((size - crop) / 2) / (size - crop) if size > crop else 0.5
+def _places(among: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Where each wanted position stands among increasing ones that hold them all."""
+    return np.arange(len(among)) if np.array_equal(among, wanted) else np.searchsorted(among, wanted)
+
+
+def _copy(frames):
+    """What a graph's next run does not overwrite."""
+    if isinstance(frames, torch.Tensor):
+        return frames.clone()
+    return [np.array(f) for f in frames] if isinstance(frames, list) else np.array(frames)
+
+
+def _bounded(rows: list[int], counts: list[int], most: int) -> list[list[int]]:
+    """The rows in groups of at most `most` pieces in all."""
+    groups, held = [[]], 0
+    for row, count in zip(rows, counts, strict=True):
+        if held + count > most and groups[-1]:
+            groups.append([])
+            held = 0
+        groups[-1].append(row)
+        held += count
+    return groups

@@ -1,25 +1,27 @@
 """The next batches, ready before the step asks for them."""
 
-import json
-import os
 import queue
 import threading
 import time
-import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from pipelines.config import DataConfig
-from pipelines.lane import BadSample, Lane, Request
-from pipelines.order import Order, rank_rows
-from pipelines.sampling import choose
+from pipelines.config import CacheConfig, DataConfig
+from pipelines.lane import BadSample, Lane, Request, Source, Undecodable
+from pipelines.mixture import order_of
+from pipelines.order import rank_rows
+from pipelines.quarantine import Quarantine
+from pipelines.sampling import choose, draws, generator, ordered
+from pipelines.stats import Stats
 from pipelines.tokens import tokenize
+from pipelines.workers import Job
 from shards import ShardError
 from shards.dataset import Split
+from shards.joined import Joined
 
 _REPLACEMENT_TRIES = 64  # batches looked through for a replacement
 
@@ -28,12 +30,14 @@ _REPLACEMENT_TRIES = 64  # batches looked through for a replacement
 class Batch:
     """One rank's share of a global batch, padded to the same number of rows B on every rank.
 
-    frames        float32 [B, num_frames, 3, image_size, image_size], normalised; empty slots are 0
+    frames        data.pixels [B, num_frames, 3, image_size, image_size], normalised; empty slots are 0. From a loader
+                  that is `raw`, uint8 [B, num_frames, image_size, image_size, 3]
     frame_mask    bool [B, num_frames]
     tokens        int64 [B, max_words]
     valid         bool [B]; False: the row is padding
     frame_numbers int32 [B, num_frames], numbers of the source video's frames; -1: empty
     wait_s        seconds the step waited for this batch
+    stats         what it cost
     """
 
     epoch: int
@@ -47,6 +51,17 @@ class Batch:
     keys: list[str]
     captions: list[str]
     wait_s: float = field(default=0.0)
+    stats: Stats = field(default_factory=Stats)
+
+
+@dataclass
+class _Ahead:
+    """A batch whose clips are being read."""
+
+    whole: int  # pairs of the global batch
+    pairs: list[np.ndarray]
+    requests: list[Request]
+    job: Job
 
 
 class Loader:
@@ -55,12 +70,12 @@ class Loader:
     Use it as `with Loader(...) as loader: for batch in loader.batches(epoch, step, steps)`. A video that cannot be
     read or decoded is replaced by another pair of the epoch (by padding where a tiny set has none to spare), named once
     in a warning and in `quarantine` (a JSON-lines file); past `config.max_bad_fraction` of what was read, ShardError
-    ends the run.
+    ends the run. Decoded frames are kept in `cache`. `raw` leaves the normalisation to whoever asked.
     """
 
     def __init__(
         self,
-        split: Split,
+        split: Split | Joined,
         config: DataConfig,
         *,
         batch_size: int,
@@ -70,13 +85,16 @@ class Loader:
         world: int = 1,
         device: torch.device | str = "cpu",
         quarantine: Path | None = None,
+        cache: CacheConfig | None = None,
+        raw: bool = False,
     ):
         self.split, self.config, self.seed = split, config, seed
-        counts = np.ones(len(split), np.int64) if config.paragraph else split.caption_counts
-        self.order = Order(counts, batch_size, seed, drop_last)
+        self.order = order_of(split, config, batch_size, seed, drop_last)
         self._rows = rank_rows(batch_size, rank, world)
-        self._lane = Lane(split, config, torch.device(device), self._rows.stop - self._rows.start)
-        self._quarantine, self._bad, self._read = quarantine, {}, 0
+        rows = self._rows.stop - self._rows.start
+        self._lane = Lane(split, config, torch.device(device), rows, cache=cache, training=True)
+        self._quarantine = Quarantine(split.path, quarantine, config.max_bad_fraction)
+        self._raw, self._ahead, self._last = raw, {}, None
         self._stop = threading.Event()
         self._queue: queue.Queue = queue.Queue(maxsize=config.prefetch)
         self._thread: threading.Thread | None = None
@@ -85,6 +103,11 @@ class Loader:
     def steps_per_epoch(self) -> int:
         return self.order.steps_per_epoch
 
+    @property
+    def threads(self) -> int:
+        """Threads that decode."""
+        return self._lane.threads
+
     def batches(self, epoch: int = 0, step: int = 0, count: int | None = None) -> Iterator[Batch]:
         """`count` batches (without end if None) from `step` of `epoch` on, across epoch boundaries."""
         if self._thread is not None:
@@ -92,14 +115,24 @@ class Loader:
         self._thread = threading.Thread(target=self._produce, args=(epoch, step, count), name="c4c-loader", daemon=True)
         self._thread.start()
         while True:
-            started = time.perf_counter()
-            item = self._queue.get()
+            started, queued = time.perf_counter(), self._queue.qsize()
+            item = self._get()
             if item is None:
                 return
             if isinstance(item, BaseException):
                 raise item
             item.wait_s = time.perf_counter() - started
+            item.stats.queued = queued
             yield item
+
+    def _get(self):
+        while True:
+            alive = self._thread.is_alive()  # asked first: what it put before it ended is in the queue
+            try:
+                return self._queue.get(timeout=1)
+            except queue.Empty:
+                if not alive:
+                    return RuntimeError("the loader's thread ended without a word; was the interpreter shutting down?")
 
     def close(self) -> None:
         """Stop the thread. Safe to call twice."""
@@ -121,6 +154,7 @@ class Loader:
     def _produce(self, epoch: int, step: int, count: int | None) -> None:
         try:
             made = 0
+            self._last = None if count is None else self._place(epoch, step) + count - 1
             while (count is None or made < count) and not self._stop.is_set():
                 self._put(self._make(epoch, step))
                 made, step = made + 1, step + 1
@@ -138,29 +172,56 @@ class Loader:
                 continue
 
     def _make(self, epoch: int, step: int) -> Batch:
+        before = replace(self._lane.stats)
+        ahead = self._ahead.pop((epoch, step), None) or self._begin(epoch, step)
+        after = (epoch, step + 1) if step + 1 < self.steps_per_epoch else (epoch + 1, 0)
+        if self._last is None or self._place(*after) <= self._last:
+            self._ahead[after] = self._begin(*after)  # its clips are read while these are decoded
+        rows = list(zip(ahead.pairs, ahead.requests, self._lane.finish(ahead.job), strict=True))
+        self._quarantine.read += len(rows)
+        spares: dict[int, Iterator] = {}
+        bad = {i: source for i, (_, _, source) in enumerate(rows) if isinstance(source, BadSample)}
+        while True:
+            for i, reason in bad.items():
+                self._quarantine.report(rows[i][1].video, reason)
+                self._lane.stats.bad += 1
+                rows[i] = self._replace(epoch, spares.setdefault(i, self._spares(epoch, step, self._rows.start + i)))
+            kept = [i for i, row in enumerate(rows) if row is not None]
+            if not kept and len(rows) == ahead.whole:
+                raise ShardError(
+                    f"step {step} of epoch {epoch}: no video of {self.split.path} is readable. Verify the shards"
+                )
+            try:
+                pairs, requests, sources = (
+                    map(list, zip(*(rows[i] for i in kept), strict=True)) if kept else ([], [], [])
+                )
+                batch = self._assemble(epoch, step, np.array(pairs, np.int64).reshape(-1, 2), requests, sources)
+            except Undecodable as error:
+                bad = {kept[i]: reason for i, reason in error.rows.items()}
+            else:
+                batch.stats = self._lane.stats.minus(before)
+                return batch
+
+    def _begin(self, epoch: int, step: int) -> _Ahead:
+        started = time.perf_counter()
         whole = self.order.batch(epoch, step)
         pairs = list(whole[self._rows])
         requests = [self._request(pair, epoch) for pair in pairs]
-        rows = list(zip(pairs, requests, self._lane.read(requests), strict=True))
-        self._read += len(rows)
-        for i, (_, request, source) in enumerate(rows):
-            if isinstance(source, BadSample):
-                self._report(request.video, source)
-                rows[i] = self._replace(epoch, step, self._rows.start + i)
-        kept = [row for row in rows if row is not None]
-        if not kept and len(rows) == len(whole):
-            raise ShardError(
-                f"step {step} of epoch {epoch}: no video of {self.split.path} is readable. Verify the shards"
-            )
-        pairs, requests, sources = map(list, zip(*kept, strict=True)) if kept else ([], [], [])
-        pairs = np.array(pairs, np.int64).reshape(-1, 2)
-        return self._assemble(epoch, step, pairs, requests, sources)
+        self._lane.stats.order_s += time.perf_counter() - started
+        return _Ahead(len(whole), pairs, requests, self._lane.start(requests))
 
-    def _assemble(self, epoch: int, step: int, pairs: np.ndarray, requests: list[Request], sources: list) -> Batch:
+    def _place(self, epoch: int, step: int) -> int:
+        return epoch * self.steps_per_epoch + step
+
+    def _assemble(
+        self, epoch: int, step: int, pairs: np.ndarray, requests: list[Request], sources: list[Source]
+    ) -> Batch:
         rows = self._rows.stop - self._rows.start
-        frames, mask = self._lane.decode(requests, sources)
+        frames, mask = self._lane.decode(requests, sources, self._raw)
+        started = time.perf_counter()
         captions = [texts_of(self.split, int(v), self.config)[int(c)] for v, c in pairs]
         tokens = tokenize(captions, self.config.max_words)
+        self._lane.stats.order_s += time.perf_counter() - started
         numbers = np.full((rows, self.config.num_frames), -1, np.int32)
         for row, request in enumerate(requests):
             numbers[row, : len(request.positions)] = request.video.frames.number[request.positions]
@@ -179,24 +240,23 @@ class Loader:
         )
 
     def _request(self, pair: np.ndarray, epoch: int) -> Request:
-        video = self.split.video(int(pair[0]))
-        random = None
-        if self.config.sampling == "segment":  # drawn from counters, so a resumed run draws the same
-            key = np.array([self.seed & (2**64 - 1), 1], np.uint64)
-            counter = [0, epoch, int(pair[0]), int(pair[1])]  # the first counts the draws
-            random = np.random.Generator(np.random.Philox(key=key, counter=counter))
-        config = self.config
-        return Request(video, choose(video, config.sampling, config.num_frames, config.fps, random))
+        video, config = self.split.video(int(pair[0])), self.config
+        draw = (self.seed, epoch, int(pair[0]), int(pair[1]))
+        drawn = draws(config.sampling) or config.frame_order == "random"
+        random, among = generator(*draw) if drawn else None, self._lane.candidates(video)
+        positions = choose(video, config.sampling, config.num_frames, config.fps, random, among)
+        return Request(video, ordered(positions, config.frame_order, random), draw)
 
-    def _replace(self, epoch: int, step: int, row: int) -> tuple[np.ndarray, Request, list[np.ndarray]] | None:
+    def _replace(self, epoch: int, spares: Iterator[np.ndarray]) -> tuple[np.ndarray, Request, Source] | None:
         """Another pair of the epoch for a row of the global batch; None, for padding, if there is none to spare."""
-        for pair in self._spares(epoch, step, row):
+        for pair in spares:
             request = self._request(pair, epoch)
             (source,) = self._lane.read([request])
-            self._read += 1
+            self._quarantine.read += 1
             if not isinstance(source, BadSample):
                 return pair, request, source
-            self._report(request.video, source)
+            self._quarantine.report(request.video, source)
+            self._lane.stats.bad += 1
         return None
 
     def _spares(self, epoch: int, step: int, row: int) -> Iterator[np.ndarray]:
@@ -214,31 +274,6 @@ class Loader:
                     if dealt % len(whole) == row:
                         yield pair
                     dealt += 1
-
-    def _report(self, video, reason: BadSample) -> None:
-        self._bad[video.index] = self._bad.get(video.index, 0) + 1
-        if self._bad[video.index] == 1:
-            warnings.warn(f"{self.split.path}: {video.key} cannot be used and is replaced: {reason}", stacklevel=2)
-            if self._quarantine is not None and not self._listed(video.key):
-                line = json.dumps({"split": str(self.split.path), "key": video.key, "reason": str(reason)}) + "\n"
-                descriptor = os.open(self._quarantine, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-                os.write(descriptor, line.encode())  # one write: ranks share the file
-                os.close(descriptor)
-        bad = sum(self._bad.values())
-        limit = self.config.max_bad_fraction
-        if bad > limit * max(self._read, 1000):
-            raise ShardError(
-                f"{bad} of {self._read} samples read from {self.split.path} are bad, more than "
-                f"data.max_bad_fraction={limit} allows. Last: {video.key}: {reason}. Run: python -m c4c.shard verify "
-                f"{self.split.path}"
-            )
-
-    def _listed(self, key: str) -> bool:
-        """Whether another rank, or this run before it was resumed, has listed the video."""
-        if not self._quarantine.exists():
-            return False
-        there = [json.loads(line) for line in self._quarantine.read_text().splitlines()]
-        return any(entry["key"] == key and entry["split"] == str(self.split.path) for entry in there)
 
 
 def texts_of(split: Split, video: int, config: DataConfig) -> list[str]:
@@ -266,19 +301,33 @@ class VideoReader:
 
         Raises ShardError for a video that cannot be decoded: a score over fewer videos would not be the score.
         """
-        size = self.config.eval_batch_size
+        job, requests = None, []
         for i in range(self.batches):
-            indices = self._mine[i * size : (i + 1) * size]
-            videos = [self.split.video(int(v)) for v in indices]
-            config = self.config
-            requests = [Request(v, choose(v, config.sampling, config.num_frames, config.fps)) for v in videos]
-            sources = self._lane.read(requests)
-            for video, source in zip(videos, sources, strict=True):
+            requests, job = (requests, job) if job is not None else self._begin(i)
+            now, sources = requests, self._lane.finish(job)
+            requests, job = self._begin(i + 1) if i + 1 < self.batches else ([], None)
+            for request, source in zip(now, sources, strict=True):
                 if isinstance(source, BadSample):
-                    raise ShardError(
-                        f"{self.split.path}: {video.key} cannot be evaluated: {source}. Pack the split again."
-                    )
-            yield indices, *self._lane.decode(requests, sources)
+                    raise self._refusal(request, source)
+            try:
+                yield np.array([r.video.index for r in now], np.int64), *self._lane.decode(now, sources)
+            except Undecodable as error:
+                row, reason = next(iter(error.rows.items()))
+                raise self._refusal(now[row], reason) from error
+
+    def _begin(self, i: int) -> tuple[list[Request], Job]:
+        size, config = self.config.eval_batch_size, self.config
+        requests = []
+        for index in self._mine[i * size : (i + 1) * size]:
+            video = self.split.video(int(index))
+            positions = choose(video, config.sampling, config.num_frames, config.fps)
+            requests.append(Request(video, ordered(positions, config.frame_order)))
+        return requests, self._lane.start(requests)
+
+    def _refusal(self, request: Request, reason: BadSample) -> ShardError:
+        return ShardError(
+            f"{self.split.path}: {request.video.key} cannot be evaluated: {reason}. Pack the split again."
+        )
 
     def close(self) -> None:
         self._lane.close()

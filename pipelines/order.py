@@ -3,70 +3,153 @@
 A pure function of (seed, epoch, step): no state, no shuffle buffer, no global random numbers. Every epoch visits every
 pair once; no global batch holds one video twice; batch sizes within an epoch differ by at most one. Ranks cut the
 global batch, so it is the same for every number of them.
+
+An epoch is laid out in three moves, none of which needs the whole set. The shards are permuted. Their pairs, end to end,
+are cut into blocks of some steps each. Within a block everything is shuffled. So a step costs the permutation of the
+shards and the shuffling of one block, and reads from the few shards of that block. What is given up is that pairs meet
+only pairs of their block: of shards that are other ones each epoch, but of no others in that epoch. Sets up to
+FULL_SHUFFLE pairs are one block, where nothing is given up.
 """
 
 import warnings
-from collections import Counter
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
-_REPAIR_TRIES = 200
+from pipelines.shuffle import permutation, spread, stream
+
+FULL_SHUFFLE = 2**20  # pairs of the largest set that is shuffled as a whole by default
+BLOCK = 2**15  # pairs of a block of any larger one
 
 
 class Order:
     """The order of a split's pairs.
 
-    caption_counts: int [videos], captions of each video, at least 1. batch_size: pairs a global batch holds at most.
-    drop_last: every batch holds exactly that many, and the few pairs that are over, others each epoch, are left out.
+    caption_counts: whole numbers [videos], captions of each video, at least 1. batch_size: pairs a global batch holds at
+    most. drop_last: every batch holds exactly that many, and the few pairs that are over, others each epoch, are left
+    out. shard_starts: [shards + 1], the first video of each shard and the number of all; None: one shard. block: pairs
+    of a block, about; 0: see above. A block has at least as many steps as any video captions.
     """
 
-    def __init__(self, caption_counts: np.ndarray, batch_size: int, seed: int, drop_last: bool = False):
-        self.counts = np.asarray(caption_counts, np.int64)
+    def __init__(
+        self,
+        caption_counts: np.ndarray,
+        batch_size: int,
+        seed: int,
+        drop_last: bool = False,
+        *,
+        shard_starts: np.ndarray | None = None,
+        block: int = 0,
+    ):
+        self.counts = np.asarray(caption_counts)
         if len(self.counts) == 0 or self.counts.min() < 1:
             raise ValueError("every video needs a caption, and the split at least one video")
         if batch_size < 1:
             raise ValueError(f"train.batch_size={batch_size}: must be at least 1")
         self.batch_size, self.seed, self.drop_last = batch_size, seed, drop_last
-        self.pairs = int(self.counts.sum())
-        if drop_last and self.pairs // batch_size < self.counts.max():
-            raise ValueError(
-                f"train.drop_last: {self.pairs // batch_size} full batches of {batch_size} cannot keep apart the "
-                f"{self.counts.max()} captions of one video; use a smaller train.batch_size, or train.drop_last=false"
-            )
-        # a video must meet each of its captions in another batch, so no epoch has fewer batches than captions a video
-        full = -(-self.pairs // batch_size)
-        self.steps_per_epoch = max(full, int(self.counts.max()))
-        if drop_last:
-            self.steps_per_epoch = self.pairs // batch_size
-        elif self.steps_per_epoch > full:
-            fill = self.pairs / self.steps_per_epoch
-            warnings.warn(
-                f"batches hold {fill:.0f} pairs, not {batch_size}: a video has {self.counts.max()} captions, no batch may "
-                f"hold a video twice, and there are {len(self.counts)} videos. train.batch_size={max(1, int(fill))} wastes none",
-                stacklevel=2,
-            )
-        self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
+        self._starts = np.unique([0, len(self.counts)] if shard_starts is None else shard_starts)  # none is empty
+        self._shard_pairs = np.add.reduceat(self.counts, self._starts[:-1], dtype=np.int64)
+        self.pairs, self._most = int(self._shard_pairs.sum()), int(self.counts.max())
+        self.steps_per_epoch = self._count_steps()
+        block = block or (self.pairs if self.pairs <= FULL_SHUFFLE else BLOCK)
+        self.blocks = max(1, self.steps_per_epoch // max(-(-block // batch_size), self._most))
+        self._line = lru_cache(maxsize=2)(self._draw_line)
+        self._block = lru_cache(maxsize=4)(self._draw_block)
 
     def batch(self, epoch: int, step: int) -> np.ndarray:
         """int64 [pairs, 2]: (video, caption of that video) of the global batch at `step` of `epoch`, both from 0."""
         if not 0 <= step < self.steps_per_epoch:
             raise IndexError(f"step {step} of an epoch of {self.steps_per_epoch} steps")
-        pairs, bounds = self._epoch(epoch)
-        return pairs[bounds[step] : bounds[step + 1]]
+        # the block whose range of steps, as _draw_block cuts them, holds this one
+        block = self._block(epoch, ((step + 1) * self.blocks - 1) // self.steps_per_epoch)
+        return block.batch(step - block.first)
 
-    def _draw_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        random = np.random.Philox(key=np.array([self.seed & (2**64 - 1), epoch], np.uint64))
-        shown = self.steps_per_epoch * self.batch_size if self.drop_last else self.pairs
-        bounds = np.linspace(0, shown, self.steps_per_epoch + 1).round().astype(np.int64)
-        video = np.repeat(np.arange(len(self.counts)), self.counts)
-        caption = np.arange(self.pairs) - np.repeat(np.cumsum(self.counts) - self.counts, self.counts)
-        # argsort of raw counter output: numpy promises those bits for ever, and its own permutation() not
-        order = np.argsort(random.random_raw(self.pairs), kind="stable")
+    def _count_steps(self) -> int:
         if self.drop_last:
-            video, caption, order = video[order[:shown]], caption[order[:shown]], np.arange(shown)
-        order = _separate(order, video, bounds, random)
-        return np.stack([video[order], caption[order]], axis=1), bounds
+            full = self.pairs // self.batch_size
+            if full < self._most:
+                raise ValueError(
+                    f"train.drop_last: {full} full batches of {self.batch_size} cannot keep apart the {self._most} "
+                    "captions of one video; use a smaller train.batch_size, or train.drop_last=false"
+                )
+            return full
+        # a video must meet each of its captions in another batch, so no epoch has fewer batches than captions a video
+        full = -(-self.pairs // self.batch_size)
+        if self._most <= full:
+            return full
+        fill = self.pairs / self._most
+        warnings.warn(
+            f"batches hold {fill:.0f} pairs, not {self.batch_size}: a video has {self._most} captions, no batch may hold "
+            f"a video twice, and there are {len(self.counts)} videos. train.batch_size={max(1, int(fill))} wastes none",
+            stacklevel=3,
+        )
+        return self._most
+
+    def _draw_line(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The shards as this epoch has them, int64 [shards], and the pairs up to the end of each.
+
+        With several blocks the line starts somewhere within its first shard, whose beginning then ends it: else a
+        shard's first videos would come first more often than others.
+        """
+        random = stream(self.seed, epoch)
+        shards = permutation(len(self._shard_pairs), random)
+        if self.blocks == 1:
+            return shards, np.cumsum(self._shard_pairs[shards])
+        skipped = int(random.random_raw()) % int(self._shard_pairs[shards[0]])
+        shards = np.append(shards, shards[0])
+        return shards, np.cumsum(self._shard_pairs[shards]) - skipped
+
+    def _draw_block(self, epoch: int, block: int) -> "_Block":
+        random = stream(self.seed, epoch, 1 + block)
+        first, last = (b * self.steps_per_epoch // self.blocks for b in (block, block + 1))
+        if self.drop_last:  # what is over is left out of the last block
+            low, high, kept = first * self.batch_size, last * self.batch_size, (last - first) * self.batch_size
+            high = self.pairs if last == self.steps_per_epoch else high
+        else:
+            low, high = (step * self.pairs // self.steps_per_epoch for step in (first, last))
+            kept = high - low
+        videos, first_captions, counts = self._videos_between(epoch, low, high)
+        order = permutation(len(videos), random)
+        video, counts = np.repeat(videos[order], counts[order]), counts[order]
+        begins = np.cumsum(counts) - counts
+        caption = np.arange(high - low) + np.repeat(first_captions[order] - begins, counts)
+        if kept < high - low:
+            stay = np.sort(permutation(high - low, random)[:kept])
+            video, caption = video[stay], caption[stay]
+        once = len(counts) == high - low  # no video has two pairs here: dealing them out in turn is random already
+        places = None if once else spread(video, last - first, random)
+        return _Block(first, last - first, video, caption, places)
+
+    def _videos_between(self, epoch: int, low: int, high: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The videos whose pairs stand at [low, high) of the epoch's line: numbers, first captions there, how many."""
+        shards, ends = self._line(epoch)
+        here = shards[np.searchsorted(ends, low, side="right") : np.searchsorted(ends, high, side="left") + 1]
+        sizes = self._starts[here + 1] - self._starts[here]
+        videos = np.arange(sizes.sum()) + np.repeat(self._starts[here] - (np.cumsum(sizes) - sizes), sizes)
+        counts = self.counts[videos].astype(np.int64)
+        ends_of = np.cumsum(counts) + int(ends[np.searchsorted(ends, low, side="right")] - self._shard_pairs[here[0]])
+        begins_of = ends_of - counts
+        begins, stops = np.maximum(begins_of, low), np.minimum(ends_of, high)
+        inside = stops > begins
+        return videos[inside], (begins - begins_of)[inside], (stops - begins)[inside]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """`steps` batches from step `first` on. `places` is spread()'s answer; None deals the pairs out in turn."""
+
+    first: int
+    steps: int
+    video: np.ndarray  # int64 [pairs]
+    caption: np.ndarray  # int64 [pairs]
+    places: np.ndarray | None
+
+    def batch(self, step: int) -> np.ndarray:
+        rows = np.arange(0, len(self.video), self.steps)
+        at = rows + (step if self.places is None else self.places[:, step])
+        at = at[at < len(self.video)]
+        return np.stack([self.video[at], self.caption[at]], axis=1)
 
 
 def rank_rows(batch_size: int, rank: int, world: int) -> slice:
@@ -78,58 +161,3 @@ def rank_rows(batch_size: int, rank: int, world: int) -> slice:
         )
     share = batch_size // world
     return slice(rank * share, (rank + 1) * share)
-
-
-def _separate(order: np.ndarray, video: np.ndarray, bounds: np.ndarray, random: np.random.Philox) -> np.ndarray:
-    """Swap pairs between batches until none holds a video twice."""
-    steps = len(bounds) - 1
-    batch_of = np.repeat(np.arange(steps), np.diff(bounds))
-    cell = batch_of * (int(video.max()) + 1) + video[order]  # one number for each (batch, video)
-    _, first = np.unique(cell, return_index=True)
-    clashing = np.setdiff1d(np.arange(len(order)), first)
-    if len(clashing) == 0:
-        return order
-    order = order.copy()
-    held = set(cell.tolist())
-    extra = Counter(cell[clashing].tolist())  # copies of a video in a batch beyond the first
-    width = int(video.max()) + 1
-    for here in clashing.tolist():
-        if not extra[int(batch_of[here]) * width + int(video[order[here]])]:
-            continue  # a swap for another pair has parted them already
-        for there in (random.random_raw(_REPAIR_TRIES) % np.uint64(len(order))).tolist():
-            mine, other = int(video[order[here]]), int(video[order[there]])
-            a, b = int(batch_of[here]), int(batch_of[there])
-            if a != b and a * width + other not in held and b * width + mine not in held:
-                order[here], order[there] = order[there], order[here]
-                extra[a * width + mine] -= 1
-                if extra[b * width + other]:
-                    extra[b * width + other] -= 1
-                else:
-                    held.remove(b * width + other)
-                held |= {a * width + other, b * width + mine}
-                break
-        else:
-            return _striped(video, steps, random)
-    return order
-
-
-def _striped(video: np.ndarray, steps: int, random: np.random.Philox) -> np.ndarray:
-    """Deal the pairs out video by video, one to each batch in turn: less mixed, and possible whenever anything is.
-
-    Used for tiny sets, where a batch holds nearly all videos. Pairs of a video stand together and there are no more
-    of them than batches, so no batch gets two.
-    """
-    videos = int(video.max()) + 1
-    rank_of_video = np.argsort(np.argsort(random.random_raw(videos), kind="stable"), kind="stable")
-    noise = random.random_raw(len(video))
-    grouped = np.lexsort((noise, rank_of_video[video]))
-    batch_order = np.argsort(np.argsort(random.random_raw(steps), kind="stable"), kind="stable")
-    # pair i goes to batch i mod steps; batches 0..r-1 get one more where the division leaves r, so put them where
-    # the bounds have room
-    sizes = np.diff(np.linspace(0, len(video), steps + 1).round().astype(np.int64))
-    roomy = np.argsort(-sizes, kind="stable")
-    extra = len(video) % steps
-    target = np.empty(steps, np.int64)
-    target[:extra] = roomy[:extra][np.argsort(batch_order[:extra], kind="stable")]
-    target[extra:] = roomy[extra:][np.argsort(batch_order[extra:], kind="stable")]
-    return grouped[np.argsort(target[np.arange(len(video)) % steps], kind="stable")]

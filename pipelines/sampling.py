@@ -11,23 +11,36 @@ import numpy as np
 
 from shards.schema import Video
 
-RULES = ("uniform", "head", "tail", "segment")
+RULES = ("uniform", "head", "tail", "segment", "random")
+ORDERS = ("forward", "reverse", "random")
+_FRAMES, _VIEW = 1, 2  # what a generator draws; numbers of their own keep the draws apart
 
 
 def extractor_frames(
-    source_frames: int, fps: Fraction | float, max_frames: int, position: str, rate: int = 1
+    source_frames: int,
+    fps: Fraction | float,
+    max_frames: int,
+    position: str,
+    rate: int = 1,
+    start: int | None = None,
+    end: int | None = None,
 ) -> np.ndarray:
     """CLIP4Clip's rule: int32 [at most max_frames] frame numbers.
 
     Candidates are `rate` frames of every second, where a second has int(fps) frames and its k-th candidate is
     k*max(1, int(fps)//rate) into it; of more than max_frames, `position` takes the first ones (head), the last ones
-    (tail), or floor(linspace(0, n-1, max_frames)) (uniform). (CLIP4Clip `dataloaders/rawvideo_util.py`,
-    `dataloader_msrvtt_retrieval.py`; a frame rate below 1, a division by zero there, counts as 1.)
+    (tail), or floor(linspace(0, n-1, max_frames)) (uniform).
+
+    With `start` and `end`, whole seconds as an annotation gives them, the candidates are those of the seconds from
+    start to end, the end's own included: reversed ones are swapped, equal ones last one second, and a negative start,
+    or one past the end of the video, leaves none. (CLIP4Clip `dataloaders/rawvideo_util.py`,
+    `dataloader_msrvtt_retrieval.py`, `dataloader_didemo_retrieval.py`; a frame rate below 1, a division by zero there,
+    counts as 1.)
     """
     whole = max(1, int(fps))
     offsets = np.arange(rate) * max(1, whole // rate)
     offsets = offsets[offsets < whole]
-    seconds = np.arange(-(-source_frames // whole)) * whole
+    seconds = _seconds(-(-source_frames // whole), start, end) * whole
     candidates = (seconds[:, None] + offsets).ravel()
     candidates = candidates[candidates < source_frames]
     if len(candidates) > max_frames:
@@ -40,6 +53,16 @@ def extractor_frames(
         else:
             raise ValueError(f"position {position!r}: there are head, tail and uniform")
     return candidates.astype(np.int32)
+
+
+def _seconds(length: int, start: int | None, end: int | None) -> np.ndarray:
+    """The seconds, counted from 0, of a video of `length` that candidates come from."""
+    if start is None or end is None:
+        return np.arange(length)
+    start, end = min(start, end), max(start, end)
+    if start < 0:
+        return np.arange(0)
+    return np.arange(start, min(end if end > start else start + 1, length) + 1)
 
 
 def segment_frames(source_frames: int, num_frames: int, random: np.random.Generator | None = None) -> np.ndarray:
@@ -55,19 +78,65 @@ def segment_frames(source_frames: int, num_frames: int, random: np.random.Genera
     return random.integers(edges[:-1], edges[1:], endpoint=True).astype(np.int32)
 
 
+def random_frames(source_frames: int, num_frames: int, random: np.random.Generator) -> np.ndarray:
+    """int32 [at most num_frames] frame numbers, any of the video's, each once, in order."""
+    count = min(source_frames, num_frames)
+    return np.sort(random.choice(source_frames, count, replace=False, shuffle=False)).astype(np.int32)
+
+
+def generator(seed: int, epoch: int, video: int, caption: int, view: bool = False) -> np.random.Generator:
+    """What is random about a pair in an epoch: its frames, or its view. It counts, so a resumed run draws the same."""
+    key = np.array([seed & (2**64 - 1), _VIEW if view else _FRAMES], np.uint64)
+    counter = [0, epoch, video, caption]  # the first counts the draws
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def draws(rule: str) -> bool:
+    """Whether the rule takes other frames every time in training."""
+    return rule in ("segment", "random")
+
+
 def choose(
-    video: Video, rule: str, num_frames: int, rate: int = 1, random: np.random.Generator | None = None
+    video: Video,
+    rule: str,
+    num_frames: int,
+    rate: int = 1,
+    random: np.random.Generator | None = None,
+    among: np.ndarray | None = None,
 ) -> np.ndarray:
     """Positions in the video's frame table, int64 [at most num_frames], at least one.
 
-    Fewer than num_frames come out for a short video under uniform, head and tail; the rest of the clip is then empty
-    and masked. `random` makes `segment` draw (training) where without it the middles are taken (testing).
+    Fewer than num_frames come out for a short video under uniform, head, tail and random; the rest of the clip is then
+    empty and masked. `random` makes `segment` and `random` draw (training) where without it the middles of the segments
+    and uniform frames are taken (testing). `among`: positions, increasing; no others are taken.
     """
     if rule == "segment":
         wanted = segment_frames(video.source_frames, num_frames, random)
+    elif rule == "random" and random is not None:
+        among = np.arange(len(video.frames.number)) if among is None else among
+        return among[random_frames(len(among), num_frames, random)]
     else:
-        wanted = extractor_frames(video.source_frames, video.fps, num_frames, rule, rate)
-    return nearest(video.frames.number, wanted)
+        position = "uniform" if rule == "random" else rule
+        wanted = extractor_frames(video.source_frames, video.fps, num_frames, position, rate)
+    numbers = video.frames.number
+    return nearest(numbers, wanted) if among is None else among[nearest(numbers[among], wanted)]
+
+
+def candidates(video: Video, count: int) -> np.ndarray:
+    """Positions of at most `count` stored frames, evenly spread: int64, increasing."""
+    return np.unique(np.linspace(0, len(video.frames.number) - 1, count).round().astype(np.int64))
+
+
+def distinct(positions: np.ndarray) -> np.ndarray:
+    """The positions, each once, increasing; often they are so already."""
+    return positions if (np.diff(positions) > 0).all() else np.unique(positions)
+
+
+def ordered(positions: np.ndarray, order: str, random: np.random.Generator | None = None) -> np.ndarray:
+    """The positions forward, in reverse, or, where there is a generator, shuffled."""
+    if order == "reverse":
+        return positions[::-1]
+    return random.permutation(positions) if order == "random" and random is not None else positions
 
 
 def nearest(stored: np.ndarray, wanted: np.ndarray) -> np.ndarray:

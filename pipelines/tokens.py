@@ -18,4 +18,9 @@ def tokenize(captions: list[str], max_words: int) -> torch.Tensor:
     """
     if not captions:
         return torch.zeros(0, max_words, dtype=torch.int64)
-    return _tokenizer()(captions, context_length=max_words)
+    return torch.stack([_row(caption, max_words) for caption in captions])
+
+
+@lru_cache(maxsize=100_000)  # every epoch shows the same captions; a row takes about 1 kB
+def _row(caption: str, max_words: int) -> torch.Tensor:
+    return _tokenizer()([caption], context_length=max_words)[0].clone()

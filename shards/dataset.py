@@ -1,5 +1,6 @@
 """Reading a packed split: rows of the sample table, captions, and bytes of stored files."""
 
+import io
 import json
 import os
 import tarfile
@@ -7,6 +8,7 @@ import threading
 from collections import OrderedDict
 from fractions import Fraction
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards import ShardError
-from shards.schema import FORMAT_VERSION, FRAME_COLUMNS, FrameTable, Video
+from shards.schema import CAPTION_COUNTS, FORMAT_VERSION, FRAME_COLUMNS, FrameTable, Video
 
 _TABLES_IN_MEMORY = 512  # shards whose sample table stays decoded; a table of 256 videos takes about 3 MB
 _OPEN_FILES = 256  # tars; a process may often open 1024 files in all
+_SIZES_CHECKED = 1000  # shards whose size is looked at on opening; of more it would take long on a network mount
 
 
 class Table:
@@ -90,11 +93,31 @@ class Split:
         table, row = self._find(index)
         return table.captions(row)
 
+    @property
+    def shard_starts(self) -> np.ndarray:
+        """int64 [shards + 1]: the first video of each shard, and the number of all."""
+        return self._starts
+
     @cached_property
     def caption_counts(self) -> np.ndarray:
-        """int64 [videos]: captions of each video."""
-        parts = [np.diff(self._table(i).caption_bounds) for i in range(len(self.shards))]
-        return np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64)
+        """Captions of each video, [videos], in the smallest unsigned type that holds them. Not to be written to."""
+        if self.info["captions"] == len(self):  # no video is without
+            return np.broadcast_to(np.uint8(1), len(self))
+        path = self.path / CAPTION_COUNTS
+        if not path.exists():  # packed before there was such a file
+            parts = [np.diff(self._table(i).caption_bounds) for i in range(len(self.shards))]
+            counts = np.concatenate([np.zeros(0, np.int64), *parts])
+            return counts.astype(np.min_scalar_type(counts.max(initial=0)))
+        try:
+            counts = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+            sums = [int(counts[a:b].sum()) for a, b in pairwise(self._starts)] if counts.shape == (len(self),) else []
+        except (OSError, ValueError) as error:
+            raise ShardError(
+                f"{path} cannot be read ({error}). Copy it again, or delete it: it only saves time"
+            ) from error
+        if sums != [shard["captions"] for shard in self.info["shards"]]:
+            raise ShardError(f"{path} does not fit dataset.json. Copy it again, or delete it: it only saves time")
+        return counts
 
     def read(self, video: Video, offset: int = 0, size: int = -1) -> bytes:
         """Bytes of the stored file; `size` -1 reads to its end. Raises ShardError if the tar is shorter than that."""
@@ -202,14 +225,16 @@ def _read_info(path: Path) -> dict:
         raise ShardError(f"{path / 'dataset.json'} is not JSON ({error})") from error
     if info.get("format") != FORMAT_VERSION:
         raise ShardError(f"{path} has format {info.get('format')}; this version reads {FORMAT_VERSION}. Pack it again.")
+    there = {entry.name for entry in path.iterdir()}  # not a look for each file: there may be 100 000
     for shard in info["shards"]:
         for suffix in ("tar", "parquet"):
-            file = path / f"{shard['name']}.{suffix}"
-            if not file.exists():
+            if f"{shard['name']}.{suffix}" not in there:
                 raise ShardError(
-                    f"{path} is incomplete: {file.name} is missing of {len(info['shards'])} shards. Copy it again, or "
-                    "run the packing command again; it packs what is missing."
+                    f"{path} is incomplete: {shard['name']}.{suffix} is missing of {len(info['shards'])} shards. Copy it "
+                    "again, or run the packing command again; it packs what is missing."
                 )
+        if len(info["shards"]) > _SIZES_CHECKED:  # read() notices a short one
+            continue
         size = (path / f"{shard['name']}.tar").stat().st_size
         if size != shard["bytes"]:
             raise ShardError(

@@ -5,6 +5,7 @@ Its parquet is put into place last; a shard with a parquet is never touched agai
 """
 
 import hashlib
+import io
 import json
 import os
 import tempfile
@@ -12,12 +13,13 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 
 from shards import ShardError, scheduler, storage
 from shards.datasets import Item
 from shards.profiles import Profile
-from shards.schema import FORMAT_VERSION, REJECTS
+from shards.schema import CAPTION_COUNTS, FORMAT_VERSION, REJECTS
 from shards.storage import Bucket, Folder
 from shards.tar import DISK_FULL
 from shards.worker import Job, Progress, frame_columns, write_table
@@ -253,7 +255,7 @@ def _prepare(target: Folder | Bucket, there: dict[str, int], plan: dict, jobs: l
 def finish(out: Path, plan: dict, names: list[str], reconciliation: dict | None = None) -> dict:
     """Write rejects.jsonl and dataset.json from the committed shards `names`; returns what dataset.json says."""
     target = storage.output(out)
-    sizes, shards, rejects = target.listing(), [], []
+    sizes, shards, rejects, counts = target.listing(), [], [], []
     digest = hashlib.sha256(json.dumps(plan["profile"], sort_keys=True).encode())
     with ThreadPoolExecutor(_READERS) as pool:
         batches = (names[i : i + 64] for i in range(0, len(names), 64))  # or all tables would be held at once
@@ -263,8 +265,9 @@ def finish(out: Path, plan: dict, names: list[str], reconciliation: dict | None 
             rows = table.to_pylist()
             for row in rows:
                 digest.update(json.dumps([row["key"], row["crc32c"], row["captions"]], sort_keys=True).encode())
-            captions = sum(len(row["captions"]) for row in rows)
-            shards.append({"name": name, "videos": len(rows), "captions": captions, "bytes": sizes[f"{name}.tar"]})
+            said = [len(row["captions"]) for row in rows]
+            counts += said
+            shards.append({"name": name, "videos": len(rows), "captions": sum(said), "bytes": sizes[f"{name}.tar"]})
     lines = "".join(json.dumps(r, ensure_ascii=False, sort_keys=True) + "\n" for r in rejects)
     storage.write(target, "rejects.jsonl", lines.encode(errors="backslashreplace"))  # names need not be Unicode
     rejected_captions = sum("caption" in r for r in rejects)
@@ -292,6 +295,9 @@ def finish(out: Path, plan: dict, names: list[str], reconciliation: dict | None 
             f"not one of the videos could be packed; {target}/rejects.jsonl says why for each. First: {first['id']}: "
             f"{first['reason']}. When that is mended, run the command again with --retry-rejects."
         )
+    with io.BytesIO() as file:
+        np.save(file, np.array(counts, np.min_scalar_type(max(counts))))
+        storage.write(target, CAPTION_COUNTS, file.getvalue())
     storage.write(target, "dataset.json", json.dumps(summary, indent=2) + "\n")
     for name in ["packing.json", *map(scheduler.lost_name, names)]:
         if name in sizes:

@@ -14,6 +14,12 @@ from shards.schema import FrameTable
 _DECODERS = {"av1": "libdav1d"}  # libav's own "av1" decodes on a GPU only; files opened by libav get this one
 
 
+class Picked(dict[int, np.ndarray]):
+    """{position: uint8 RGB [H, W, 3]}. `decoded`: frames that came out of the decoder for them."""
+
+    decoded = 0
+
+
 def pick_frames(
     codec: str,
     extradata: bytes,
@@ -21,24 +27,25 @@ def pick_frames(
     rotation: int,
     read: Callable[[int, int], bytes],
     wanted: Sequence[int],
-) -> dict[int, np.ndarray]:
+) -> Picked:
     """Decode the stored frames `wanted` (positions in the frame table) and no GOP that holds none of them.
 
-    `read(offset, size)` returns bytes of the stored file. Returns {position: uint8 RGB [H, W, 3]}.
-    Raises VideoError if a frame does not come out or its bytes have changed since packing.
+    Of the others in those GOPs only frames that some frame refers to are decoded, where the codec tells (H.264, HEVC).
+    `read(offset, size)` returns bytes of the stored file. Raises VideoError if a frame does not come out or its bytes have changed since packing.
     """
     if not frames.sliceable:
         return _pick_through_container(read(0, -1), rotation, wanted)
     decode_order = np.argsort(frames.offset, kind="stable")
     place = np.empty_like(decode_order)
     place[decode_order] = np.arange(len(decode_order))
-    out: dict[int, np.ndarray] = {}
+    out = Picked()
     decoder = av.CodecContext.create(_DECODERS.get(codec, codec), "r")
     decoder.extradata = extradata or None
     decoder.thread_count = 1
     try:
         for first, last, group in _gops(frames, place, wanted):
             for packet in _packets(frames, decode_order[first : last + 1], read):
+                decoder.skip_frame = "DEFAULT" if packet.pts in group else "NONREF"
                 _collect(out, decoder.decode(packet), group, rotation)
             _collect(out, decoder.decode(None), group, rotation)
             decoder.flush_buffers()
@@ -48,7 +55,9 @@ def pick_frames(
         raise VideoError(f"stored frames {list(wanted)} do not decode ({short(error)})") from error
     missing = sorted(set(map(int, wanted)) - set(out))
     if missing:  # "keyframes" of intra refresh: a decoder that starts there shows nothing until the picture is whole
-        out |= _pick_through_container(read(0, -1), rotation, missing)
+        rest = _pick_through_container(read(0, -1), rotation, missing)
+        out.update(rest)
+        out.decoded += rest.decoded
     return out
 
 
@@ -81,18 +90,20 @@ def _packets(frames: FrameTable, positions: np.ndarray, read: Callable[[int, int
         yield packet
 
 
-def _collect(out: dict[int, np.ndarray], frames: list[av.VideoFrame], group: set[int], rotation: int) -> None:
+def _collect(out: Picked, frames: list[av.VideoFrame], group: set[int], rotation: int) -> None:
+    out.decoded += len(frames)
     for frame in frames:
         if frame.pts in group:
             out[int(frame.pts)] = upright(frame, rotation)
 
 
-def _pick_through_container(data: bytes, rotation: int, wanted: Sequence[int]) -> dict[int, np.ndarray]:
+def _pick_through_container(data: bytes, rotation: int, wanted: Sequence[int]) -> Picked:
     group, last = set(map(int, wanted)), max(map(int, wanted))
-    out: dict[int, np.ndarray] = {}
+    out = Picked()
     container, stream = open_video(io.BytesIO(data))
     with container:
         for number, frame in enumerate(container.decode(stream)):
+            out.decoded += 1
             if number in group:
                 out[number] = upright(frame, rotation)
             if number >= last:

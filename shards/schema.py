@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 FORMAT_VERSION = 1
+CAPTION_COUNTS = "captions.npy"  # beside dataset.json: captions of each video, so that no table is read to count them
 
 # keys of the parquet's metadata: what belongs to a shard but to no row commits together with the rows
 REJECTS = b"c4c.rejects"  # JSON: what was not packed, and why

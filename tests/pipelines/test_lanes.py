@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from pipelines.config import DataConfig
-from pipelines.lane import BadSample, Lane, Request, lane_name
+from pipelines.lane import BadSample, Lane, Request, Source, lane_name
 from pipelines.loader import Loader, VideoReader
 from pipelines.sampling import extractor_frames, segment_frames
 from shards.video import grid, scaled_size
@@ -184,7 +184,7 @@ def test_frames_stored_at_the_recipes_size_are_not_resized(numbered, monkeypatch
     def refuse(*args, **options):
         raise AssertionError("a resize in the graph")
 
-    monkeypatch.setattr("pipelines.lane.fn.resize", refuse)
+    monkeypatch.setattr("pipelines.graph.fn.resize", refuse)
     Lane(numbered.intra, CLIP, torch.device("cpu"), 1).close()
     for split, side in ((numbered.intra, SIDE // 2), (numbered.copy, SIDE)):
         with pytest.raises(AssertionError, match="a resize"):
@@ -213,7 +213,7 @@ def test_the_crop_window_is_torchvisions_for_every_size(numbered):
         video = replace(numbered.copy.video(0), width=width, height=height)
         requests.append(Request(video, np.array([0])))
         x, y = np.meshgrid(np.arange(width), np.arange(height))
-        pictures.append([np.stack([x, y, x * 0], axis=2).astype(np.uint8)])
+        pictures.append(Source([np.stack([x, y, x * 0], axis=2).astype(np.uint8)], np.array([0])))
     frames, mask = lane.decode(requests, pictures)
     lane.close()
     corners = (frames[:, 0, :2, 0, 0] * 255).round().int().tolist()
@@ -226,7 +226,7 @@ def test_normalisation(numbered):
     lane = Lane(numbered.copy, config, torch.device("cpu"), 1)
     flat = [np.full((16, 16, 3), colour, np.uint8) for colour in ((255, 0, 100), (3, 128, 254))]
     video = replace(numbered.copy.video(0), width=16, height=16)
-    frames, _ = lane.decode([Request(video, np.array([0, 1]))], [flat])
+    frames, _ = lane.decode([Request(video, np.array([0, 1]))], [Source(flat, np.array([0, 1]))])
     lane.close()
     mean, std = torch.tensor(config.mean), torch.tensor(config.std)
     expected = (torch.tensor([[255, 0, 100], [3, 128, 254]]) / 255 - mean) / std
@@ -262,7 +262,7 @@ def test_a_row_past_the_end_of_the_file_is_a_bad_sample(numbered, profile):
     first, second = lane.read([Request(lost, np.array([0])), Request(good, np.array([0]))])
     lane.close()
     assert isinstance(first, BadSample) and "cut short" in str(first)
-    assert len(second) == 1
+    assert len(second.pieces) == 1
 
 
 @pytest.mark.gpu

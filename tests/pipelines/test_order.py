@@ -4,29 +4,30 @@ import random
 import subprocess
 import sys
 import warnings
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
-from pipelines import order as order_module
 from pipelines.order import Order, rank_rows
 
 UNIFORM = [5] * 40
 RAGGED = [1, 7, 2, 2, 9, 1, 4, 3, 3, 1, 6, 2] * 4
+MANY = RAGGED * 2
 
 
 def epoch_of(order: Order, epoch: int = 0) -> list[np.ndarray]:
     return [order.batch(epoch, step) for step in range(order.steps_per_epoch)]
 
 
-def quiet(counts, batch_size, seed=0) -> Order:
+def quiet(counts, batch_size, seed=0, **options) -> Order:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return Order(counts, batch_size, seed)
+        return Order(counts, batch_size, seed, **options)
 
 
-def check(counts, batch_size: int, seed: int = 0, epoch: int = 0) -> None:
-    order = quiet(counts, batch_size, seed)
+def check(counts, batch_size: int, seed: int = 0, epoch: int = 0, **options) -> Order:
+    order = quiet(counts, batch_size, seed, **options)
     batches = epoch_of(order, epoch)
     seen = sorted(map(tuple, np.concatenate(batches).tolist()))
     assert seen == [(v, c) for v, n in enumerate(counts) for c in range(n)], "each pair exactly once"
@@ -35,6 +36,7 @@ def check(counts, batch_size: int, seed: int = 0, epoch: int = 0) -> None:
     sizes = [len(batch) for batch in batches]
     assert max(sizes) - min(sizes) <= 1
     assert max(sizes) <= batch_size
+    return order
 
 
 @pytest.mark.parametrize(
@@ -59,23 +61,47 @@ def test_an_epoch_visits_every_pair_once_and_no_batch_holds_a_video_twice(counts
 
 def test_the_same_holds_for_random_sets():
     draw = np.random.default_rng(7)
-    for _ in range(3000):
+    for _ in range(1500):
         counts = draw.integers(1, draw.integers(2, 7), size=draw.integers(1, 40)).tolist()
         check(counts, int(draw.integers(1, 2 * len(counts) + 2)), seed=int(draw.integers(1000)))
 
 
-def test_pairs_are_dealt_out_in_stripes_where_swapping_finds_no_way(monkeypatch):
-    striped = []
-    deal = order_module._striped
-    monkeypatch.setattr(order_module, "_striped", lambda *args: striped.append(1) or deal(*args))
-    for seed in range(10):
-        check([20] * 8, 8, seed)  # every batch must hold all eight videos
-    assert len(striped) > 3
-    striped.clear()
-    monkeypatch.setattr(order_module, "_REPAIR_TRIES", 0)
-    check(RAGGED, 16)
-    check([3] * 7, 5)
-    assert len(striped) == 2
+def test_blocks_keep_all_of_it():
+    draw = np.random.default_rng(8)
+    cut = 0
+    for seed in range(300):
+        counts = draw.integers(1, draw.integers(2, 7), size=draw.integers(1, 120))
+        starts = np.sort(draw.integers(0, len(counts) + 1, size=draw.integers(0, 12)))  # some shards are empty
+        options = {"shard_starts": [0, *starts, len(counts)], "block": int(draw.integers(1, 80))}
+        cut += check(counts.tolist(), int(draw.integers(1, 30)), seed, epoch=seed % 3, **options).blocks > 1
+    assert cut > 150
+
+
+def test_a_block_reads_few_shards_and_other_ones_each_epoch():
+    counts, starts = np.tile([1, 2, 3], 4000), np.arange(0, 12001, 60)  # 200 shards of 120 pairs
+    order = Order(counts, 16, 0, shard_starts=starts, block=480)
+    steps = order.steps_per_epoch // order.blocks
+    read = []  # shards of each block of two epochs
+    for epoch, block in np.ndindex(2, order.blocks):
+        first = block * order.steps_per_epoch // order.blocks
+        pairs = np.concatenate([order.batch(epoch, step) for step in range(first, first + steps)])
+        read.append(frozenset((pairs[:, 0] // 60).tolist()))
+        per_batch = [len(set(order.batch(epoch, step)[:, 0] // 60)) for step in range(first, first + steps)]
+        assert np.mean(per_batch) > 3.5, "every batch mixes the block's shards"
+    assert max(map(len, read)) <= 6  # 4 shards' worth, cut at both ends
+    assert len(set(read)) == len(read)
+    neighbours = [max(shards) - min(shards) for shards in read]
+    assert np.median(neighbours) > 60, "a block's shards come from all over the set"
+
+
+def test_a_small_set_is_one_block_and_a_large_one_many():
+    ones = np.broadcast_to(np.uint8(1), 2**21)
+    assert Order(ones[: 2**20], 128, 0).blocks == 1
+    large = Order(ones, 128, 0, shard_starts=np.arange(0, 2**21 + 1, 256))
+    assert large.blocks == 2**21 // 2**15
+    batch = large.batch(5, 12345)
+    assert batch.shape == (128, 2) and len(set(batch[:, 0].tolist())) == 128
+    assert Order(np.tile([1, 400], 3000), 16, 0, block=1).blocks == 187  # none has fewer steps than a video captions
 
 
 def test_batches_shrink_with_a_warning_where_a_video_has_more_captions_than_there_are_batches():
@@ -102,12 +128,28 @@ def test_epochs_and_seeds_differ_and_mix():
     assert abs(sorted_already) < 0.3
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_ranks_cut_the_same_global_batch(world):
-    order = Order(RAGGED, 12, 3)
+@pytest.mark.parametrize("options", [{}, {"shard_starts": range(0, 97, 8), "block": 40}, {"drop_last": True}])
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_ranks_cut_the_same_global_batch(world, options):
+    order = quiet(MANY, 24, 3, **options)
     for step, whole in enumerate(epoch_of(order)):
-        parts = [Order(RAGGED, 12, 3).batch(0, step)[rank_rows(12, rank, world)] for rank in range(world)]
+        parts = [quiet(MANY, 24, 3, **options).batch(0, step)[rank_rows(24, rank, world)] for rank in range(world)]
         assert np.array_equal(np.concatenate(parts), whole)
+        assert len(set(map(tuple, whole.tolist()))) == sum(map(len, parts)), "ranks share no pair"
+
+
+def test_a_run_goes_on_past_the_end_of_an_epoch_in_the_same_order():
+    options = {"shard_starts": range(0, 49, 8), "block": 40}
+
+    def run(start: int, stop: int) -> list:
+        order = Order(RAGGED, 12, 3, **options)  # nothing but (epoch, step) is carried over
+        return [order.batch(*divmod(i, order.steps_per_epoch)).tolist() for i in range(start, stop)]
+
+    steps = Order(RAGGED, 12, 3, **options).steps_per_epoch
+    unbroken = run(0, 3 * steps)
+    for at in (1, steps - 1, steps, steps + 2, 2 * steps - 1):
+        assert run(at, 3 * steps) == unbroken[at:]
+    assert all(a != b for a, b in pairwise(unbroken))
 
 
 def test_rank_rows_names_batch_sizes_that_divide():
@@ -128,24 +170,29 @@ def test_batches_may_be_asked_for_in_any_order():
 
 
 def test_global_random_state_has_no_part_in_it():
+    import torch  # not at the top: a test below starts a process that has no need of it
+
     first = np.concatenate(epoch_of(Order(RAGGED, 16, 5)))
     random.seed(1)
     np.random.seed(1)
-    before = random.getstate(), np.random.get_state()[1].tolist()
+    torch.manual_seed(1)
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     assert np.array_equal(np.concatenate(epoch_of(Order(RAGGED, 16, 5))), first)
-    assert (random.getstate(), np.random.get_state()[1].tolist()) == before
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
 
 
 def digest(order: Order, epoch: int) -> str:
     return hashlib.sha256(np.concatenate(epoch_of(order, epoch)).astype("<i8").tobytes()).hexdigest()[:16]
 
 
-def test_the_order_stays_what_it_was(monkeypatch):
+def test_the_order_stays_what_it_was():
     # a run started by an older version is resumed by this one: changing these numbers changes its data
-    assert digest(Order(RAGGED, 16, 42), 3) == "c46956f812487441"
-    assert digest(Order([6] * 14, 11, 42), 3) == "3281abb68fc1266c"  # much to swap
-    monkeypatch.setattr(order_module, "_REPAIR_TRIES", 0)
-    assert digest(Order(RAGGED, 16, 42), 3) == "71cd49a4b0c26364"  # striped
+    assert digest(Order(RAGGED, 16, 42), 3) == "3ade096a236f992d"
+    assert digest(Order([6] * 14, 11, 42), 3) == "728ba0ba5e7e6fe1"  # a batch holds nearly every video
+    blocks = Order(RAGGED * 20, 16, 42, shard_starts=range(0, 961, 24), block=200)
+    assert digest(blocks, 3) == "10a12cdd9ce31023"
+    many = np.broadcast_to(np.uint8(1), 6000)  # a Feistel network
+    assert digest(Order(many, 100, 42), 3) == "78107ac3572230d1"
 
 
 def test_a_fresh_process_draws_the_same():

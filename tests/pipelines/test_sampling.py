@@ -28,6 +28,21 @@ def test_the_extractor_rule_gives_every_row_of_the_reference():
         assert np.array_equal(found, expected[:length]), (count, fps, most, position)
 
 
+def test_the_extractor_rule_within_a_segment_gives_every_row_of_the_reference():
+    golden = np.load(GOLDEN / "frame_sampling.npz")
+    names = ("frame_count", "fps", "max_frames", "slice_framepos", "start", "end", "frame_index", "mask_len")
+    rows = list(zip(*(golden[f"seg_{name}"] for name in names), strict=True))
+    assert len(rows) == 864
+    empty = 0
+    for count, fps, most, position, start, end, expected, length in rows:
+        rule = ("head", "tail", "uniform")[position]
+        found = extractor_frames(int(count), float(fps), int(most), rule, start=int(start), end=int(end))
+        assert np.array_equal(found, expected[:length]), (count, fps, most, rule, start, end)
+        assert len(found) == length
+        empty += length == 0
+    assert 0 < empty < len(rows)
+
+
 @pytest.mark.parametrize("clip_len", [8, 12])
 def test_the_segment_rule_gives_every_row_of_the_reference(clip_len):
     golden = np.load(GOLDEN / "uniform_sample.npz")

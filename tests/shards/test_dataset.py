@@ -48,7 +48,7 @@ def test_captions_carry_their_times(items: list[Item], copied: Path) -> None:
     expected = [[{"text": c.text, "start": c.start, "end": c.end} for c in item.captions] for item in items]
     assert [split.captions(i) for i in range(5)] == expected
     assert expected[0][0] == {"text": "one, with a comma", "start": 0.0, "end": 1.5}
-    assert split.caption_counts.tolist() == [2, 1, 3, 1, 1] and split.caption_counts.dtype == np.int64
+    assert split.caption_counts.tolist() == [2, 1, 3, 1, 1] and split.caption_counts.dtype == np.uint8
 
 
 def test_reads_any_part(items: list[Item], copied: Path) -> None:

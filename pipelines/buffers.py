@@ -1,0 +1,38 @@
+"""Memory for batches, used again once nobody holds what stood in it."""
+
+import sys
+
+import numpy as np
+import torch
+
+
+class Buffers:
+    """Tensors on `device`. On a CPU the last `keep` allocations are reused: fresh memory costs as much as filling it."""
+
+    def __init__(self, device: torch.device, keep: int):
+        self._device, self._keep = device, keep
+        self._held: list[np.ndarray] = []
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor with anything in it. Not safe to use from several threads."""
+        if self._device.type != "cpu" or 0 in shape:
+            return torch.empty(shape, dtype=dtype, device=self._device)
+        size = torch.empty(0, dtype=dtype).element_size() * int(np.prod(shape))
+        return torch.from_numpy(self._free(size)[:size]).view(dtype).view(shape)
+
+    def _free(self, size: int) -> np.ndarray:
+        # a tensor, and every view of it, holds a reference to the array its memory came from
+        for i in range(len(self._held)):
+            if len(self._held[i]) >= size and sys.getrefcount(self._held[i]) == _ONLY_OURS:
+                return self._held[i]
+        self._held = self._held[-self._keep + 1 :] if self._keep > 1 else []
+        self._held.append(np.empty(size, np.uint8))
+        return self._held[-1]
+
+
+def _references_of_a_held_array() -> int:
+    held = [np.empty(1)]
+    return sys.getrefcount(held[0])
+
+
+_ONLY_OURS = _references_of_a_held_array()

@@ -1,0 +1,139 @@
+"""The DALI graph: stored frames to uint8 frames of the recipe's size."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from nvidia.dali import fn, types
+from nvidia.dali.pipeline import Pipeline
+
+from pipelines.augment import View
+
+
+class GraphError(Exception):
+    """DALI could not turn what it was given into frames. The graph cannot be used any more."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a graph does.
+
+    source    jpegs: encoded pictures. pictures: uint8 [H, W, 3]. files: encoded videos, of which it decodes frames by
+              their number (a GPU's NVDEC)
+    resize    whether windows are scaled to the frame's size; if not, they have it already
+    whole     scale all of the picture to a size of its own, and cut nothing (for the cache, before augmentation)
+    augment   flip and change colours as the views say
+    """
+
+    source: str
+    resize: bool
+    whole: bool = False
+    augment: bool = False
+
+
+class Graph:
+    """A DALI pipeline that makes at most `units` frames (files: clips) of `side` x `side` pixels at once."""
+
+    def __init__(self, plan: Plan, side: int, units: int, device: torch.device, threads: int):
+        self.plan, self.units = plan, units
+        self._side, self._gpu = side, device.type == "cuda"
+        # one unit of the graph is a frame where frames come singly, and a clip where NVDEC delivers sequences
+        self._pipeline = Pipeline(
+            batch_size=units,
+            num_threads=threads,
+            device_id=device.index or 0 if self._gpu else None,
+            prefetch_queue_depth=1,
+        )
+        with self._pipeline:
+            self._pipeline.set_outputs(self._define())
+        self._pipeline.build()
+
+    def _define(self):
+        plan, device = self.plan, "gpu" if self._gpu else "cpu"
+        crops = not plan.resize and not plan.whole
+        start = fn.external_source(name="start", ndim=1, dtype=types.INT32) if crops else None
+        window = {"start": start, "shape": [self._side, self._side], "axis_names": "WH"}
+        if plan.source == "jpegs":
+            source = fn.external_source(name="source", no_copy=True, dtype=types.UINT8, ndim=1)
+            mode = "mixed" if self._gpu else "cpu"
+            if crops:
+                frames = fn.decoders.image_slice(source, device=mode, output_type=types.RGB, **window)
+            else:
+                frames = fn.decoders.image(source, device=mode, output_type=types.RGB)
+        else:
+            frames = self._pictures(device)
+            if crops:
+                frames = fn.slice(frames, **window)
+        if plan.resize:
+            frames = fn.resize(frames, interp_type=types.INTERP_CUBIC, antialias=True, **self._scaling())
+        if plan.augment:
+            frames = fn.flip(frames, horizontal=fn.external_source(name="flip", ndim=0, dtype=types.INT32))
+            factors = ("brightness", "contrast", "saturation")
+            inputs = {n: fn.external_source(name=n, ndim=0, dtype=types.FLOAT) for n in factors}
+            frames = fn.color_twist(frames, **inputs)
+        return frames
+
+    def _pictures(self, device: str):
+        if self.plan.source == "files":
+            source = fn.external_source(name="source", no_copy=True, dtype=types.UINT8, ndim=1)
+            wanted = fn.external_source(name="positions", ndim=1, dtype=types.INT32)
+            return fn.decoders.video(source, device="mixed", frames=wanted)
+        pictures = fn.external_source(name="source", no_copy=True, dtype=types.UINT8, ndim=3, layout="HWC")
+        return pictures.gpu() if device == "gpu" else pictures
+
+    def _scaling(self) -> dict:
+        if self.plan.whole:
+            return {"size": fn.external_source(name="size", ndim=1, dtype=types.FLOAT)}
+        ends = {f"roi_{n}": fn.external_source(name=n, ndim=1, dtype=types.FLOAT) for n in ("start", "end")}
+        return {"size": [self._side, self._side], **ends}
+
+    def run(
+        self,
+        pieces: list[np.ndarray],
+        views: list[View],
+        sizes: list[tuple[int, int]] | None = None,
+        positions: list[np.ndarray] | None = None,
+    ) -> list[np.ndarray] | np.ndarray | torch.Tensor:
+        """uint8 frames [n, side, side, 3], on the device; `whole`: a list of pictures [height, width, 3] in memory.
+
+        One view a unit; `sizes` (width, height) only where the plan is `whole`. On the CPU they are DALI's own memory,
+        good until the next run. Raises GraphError.
+        """
+        try:
+            self._feed(pieces, views, sizes, positions)
+            (output,) = self._pipeline.run()
+        except RuntimeError as error:
+            raise GraphError(_reason(error)) from error
+        if self.plan.whole:
+            output = output.as_cpu()
+            return [np.array(output.at(i)) for i in range(len(output))]
+        if not self._gpu:
+            return np.asarray(output.as_tensor()) if output.is_dense_tensor() else output.as_array()
+        if self.plan.source == "files":
+            return torch.cat([torch.from_dlpack(clip) for clip in output])
+        return torch.from_dlpack(output.as_tensor())
+
+    def _feed(self, pieces: list, views: list[View], sizes: list | None, positions: list | None) -> None:
+        feed, plan = self._pipeline.feed_input, self.plan
+        feed("source", pieces)
+        if plan.source == "files":
+            feed("positions", [p.astype(np.int32) for p in positions])
+        if plan.whole:
+            if plan.resize:
+                feed("size", np.array([[height, width] for width, height in sizes], np.float32))
+        elif plan.resize:  # rows first, as the picture lies in memory
+            feed("start", np.array([[v.y, v.x] for v in views], np.float32))
+            feed("end", np.array([[v.y + v.height, v.x + v.width] for v in views], np.float32))
+        else:
+            feed("start", np.array([[v.x, v.y] for v in views]).round().astype(np.int32))
+        if plan.augment:
+            feed("flip", np.array([v.flip for v in views], np.int32))
+            for name in ("brightness", "contrast", "saturation"):
+                feed(name, np.array([getattr(v, name) for v in views], np.float32))
+
+
+def _reason(error: RuntimeError) -> str:
+    """The line of DALI's report that says what happened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = [line for line in lines if "rror" in line and not line.startswith(("Error in", "Error when"))]
+    return (said or lines or [type(error).__name__])[0][:300]

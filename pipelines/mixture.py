@@ -1,0 +1,69 @@
+"""Batches from several splits at once, each in its own exact order."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from pipelines.config import DataConfig
+from pipelines.order import Order
+from shards.dataset import Split
+from shards.joined import Joined
+
+
+class Mixture:
+    """Orders side by side: a batch is a batch of each, and an order that comes to its end starts its next epoch.
+
+    So every one of them visits each of its pairs once in each of its own epochs, whatever the others do, and no batch
+    holds a video twice. Videos are numbered through, those of the second order after those of the first. An epoch of the
+    mixture is `epoch_samples` pairs; 0: as many as all orders have.
+    """
+
+    def __init__(self, orders: Sequence[Order], epoch_samples: int = 0):
+        self.orders = orders
+        self.batch_size = sum(order.batch_size for order in orders)
+        self.pairs = epoch_samples or sum(order.pairs for order in orders)
+        self.steps_per_epoch = -(-self.pairs // self.batch_size)
+        self._first_videos = np.cumsum([0] + [len(order.counts) for order in orders])
+
+    def batch(self, epoch: int, step: int) -> np.ndarray:
+        """int64 [pairs, 2]: as Order.batch(). The orders' pairs alternate evenly, so that ranks get like shares of them."""
+        if not 0 <= step < self.steps_per_epoch:
+            raise IndexError(f"step {step} of an epoch of {self.steps_per_epoch} steps")
+        since_start = epoch * self.steps_per_epoch + step
+        parts = [order.batch(*divmod(since_start, order.steps_per_epoch)) for order in self.orders]
+        parts = [part + np.array([first, 0]) for part, first in zip(parts, self._first_videos, strict=False)]
+        places = np.concatenate([(np.arange(len(part)) + 0.5) / max(1, len(part)) for part in parts])
+        return np.concatenate(parts)[np.argsort(places, kind="stable")]
+
+
+def order_of(split: Split | Joined, config: DataConfig, batch_size: int, seed: int, drop_last: bool) -> Order | Mixture:
+    """The order in which training visits a split, or several. Raises ValueError for weights that cannot be had."""
+    splits = split.splits if isinstance(split, Joined) else [split]
+    weights = config.weights or tuple(s.info["videos" if config.paragraph else "captions"] for s in splits)
+    orders = [
+        Order(
+            np.broadcast_to(np.uint8(1), len(one)) if config.paragraph else one.caption_counts,
+            share,
+            seed + (number << 32),  # sets of the same size must not be shuffled alike
+            drop_last,
+            shard_starts=one.shard_starts,
+            block=config.shuffle_block,
+        )
+        for number, (one, share) in enumerate(zip(splits, shares(weights, batch_size), strict=True))
+    ]
+    return Mixture(orders, config.epoch_samples) if isinstance(split, Joined) else orders[0]
+
+
+def shares(weights: Sequence[float], batch_size: int) -> list[int]:
+    """Pairs of every batch that each weight gets: whole numbers that sum to `batch_size`, by largest remainder."""
+    exact = np.array(weights, float) / sum(weights) * batch_size
+    whole = np.floor(exact).astype(int)
+    most = np.argsort(whole - exact, kind="stable")[: batch_size - int(whole.sum())]
+    whole[most] += 1
+    if not whole.all():
+        number = int(np.argmin(whole))
+        raise ValueError(
+            f"data.weights: set {number + 1} of {len(whole)} would get {exact[number]:.2g} of the {batch_size} pairs of a "
+            "batch; raise its weight or train.batch_size, or leave the set out"
+        )
+    return whole.tolist()

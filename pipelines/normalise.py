@@ -1,0 +1,111 @@
+"""uint8 pixels to normalised planes: (pixel / 255 - mean) / std, from [..., H, W, 3] to [..., 3, H, W].
+
+On a GPU torch does it after the transfer of the bytes. On a CPU it is most of the work that is left once frames are
+cheap to decode, and torch takes three times as long as it needs: normalise.c does it in one pass. It is compiled at its
+first use, in under a second, and kept for the next; without a C compiler torch does it.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipelines.config import DataConfig
+
+SOURCE = Path(__file__).with_name("normalise.c")
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
+
+
+class Normalise:
+    """The normalisation of `config` into tensors of `dtype`."""
+
+    def __init__(self, config: DataConfig):
+        self.dtype = DTYPES[config.pixels]
+        std = 255 * np.array(config.std, np.float64)
+        self._scale = (1 / std).astype(np.float32)
+        self._offset = (-np.array(config.mean, np.float64) * 255 / std).astype(np.float32)
+        library = _library()
+        self._kernel = library and getattr(library, "normalise_f16" if self.dtype == torch.float16 else "normalise_f32")
+
+    def into(self, out: torch.Tensor, frames: np.ndarray) -> None:
+        """frames uint8 [n, H, W, 3], each picture contiguous, into out [n, 3, H, W], contiguous, both on the CPU.
+
+        The interpreter is free meanwhile, so threads can share the work."""
+        n, height, width, _ = frames.shape
+        if self._kernel is None:
+            out.copy_(self.on_device(torch.from_numpy(np.ascontiguousarray(frames))))
+            return
+        if not frames.flags.c_contiguous or not out.is_contiguous():
+            raise ValueError("normalise: both sides must be contiguous")
+        pointers = [frames.ctypes.data, out.data_ptr()]
+        sizes = [n, height * width]
+        self._kernel(
+            *map(ctypes.c_void_p, pointers), *map(ctypes.c_size_t, sizes),
+            ctypes.c_void_p(self._scale.ctypes.data), ctypes.c_void_p(self._offset.ctypes.data),
+        )  # fmt: skip
+
+    def on_device(self, frames: torch.Tensor) -> torch.Tensor:
+        """frames uint8 [..., H, W, 3] on any device, normalised, [..., 3, H, W]."""
+        scale, offset = (torch.from_numpy(a).to(frames.device) for a in (self._scale, self._offset))
+        return (frames.float() * scale + offset).to(self.dtype).movedim(-1, -3).contiguous()
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    """normalise.c, compiled for this machine; None without a compiler."""
+    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
+    if compiler is None:
+        warnings.warn("no C compiler: normalising takes three times as long. Install gcc", stacklevel=2)
+        return None
+    command = [compiler, "-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC"]
+    if platform.machine() not in ("x86_64", "AMD64"):
+        command.remove("-march=native")
+    try:
+        return ctypes.CDLL(str(_compiled(command)))
+    except (OSError, subprocess.SubprocessError) as error:
+        detail = getattr(error, "stderr", b"") or b""
+        warnings.warn(f"{SOURCE} does not compile, torch normalises: {error} {detail.decode()[-500:]}", stacklevel=2)
+        return None
+
+
+def _compiled(command: list[str]) -> Path:
+    """The library's path: one a machine, source and command, in the user's cache folder or, failing that, for once."""
+    machine = f"{platform.node()} {platform.processor()} {_cpu()}"
+    name = hashlib.sha256(f"{command} {machine}".encode() + SOURCE.read_bytes()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "c4c"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if folder.stat().st_uid != os.getuid():  # nobody else's library is loaded into this process
+            raise PermissionError
+        target = folder / f"normalise-{name}.so"
+        with tempfile.NamedTemporaryFile(dir=folder, suffix=".part", delete=False) as part:
+            pass
+    except OSError:
+        target = Path(tempfile.mkdtemp(prefix="c4c-")) / "normalise.so"
+        part = None
+    if target.exists():
+        os.unlink(part.name)
+        return target
+    built = part.name if part else str(target)
+    subprocess.run([*command, "-o", built, str(SOURCE)], check=True, capture_output=True, timeout=60)
+    if part:
+        os.chmod(built, 0o700)
+        os.replace(built, target)  # whole or not at all: ranks start together
+    return target
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line for line in lines if line.startswith("flags")), "")

@@ -1,0 +1,97 @@
+"""What a clip needs of its shard, fetched and checked against the crc32c of packing."""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+from crc32c import crc32c
+
+from shards import ShardError
+from shards.dataset import Split
+from shards.schema import Video
+from shards.video import VideoError, pick_frames
+
+
+class BadSample(Exception):
+    """A stored video whose wanted frames cannot be had, and why."""
+
+
+@dataclass
+class Source:
+    """What was fetched of one clip.
+
+    pieces    JPEGs, pictures uint8 [H, W, 3] or a whole file; of a cached clip one array uint8 [frames, H, W, 3]
+    positions int64 [n], which stored frames these are, increasing
+    """
+
+    pieces: list[np.ndarray]
+    positions: np.ndarray
+    cached: bool = False
+    bytes_read: int = 0
+    decoded: int = 0
+    read_s: float = 0.0
+    decode_s: float = 0.0
+
+
+class Reader:
+    """Fetches frames of one split. Safe to use from several threads. Raises BadSample."""
+
+    def __init__(self, split: Split):
+        self._split = split
+
+    def jpegs(self, video: Video, positions: np.ndarray) -> Source:
+        """The encoded frames, and nothing else of the file."""
+        started, frames = time.perf_counter(), video.frames
+        sizes = frames.size[positions].tolist()
+        offsets = frames.offset[positions].tolist()
+        crcs = frames.crc32c[positions].tolist()
+        pieces = []
+        for position, offset, size, crc in zip(positions, offsets, sizes, crcs, strict=True):
+            data = self._bytes(video, offset, size)
+            if crc32c(data) != crc:
+                raise BadSample(
+                    f"crc32c of stored frame {position} differs from the sample table: the shard is damaged"
+                )
+            pieces.append(np.frombuffer(data, np.uint8))
+        spent = time.perf_counter() - started
+        return Source(pieces, positions, bytes_read=sum(sizes), decoded=len(pieces), read_s=spent)
+
+    def pictures(self, video: Video, positions: np.ndarray) -> Source:
+        """The frames, decoded from the keyframe before each."""
+        out = Source([], positions)
+        started = time.perf_counter()
+
+        def read(offset: int, size: int) -> bytes:
+            begun = time.perf_counter()
+            data = self._bytes(video, offset, size)
+            if size < 0 and crc32c(data) != video.crc32c:
+                raise VideoError("crc32c of the file differs from the sample table: the shard is damaged")
+            out.bytes_read += len(data)
+            out.read_s += time.perf_counter() - begun
+            return data
+
+        try:
+            found = pick_frames(video.codec, video.extradata, video.frames, video.rotation, read, positions)
+        except VideoError as error:
+            raise BadSample(str(error)) from error
+        out.pieces = [found[int(p)] for p in positions]
+        out.decoded = found.decoded
+        out.decode_s = time.perf_counter() - started - out.read_s
+        return out
+
+    def file(self, video: Video, positions: np.ndarray) -> Source:
+        """The whole stored file, of which a GPU decodes the frames."""
+        started = time.perf_counter()
+        data = self._bytes(video, 0, -1)
+        if crc32c(data) != video.crc32c:
+            raise BadSample("crc32c of the file differs from the sample table: the shard is damaged")
+        spent = time.perf_counter() - started
+        return Source(
+            [np.frombuffer(data, np.uint8)], positions, bytes_read=len(data), decoded=len(positions), read_s=spent
+        )
+
+    def _bytes(self, video: Video, offset: int, size: int) -> bytes:
+        try:
+            return self._split.read(video, offset, size)
+        except (OSError, ShardError) as error:
+            raise BadSample(str(error)) from error

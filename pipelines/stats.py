@@ -1,0 +1,49 @@
+"""What a batch cost: counts and seconds, for the metrics and `python -m pipelines.bench`."""
+
+from dataclasses import dataclass, fields
+
+
+@dataclass
+class Stats:
+    """Of one rank's batch, or of several added up.
+
+    Seconds are of the thread that makes batches, so they add up to the time a batch takes; where its workers overlap
+    with it they count once. A stage near 0 is free; the largest is the one to speed up.
+    """
+
+    clips: int = 0
+    bytes_read: int = 0  # of the shards
+    frames_used: int = 0  # a frame that a clip shows twice counts once
+    frames_decoded: int = 0
+    frames_cached: int = 0  # used frames that came out of the cache
+    bad: int = 0  # samples replaced
+    queued: int = 0  # batches that stood ready when the step asked; 0: the loader is behind, data.prefetch: it is ahead
+    order_s: float = 0.0  # which pairs and which frames, captions to tokens
+    read_s: float = 0.0
+    decode_s: float = 0.0  # with the fused crop, and the resize where one graph does both
+    resize_s: float = 0.0  # and augmentation, where a graph does nothing else
+    normalise_s: float = 0.0
+    copy_s: float = 0.0  # into the cache, and to the device
+
+    def add(self, other: "Stats") -> None:
+        for field in fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
+    def minus(self, before: "Stats") -> "Stats":
+        return Stats(**{f.name: getattr(self, f.name) - getattr(before, f.name) for f in fields(self)})
+
+    def metrics(self) -> dict[str, float]:
+        """Names and values for RUN/metrics.jsonl."""
+        used = max(1, self.frames_used)
+        out = {
+            "data/bytes_read": self.bytes_read,
+            "data/frames_used": self.frames_used,
+            "data/frames_decoded_per_used": self.frames_decoded / used,
+            "data/cached_pct": 100 * self.frames_cached / used,
+            "data/bad": self.bad,
+            "data/queued": self.queued,
+        }
+        return out | {f"data/{name}": round(getattr(self, name), 6) for name in STAGES}
+
+
+STAGES = tuple(f.name for f in fields(Stats) if f.name.endswith("_s"))
