@@ -13,9 +13,10 @@ from c4c.shard_tools import plain as _plain
 from c4c.shard_tools import show as _show
 from shards import ShardError
 from shards.datasets import Item, demo, folder
-from shards.info import rejected, title
-from shards.pack import pack
-from shards.profiles import PROFILES, Profile
+from shards.info import count, rejected, title
+from shards.pack import finish_parts, missing, pack, some
+from shards.profiles import ENCODERS, PROFILES, Profile
+from shards.storage import place
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,21 +41,24 @@ def _parser() -> argparse.ArgumentParser:
         "--profile",
         choices=PROFILES,
         default=default.name,
-        help="intra: each kept frame an independent JPEG, for training; copy: source bytes untouched",
+        help="intra: each kept frame an independent JPEG, for training; copy: source bytes untouched; h264, hevc, av1: "
+        "the frames of intra re-encoded in short GOPs, for small disks (%(default)s)",
     )
-    packing.add_argument("--fps", type=int, default=default.fps, help="intra: frames kept a second (%(default)s)")
+    packing.add_argument(
+        "--fps", type=int, default=default.fps, help="frames kept a second; 240 keeps all; not for copy (%(default)s)"
+    )
     packing.add_argument(
         "--short-side",
         type=int,
         default=None,
         metavar="PX",
-        help=f"intra: scale the short side to this ({default.short_side}; demo: 64)",
+        help=f"scale the short side to this; not for copy ({default.short_side}; demo: 64)",
     )
     packing.add_argument(
         "--quality",
         type=int,
-        default=default.quality,
-        help="intra: JPEG quantiser, 1 best to 31 smallest (%(default)s)",
+        default=None,
+        help="intra: JPEG quantiser, 1 best to 31 smallest (3); h264, hevc, av1: constant rate factor (23, 26, 32)",
     )
     packing.add_argument(
         "--chroma",
@@ -62,9 +66,40 @@ def _parser() -> argparse.ArgumentParser:
         default=default.chroma,
         help="intra: 420; 444 keeps full colour resolution and scales exactly, slower and larger (%(default)s)",
     )
+    packing.add_argument(
+        "--gop", type=int, default=None, help="h264, hevc, av1: frames a closed GOP (a second of them, at most 12)"
+    )
+    packing.add_argument(
+        "--encoder",
+        choices=ENCODERS,
+        default=default.encoder,
+        help="h264, hevc, av1: cpu gives the same bytes everywhere; nvenc is a GPU's; auto: nvenc where it opens "
+        "(%(default)s)",
+    )
     packing.add_argument("--workers", type=int, default=None, help="processes (one a core)")
     packing.add_argument(
         "--shard-videos", type=int, default=None, help="videos a shard (16 to 256 by the size of the set)"
+    )
+
+    packing.add_argument(
+        "--part",
+        type=_part,
+        default=None,
+        metavar="I/N",
+        help="job arrays: pack only every N-th shard, from the I-th (1 to N); whichever part is last finishes the split",
+    )
+    packing.add_argument(
+        "--scheduler", default=None, metavar="ADDRESS", help="pack on the Dask cluster at tcp://HOST:PORT"
+    )
+    packing.add_argument(
+        "--timeout",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="reject a video whose decoding takes longer; above 100 MB in proportion (%(default)g)",
+    )
+    packing.add_argument(
+        "--retry-rejects", action="store_true", help="pack the shards again in which videos were rejected"
     )
 
     one = commands.add_parser("demo", parents=[packing], help="generate a small data set of moving shapes and pack it")
@@ -79,9 +114,13 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--captions", type=Path, required=True, help="csv with the header video,caption; one row a caption"
     )
-    one.add_argument("--out", type=Path, required=True, help="the split to write")
+    one.add_argument("--out", type=place, required=True, help="the split to write: a folder, s3://, gs:// or hf://")
     one.add_argument("--name", default=None, help="name of the data set (the output folder's name)")
     one.set_defaults(run=_folder)
+
+    one = commands.add_parser("finish", help="after --part: write dataset.json once all parts are packed")
+    one.add_argument("path", type=place, help="the split that was packed in parts")
+    one.set_defaults(run=_finish)
 
     shard_tools.add_commands(commands)
     return parser
@@ -101,19 +140,20 @@ def _demo(args) -> int:
 
 def _folder(args) -> int:
     items = folder.read(args.videos, args.captions)
-    name = args.name or args.out.resolve().name
-    return _pack(args, items, args.out, name, args.out.resolve().name)
+    split = args.out.resolve().name if isinstance(args.out, Path) else args.out.name
+    return _pack(args, items, args.out, args.name or split, split)
 
 
 def _pack(args, items: list[Item], out: Path, dataset: str, split: str, short_side: int = Profile.short_side) -> int:
     for name in ("workers", "shard_videos"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ShardError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    if not args.timeout > 0:
+        raise ShardError(f"--timeout {args.timeout:g}: must be above 0")
     profile = Profile(
         name=args.profile, fps=args.fps, short_side=short_side if args.short_side is None else args.short_side,
-        quality=args.quality,
-        chroma=args.chroma,
-    )  # fmt: skip
+        quality=args.quality, chroma=args.chroma, gop=args.gop, encoder=args.encoder,
+    ).resolved()  # fmt: skip
     started, read, rejects = time.monotonic(), 0, 0
     with _bar() as progress:
         task = progress.add_task(title(dataset, split), total=len(items), note="")
@@ -138,8 +178,19 @@ def _pack(args, items: list[Item], out: Path, dataset: str, split: str, short_si
 
         info = pack(
             items, out, dataset=dataset, split=split, profile=profile, shard_videos=args.shard_videos,
-            workers=args.workers, on_start=on_start, on_progress=on_progress,
+            workers=args.workers, part=args.part, cluster=args.scheduler, timeout=args.timeout,
+            retry_rejects=args.retry_rejects, on_start=on_start, on_progress=on_progress,
         )  # fmt: skip
+    if info is None:
+        lacking = missing(out)
+        console.print(
+            f"{out}: part {args.part[0]}/{args.part[1]} is packed. {count(len(lacking), 'shard')} of other parts still "
+            f"missing ({some(lacking)}). The part that is last finishes the split; or, when all are done, run: "
+            f"python -m c4c.shard finish {out}",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+        return 0
+    resumed = 0 if args.part else resumed  # it counts videos of the part
     before = (
         "; all of it was there already" if resumed == len(items) else f"; {resumed} were done before" if resumed else ""
     )
@@ -150,6 +201,22 @@ def _pack(args, items: list[Item], out: Path, dataset: str, split: str, short_si
     if (lost := rejected(info)) != "nothing":
         console.print(f"[yellow]{lost} rejected:[/] see {out / 'rejects.jsonl'}", highlight=False, soft_wrap=True)
     return 0
+
+
+def _finish(args) -> int:
+    info = finish_parts(args.path)
+    console.print(f"{args.path}: {info['videos']} videos, {info['captions']} captions in {len(info['shards'])} shards")
+    return 0
+
+
+def _part(text: str) -> tuple[int, int]:
+    try:
+        index, parts = map(int, text.split("/"))
+    except ValueError:
+        index = parts = 0
+    if not 1 <= index <= parts:
+        raise argparse.ArgumentTypeError(f"{text}: must be I/N with I from 1 to N, such as 2/16")
+    return index, parts
 
 
 def _rate(value: float) -> str:

@@ -12,9 +12,15 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation
 from crc32c import crc32c
 from PIL import Image
 
+from shards.encode import to_intra as encode_intra
 from shards.schema import FrameTable
-from shards.video import grid, scan, to_intra
+from shards.video import Source, grid, scan
 from tests.videos import encode, encode_pictures, number_in
+
+
+def to_intra(data: bytes, **settings) -> tuple[Source, bytes, FrameTable]:
+    source, written = encode_intra(io.BytesIO(data), **settings)
+    return source, written.file.read(), written.frames
 
 
 def jpegs(data: bytes, frames: FrameTable) -> list[np.ndarray]:

@@ -13,7 +13,8 @@ import pytest
 from crc32c import crc32c
 from PIL import Image
 
-from shards.video import Source, VideoError, grid, pick_frames, scaled_size, scan
+from shards.decode import Pass
+from shards.video import Source, VideoError, grid, pick_frames, scaled_size, scan, upright
 from tests.videos import encode, number_in, picture
 
 SHORT_GOP = {"bf": "3", "g": "12"}
@@ -95,12 +96,14 @@ def test_scan_finds_keyframes_and_b_frames() -> None:
     assert (np.diff(ordered.offset) > 0).all()
 
 
-def test_scan_hands_over_each_frame_once_and_in_order() -> None:
-    seen = []
+@pytest.mark.parametrize("thrifty", [False, True])
+def test_a_pass_hands_over_each_frame_once_and_in_order(thrifty: bool) -> None:
     data = encode(FRAMES, NTSC, options=SHORT_GOP)
-    scan(data, lambda i, t, frame, fps: seen.append((i, t, number_in(frame.to_ndarray(format="rgb24")), fps)))
-    assert [(i, n, fps) for i, _, n, fps in seen] == [(i, i, NTSC) for i in range(FRAMES)]
-    assert [t for _, t, _, _ in seen] == scan(data).frames.time.tolist()
+    with Pass(io.BytesIO(data)) as whole:
+        seen = [(s.number, s.time, number_in(upright(s.frame))) for s in whole.frames(thrifty=thrifty)]
+        assert whole.fps == NTSC
+    assert [(i, n) for i, _, n in seen] == [(i, i) for i in range(FRAMES)]
+    assert [t for _, t, _ in seen] == scan(data).frames.time.tolist()
 
 
 @pytest.mark.parametrize("name", SLICEABLE)
