@@ -181,7 +181,7 @@ def _part(text: str) -> Part:
         return Part(name, float(size))
     if not Path(size).is_file():
         raise ShardError(f"--parts {text}: {size!r} is no number, not the word rest, and there is no such file of ids")
-    lines = (line.strip() for line in Path(size).read_text(encoding="utf-8").splitlines())
+    lines = (line.strip() for line in Path(size).read_text(encoding="utf-8").split("\n"))
     return Part(name, ids=frozenset(line for line in lines if line))
 
 

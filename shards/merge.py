@@ -81,7 +81,11 @@ def _named_apart(splits: list[Split], prefix: bool) -> list[Source]:
     renamed = [{key: f"{label}/{id}" for key, id in c.items()} for label, c in zip(labels, clashes, strict=True)]
     taken = np.concatenate([column_hashes(s, "key") for s in splits])
     new = [name for names in renamed for name in names.values()]
-    for name, again in zip(new, np.isin(hashes(map(safe_key, new)), taken), strict=True):
+    try:
+        keys = [safe_key(name) for name in new]
+    except ValueError as error:
+        raise ShardError(f"--prefix: {error}") from error
+    for name, again in zip(new, np.isin(hashes(keys), taken), strict=True):
         if again:
             raise ShardError(f"--prefix would make {name!r} of one name, and there is a video of that name already")
     return [Source(s, names) for s, names in zip(splits, renamed, strict=True)]

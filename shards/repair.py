@@ -23,7 +23,7 @@ from shards.datasets import Caption, Item
 from shards.pack import finish, frame_columns, input_digest, write_table
 from shards.profiles import Profile
 from shards.schema import FORMAT_VERSION, JSON_CRCS, REJECTS, SCHEMA, FrameTable
-from shards.tar import commit, index_text, read_index, read_members, safe_key, write_atomic
+from shards.tar import commit, index_text, key_to_name, read_index, read_members, write_atomic
 from shards.tarcopy import TarCopier, link_or_copy
 from shards.video import VideoError, scan
 
@@ -111,7 +111,7 @@ def repair(
     plan = old.get("plan") or _plan(path, name, split, profile, repaired)
     if any(r.lost for r in repaired):
         plan = {**plan, "input": None}  # what is missing now must not pass for packed
-    finish(path, plan, names)
+    finish(path, plan, names, old.get("reconciliation"))
     return repaired
 
 
@@ -157,7 +157,7 @@ def _rejects(path: Path, names: list[str]) -> dict[str, list[dict]]:
             known[name] = json.loads(pq.read_schema(path / f"{name}.parquet").metadata[REJECTS])
     left: list[dict] = []
     with suppress(OSError, ValueError):
-        left = [json.loads(line) for line in (path / "rejects.jsonl").read_text().splitlines()]
+        left = [json.loads(line) for line in (path / "rejects.jsonl").read_text().split("\n") if line]
     out: dict[str, list[dict]] = {}
     for place, name in enumerate(names):
         if name in known:
@@ -173,16 +173,29 @@ def _rejects(path: Path, names: list[str]) -> dict[str, list[dict]]:
 def _plan(path: Path, name: str | None, split: str | None, profile: dict, repaired: list[Repaired]) -> dict:
     """The plan as the packer wrote it, as far as the tars tell."""
     folder = path.resolve()
-    lost = (path / "rejects.jsonl").exists() and (path / "rejects.jsonl").stat().st_size
+    rejects = (path / "rejects.jsonl").exists() and (path / "rejects.jsonl").stat().st_size
+    items = None if rejects else _items(path, [r.shard for r in repaired])
     return {
         "format": FORMAT_VERSION,
         "name": name or folder.parent.name,
         "split": split or folder.name,
         "profile": profile,
-        "input": None if lost else input_digest(_items(path, [r.shard for r in repaired])),
+        "input": _input(items),
         "shards": len(repaired),
         "shard_videos": max(r.videos for r in repaired),
     }
+
+
+def _input(items: Iterator[Item] | None) -> str | None:
+    """The digest of the packing's input, or None where the tars do not tell all of it."""
+    try:
+        return items and input_digest(items)
+    except _Unknown:
+        return None
+
+
+class _Unknown(Exception):
+    """Captions of a cut video were moved with it, and those outside the cut are gone."""
 
 
 def _items(path: Path, names: list[str]) -> Iterator[Item]:
@@ -191,6 +204,8 @@ def _items(path: Path, names: list[str]) -> Iterator[Item]:
             for sample, (offset, size) in read_index(path / f"{name}.idx").items():
                 if sample.endswith(".json"):
                     described = json.loads(_pread(file, offset, size))
+                    if described.get("cut"):
+                        raise _Unknown
                     captions = tuple(Caption(**c) for c in described["captions"])
                     file_name = Path(described["source"]["file"])
                     yield Item(described["id"], file_name, captions, described.get("meta", {}))
@@ -340,7 +355,7 @@ def _described(tar: Path, sample: _Sample, file: BinaryIO) -> dict:
         raise ShardError(
             f"{where} has the members {', '.join(sample.members)}, not one video and its .json. {_FOREIGN}"
         )
-    if safe_key(described["id"]) != sample.key:
+    if key_to_name(sample.key) != described["id"]:
         raise ShardError(f"{where} is called {described['id']!r} in its .json member: the tar has been changed")
     return described
 

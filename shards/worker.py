@@ -208,14 +208,16 @@ def _in_clip(caption: Caption, item: Item, duration: float) -> Caption:
 
 def _description(item: Item, row: dict, stored: Stored, profile: Profile) -> bytes:
     """The sample's .json."""
-    source = stored.source
+    source, cut = stored.source, (item.start, item.end) != (None, None)
+    told = cut or profile.name != "copy"  # else all frames are there, and the stored file tells their times itself
     described = {k: row[k] for k in ("id", "captions", "codec", "width", "height", "duration", "source_frames")}
     described |= {
         "fps": f"{source.fps.numerator}/{source.fps.denominator}",
         "source": {"file": item.path.name, "codec": source.codec, "width": source.width, "height": source.height},
         # with these the tar alone tells all that the sample table does
-        "frame_number": stored.frames.number.tolist() if profile.name != "copy" else None,
-        "frame_time": stored.frames.time.tolist() if profile.name != "copy" else None,
+        "frame_number": stored.frames.number.tolist() if told else None,
+        "frame_time": stored.frames.time.tolist() if told else None,
+        "cut": [item.start, item.end] if cut else None,
         "profile": profile.describe(),
         "meta": item.meta,
     }

@@ -7,6 +7,7 @@ import json
 import shutil
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from shards import ShardError
 from shards.dataset import Split
 from shards.datasets import Item
 from shards.pack import input_digest
+from shards.profiles import Profile
 from shards.repair import repair
 from shards.verify import verify
 from tests.shards.sets import COPY, files, packed
@@ -53,6 +55,17 @@ def test_tars_alone_give_everything_back(profile: str, request: pytest.FixtureRe
     ]  # fmt: skip
     assert steps == [(0, 3), (1, 3), (2, 3), (3, 3)]
     assert files(split) == files(whole)
+
+
+@pytest.mark.parametrize("profile", [COPY, Profile(name="h264", fps=5, short_side=64)], ids=["cut copies", "h264"])
+def test_numbers_and_times_of_the_source_come_back(profile: Profile, items: list[Item], tmp_path: Path) -> None:
+    clips = [replace(item, start=0.6, end=1.1) for item in (items[0], items[1], items[4])]
+    packed(clips, tmp_path / "set", profile, shard_videos=3)
+    before = files(tmp_path / "set")
+    assert Split(tmp_path / "set").info["videos"] == 3
+    strip(tmp_path / "set", ".idx", ".parquet")
+    repair(tmp_path / "set", workers=1)
+    assert files(tmp_path / "set") == before
 
 
 def test_processes_make_no_difference(rough: Path, tmp_path: Path) -> None:
