@@ -19,7 +19,7 @@ from shards.datasets.files import Files
 from shards.info import count, rejected, title
 from shards.pack import finish_parts, missing, pack, some
 from shards.profiles import ENCODERS, PROFILES, Profile
-from shards.storage import place
+from shards.storage import is_remote, place
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     one = commands.add_parser("demo", parents=[packing], help="generate a small data set of moving shapes and pack it")
-    one.add_argument("--out", type=Path, required=True, help="writes OUT/source, OUT/train and OUT/test")
+    one.add_argument("--out", type=_place, required=True, help="a folder; writes OUT/source, OUT/train and OUT/test")
     one.add_argument("--train", type=int, default=1000, help="training videos (%(default)s)")
     one.add_argument("--test", type=int, default=200, help="test videos (%(default)s)")
     one.add_argument("--seed", type=int, default=0)
@@ -122,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
             "--videos", required=True, help="folder of video files, at any depth, or a URL (s3://, hf://, …)"
         )
         one.add_argument(
-            "--out", type=place, required=True,
+            "--out", type=_place, required=True,
             help="the split to write: a folder, s3://, gs:// or hf://; its last folder names the split",
         )  # fmt: skip
         module.add_arguments(one)
@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
         one.set_defaults(run=_dataset, reader=module, dataset=name)
 
     one = commands.add_parser("finish", help="after --part: write dataset.json once all parts are packed")
-    one.add_argument("path", type=place, help="the split that was packed in parts")
+    one.add_argument("path", type=_place, help="the split that was packed in parts")
     one.set_defaults(run=_finish)
 
     shard_tools.add_commands(commands)
@@ -138,6 +138,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(args) -> int:
+    if is_remote(args.out):
+        raise ShardError(f"--out {args.out}: the demo set is generated into a folder")
     with _bar() as progress:
         task = progress.add_task("videos", total=args.train + args.test, note="")
         items = demo.generate(
@@ -239,6 +241,13 @@ def _finish(args) -> int:
     info = finish_parts(args.path)
     console.print(f"{args.path}: {info['videos']} videos, {info['captions']} captions in {len(info['shards'])} shards")
     return 0
+
+
+def _place(text: str):
+    try:
+        return place(text)
+    except ShardError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _part(text: str) -> tuple[int, int]:

@@ -68,14 +68,15 @@ def same(found: dict[str, bytes], whole: dict[str, bytes]) -> None:
 # ---- parts ----
 
 
-def test_parts_make_the_same_split(folder: Path, whole: dict, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_parts_make_the_same_split(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     def run(*options: str, out: Path) -> str:
         command = ["folder", "--videos", str(folder), "--captions", str(folder / "captions.csv"), "--name", "set"]
         command += ["--profile", "copy", "--shard-videos", "2", "--workers", "1", "--out", str(out), *options]
         assert main(command) == 0
         return capsys.readouterr().err
 
-    out = tmp_path / "parts" / "train"
+    run(out=tmp_path / "whole" / "train")
+    whole, out = files(tmp_path / "whole" / "train"), tmp_path / "parts" / "train"
     said = run("--part", "2/3", out=out)
     assert "part 2/3 is packed. 3 shards of other parts still missing (000000, 000002, 000003)" in said
     assert sorted(p.name for p in out.glob("*.tar")) == ["000001.tar"] and not (out / "dataset.json").exists()
@@ -84,7 +85,7 @@ def test_parts_make_the_same_split(folder: Path, whole: dict, tmp_path: Path, ca
         Split(out)
     assert main(["finish", str(out)]) == 1
     assert "3 of 4 shards are missing (000000, 000002, 000003)" in capsys.readouterr().err
-    before = (out / "000001.tar").stat().st_mtime_ns
+    begun, before = (out / "packing.json").read_bytes(), (out / "000001.tar").stat().st_mtime_ns
     run("--part", "2/3", out=out)
     assert (out / "000001.tar").stat().st_mtime_ns == before
     run("--part", "3/3", out=out)
@@ -94,9 +95,8 @@ def test_parts_make_the_same_split(folder: Path, whole: dict, tmp_path: Path, ca
     assert record.pop("reconciliation")["packed"] == {"videos": 7, "captions": 7}  # the reader's, not the packer's
     assert without_locks | {"dataset.json": (json.dumps(record, indent=2) + "\n").encode()} == whole
 
-    (out / "dataset.json").rename(out / "packing.json")  # as if the last part had been killed before its last step
-    record = json.loads((out / "packing.json").read_text())
-    (out / "packing.json").write_text(json.dumps(record["plan"]))
+    (out / "dataset.json").unlink()  # as if the last part had been killed before its last step
+    (out / "packing.json").write_bytes(begun)
     assert main(["finish", str(out)]) == 0
     assert files(out) == whole
 
@@ -333,8 +333,11 @@ def test_a_network_that_is_down_ends_the_run(eight: list[Item], tmp_path: Path, 
     assert not files(tmp_path)
 
 
-def test_protocols_say_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_protocols_say_what_they_need(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(SystemExit):
+        main(["folder", "--videos", ".", "--out", "gs://bucket/x"])
+    assert "pip install gcsfs" in capsys.readouterr().err
     with pytest.raises(ShardError, match="pip install gcsfs"):
         storage.place("gs://bucket/x")
     with pytest.raises(ShardError, match="nonsense"):
