@@ -6,21 +6,20 @@ import time
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
+from c4c import shard_tools
+from c4c.shard_tools import bar as _bar
+from c4c.shard_tools import console
+from c4c.shard_tools import plain as _plain
+from c4c.shard_tools import show as _show
 from shards import ShardError
-from shards.dataset import find_splits
 from shards.datasets import Item, demo, readers
 from shards.datasets.files import Files
-from shards.info import count, describe, rejected, title
+from shards.info import count, rejected, title
 from shards.pack import finish_parts, missing, pack, some
 from shards.profiles import ENCODERS, PROFILES, Profile
 from shards.storage import is_remote, place
-from shards.verify import verify
-
-console = Console(stderr=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -134,14 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("path", type=_place, help="the split that was packed in parts")
     one.set_defaults(run=_finish)
 
-    one = commands.add_parser("verify", help="re-read everything: crc, decode, index against tar; exit 1 if any is bad")
-    one.add_argument("path", type=Path, help="a split, or a folder of splits")
-    one.add_argument("--workers", type=int, default=None)
-    one.set_defaults(run=_verify)
-
-    one = commands.add_parser("info", help="counts, durations, sizes, codecs, captions")
-    one.add_argument("path", type=Path, help="a split, or a folder of splits")
-    one.set_defaults(run=_info)
+    shard_tools.add_commands(commands)
     return parser
 
 
@@ -283,48 +275,8 @@ def _reconcile(counts: dict) -> None:
             console.print(f"[yellow]note[/] {known} {what} are published, {counts['packed'][what]} were packed")
 
 
-def _verify(args) -> int:
-    bad = 0
-    for path in find_splits(args.path):
-        with _bar() as progress:
-            task = progress.add_task(f"verify {path.name}", total=None, note="shards")
-            problems = verify(path, args.workers, partial(_show, progress, task))
-        for problem in problems:
-            print(f"{path}/{problem}")
-        print(f"{path}: {count(len(problems), 'problem') if problems else 'all good'}")
-        bad += len(problems)
-    return 1 if bad else 0
-
-
-def _info(args) -> int:
-    for path in find_splits(args.path):
-        table = Table(title=str(path), show_header=False)
-        for name, value in describe(path).items():
-            table.add_row(name, value)
-        Console().print(table)
-    return 0
-
-
-def _bar() -> Progress:
-    """All that there is to say in one line of 80 columns; the bar takes what the words leave."""
-    name = Column(max_width=16, no_wrap=True, overflow="ellipsis")
-    return Progress(
-        TextColumn("{task.description}", table_column=name), BarColumn(None, table_column=Column(ratio=1, max_width=40)),
-        MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TextColumn("ETA"), TimeRemainingColumn(compact=True),
-        console=console, expand=True,
-    )  # fmt: skip
-
-
-def _show(progress: Progress, task: TaskID, done: int, total: int) -> None:
-    progress.update(task, completed=done, total=total)
-
-
 def _rate(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
-
-
-def _plain(text: object) -> str:
-    return str(text).replace("[", r"\[")
 
 
 if __name__ == "__main__":

@@ -214,8 +214,8 @@ def _description(item: Item, row: dict, stored: Stored, profile: Profile) -> byt
         "fps": f"{source.fps.numerator}/{source.fps.denominator}",
         "source": {"file": item.path.name, "codec": source.codec, "width": source.width, "height": source.height},
         # with these the tar alone tells all that the sample table does
-        "frame_number": stored.frames.number.tolist() if profile.name == "intra" else None,
-        "frame_time": stored.frames.time.tolist() if profile.name == "intra" else None,
+        "frame_number": stored.frames.number.tolist() if profile.name != "copy" else None,
+        "frame_time": stored.frames.time.tolist() if profile.name != "copy" else None,
         "profile": profile.describe(),
         "meta": item.meta,
     }

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from c4c import shard
+from c4c import shard, shard_tools
 from shards import ShardError
 from shards.datasets import Caption, Counts, Item
 from shards.info import describe
@@ -203,8 +203,10 @@ def test_bad_arguments_are_answered_in_words(own: Path, capsys: pytest.CaptureFi
 def test_the_progress_line_fits_in_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("msrvtt train", "a data set with a name that is long"):
         screen = io.StringIO()
-        monkeypatch.setattr(shard, "console", Console(file=screen, width=80, force_terminal=True, color_system=None))
-        with shard._bar() as progress:
+        monkeypatch.setattr(
+            shard_tools, "console", Console(file=screen, width=80, force_terminal=True, color_system=None)
+        )
+        with shard_tools.bar() as progress:
             task = progress.add_task(name, total=10_000, note="123 videos/s 45.6 MB/s 12 rejects")
             progress.update(task, completed=5000)
         last = [line for line in screen.getvalue().splitlines() if "videos/s" in line][-1].split("\r")[-1]
