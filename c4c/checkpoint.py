@@ -1,69 +1,232 @@
-"""Saving a run's state through DeepSpeed, and reading it back, with or without DeepSpeed's engine."""
+"""Saving a run's state, whole and atomically, and reading it back into any number of ranks and any ZeRO stage.
 
+A checkpoint is a folder:
+
+    model.safetensors       fp32 master weights under CLIP4Clip's names
+    optimizer.safetensors   NAME/exp_avg and NAME/exp_avg_sq of every trained weight; random.N.cpu, random.N.cuda of rank N
+    state.json              steps done, updates of the weights, fp16's loss scale, who wrote it
+
+No part of it knows of ranks or ZeRO, and nothing in it can be executed.
+"""
+
+import json
 import os
 import shutil
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 FOLDER = "checkpoints"
+STATE = "state.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """What is kept."""
+    """When the state is saved, beside the end of every epoch and of the run, and what is kept."""
 
-    keep_last: int = 2  # checkpoints
+    every_steps: int = 0  # 0: at ends of epochs only
+    every_minutes: float = 0.0  # 0: never by the clock
+    keep_last: int = 2  # newest checkpoints
+    keep_best: int = 1  # checkpoints with the best validated text-to-video R@1; 0: none for that reason
 
     def __post_init__(self):
         if self.keep_last < 1:
             raise ValueError(
                 f"checkpoint.keep_last={self.keep_last}: must be at least 1, or nothing could be evaluated"
             )
+        for name in ("every_steps", "every_minutes", "keep_best"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"checkpoint.{name}={getattr(self, name)}: must be at least 0")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is not there or cannot be read."""
+    """A checkpoint that is not there, or cannot be read or written."""
 
 
 def tag_of(step: int) -> str:
     return f"step{step:08d}"
 
 
-def save(engine, run: Path, step: int, keep_last: int) -> None:
-    """Write the engine's state after `step` steps; called on every rank. Then drop all but the newest `keep_last`."""
-    folder, tag = run / FOLDER, tag_of(step)
-    # DeepSpeed's rank 0 would write `latest` before the other ranks are done; behind the barrier it ends with, all are
-    engine.save_checkpoint(str(folder), tag=tag, client_state={"step": step}, save_latest=False)
-    if engine.global_rank == 0:
-        temporary = folder / ".latest.tmp"
-        temporary.write_text(tag)
-        os.replace(temporary, folder / "latest")
-        # what a killed run left half-written of later steps is no reason to drop this one
-        for old in [t for t in tags(run) if t <= tag][:-keep_last]:
-            shutil.rmtree(folder / old)
+def step_of(tag: str) -> int:
+    return int(tag.removeprefix("step"))
 
 
-def restore(engine, run: Path) -> int:
-    """Load the newest checkpoint into the engine, on every rank; returns the number of steps it has seen.
+class Saver:
+    """Saves a run's checkpoints: the state is copied at once, and rank 0 writes it in a thread while training goes on.
 
-    Executes nothing from the file. Raises CheckpointError.
+    What cannot be written is told through `say`, and the last good checkpoint stays what `latest` names.
     """
-    tag = latest(run)
-    with _reading(run / FOLDER / tag):
-        path, state = engine.load_checkpoint(str(run / FOLDER), tag=tag)
-    if path is None:
-        raise CheckpointError(f"{run / FOLDER / tag} could not be loaded")
-    return int(state["step"])
+
+    def __init__(self, run: Path, config: CheckpointConfig, say: Callable[[str], None] = lambda text: None):
+        self.run, self.config, self.error = run, config, None
+        self._say, self._thread = say, None
+        self._saved = time.monotonic()
+
+    def due(self, step: int) -> bool:
+        """Whether one is due after `step` steps. Clocks differ: where `every_minutes` is set, only rank 0's word counts."""
+        by_steps = self.config.every_steps and step % self.config.every_steps == 0
+        minutes = (time.monotonic() - self._saved) / 60
+        return bool(by_steps or (self.config.every_minutes and minutes >= self.config.every_minutes))
+
+    def save(self, engine, step: int, extra: dict | None = None) -> None:
+        """Called on every rank."""
+        self.wait()
+        self._saved = time.monotonic()
+        taken = snapshot(engine, step, extra)
+        if taken is not None:
+            self._thread = threading.Thread(target=self._write, args=(step, *taken), name="c4c-saver")
+            self._thread.start()
+
+    def wait(self) -> None:
+        """Until the last checkpoint is on disk."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _write(self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict) -> None:
+        try:
+            write(self.run, step, tensors, state)
+            prune(self.run, self.config)
+            self.error = None
+        except OSError as error:
+            there = (
+                f"the last good one is {latest(self.run)}"
+                if (self.run / FOLDER / "latest").exists()
+                else "there is none"
+            )
+            self.error = f"the checkpoint after step {step} could not be written: {error}; {there}"
+            self._say(f"warning: {self.error}. Make room; the next one is tried when it is due")
+
+
+def save(engine, run: Path, step: int, keep_last: int = 1) -> None:
+    """Write the engine's state after `step` steps, at once; called on every rank. Raises CheckpointError."""
+    saver = Saver(run, CheckpointConfig(keep_last=keep_last, keep_best=0))
+    saver.save(engine, step)
+    saver.wait()
+    if saver.error:
+        raise CheckpointError(saver.error)
+
+
+def snapshot(engine, step: int, extra: dict | None = None) -> tuple[dict[str, dict[str, Tensor]], dict] | None:
+    """(tensors of each file, state.json) on rank 0, copied out of the engine; called on every rank, None on others."""
+    from c4c import zero
+
+    first, model, optimizer = engine.global_rank == 0, {}, {}
+    for name, tensor in zero.weights(engine):
+        if first:
+            name = name.removeprefix("model.")  # as c4c.engine.Learner names and shapes them
+            tensor = tensor.reshape(()) if name == "clip.logit_scale" else tensor
+            model[name] = _kept(tensor)
+    for name, key, tensor in zero.moments(engine):
+        if first:
+            optimizer[f"{name}/{key}"] = _kept(tensor)
+    for rank, states in enumerate(_random_states()):
+        optimizer |= {f"random.{rank}.{device}": state for device, state in states.items()}
+    if not first:
+        return None
+    state = {"step": step, "updates": zero.updates(engine), "loss_scaler": zero.loss_scaler(engine)}
+    state |= {"ranks": engine.world_size, "zero_stage": engine.zero_optimization_stage()} | (extra or {})
+    return {"model.safetensors": model, "optimizer.safetensors": optimizer}, state
+
+
+def write(run: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict) -> None:
+    """Make a checkpoint and point `latest` at it. Whatever stops this, earlier ones and the pointer stay whole.
+
+    Raises OSError.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    folder = run / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = folder / f".{tag_of(step)}.tmp"
+    try:
+        for old in folder.glob(".step*.tmp"):  # of a killed run
+            shutil.rmtree(old)
+        beside.mkdir()
+        for name, content in tensors.items():
+            save_file(content, beside / name)
+        (beside / STATE).write_text(json.dumps(state, indent=2) + "\n")
+        for file in beside.iterdir():
+            _sync(file)
+        _sync(beside)
+        if (folder / tag_of(step)).exists():  # the same step, saved once more after a restart
+            shutil.rmtree(folder / tag_of(step))
+        os.replace(beside, folder / tag_of(step))
+        _point(folder, tag_of(step))
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise error if isinstance(error, OSError) else OSError(str(error)) from error
+
+
+def prune(run: Path, config: CheckpointConfig) -> None:
+    """Drop all checkpoints but the newest and the best, and never the one that `latest` names."""
+    newest = latest(run)
+    there = [
+        tag for tag in tags(run) if step_of(tag) <= step_of(newest)
+    ]  # what a killed run left of later steps is no reason to drop one
+    scored = sorted((t for t in there if t in (r1 := validated(run))), key=lambda t: (r1[t], t), reverse=True)
+    kept = {newest, *there[-config.keep_last :], *scored[: config.keep_best]}
+    for old in set(there) - kept:
+        shutil.rmtree(run / FOLDER / old)
+
+
+def validated(run: Path) -> dict[str, float]:
+    """Text-to-video R@1 of the checkpoints that were validated, by name."""
+    file, found = run / "eval.jsonl", {}
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            row = json.loads(line)
+            found[tag_of(row["step"])] = row["val/t2v_R1"]
+        except (ValueError, KeyError):  # a killed run may leave half a line
+            continue
+    return found
+
+
+def best(run: Path) -> str | None:
+    """The kept checkpoint with the best validated text-to-video R@1, the newest of equals."""
+    scores = {tag: r1 for tag, r1 in validated(run).items() if tag in tags(run)}
+    return max(scores, key=lambda tag: (scores[tag], tag), default=None)
+
+
+def restore(engine, run: Path, tag: str | None = None) -> dict:
+    """Load a checkpoint (the newest) into the engine, on every rank; returns its state.json.
+
+    Any number of ranks and any ZeRO stage may have written it. Executes nothing from the file. Raises CheckpointError.
+    """
+    from safetensors import safe_open
+
+    from c4c import zero
+
+    tag = tag or latest(run)
+    folder = run / FOLDER / tag
+    with _reading(folder):
+        state = json.loads((folder / STATE).read_text())
+        model, optimizer = (safe_open(folder / f"{part}.safetensors", "pt") for part in ("model", "optimizer"))
+        keys = sorted({key.rpartition("/")[2] for key in optimizer.keys() if "/" in key})  # noqa: SIM118 no mapping
+
+        def read(name: str, key: str | None) -> Tensor:
+            if key is not None:
+                return optimizer.get_tensor(f"{name}/{key}")
+            tensor = model.get_tensor(name.removeprefix("model."))
+            return tensor.reshape(1) if name.endswith("clip.logit_scale") else tensor
+
+        zero.write(engine, read, keys, state["updates"])
+        zero.set_loss_scaler(engine, state["loss_scaler"])
+        _set_random(optimizer, engine.global_rank)
+    return state
 
 
 def tags(run: Path) -> list[str]:
     """Names of the checkpoints there are, oldest first."""
-    return sorted(p.name for p in (run / FOLDER).glob("step*") if p.is_dir())
+    return sorted((p.name for p in (run / FOLDER).glob("step*") if p.is_dir()), key=lambda t: (len(t), t))
 
 
 def latest(run: Path) -> str:
@@ -80,26 +243,72 @@ def latest(run: Path) -> str:
 
 
 def load_weights(run: Path, tag: str | None = None) -> dict[str, Tensor]:
-    """fp32 state dict of a run's CLIP4Clip from its ZeRO checkpoint: any stage, any number of ranks that wrote it.
+    """fp32 state dict of a run's CLIP4Clip. Reads DeepSpeed's own ZeRO checkpoints too, of any stage and number of ranks.
 
-    Executes nothing from the file. Raises CheckpointError.
+    tag: a checkpoint's name, `best`, or None for the newest. Executes nothing from the file. Raises CheckpointError.
     """
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    from safetensors.torch import load_file
 
-    tag = tag or latest(run)
+    tag = (best(run) if tag == "best" else tag) or latest(run)
     folder = run / FOLDER / tag
     if tag not in tags(run):
         raise CheckpointError(f"{run} has no checkpoint {tag}; there are {_listed(run)}")
     with _reading(folder):
-        if list(folder.glob("*_optim_states.pt")):
-            with _quiet():
-                state = get_fp32_state_dict_from_zero_checkpoint(str(run / FOLDER), tag=tag)
-        else:  # stage 0 in fp32 keeps whole weights in the model's own file
-            state = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu")["module"]
-        # as c4c.engine.Learner names and shapes them
-        state = {name.removeprefix("model."): tensor.float() for name, tensor in state.items()}
-        state["clip.logit_scale"] = state["clip.logit_scale"].reshape(())
+        if (folder / "model.safetensors").exists():
+            return load_file(folder / "model.safetensors")
+        return _deepspeeds(folder)
+
+
+def _deepspeeds(folder: Path) -> dict[str, Tensor]:
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    if list(folder.glob("*_optim_states.pt")):
+        with _quiet():
+            state = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
+    else:  # stage 0 in fp32 keeps whole weights in the model's own file
+        state = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu")["module"]
+    state = {name.removeprefix("model."): tensor.float() for name, tensor in state.items()}
+    state["clip.logit_scale"] = state["clip.logit_scale"].reshape(())
     return state
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    """A copy in host memory that later steps do not change."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _random_states() -> list[dict[str, Tensor]]:
+    """Each rank's generators, on every rank."""
+    mine = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [mine]
+    states: list = [None] * dist.get_world_size()
+    dist.all_gather_object(states, mine)
+    return states
+
+
+def _set_random(file, rank: int) -> None:
+    there = set(file.keys())
+    if f"random.{rank}.cpu" in there:  # more ranks than before: the new ones keep those they were started with
+        torch.set_rng_state(file.get_tensor(f"random.{rank}.cpu"))
+    if torch.cuda.is_available() and f"random.{rank}.cuda" in there:
+        torch.cuda.set_rng_state(file.get_tensor(f"random.{rank}.cuda"))
+
+
+def _point(folder: Path, tag: str) -> None:
+    temporary = folder / ".latest.tmp"
+    temporary.write_text(tag)
+    _sync(temporary)
+    os.replace(temporary, folder / "latest")
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _listed(run: Path) -> str:

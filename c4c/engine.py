@@ -1,22 +1,22 @@
 """The model inside a DeepSpeed engine: one place derives DeepSpeed's configuration from ours."""
 
-import logging
 import math
-import os
-import sys
+import warnings
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from c4c.loss import contrastive_loss
+from c4c import zero
+from c4c.distributed import compile_ops, quiet_libraries, start_distributed, stop_distributed  # noqa: F401
+from c4c.loss import contrastive_loss, world_size
 from c4c.model import MAX_SCALE, CLIP4Clip
 from c4c.optim import TrainConfig, parameter_groups
 from pipelines.order import rank_rows
 
 PRECISIONS = ("bf16", "fp16", "fp32")
+OFFLOADS = ("none", "optimizer", "all")
 MAX_LOGIT = math.log(MAX_SCALE)
 
 
@@ -27,12 +27,25 @@ class EngineConfig:
     precision: str = "bf16"  # of weights and activations; masters, moments, similarities and losses are fp32
     zero_stage: int = 1  # 0 none, 1 optimizer states, 2 gradients, 3 weights are shared out over ranks
     clip_grad_norm: float = 1.0  # 0: off
+    offload: str = "none"  # to the host's memory: optimizer (masters and moments; ZeRO 1-3), all (weights too; ZeRO 3)
+    compile: bool = False  # the towers, by torch.compile
+    activation_checkpointing: bool = False  # keep no activations inside blocks: less memory, a second forward pass
+    timeout_s: float = 1800.0  # a rank that is this long in one step is taken for dead: the run ends and names it
 
     def __post_init__(self):
         if self.precision not in PRECISIONS:
             raise ValueError(f"engine.precision={self.precision}: there are {', '.join(PRECISIONS)}")
         if self.zero_stage not in (0, 1, 2, 3):
             raise ValueError(f"engine.zero_stage={self.zero_stage}: there are 0, 1, 2 and 3")
+        if self.offload not in OFFLOADS:
+            raise ValueError(f"engine.offload={self.offload}: there are {', '.join(OFFLOADS)}")
+        if self.offload == "optimizer" and self.zero_stage == 0:
+            raise ValueError("engine.offload=optimizer: ZeRO does it, so engine.zero_stage must be 1, 2 or 3, not 0")
+        if self.offload == "all" and self.zero_stage != 3:
+            raise ValueError(f"engine.offload=all: only engine.zero_stage=3 shares out weights, not {self.zero_stage}")
+        for name in ("clip_grad_norm", "timeout_s"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"engine.{name}={getattr(self, name)}: must be at least 0")
 
 
 class Learner(nn.Module):
@@ -81,21 +94,45 @@ class Pull:
     whole: tuple[Tensor, Tensor, Tensor] | None = None
 
 
-def train_step(engine, batch, factor: float, micro: int) -> Tensor:
+def train_step(engine, batch, factor: float, train: TrainConfig) -> Tensor:
     """One update of the weights, at `factor` times the peak learning rate; returns this rank's loss.
 
-    micro: pairs encoded at once, 0 or at least this rank's share: all of it.
+    `applied` then tells whether the weights were changed: not where the loss or a gradient is not finite.
     """
     for group, lr in zip(engine.optimizer.param_groups, engine.module.peak_lrs, strict=True):
         group["lr"] = lr * factor
-    if not micro or micro >= len(batch.valid):
+    if train.accumulate > 1:
+        loss = _accumulated_step(engine, batch, train.accumulate)
+    elif train.micro_batch_size and train.micro_batch_size < len(batch.valid):
+        loss = _cached_step(engine, batch, train.micro_batch_size)
+    else:
         loss = engine(batch.frames, batch.frame_mask, batch.tokens, batch.valid)
         engine.backward(loss)
         engine.step()
-    else:
-        loss = _cached_step(engine, batch, micro)
-    clamp_temperature(engine)
+    temperature = engine.module.model.clip.logit_scale
+    if temperature.requires_grad:  # at 1/100 or above, as CLIP4Clip keeps it after each step
+        zero.clamp(engine, temperature, MAX_LOGIT)
     return loss.detach()
+
+
+def applied(engine) -> bool:
+    """Whether the last step changed the weights. The same on every rank."""
+    return not getattr(engine.optimizer, "overflow", False)
+
+
+def _accumulated_step(engine, batch, parts: int) -> Tensor:
+    """Plain accumulation: `parts` smaller global batches, each with only its own negatives; one update with their mean."""
+    rows = [slice(i, None, parts) for i in range(parts)]  # in turn, so that padding at the end is shared out
+    counts = torch.stack([batch.valid[r].sum() for r in rows]).float()
+    if world_size() > 1:
+        dist.all_reduce(counts)
+    shares, whole = counts / counts.sum(), 0.0
+    for r, share in zip(rows, shares, strict=True):
+        loss = engine(batch.frames[r], batch.frame_mask[r], batch.tokens[r], batch.valid[r]) * share
+        engine.backward(loss, scale_wrt_gas=False)
+        engine.step()  # updates at the last one only
+        whole = whole + loss.detach()
+    return whole
 
 
 def _cached_step(engine, batch, micro: int) -> Tensor:
@@ -125,24 +162,6 @@ def _cached_step(engine, batch, micro: int) -> Tensor:
     return loss
 
 
-def clamp_temperature(engine) -> None:
-    """Keep CLIP's temperature at 1/100 or above in the master copy, wherever ZeRO has put it (CLIP4Clip does each step)."""
-    from deepspeed import utils
-
-    scale = engine.module.model.clip.logit_scale
-    if not scale.requires_grad:
-        return
-    if hasattr(scale, "ds_id"):  # stage 3: each rank has a part, which may be padding
-        part = utils.safe_get_local_fp32_param(scale)
-        utils.safe_set_local_fp32_param(scale, part.clamp(max=MAX_LOGIT))
-        return
-    master = utils.safe_get_full_fp32_param(scale)
-    if master is None:  # stage 0: each rank has its own
-        scale.data.clamp_(max=MAX_LOGIT)
-    elif float(master.max()) > MAX_LOGIT:
-        utils.safe_set_full_fp32_param(scale, master.clamp(max=MAX_LOGIT))
-
-
 def read_scale(engine) -> float:
     """What scores are multiplied by now; called on every rank, since under ZeRO 3 none has the whole weight."""
     import deepspeed
@@ -152,76 +171,25 @@ def read_scale(engine) -> float:
         return model.scale().item()
 
 
-def start_distributed() -> tuple[int, int, torch.device]:
-    """Join the process group the launcher made, or make one of a single rank. Returns rank, world, device."""
-    quiet_libraries()
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator
-
-    _find_ninja()
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
-        os.environ.setdefault(name, value)
-    if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(_free_port())
-    local = int(os.environ["LOCAL_RANK"])
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local)
-    else:
-        local_world = int(os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
-    deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), verbose=False)
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    return dist.get_rank(), dist.get_world_size(), device
-
-
-def stop_distributed() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def quiet_libraries() -> None:
-    """DeepSpeed's log lines are for its developers; its warnings and errors stay."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what it would find, less a warning
-    if sys.prefix != sys.base_prefix:  # environments that share compiled optimizers compile them over and over
-        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.WARNING)
-
-
-def compile_ops() -> None:
-    """Compile what DeepSpeed compiles at the first start on this machine: its exchange between ranks, its fused Adam."""
-    quiet_libraries()
-    from deepspeed.accelerator import get_accelerator
-
-    _find_ninja()
-    for name in ("ShareMemCommBuilder", "FusedAdamBuilder"):
-        builder = get_accelerator().create_op_builder(name)
-        if builder is not None:
-            builder.load(verbose=False)
-
-
-def _find_ninja() -> None:
-    """An environment that is not activated still has ninja, with which DeepSpeed compiles."""
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-
-
 def deepspeed_config(engine: EngineConfig, train: TrainConfig, world: int, extra: dict) -> dict:
     """DeepSpeed's configuration: ours, with `extra` (the yaml's `deepspeed:` block) on top.
 
     Raises ValueError where `extra` contradicts what one of our keys decides, and if the batch cannot be shared out evenly.
     """
     rows = rank_rows(train.batch_size, 0, world).stop
-    micro = min(train.micro_batch_size or rows, rows)
-    passes = -(-rows // micro)  # of gradient caching; DeepSpeed counts them as accumulation
+    if rows % train.accumulate:
+        raise ValueError(f"train.accumulate={train.accumulate} does not divide the {rows} pairs of a rank evenly")
+    micro = rows // train.accumulate if train.accumulate > 1 else min(train.micro_batch_size or rows, rows)
+    passes = -(-rows // micro)  # gradient caching's too are accumulation to DeepSpeed
+    held = "train.accumulate" if train.accumulate > 1 else "train.micro_batch_size"
+    offload = {"offload_optimizer": {"device": "cpu"}} if engine.offload != "none" else {}
+    offload |= {"offload_param": {"device": "cpu"}} if engine.offload == "all" else {}
     derived = {
         "train_batch_size": micro * passes * world,  # our batch size, but for a last micro-batch that is not full
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": passes,
         "gradient_clipping": engine.clip_grad_norm,
-        "zero_optimization": {"stage": engine.zero_stage},
+        "zero_optimization": {"stage": engine.zero_stage} | offload,
         "bf16": {"enabled": engine.precision == "bf16"},
         "fp16": {"enabled": engine.precision == "fp16"},
         "optimizer": {
@@ -237,8 +205,8 @@ def deepspeed_config(engine: EngineConfig, train: TrainConfig, world: int, extra
     }
     owners = {
         "train_batch_size": "train.batch_size",
-        "train_micro_batch_size_per_gpu": "train.micro_batch_size",
-        "gradient_accumulation_steps": "train.micro_batch_size",
+        "train_micro_batch_size_per_gpu": held,
+        "gradient_accumulation_steps": held,
         "gradient_clipping": "engine.clip_grad_norm",
         "zero_optimization.stage": "engine.zero_stage",
         "bf16.enabled": "engine.precision",
@@ -250,6 +218,8 @@ def deepspeed_config(engine: EngineConfig, train: TrainConfig, world: int, extra
         "optimizer.params.bias_correction": "train.bias_correction",
         "scheduler": "train.schedule",
     }
+    if engine.offload != "none":
+        owners |= {f"zero_optimization.{part}.device": "engine.offload" for part in offload}
     for path, owner in owners.items():
         given, ours = _at(extra, path), _at(derived, path)
         if given is not None and given != ours:
@@ -261,12 +231,13 @@ def build_engine(learner: Learner, config: EngineConfig, train: TrainConfig, wor
     """A DeepSpeed engine around `learner`, with fused AdamW."""
     import deepspeed
 
+    model = learner.model
     if config.zero_stage == 3:  # what is used outside the forward of the module that owns it: DeepSpeed has to be told
-        model = learner.model
         for owner in (model.clip, model.head):
             for parameter in owner.parameters(recurse=False):
                 deepspeed.zero.register_external_parameter(model, parameter)
         deepspeed.zero.register_external_parameter(learner, model.clip.logit_scale)
+    model.clip.set_grad_checkpointing(config.activation_checkpointing)
     groups = parameter_groups(learner, train)
     learner.peak_lrs = [group["lr"] for group in groups]
     engine, *_ = deepspeed.initialize(
@@ -274,7 +245,92 @@ def build_engine(learner: Learner, config: EngineConfig, train: TrainConfig, wor
         model_parameters=groups,
         config=deepspeed_config(config, train, world, extra),
     )
+    if engine.optimizer is engine.basic_optimizer:
+        _guard(engine, engine.gradient_clipping())
+    if hasattr(engine.optimizer, "fp32_groups_flat"):  # it has taken one step with gradients of 0, decay and all
+        for flat, initial in zip(engine.optimizer.fp32_groups_flat, engine.optimizer.fp16_groups_flat, strict=True):
+            flat.data.copy_(initial)
+        zero.make_moments(engine, ["exp_avg", "exp_avg_sq"], 0)
+    _power_each_step(engine.basic_optimizer)
+    if config.compile:
+        compile_towers(model, config.zero_stage)
     return engine
+
+
+def _guard(engine, clip: float) -> None:
+    """Without ZeRO in fp32 nothing keeps gradients that are not finite from the weights: clip and look here."""
+    optimizer, step = engine.optimizer, engine.optimizer.step
+
+    def guarded(*args, **kwargs):
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        optimizer._global_grad_norm = norm.item()
+        optimizer.overflow = not math.isfinite(optimizer._global_grad_norm)
+        if optimizer.overflow:
+            return
+        if clip > 0:
+            torch._foreach_mul_(grads, (clip / (norm + 1e-6)).clamp(max=1.0))
+        step(*args, **kwargs)
+
+    engine.clip_fp32_gradients = lambda: None
+    optimizer.step = guarded
+
+
+_FAR = 2**30  # a step that is never followed by a real one
+
+
+def _power_each_step(optimizer) -> None:
+    """Make DeepSpeed's CPU Adam take beta ** step as a power at every step.
+
+    It multiplies on from the step before where it can and takes the power after a restart, and the two round apart, so
+    a continued run would not be the unbroken one bit for bit. A step far away in between leaves it nothing to go on from.
+    """
+    nothing = [torch.zeros(1) for _ in range(4)]
+    if hasattr(optimizer, "multi_tensor_adam") and not torch.cuda.is_available():
+        kernel = optimizer.multi_tensor_adam
+
+        def fused(chunk, noop, tensors, lr, beta1, beta2, eps, step, *rest):
+            kernel(chunk, noop, [[t] for t in nothing], lr, beta1, beta2, eps, _FAR, *rest)
+            kernel(chunk, noop, tensors, lr, beta1, beta2, eps, step, *rest)
+
+        optimizer.multi_tensor_adam = fused
+    elif hasattr(optimizer, "ds_opt_adam"):
+        optimizer.ds_opt_adam = _Powers(optimizer.ds_opt_adam, nothing)
+
+
+class _Powers:
+    """DeepSpeed's Adam for offloaded states, with the same remedy."""
+
+    def __init__(self, kernel, nothing: list[Tensor]):
+        self._kernel, self._nothing = kernel, nothing
+
+    def __getattr__(self, name: str):
+        return getattr(self._kernel, name)
+
+    def adam_update(self, which: int, step: int, *rest) -> None:
+        self._kernel.adam_update(which, _FAR, *rest[:-4], *self._nothing)
+        self._kernel.adam_update(which, step, *rest)
+
+
+def compile_towers(model: CLIP4Clip, stage: int) -> bool:
+    """torch.compile both towers in place; where that is not possible, say so in one warning and go on without."""
+    why = "ZeRO 3 fetches weights inside them" if stage == 3 else _cannot_compile(model.clip.logit_scale.device)
+    if why:
+        warnings.warn(f"engine.compile: the towers run uncompiled ({why})", stacklevel=2)
+        return False
+    torch._dynamo.config.suppress_errors = True  # what one part cannot compile is no reason to stop
+    for tower in (model.clip.visual, model.clip.transformer):
+        tower.compile()
+    return True
+
+
+def _cannot_compile(device: torch.device) -> str:
+    """Why not, by trying; empty if it works."""
+    try:
+        torch.compile(lambda x: torch.nn.functional.gelu(x) + 1, fullgraph=True)(torch.zeros(8, device=device))
+    except Exception as error:  # a missing compiler, an unsupported device, ...: any of dynamo's and inductor's errors
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+    return ""
 
 
 def _at(tree: dict, path: str):
@@ -290,11 +346,3 @@ def _over(base: dict, extra: dict) -> dict:
     for key, value in extra.items():
         out[key] = _over(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
     return out
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]

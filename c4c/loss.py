@@ -63,7 +63,7 @@ def contrastive_loss(text: Tensor, video: Tensor, valid: Tensor, scale: Tensor, 
     hidden = ~all_valid.expand(len(text), -1).scatter(1, own[:, None], torch.ones_like(own, dtype=torch.bool)[:, None])
     to_video, to_text = (s.masked_fill(hidden, float("-inf")) for s in _both_ways(text, video, scale, score))
     rows = cross_entropy(to_video, own, reduction="none") + cross_entropy(to_text, own, reduction="none")
-    return (rows * valid).sum() * (world / 2) / all_valid.sum()
+    return (rows * valid).sum() * (world / 2) / all_valid.sum().clamp(min=1)
 
 
 def mil_nce_loss(text: Tensor, video: Tensor, owner: Tensor, valid: Tensor, scale: Tensor, score: Score) -> Tensor:

@@ -15,6 +15,8 @@ class TrainConfig:
 
     batch_size: int = 128  # pairs a step, over all ranks
     micro_batch_size: int = 0  # pairs a rank encodes at once; fewer than its share: gradient caching. 0: all its share
+    accumulate: int = 1  # updates take the mean of so many smaller batches, each with only its own negatives
+    max_bad_steps: int = 20  # in a row: steps left out because the loss or a gradient was not finite; then the run ends
     epochs: float = 5.0
     max_steps: int = 0  # stop after so many steps; 0: epochs decide. The schedule ends there too
     drop_last: bool = False  # every batch full and the rest of an epoch left out, not all batches a little smaller
@@ -34,10 +36,15 @@ class TrainConfig:
 
     def __post_init__(self):
         low = {"batch_size": 1, "lr": 0, "epochs": 0, "max_steps": 0, "weight_decay": 0, "eval_every": 0, "freeze_layers": -1,
-               "micro_batch_size": 0, "coef_lr": 0}  # fmt: skip
+               "micro_batch_size": 0, "coef_lr": 0, "accumulate": 1, "max_bad_steps": 1}  # fmt: skip
         for name, least in low.items():
             if getattr(self, name) < least:
                 raise ValueError(f"train.{name}={getattr(self, name)}: must be at least {least}")
+        if self.accumulate > 1 and self.micro_batch_size:
+            raise ValueError(
+                f"train.accumulate={self.accumulate} and train.micro_batch_size={self.micro_batch_size} both cut the batch: "
+                "micro_batch_size keeps the whole batch's negatives (gradient caching), accumulate does not; set one of them"
+            )
         if len(self.betas) != 2:
             raise ValueError(f"train.betas={self.betas}: two numbers")
         for name, known in (("schedule", SCHEDULES), ("decay", DECAYS)):

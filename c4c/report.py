@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Iterable
 
 from rich.console import Console
 from rich.live import Live
@@ -12,18 +13,19 @@ _LINE_EVERY_S = 5.0
 
 
 class Report:
-    """Shows a training run. Does nothing at all where `on` is false."""
+    """Shows a training run. Does nothing at all where `on` is false. validated: t2v R@1 of earlier validations."""
 
-    def __init__(self, on: bool, total_steps: int, steps_per_epoch: int, done: int):
+    def __init__(self, on: bool, total_steps: int, steps_per_epoch: int, done: int, validated: Iterable[float] = ()):
         self.console = Console(stderr=True, soft_wrap=True, quiet=not on)
         self._on, self._total, self._per_epoch, self._first = on, total_steps, steps_per_epoch, done
         self._started = self._last_line = time.monotonic()
-        self._best = float("-inf")
-        self._bar = Progress(
-            TextColumn("epoch {task.fields[epoch]}  step {task.completed:.0f}/{task.total:.0f}"), BarColumn(bar_width=None),
-            TextColumn("ETA {task.fields[eta]}"), console=self.console, expand=True,
+        self._best = max(validated, default=float("-inf"))
+        self._bars = Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.fields[after]}"),
+            console=self.console, expand=True,
         )  # fmt: skip
-        self._task = self._bar.add_task("", total=total_steps, completed=done, epoch="", eta="")
+        self._run = self._bars.add_task("", total=total_steps, completed=done, after="")
+        self._epoch = self._bars.add_task("", total=steps_per_epoch, completed=done % steps_per_epoch, after="")
         self._live = Live(console=self.console, refresh_per_second=4) if on and sys.stderr.isatty() else None
 
     def __enter__(self) -> "Report":
@@ -44,27 +46,53 @@ class Report:
             return
         now = time.monotonic()
         eta = (now - self._started) / max(1, step - self._first) * (self._total - step)
+        shown = self._shown(values)
+        epoch = f"{min(self._total - 1, step - 1) // self._per_epoch + 1}/{-(-self._total // self._per_epoch)}"
+        if self._live:
+            self._live.update(self._screen(step, epoch, eta, shown))
+        elif now - self._last_line > _LINE_EVERY_S or step == self._total or step == self._first + 1:
+            self._last_line = now
+            pairs = "  ".join(f"{k} {v}" for k, v in shown.items())
+            self.say(f"epoch {epoch}  step {step}/{self._total}  {pairs}  ETA {span(eta)}")
+
+    def _shown(self, values: dict) -> dict[str, str]:
         shown = {
             "loss": f"{values['train/loss']:.4f}",
             "lr": f"{values['train/lr']:.2e}",
             "scale": f"{values['train/logit_scale']:.1f}",
             "clips/s": f"{values['clips_per_s']:.1f}",
+            "frames/s": f"{values['frames_per_s']:.0f}",
             "data wait": f"{values['data/wait_pct']:.1f}%",
+            "memory": f"{values['memory_gib']:.1f} GiB",
         }
-        epoch = f"{min(self._total - 1, step - 1) // self._per_epoch + 1}/{-(-self._total // self._per_epoch)}"
-        if self._live:
-            self._bar.update(self._task, completed=step, epoch=epoch, eta=_span(eta))
-            table = Table.grid(padding=(0, 2))
-            table.add_row(*shown)
-            table.add_row(*shown.values())
-            whole = Table.grid(expand=True)
-            whole.add_row(self._bar)
-            whole.add_row(table)
-            self._live.update(whole)
-        elif now - self._last_line > _LINE_EVERY_S or step == self._total or step == self._first + 1:
-            self._last_line = now
-            pairs = "  ".join(f"{k} {v}" for k, v in shown.items())
-            self.say(f"epoch {epoch}  step {step}/{self._total}  {pairs}  ETA {_span(eta)}")
+        if "mfu_pct" in values:
+            shown["MFU"] = f"{values['mfu_pct']:.1f}%"
+        if self._best > float("-inf"):
+            shown["best R@1"] = f"{self._best:.1f}%"
+        return shown
+
+    def _screen(self, step: int, epoch: str, eta: float, shown: dict[str, str]) -> Table:
+        of_epoch = (step - 1) % self._per_epoch + 1
+        self._bars.update(self._run, completed=step, description=f"step {step}/{self._total}", after=f"ETA {span(eta)}")
+        self._bars.update(
+            self._epoch, completed=of_epoch, description=f"epoch {epoch}", after=f"{of_epoch}/{self._per_epoch}"
+        )
+        table = Table.grid(padding=(0, 2))
+        table.add_row(*shown)
+        table.add_row(*shown.values())
+        whole = Table.grid(expand=True)
+        whole.add_row(self._bars)
+        whole.add_row(table)
+        return whole
+
+    def summary(self, steps: int, bad: int, *commands: str) -> None:
+        """The end of a run that went all the way: what came of it, and what to do next."""
+        best = f"; best t2v R@1 {self._best:.1f}" if self._best > float("-inf") else ""
+        left_out = f"; {bad} steps left out" if bad else ""
+        took = span(time.monotonic() - self._started)
+        self.say(f"done: {steps} steps, {took} for the last {steps - self._first}{best}{left_out}. Next:")
+        for command in commands:
+            self.say(f"    {command}")
 
     def validation(self, step: int, values: dict) -> None:
         self._best = max(self._best, values["t2v"]["R1"])
@@ -86,7 +114,7 @@ def metrics_table(result: dict) -> Table:
     return table
 
 
-def _span(seconds: float) -> str:
+def span(seconds: float) -> str:
     minutes, s = divmod(int(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"

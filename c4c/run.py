@@ -1,6 +1,7 @@
 """A run folder: everything that evaluation, search and resuming need, and all that was measured."""
 
 import json
+import math
 import os
 import platform
 import time
@@ -32,6 +33,7 @@ class RunConfig:
     seed: int = 42
     deterministic: bool = False  # the same losses bit for bit on the same machine and ranks; slower on a GPU
     resume: str = "never"  # never: an earlier run in `dir` is moved aside; auto: it is continued where it stopped
+    wandb: str = ""  # a project of Weights & Biases to send the metrics to as well; needs its package and a login
 
     def __post_init__(self):
         if self.resume not in RESUME:
@@ -75,14 +77,20 @@ def read_config(folder: Path) -> dict:
     return config
 
 
-# what may differ between a run and its continuation: none of it changes what a step computes
-_FREE = ("run.dir", "run.resume", "run.deterministic", "checkpoint.", "engine.zero_stage", "deepspeed.", "train.max_steps", "train.eval_every", "data.test", "data.threads",
-         "data.prefetch", "data.eval_batch_size", "data.max_bad_fraction", "data.lane")  # fmt: skip
+# what may differ between a run and its continuation: none of it changes what a step computes, but for rounding
+_FREE = ("run.dir", "run.resume", "run.deterministic", "run.wandb", "checkpoint.", "engine.zero_stage", "engine.offload",
+         "engine.compile", "engine.activation_checkpointing", "engine.timeout_s", "deepspeed.zero_optimization.",
+         "deepspeed.comms_logger.", "deepspeed.flops_profiler.", "deepspeed.wall_clock_breakdown", "deepspeed.steps_per_print",
+         "train.eval_every", "train.micro_batch_size", "train.max_bad_steps", "data.test", "data.threads", "data.prefetch",
+         "data.cache", "data.eval_batch_size", "data.max_bad_fraction", "data.lane")  # fmt: skip
 
 
-def check_continuation(folder: Path, config: dict) -> None:
-    """Raise ValueError, naming every difference, if `config` would not continue the run in `folder`."""
-    before, now = _flat(read_config(folder)), _flat(config)
+def check_continuation(folder: Path, config: dict, defaults: dict | None = None) -> None:
+    """Raise ValueError, naming every difference, if `config` would not continue the run in `folder`.
+
+    defaults: what a setting was before there was a key for it.
+    """
+    before, now = _flat(defaults or {}) | _flat(read_config(folder)), _flat(config)
     keys = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and not k.startswith(_FREE)]
     if keys:
         changes = "; ".join(f"{k} was {before.get(k)}, is {now.get(k)}" for k in keys)
@@ -106,13 +114,26 @@ def last_validation(folder: Path) -> int | None:
     return max((int(step) for step in steps if step != float("inf")), default=None)
 
 
-class Metrics:
-    """RUN/metrics.jsonl, one object a step; RUN/eval.jsonl, one a validation; and both in TensorBoard."""
+def validations(folder: Path) -> list[float]:
+    """Text-to-video R@1 of all validations so far."""
+    path, found = folder / "eval.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        if _step_of(line) != float("inf"):
+            found.append(json.loads(line)["val/t2v_R1"])
+    return found
 
-    def __init__(self, folder: Path, resumed_at: int):
+
+class Metrics:
+    """RUN/metrics.jsonl, one object a step; RUN/eval.jsonl, one a validation; and both in TensorBoard.
+
+    wandb: a project to send them to as well; config: what is shown beside them there. Raises ValueError without its package.
+    """
+
+    def __init__(self, folder: Path, resumed_at: int, wandb: str = "", config: dict | None = None):
         from torch.utils.tensorboard import SummaryWriter
 
-        for name in ("metrics.jsonl", "eval.jsonl"):
+        self._wandb = _start_wandb(folder, wandb, config) if wandb else None
+        for name in ("metrics.jsonl", "eval.jsonl", "bad_steps.jsonl"):
             _forget_after(folder / name, resumed_at)
         self._steps = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 closed in close()
         self._evals = open(folder / "eval.jsonl", "a", buffering=1)  # noqa: SIM115
@@ -129,11 +150,30 @@ class Metrics:
         self._steps.close()
         self._evals.close()
         self._board.close()
+        if self._wandb:
+            self._wandb.finish()
 
     def _write(self, file, step: int, values: dict) -> None:
-        file.write(json.dumps({"step": step, **values, "time_unix_s": round(time.time(), 3)}) + "\n")
+        # JSON has no NaN
+        known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        file.write(json.dumps({"step": step, **known, "time_unix_s": round(time.time(), 3)}) + "\n")
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(values, step=step)
+
+
+def _start_wandb(folder: Path, project: str, config: dict | None):
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError(
+            f"run.wandb={project}: the package is not installed; pip install wandb, or leave run.wandb out"
+        ) from error
+    name = str(folder).replace("/", "_")
+    return wandb.init(
+        project=project, name=folder.name, id=name[-64:], resume="allow", dir=str(folder), config=config or {}
+    )
 
 
 def _forget_after(path: Path, step: int) -> None:

@@ -6,19 +6,20 @@ import time
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
+from c4c import shard_tools
+from c4c.shard_tools import bar as _bar
+from c4c.shard_tools import console
+from c4c.shard_tools import plain as _plain
+from c4c.shard_tools import show as _show
 from shards import ShardError
-from shards.dataset import find_splits
-from shards.datasets import Item, demo, folder
-from shards.info import count, describe, rejected, title
-from shards.pack import pack
+from shards.datasets import Item, demo, readers
+from shards.datasets.files import Files
+from shards.info import count, rejected, title
+from shards.pack import finish_parts, missing, pack, some
 from shards.profiles import ENCODERS, PROFILES, Profile
-from shards.verify import verify
-
-console = Console(stderr=True)
+from shards.storage import place
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -83,6 +84,27 @@ def _parser() -> argparse.ArgumentParser:
         "--shard-videos", type=int, default=None, help="videos a shard (16 to 256 by the size of the set)"
     )
 
+    packing.add_argument(
+        "--part",
+        type=_part,
+        default=None,
+        metavar="I/N",
+        help="job arrays: pack only every N-th shard, from the I-th (1 to N); whichever part is last finishes the split",
+    )
+    packing.add_argument(
+        "--scheduler", default=None, metavar="ADDRESS", help="pack on the Dask cluster at tcp://HOST:PORT"
+    )
+    packing.add_argument(
+        "--timeout",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="reject a video whose decoding takes longer; above 100 MB in proportion (%(default)g)",
+    )
+    packing.add_argument(
+        "--retry-rejects", action="store_true", help="pack the shards again in which videos were rejected"
+    )
+
     one = commands.add_parser("demo", parents=[packing], help="generate a small data set of moving shapes and pack it")
     one.add_argument("--out", type=Path, required=True, help="writes OUT/source, OUT/train and OUT/test")
     one.add_argument("--train", type=int, default=1000, help="training videos (%(default)s)")
@@ -90,23 +112,28 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--seed", type=int, default=0)
     one.set_defaults(run=_demo)
 
-    one = commands.add_parser("folder", parents=[packing], help="pack your own videos, captioned in a csv")
-    one.add_argument("--videos", type=Path, required=True, help="folder of video files")
-    one.add_argument(
-        "--captions", type=Path, required=True, help="csv with the header video,caption; one row a caption"
-    )
-    one.add_argument("--out", type=Path, required=True, help="the split to write")
-    one.add_argument("--name", default=None, help="name of the data set (the output folder's name)")
-    one.set_defaults(run=_folder)
+    for name, module in readers().items():
+        about = module.__doc__.strip().split("\n\n")
+        one = commands.add_parser(
+            name, parents=[packing], help=f"pack: {about[0].split(':')[0]}", description=" ".join(about[0].split()),
+            epilog="\n\n".join(about[1:]), formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        one.add_argument(
+            "--videos", required=True, help="folder of video files, at any depth, or a URL (s3://, hf://, …)"
+        )
+        one.add_argument(
+            "--out", type=place, required=True,
+            help="the split to write: a folder, s3://, gs:// or hf://; its last folder names the split",
+        )  # fmt: skip
+        module.add_arguments(one)
+        one.add_argument("--follow-links", action="store_true", help="also follow links that lead out of --videos")
+        one.set_defaults(run=_dataset, reader=module, dataset=name)
 
-    one = commands.add_parser("verify", help="re-read everything: crc, decode, index against tar; exit 1 if any is bad")
-    one.add_argument("path", type=Path, help="a split, or a folder of splits")
-    one.add_argument("--workers", type=int, default=None)
-    one.set_defaults(run=_verify)
+    one = commands.add_parser("finish", help="after --part: write dataset.json once all parts are packed")
+    one.add_argument("path", type=place, help="the split that was packed in parts")
+    one.set_defaults(run=_finish)
 
-    one = commands.add_parser("info", help="counts, durations, sizes, codecs, captions")
-    one.add_argument("path", type=Path, help="a split, or a folder of splits")
-    one.set_defaults(run=_info)
+    shard_tools.add_commands(commands)
     return parser
 
 
@@ -122,16 +149,36 @@ def _demo(args) -> int:
     return 0
 
 
-def _folder(args) -> int:
-    items = folder.read(args.videos, args.captions)
-    name = args.name or args.out.resolve().name
-    return _pack(args, items, args.out, name, args.out.resolve().name)
+def _dataset(args) -> int:
+    _check_counts(args)
+    with console.status("listing videos and reading annotations"):
+        args.videos = Files(
+            args.videos, follow_links=args.follow_links, beside=getattr(args.reader, "BESIDE", ())
+        )  # fmt: skip
+        reading = args.reader.read(args)
+    for text in reading.warnings:
+        console.print(f"[yellow]note[/] {_plain(text)}", highlight=False, soft_wrap=True)
+    split = args.out.resolve().name if isinstance(args.out, Path) else args.out.name
+    name = split if args.dataset == "folder" else args.dataset
+    return _pack(
+        args, reading.items, args.out, getattr(args, "name", None) or name, split,
+        reconciliation=reading.reconciliation(),
+    )  # fmt: skip
 
 
-def _pack(args, items: list[Item], out: Path, dataset: str, split: str, short_side: int = Profile.short_side) -> int:
+def _check_counts(args) -> None:
     for name in ("workers", "shard_videos"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ShardError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    if not args.timeout > 0:
+        raise ShardError(f"--timeout {args.timeout:g}: must be above 0")
+
+
+def _pack(
+    args, items: list[Item], out: Path, dataset: str, split: str, short_side: int = Profile.short_side,
+    reconciliation: dict | None = None,
+) -> int:  # fmt: skip
+    _check_counts(args)
     profile = Profile(
         name=args.profile, fps=args.fps, short_side=short_side if args.short_side is None else args.short_side,
         quality=args.quality, chroma=args.chroma, gop=args.gop, encoder=args.encoder,
@@ -160,8 +207,20 @@ def _pack(args, items: list[Item], out: Path, dataset: str, split: str, short_si
 
         info = pack(
             items, out, dataset=dataset, split=split, profile=profile, shard_videos=args.shard_videos,
-            workers=args.workers, on_start=on_start, on_progress=on_progress,
+            workers=args.workers, part=args.part, cluster=args.scheduler, timeout=args.timeout,
+            retry_rejects=args.retry_rejects, on_start=on_start, on_progress=on_progress,
+            reconciliation=reconciliation,
         )  # fmt: skip
+    if info is None:
+        lacking = missing(out)
+        console.print(
+            f"{out}: part {args.part[0]}/{args.part[1]} is packed. {count(len(lacking), 'shard')} of other parts still "
+            f"missing ({some(lacking)}). The part that is last finishes the split; or, when all are done, run: "
+            f"python -m c4c.shard finish {out}",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+        return 0
+    resumed = 0 if args.part else resumed  # it counts videos of the part
     before = (
         "; all of it was there already" if resumed == len(items) else f"; {resumed} were done before" if resumed else ""
     )
@@ -171,51 +230,44 @@ def _pack(args, items: list[Item], out: Path, dataset: str, split: str, short_si
     )  # fmt: skip
     if (lost := rejected(info)) != "nothing":
         console.print(f"[yellow]{lost} rejected:[/] see {out / 'rejects.jsonl'}", highlight=False, soft_wrap=True)
+    if reconciliation:
+        _reconcile(info["reconciliation"])
     return 0
 
 
-def _verify(args) -> int:
-    bad = 0
-    for path in find_splits(args.path):
-        with _bar() as progress:
-            task = progress.add_task(f"verify {path.name}", total=None, note="shards")
-            problems = verify(path, args.workers, partial(_show, progress, task))
-        for problem in problems:
-            print(f"{path}/{problem}")
-        print(f"{path}: {count(len(problems), 'problem') if problems else 'all good'}")
-        bad += len(problems)
-    return 1 if bad else 0
-
-
-def _info(args) -> int:
-    for path in find_splits(args.path):
-        table = Table(title=str(path), show_header=False)
-        for name, value in describe(path).items():
-            table.add_row(name, value)
-        Console().print(table)
+def _finish(args) -> int:
+    info = finish_parts(args.path)
+    console.print(f"{args.path}: {info['videos']} videos, {info['captions']} captions in {len(info['shards'])} shards")
     return 0
 
 
-def _bar() -> Progress:
-    """All that there is to say in one line of 80 columns; the bar takes what the words leave."""
-    name = Column(max_width=16, no_wrap=True, overflow="ellipsis")
-    return Progress(
-        TextColumn("{task.description}", table_column=name), BarColumn(None, table_column=Column(ratio=1, max_width=40)),
-        MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TextColumn("ETA"), TimeRemainingColumn(compact=True),
-        console=console, expand=True,
-    )  # fmt: skip
+def _part(text: str) -> tuple[int, int]:
+    try:
+        index, parts = map(int, text.split("/"))
+    except ValueError:
+        index = parts = 0
+    if not 1 <= index <= parts:
+        raise argparse.ArgumentTypeError(f"{text}: must be I/N with I from 1 to N, such as 2/16")
+    return index, parts
 
 
-def _show(progress: Progress, task: TaskID, done: int, total: int) -> None:
-    progress.update(task, completed=done, total=total)
+def _reconcile(counts: dict) -> None:
+    """What was published, what was given, and what became of it."""
+    columns = ("published", "annotations", "missing", "rejected", "packed")
+    table = Table(
+        "", *(Column(name, justify="right") for name in columns), title=f"{counts['files']} video files found"
+    )
+    for what in ("videos", "captions"):
+        cells = (counts[name][what] for name in columns)
+        table.add_row(what, *("" if cell is None else str(cell) for cell in cells))
+    console.print(table)
+    for what, known in counts["published"].items():
+        if known not in (None, counts["packed"][what]):
+            console.print(f"[yellow]note[/] {known} {what} are published, {counts['packed'][what]} were packed")
 
 
 def _rate(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
-
-
-def _plain(text: object) -> str:
-    return str(text).replace("[", r"\[")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The training run, from a configuration to a run folder."""
 
-import os
+import resource
 import time
 from pathlib import Path
 
@@ -8,24 +8,24 @@ import torch
 import torch.distributed as dist
 
 from c4c import checkpoint
+from c4c.checkpoint import CheckpointError, Saver
 from c4c.config import Config, dump, to_dict
-from c4c.engine import Learner, build_engine, read_scale, start_distributed, stop_distributed, train_step
-from c4c.evaluate import evaluate
-from c4c.model import CLIP4Clip, build
-from c4c.optim import freeze
+from c4c.distributed import command_again, start_distributed, stop_distributed
+from c4c.flops import peak, per_pair
+from c4c.guard import BadSteps, Stop, Watchdog
 from c4c.report import Report
-from c4c.run import Metrics, check_continuation, last_validation, prepare, save_description
-from pipelines.loader import Batch, Loader
-from shards.dataset import Split
+from c4c.run import Metrics, last_validation, prepare, save_description, validations
+from c4c.session import Outcome, Session, make_deterministic
+from pipelines.loader import Batch
 
 
 def train(config: Config) -> None:
     """Train as `config` says, on every rank of the launcher. Raises ValueError for what cannot be done."""
     if config.run.deterministic:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
-    rank, world, device = start_distributed()
+        make_deterministic()
+    rank, world, device = start_distributed(
+        config.engine.timeout_s + 300
+    )  # the watchdog, which can name a rank, is first
     try:
         Trainer(config, rank, world, device).run()
     finally:
@@ -38,121 +38,140 @@ class Trainer:
     def __init__(self, config: Config, rank: int, world: int, device: torch.device):
         self.config, self.rank, self.world, self.device = config, rank, world, device
         self.folder = Path(config.run.dir)
-        for key in ("train", "test"):
-            if not getattr(config.data, key):
-                raise ValueError(f"data.{key} is not set: name the folder of a packed split, data.{key}=data/…")
-        self.split, self.test = Split(config.data.train), Split(config.data.test)
         resuming = config.run.resume == "auto" and (self.folder / checkpoint.FOLDER / "latest").exists()
-        if resuming:
-            check_continuation(self.folder, to_dict(config))
-        torch.manual_seed(config.run.seed)
-        model = build(config.model, config.data.num_frames)
-        freeze(model, config.train.freeze_layers)
-        _check_sizes(model, config)
-        self.engine = build_engine(Learner(model), config.engine, config.train, world, config.deepspeed)
-        self.step = checkpoint.restore(self.engine, self.folder) if resuming else 0
-        self.loader = Loader(
-            self.split, config.data, batch_size=config.train.batch_size, seed=config.run.seed,
-            drop_last=config.train.drop_last, rank=rank, world=world,
-            device=device, quarantine=self.folder / "quarantine.jsonl",
+        self.session = Session(
+            config, rank, world, device, resume=self.folder if resuming else None,
+            quarantine=self.folder / "quarantine.jsonl",
         )  # fmt: skip
+        self.per_epoch, self.total = self.session.per_epoch, self.session.total
         # only now that nothing is left to be refused: a mistake must not move an earlier run aside
         moved = prepare(self.folder, config.run.resume) if rank == 0 else None
         dist.barrier()
-        self.per_epoch = self.loader.steps_per_epoch
-        self.total = config.train.total_steps(self.per_epoch)
-        self.validated = last_validation(self.folder) == self.step
+        self.validated = last_validation(self.folder) == self.session.done
         dist.barrier()
-        self.report = Report(rank == 0, self.total, self.per_epoch, self.step)
+        self.report = Report(rank == 0, self.total, self.per_epoch, self.session.done, validations(self.folder))
+        self.saver = Saver(self.folder, config.checkpoint, self.report.say)
+        self.bad = BadSteps(self.folder, config.train.max_bad_steps)
         self.metrics = None
         if rank == 0:
-            save_description(self.folder, dump(config), model.spec)
-            self.metrics = Metrics(self.folder, self.step)
+            save_description(self.folder, dump(config), self.session.model.spec)
+            self.metrics = Metrics(self.folder, self.session.done, config.run.wandb, to_dict(config))
         self._introduce(moved)
 
     def run(self) -> None:
         """The training loop."""
-        epoch, first = divmod(self.step, self.per_epoch)
-        with self.loader, self.report:
-            if self.step and not self.validated:
-                self._validate()  # the run was killed between saving and validating
+        session = self.session
+        watching = Watchdog(self.rank, self.world, self.config.engine.timeout_s)
+        with Stop() as stop, watching as watch, session.loader, self.report:
+            if session.done and not self.validated:
+                self._validate(watch)  # the run was killed between saving and validating
             self._mark = time.perf_counter()
-            for batch in self.loader.batches(epoch, first, max(0, self.total - self.step)):
-                factor = self.config.train.factor(self.step, self.per_epoch)
-                loss = train_step(self.engine, batch, factor, self.config.train.micro_batch_size)
-                self.step += 1
-                self._log(batch, loss, self.config.train.lr * factor)
-                if self.step % self.per_epoch == 0 or self.step == self.total:
-                    self._end_of_epoch()
-        if self.metrics:
-            self.metrics.close()
-        self.report.say(
-            f"done: {self.step} steps. Evaluate with\n    python launch/eval.py --ckpt {self.folder}\n"
-            f"and see the curves with\n    tensorboard --logdir {self.folder}"
-        )
+            watch.now("waiting for data")
+            for batch in session.batches(self.total - session.done):
+                watch.now(f"at step {session.done + 1}")
+                outcome = session.step(batch, bool(stop.signal), self.rank == 0 and self.saver.due(session.done + 1))
+                self._log(batch, outcome)
+                stopping, due = outcome.said
+                if due or stopping or session.done % self.per_epoch == 0 or session.done == self.total:
+                    watch.now("saving")
+                    self.saver.save(session.engine, session.done, session.position())
+                    if not stopping:
+                        self._validate(watch)
+                    self._mark = time.perf_counter()  # neither saving nor validation is part of a step
+                if stopping:
+                    break
+                watch.now("waiting for data")
+            watch.now("saving")
+            self.saver.wait()
+        self._close(stop.signal)
 
-    def _log(self, batch: Batch, loss: torch.Tensor, lr: float) -> None:
-        if self.world > 1:
-            dist.all_reduce(loss)
-            loss /= self.world
-        scale = read_scale(self.engine)
+    def _log(self, batch: Batch, outcome: Outcome) -> None:
+        step = self.session.done
+        finite = outcome.applied and outcome.loss == outcome.loss and abs(outcome.loss) != float("inf")
+        searching = self.config.engine.precision == "fp16" and outcome.loss == outcome.loss and not outcome.applied
+        said = self.bad.note(step, not finite and not searching, outcome.loss, batch.keys, self.world, self.rank)
         if self.rank:
             return
         now = time.perf_counter()
         seconds, self._mark = now - self._mark, now
         clips = len(batch.valid) * self.world
         values = {
-            "epoch": (self.step - 1) // self.per_epoch,
-            "train/loss": loss.item(),
-            "train/lr": lr,
-            "train/logit_scale": scale,
-            "train/grad_norm": float(self.engine.get_global_grad_norm() or 0.0),
+            "epoch": (step - 1) // self.per_epoch,
+            "train/loss": outcome.loss,
+            "train/lr": outcome.lr,
+            "train/logit_scale": outcome.logit_scale,
+            "train/grad_norm": outcome.grad_norm,
+            "train/skipped_steps": self.bad.total,
             "data/wait_s": batch.wait_s,
             "data/wait_pct": 100 * batch.wait_s / seconds,
             "step_s": seconds,
             "clips_per_s": clips / seconds,
+            "frames_per_s": clips * self.config.data.num_frames / seconds,
+            "memory_gib": memory_gib(),
         }
-        self.metrics.step(self.step, values)
-        self.report.step(self.step, values)
+        if self._peak:
+            values["mfu_pct"] = 100 * self._flops * clips / seconds / (self._peak * self.world)
+        stats = getattr(batch, "stats", None)
+        values |= {
+            f"data/{k}": v for k, v in (stats if isinstance(stats, dict) else {}).items() if isinstance(v, (int, float))
+        }
+        self.metrics.step(step, values)
+        self.report.step(step, values)
+        if said:
+            self.report.say(said)
 
-    def _end_of_epoch(self) -> None:
-        checkpoint.save(self.engine, self.folder, self.step, self.config.checkpoint.keep_last)
-        self._validate()
-        self._mark = time.perf_counter()  # neither saving nor validation is part of a step
-
-    def _validate(self) -> None:
+    def _validate(self, watch: Watchdog) -> None:
         """If one is due at this step."""
-        every, epochs = self.config.train.eval_every, self.step // self.per_epoch
-        if self.step != self.total and not (every and self.step % self.per_epoch == 0 and epochs % every == 0):
+        every, done = self.config.train.eval_every, self.session.done
+        if done != self.total and not (every and done % self.per_epoch == 0 and done // self.per_epoch % every == 0):
             return
-        self.engine.eval()
-        result, _ = evaluate(self.engine.module.model, self.engine, self.test, self.config.data, self.device)
-        self.engine.train()
+        watch.now("validating")
+        result = self.session.evaluate()
         if self.metrics:
-            self.metrics.validation(self.step, result)
-        self.report.validation(self.step, result)
+            self.metrics.validation(done, result)
+        self.report.validation(done, result)
+
+    def _close(self, stopped_by: str | None) -> None:
+        done = self.session.done
+        if self.metrics:
+            self.metrics.close()
+            if not self.saver.error:
+                checkpoint.prune(self.folder, self.config.checkpoint)  # the last validation may have found a new best
+        if self.saver.error:
+            raise CheckpointError(
+                f"{self.saver.error}. Make room and go on with\n    {command_again('run.resume=auto')}"
+            )
+        if done < self.total:
+            return self.report.say(
+                f"stopped{f' by {stopped_by}' if stopped_by else ''} after step {done} of {self.total}, which is saved. Go on with\n"
+                f"    {command_again('run.resume=auto')}"
+            )
+        best = checkpoint.best(self.folder) if self.rank == 0 else None
+        tag = f" --tag {best}" if best and best != checkpoint.tag_of(done) else ""
+        self.report.summary(
+            done, self.bad.total,
+            f"python launch/eval.py --ckpt {self.folder}{tag}",
+            f"tensorboard --logdir {self.folder}",
+            f"python -m c4c.export --ckpt {self.folder} --to model.safetensors",
+        )  # fmt: skip
 
     def _introduce(self, moved: Path | None) -> None:
-        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
+        config, session = self.config, self.session
+        self._peak = peak(self.device, config.engine.precision)
+        self._flops = 3 * per_pair(session.model.spec, config.data.num_frames, config.data.max_words)
         if moved:
             self.report.say(f"an earlier run in {self.folder} was moved to {moved}; run.resume=auto would continue it")
         self.report.say(
-            f"{self.config.model.backbone} + {self.config.model.head}, {parameters / 1e6:.1f} M weights; {len(self.split)} "
-            f"videos, {self.loader.order.pairs} pairs; {self.total} steps of {self.config.train.batch_size} on {self.world} "
-            f"x {self.device.type}, ZeRO {self.config.engine.zero_stage}, {self.config.engine.precision}; -> {self.folder}"
+            f"{config.model.backbone} + {config.model.head}, {session.weights / 1e6:.1f} M weights; {len(session.split)} "
+            f"videos, {session.loader.order.pairs} pairs; {self.total} steps of {config.train.batch_size} on {self.world} "
+            f"x {self.device.type}, ZeRO {config.engine.zero_stage}, {config.engine.precision}; -> {self.folder}"
         )
-        if self.step:
-            self.report.say(f"continuing after step {self.step}")
+        if session.done:
+            self.report.say(f"continuing after step {session.done}")
 
 
-def _check_sizes(model: CLIP4Clip, config: Config) -> None:
-    if model.image_size != config.data.image_size:
-        raise ValueError(
-            f"data.image_size={config.data.image_size}, but {config.model.backbone} takes pictures of {model.image_size}: "
-            f"set data.image_size={model.image_size}"
-        )
-    if config.data.max_words > model.context_length:
-        raise ValueError(
-            f"data.max_words={config.data.max_words} is longer than the {model.context_length} tokens that "
-            f"{config.model.backbone} takes"
-        )
+def memory_gib() -> float:
+    """The most this rank has used: of its GPU's memory, or of the host's where it has none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

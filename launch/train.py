@@ -1,12 +1,15 @@
-"""Train:  deepspeed launch/train.py --cfg demo.yaml [key=value ...]"""
+"""Train:  deepspeed launch/train.py --cfg demo.yaml [key=value ...]
+
+torchrun and srun start it as well, and python alone for one rank.
+"""
 
 import argparse
 import os
 import sys
 from pathlib import Path
 
-from c4c.config import ConfigError, load
-from c4c.train import train
+from c4c.config import load
+from c4c.guard import lost_peer, speak
 
 
 def main() -> int:
@@ -17,19 +20,41 @@ def main() -> int:
     parser.add_argument(
         "--deterministic", action="store_true", help="the same as run.deterministic=true: equal losses, bit for bit"
     )
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--check", action="store_true", help="take two steps, say what a run would be, and leave its folder alone"
+    )
+    what.add_argument(
+        "--replay",
+        type=int,
+        metavar="STEP",
+        help="run one step of the run in run.dir again, from a checkpoint before it",
+    )
+    parser.add_argument(
+        "--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS
+    )  # launchers pass it
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
-    args = parser.parse_args()
-    rank = os.environ.get("RANK", "0")
+    args = parser.parse_intermixed_args()
     try:
         words = [f"run.seed={args.seed}"] if args.seed is not None else []
         words += ["run.deterministic=true"] if args.deterministic else []
-        train(load(args.cfg, args.overrides + words, [Path(__file__).parent / "cfg"]))
-    except ConfigError as error:  # the same on every rank
-        print(f"error: {error}", file=sys.stderr) if rank == "0" else None
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"error{' on rank ' + rank if rank != '0' else ''}: {error}", file=sys.stderr)
+        config = load(args.cfg, args.overrides + words, [Path(__file__).parent / "cfg"])
+        if args.check:
+            from c4c.check import check
+
+            check(config)
+        elif args.replay is not None:
+            from c4c.replay import replay
+
+            return 0 if replay(config, args.replay) else 1
+        else:
+            from c4c.train import train
+
+            train(config)
+    except (ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not lost_peer(error):
+            raise
+        speak(error, int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))))
         return 1
     except KeyboardInterrupt:
         return 130

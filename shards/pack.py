@@ -1,50 +1,31 @@
-"""Packing: from a list of videos to committed shards, on all cores, resumable after a kill at any moment.
+"""Packing: from a list of videos to committed shards, on all cores or many machines, resumable after a kill at any moment.
 
-A shard is a fixed run of the input list, so what goes where does not depend on the number of workers or on what was
-rejected. Its parquet is renamed into place last; a shard with a parquet is never touched again.
+A shard is a fixed run of the input list, so what goes where does not depend on who packs it or on what was rejected.
+Its parquet is put into place last; a shard with a parquet is never touched again.
 """
 
-import ctypes
-import fcntl
 import hashlib
-import io
 import json
 import os
-import signal
-import sys
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+import tempfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
-from crc32c import crc32c
 
-from shards import ShardError, video
+from shards import ShardError, scheduler, storage
 from shards.datasets import Item
-from shards.profiles import Profile, store
-from shards.schema import FORMAT_VERSION, JSON_CRCS, REJECTS, SCHEMA, FrameTable
-from shards.tar import UNSUPPORTED, TarWriter, commit, safe_key, sync_and_close, write_atomic
+from shards.profiles import Profile
+from shards.schema import FORMAT_VERSION, REJECTS
+from shards.storage import Bucket, Folder
+from shards.tar import DISK_FULL
+from shards.worker import Job, Progress, frame_columns, write_table
 
+__all__ = ["Progress", "finish", "finish_parts", "frame_columns", "input_digest", "missing", "pack", "write_table"]
 
-@dataclass(frozen=True)
-class Progress:
-    """One input dealt with: `bytes` read of it, and why it was rejected, if it was."""
-
-    bytes: int
-    rejected: str | None
-
-
-@dataclass(frozen=True)
-class _Job:
-    items: tuple[Item, ...]
-    out: Path
-    name: str
-    profile: Profile
+_SUFFIXES = ("tar", "idx", "parquet")
+_READERS = 8  # parquets read at once; an object store answers slowly, but many
 
 
 def pack(
@@ -56,63 +37,154 @@ def pack(
     profile: Profile,
     shard_videos: int | None = None,
     workers: int | None = None,
+    part: tuple[int, int] | None = None,
+    cluster: str | None = None,
+    timeout: float = Job.timeout,
+    retry_rejects: bool = False,
+    reconciliation: dict | None = None,
     on_start: Callable[[int, int], None] = lambda done, total: None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
-) -> dict:
-    """Pack `items` into `out` and return the contents of its `dataset.json`.
+) -> dict | None:
+    """Pack `items` into `out` (a `Path` or `UPath`) and return the contents of its `dataset.json`.
 
-    `on_start(done, total)` says how many videos earlier runs have dealt with. Raises ShardError if `out` holds
-    something else, if two items share a name, or if nothing at all could be packed.
+    `part` (i, n) packs only shards i-1, i-1+n, i-1+2n, ...; while other parts lack shards, None is returned. `cluster`
+    is the address of a Dask scheduler. `timeout` is seconds for a video, in proportion above 100 MB. `retry_rejects`
+    packs shards again that hold rejected videos. `reconciliation` holds the counts of the annotations, which
+    `dataset.json` keeps beside those of what was packed and rejected. `on_start(done, total)` says how many videos earlier runs have dealt
+    with. Raises ShardError if `out` holds something else, if two items share a name, or if nothing could be packed.
     """
     if not items:
         raise ShardError("there is nothing to pack: the annotations name no video")
     _refuse_duplicates(items)
     shard_videos = shard_videos or min(256, max(16, -(-len(items) // 32)))
-    slices = [tuple(items[i : i + shard_videos]) for i in range(0, len(items), shard_videos)]
-    names = [f"{i:06d}" for i in range(len(slices))]
+    count = -(-len(items) // shard_videos)
     plan = {
         "format": FORMAT_VERSION,
         "name": dataset,
         "split": split,
         "profile": profile.describe(),
-        "input": _input_digest(items),
-        "shards": len(slices),
+        "input": input_digest(items),
+        "shards": count,
         "shard_videos": shard_videos,
     }
-    out.mkdir(parents=True, exist_ok=True)
-    with _locked(out):
-        finished = _refuse_other(out, plan)
-        for leftover in out.glob(".*.tmp"):
-            leftover.unlink()
+    index, parts = part or (1, 1)
+    tag = f"p{index}of{parts}-" if part else ""
+    mine = range(index - 1, count, parts)
+    target = storage.output(out)
+    target.create()
+    with target.locked(part):
+        target.sweep(tag)
+        there = target.listing()
+        finished = _refuse_other(target, there, plan)
         packed = {shard["name"]: shard["bytes"] for shard in finished["shards"]} if finished else {}
+        todo = [i for i in mine if not _is_committed(there, _name(i), packed.get(_name(i)))]
+        if retry_rejects:
+            todo = sorted({*todo, *_with_rejects(target, [i for i in mine if i not in set(todo)])})
         jobs = [
-            _Job(part, out, name, profile)
-            for part, name in zip(slices, names, strict=True)
-            if not _is_committed(out, name, packed.get(name))
-        ]
-        on_start(len(items) - sum(len(job.items) for job in jobs), len(items))
+            Job(
+                _name(i), tuple(items[i * shard_videos : (i + 1) * shard_videos]), out, profile, timeout, tag,
+                {} if retry_rejects else _lost(target, there, _name(i)),
+            )
+            for i in todo
+        ]  # fmt: skip
+        total = sum(min(shard_videos, len(items) - i * shard_videos) for i in mine)
+        on_start(total - sum(len(job.items) for job in jobs), total)
         if finished and not jobs:
-            (out / "packing.json").unlink(missing_ok=True)  # left by a kill between the last two steps
+            if "packing.json" in there:  # left by a kill between the last two steps
+                target.delete("packing.json")
             return finished
-        write_atomic(out / "packing.json", json.dumps(plan, indent=2) + "\n")
-        for job in jobs:
-            (out / f"{job.name}.parquet").unlink(missing_ok=True)
-        (out / "dataset.json").unlink(missing_ok=True)
-        _run(jobs, workers or os.cpu_count() or 1, on_progress)
-        return _finish(out, plan, names)
+        _prepare(target, there, plan | _optional(reconciliation), jobs)
+        _run(jobs, cluster, workers, on_progress)
+        target.sweep(tag)  # what was killed on the way
+        return None if part and missing(out) else finish(out, plan, list(map(_name, range(count))), reconciliation)
+
+
+def _run(jobs: list[Job], cluster: str | None, workers: int | None, on_progress: Callable[[Progress], None]) -> None:
+    try:
+        if jobs and cluster:
+            scheduler.run_on_dask(jobs, cluster, on_progress)
+        elif jobs:
+            scheduler.run_locally(jobs, workers or os.cpu_count() or 1, on_progress)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise ShardError(
+            f"{jobs[0].out} or the folder of temporary files ({tempfile.gettempdir()}; TMPDIR chooses it) cannot be "
+            f"written ({error.strerror}). What is committed stays: make room, and run the same command again to go on."
+        ) from error
+
+
+def missing(out: Path) -> list[str]:
+    """Names of the shards that the packing in `out` still lacks. Raises ShardError if no packing was begun there."""
+    target = storage.output(out)
+    there = _existing(target)
+    plan = _plan(target, there)
+    return [_name(i) for i in range(plan["shards"]) if not _is_committed(there, _name(i), None)]
+
+
+def finish_parts(out: Path) -> dict:
+    """Write the `dataset.json` of a split whose shards are all committed, and return its contents.
+
+    Raises ShardError if shards are missing, and says which.
+    """
+    target = storage.output(out)
+    _existing(target)
+    with target.locked(None):
+        target.sweep("")
+        plan = _plan(target, target.listing())
+        if lacking := missing(out):
+            raise ShardError(
+                f"{out} is not complete: {len(lacking)} of {plan['shards']} shards are missing ({some(lacking)}). Run the "
+                "packing command for the parts that hold them."
+            )
+        reconciliation = plan.pop("reconciliation", None)
+        return finish(out, plan, list(map(_name, range(plan["shards"]))), reconciliation)
+
+
+def some(names: list[str]) -> str:
+    """The first few of many names."""
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def _existing(target: Folder | Bucket) -> dict[str, int]:
+    try:
+        return target.listing()
+    except FileNotFoundError as error:
+        raise ShardError(f"there is no folder {target}") from error
+
+
+def _plan(target: Folder | Bucket, there: dict[str, int]) -> dict:
+    if "packing.json" in there:
+        return json.loads(target.read("packing.json"))
+    if "dataset.json" in there:
+        record = json.loads(target.read("dataset.json"))
+        return record["plan"] | _optional(record.get("reconciliation"))
+    raise ShardError(f"{target} holds no packing.json: no packing was begun there")
+
+
+def _optional(reconciliation: dict | None) -> dict:
+    return {"reconciliation": reconciliation} if reconciliation else {}
+
+
+def _name(shard: int) -> str:
+    return f"{shard:06d}"
 
 
 def _refuse_duplicates(items: list[Item]) -> None:
+    if len({item.id for item in items}) == len(items):
+        return
     seen: dict[str, Item] = {}
     for item in items:
-        other = seen.setdefault(safe_key(item.id), item)
-        if other is not item:
+        if item.id in seen:
             raise ShardError(
-                f"two videos share the name {item.id!r}: {other.path} and {item.path}. Names must differ; rename one."
+                f"two videos share the name {item.id!r}: {seen[item.id].path} and {item.path}. Names must differ; "
+                "rename one."
             )
+        seen[item.id] = item
 
 
-def _input_digest(items: list[Item]) -> str:
+def input_digest(items: Iterable[Item]) -> str:
+    """What a packing is made from: names, captions and file names, in order."""
     digest = hashlib.sha256()
     for item in items:
         captions = [(c.text, c.start, c.end) for c in item.captions]
@@ -121,208 +193,81 @@ def _input_digest(items: list[Item]) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
-def _locked(out: Path):
-    """One packer a folder: the kernel drops the lock with the process, however that ends."""
-    with open(out / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ShardError(
-                f"{out} is being packed by another process: wait for it, or choose another --out"
-            ) from error
-        except OSError as error:
-            if error.errno not in UNSUPPORTED:
-                raise
-        yield
-
-
-def _refuse_other(out: Path, plan: dict) -> dict | None:
-    """Raises ShardError if `out` holds something else than `plan`. Returns its `dataset.json`, if it has been finished."""
+def _refuse_other(target: Folder | Bucket, there: dict[str, int], plan: dict) -> dict | None:
+    """Raises ShardError if it holds something else than `plan`. Returns its `dataset.json`, if it has been finished."""
     for name in ("dataset.json", "packing.json"):
-        if (out / name).exists():
+        if name in there:
             try:
-                record = json.loads((out / name).read_text())
+                record = json.loads(target.read(name))
             except ValueError as error:
                 raise ShardError(
-                    f"{out / name} is not JSON ({error}). Choose another --out, or delete {out}."
+                    f"{target}/{name} is not JSON ({error}). Choose another --out, or delete {target}."
                 ) from error
-            there = record.get("plan", {}) if name == "dataset.json" else record
-            differing = sorted(k for k in plan if there.get(k) != plan[k])
+            known = record.get("plan", {}) if name == "dataset.json" else record
+            differing = sorted(k for k in plan if known.get(k) != plan[k])
             if differing:
-                details = "; ".join(f"{k}: {there.get(k)} there, {plan[k]} asked for" for k in differing)
+                details = "; ".join(f"{k}: {known.get(k)} there, {plan[k]} asked for" for k in differing)
                 raise ShardError(
-                    f"{out} holds a different packing ({details}). Choose another --out, or delete it first."
+                    f"{target} holds a different packing ({details}). Choose another --out, or delete it first."
                 )
             return record if name == "dataset.json" else None
-    foreign = sorted(p.name for p in out.iterdir() if p.suffix in (".tar", ".parquet"))
+    foreign = sorted(name for name in there if name.endswith((".tar", ".parquet")))
     if foreign:
-        raise ShardError(f"{out} already holds {foreign[0]} and no record of how it was made. Choose another --out.")
+        raise ShardError(f"{target} already holds {foreign[0]} and no record of how it was made. Choose another --out.")
     return None
 
 
-def _is_committed(out: Path, name: str, size: int | None) -> bool:
+def _is_committed(there: dict[str, int], name: str, size: int | None) -> bool:
     """Whether a shard's files are all there, and its tar has `size` bytes where that is known."""
-    if not all((out / f"{name}.{suffix}").exists() for suffix in ("tar", "idx", "parquet")):
-        return False
-    return size is None or (out / f"{name}.tar").stat().st_size == size
+    return all(f"{name}.{suffix}" in there for suffix in _SUFFIXES) and size in (None, there[f"{name}.tar"])
 
 
-def _run(jobs: list[_Job], workers: int, on_progress: Callable[[Progress], None]) -> None:
-    if not jobs:
-        return
-    # spawn: a fork of a process with threads (rich, Arrow) can deadlock
-    context = get_context("spawn")
-    reports = context.SimpleQueue()
-    workers = min(workers, len(jobs))
-    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(reports, os.getpid())) as pool:
-        futures = {pool.submit(_pack_shard, job): job for job in jobs}
-        try:
-            waiting = set(futures)
-            while waiting:
-                for future in [f for f in waiting if f.done()]:
-                    waiting.discard(future)
-                    future.result()
-                _drain(reports, on_progress)
-                _wait_a_little(waiting)
-            _drain(reports, on_progress)
-        except BrokenProcessPool as error:
-            raise ShardError(
-                "a packing process was killed (out of memory, or a crash in a decoder). What is committed stays: "
-                "run the same command again to go on, with --workers 1 to see which video it is."
-            ) from error
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in list((pool._processes or {}).values()):
-                process.terminate()
-            raise
+def _with_rejects(target: Folder | Bucket, shards: list[int]) -> list[int]:
+    """Those of the committed shards that list rejected videos."""
+
+    def has_rejects(shard: int) -> bool:
+        with target.open(f"{_name(shard)}.parquet") as file:
+            return any("caption" not in r for r in json.loads(pq.read_schema(file).metadata[REJECTS]))
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        return [i for i, found in zip(shards, pool.map(has_rejects, shards), strict=True) if found]
 
 
-def _wait_a_little(futures: set) -> None:
-    with suppress(TimeoutError):
-        next(as_completed(futures, timeout=0.1), None)
+def _lost(target: Folder | Bucket, there: dict[str, int], name: str) -> dict[int, str]:
+    """What an earlier run found to hang or to kill in a shard that it did not commit."""
+    file = scheduler.lost_name(name)
+    return {int(i): reason for i, reason in json.loads(target.read(file)).items()} if file in there else {}
 
 
-def _drain(reports, on_progress: Callable[[Progress], None]) -> None:
-    while not reports.empty():
-        on_progress(reports.get())
+def _prepare(target: Folder | Bucket, there: dict[str, int], plan: dict, jobs: list[Job]) -> None:
+    """Say what is being packed, and take back what says that these shards are packed."""
+    if "packing.json" not in there:
+        storage.write(target, "packing.json", json.dumps(plan, indent=2) + "\n")
+    stale = [f"{job.name}.parquet" for job in jobs]
+    stale += [scheduler.lost_name(job.name) for job in jobs if not job.lost] + ["dataset.json"]
+    for name in stale:
+        if name in there:
+            target.delete(name)
 
 
-def _start_worker(reports, parent: int) -> None:
-    global _reports
-    _reports = reports
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no worker outlives a killed packer
-        if os.getppid() != parent:
-            os._exit(1)
-
-
-def _pack_shard(job: _Job) -> None:
-    paths = {suffix: job.out / f"{job.name}.{suffix}" for suffix in ("tar", "idx", "parquet")}
-    temporary = {s: p.with_name(f".{p.name}.{os.getpid()}.tmp") for s, p in paths.items()}
-    rows, rejects, json_crcs = [], [], []
-    writer = TarWriter(temporary["tar"])
-    for item in job.items:
-        size = 0
-        try:
-            captions = [c for c in item.captions if c.text.strip()]
-            rejects += [{"id": item.id, "caption": c.text, "reason": "the caption is empty"}
-                        for c in item.captions if not c.text.strip()]  # fmt: skip
-            if not captions:
-                raise video.VideoError("it has no caption")
-            data = _read(item.path)
-            size = len(data)
-            row, json_crc = _pack_video(item, captions, data, job.profile, writer)
-            rows.append(row)
-            json_crcs.append(json_crc)
-            reason = None
-        except video.VideoError as error:
-            reason = str(error)
-            rejects.append({"id": item.id, "path": str(item.path), "reason": reason})
-        _reports.put(Progress(size, reason and f"{item.id}: {reason}"))
-    writer.close()
-    commit(temporary["tar"], paths["tar"])
-    write_atomic(paths["idx"], writer.index())
-    metadata = {REJECTS: json.dumps(rejects, sort_keys=True).encode(), JSON_CRCS: json.dumps(json_crcs).encode()}
-    table = pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata(metadata))
-    file = open(temporary["parquet"], "wb")  # noqa: SIM115 closed in sync_and_close()
-    pq.write_table(table, file, compression="zstd", write_page_checksum=True)
-    sync_and_close(file)
-    commit(temporary["parquet"], paths["parquet"])
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise video.VideoError("the file is missing") from error
-    except OSError as error:
-        raise video.VideoError(f"the file cannot be read ({error.strerror})") from error
-
-
-def _pack_video(item: Item, captions: list, data: bytes, profile: Profile, writer: TarWriter) -> tuple[dict, int]:
-    """Write one video into the tar; returns its row and its json's crc32c. Writes nothing unless all of it decoded."""
-    stored = store(io.BytesIO(data), item.path.name, profile, item.start, item.end)
-    key = safe_key(item.id)
-    row = {
-        "key": key,
-        "id": item.id,
-        "ext": stored.extension,
-        "size": stored.size,
-        "crc32c": stored.crc32c,
-        "codec": stored.codec,
-        "width": stored.width,
-        "height": stored.height,
-        "rotation": stored.rotation,
-        "fps_num": stored.source.fps.numerator,
-        "fps_den": stored.source.fps.denominator,
-        "source_frames": len(stored.source.frames),
-        "duration": stored.source.duration,
-        "extradata": stored.extradata,
-        "captions": [asdict(c) for c in captions],
-    }
-    source = stored.source
-    described = {k: row[k] for k in ("id", "captions", "codec", "width", "height", "duration", "source_frames")}
-    described |= {
-        "fps": f"{source.fps.numerator}/{source.fps.denominator}",
-        "source": {"file": item.path.name, "codec": source.codec, "width": source.width, "height": source.height},
-        "frame_number": stored.frames.number.tolist() if profile.name == "intra" else None,
-        "profile": profile.describe(),
-        "meta": item.meta,
-    }
-    text = json.dumps(described, ensure_ascii=False, sort_keys=True).encode()
-    row["offset"] = writer.add(key, {stored.extension: stored.file, "json": text})[stored.extension]
-    return row | frame_columns(stored.frames), crc32c(text)
-
-
-def frame_columns(frames: FrameTable) -> dict:
-    """The frame table as columns of the sample table."""
-    return {f"frame_{name}": getattr(frames, name) for name in ("number", "time", "offset", "size", "key", "crc32c")}
-
-
-def _finish(out: Path, plan: dict, names: list[str]) -> dict:
-    """Write rejects.jsonl and dataset.json from the committed shards."""
-    shards, rejects = [], []
+def finish(out: Path, plan: dict, names: list[str], reconciliation: dict | None = None) -> dict:
+    """Write rejects.jsonl and dataset.json from the committed shards `names`; returns what dataset.json says."""
+    target = storage.output(out)
+    sizes, shards, rejects = target.listing(), [], []
     digest = hashlib.sha256(json.dumps(plan["profile"], sort_keys=True).encode())
-    for name in names:
-        table = pq.read_table(out / f"{name}.parquet", columns=["key", "crc32c", "captions", "size"])
-        rejects += json.loads(table.schema.metadata[REJECTS])
-        rows = table.to_pylist()
-        for row in rows:
-            digest.update(json.dumps([row["key"], row["crc32c"], row["captions"]], sort_keys=True).encode())
-        shards.append(
-            {
-                "name": name,
-                "videos": len(rows),
-                "captions": sum(len(row["captions"]) for row in rows),
-                "bytes": (out / f"{name}.tar").stat().st_size,
-            }
-        )
+    with ThreadPoolExecutor(_READERS) as pool:
+        batches = (names[i : i + 64] for i in range(0, len(names), 64))  # or all tables would be held at once
+        tables = (table for batch in batches for table in pool.map(lambda name: _read(target, name), batch))
+        for name, table in zip(names, tables, strict=True):
+            rejects += json.loads(table.schema.metadata[REJECTS])
+            rows = table.to_pylist()
+            for row in rows:
+                digest.update(json.dumps([row["key"], row["crc32c"], row["captions"]], sort_keys=True).encode())
+            captions = sum(len(row["captions"]) for row in rows)
+            shards.append({"name": name, "videos": len(rows), "captions": captions, "bytes": sizes[f"{name}.tar"]})
+    lines = "".join(json.dumps(r, ensure_ascii=False, sort_keys=True) + "\n" for r in rejects)
+    storage.write(target, "rejects.jsonl", lines.encode(errors="backslashreplace"))  # names need not be Unicode
     rejected_captions = sum("caption" in r for r in rejects)
-    write_atomic(
-        out / "rejects.jsonl", "".join(json.dumps(r, ensure_ascii=False, sort_keys=True) + "\n" for r in rejects)
-    )
     summary = {
         "format": FORMAT_VERSION,
         "name": plan["name"],
@@ -336,12 +281,24 @@ def _finish(out: Path, plan: dict, names: list[str]) -> dict:
         "shards": shards,
         "plan": plan,
     }
+    if reconciliation:
+        packed = {what: summary[what] for what in ("videos", "captions")}
+        lost = {what: reconciliation["annotations"][what] - n for what, n in packed.items()}
+        rejected = {what: max(0, n - reconciliation["missing"][what]) for what, n in lost.items()}
+        summary["reconciliation"] = reconciliation | {"packed": packed, "rejected": rejected}
     if not summary["videos"]:
         first = next(r for r in rejects if "caption" not in r)
         raise ShardError(
-            f"not one of the videos could be packed; {out / 'rejects.jsonl'} says why for each. "
-            f"First: {first['id']}: {first['reason']}. When that is mended, delete {out} and run the command again."
+            f"not one of the videos could be packed; {target}/rejects.jsonl says why for each. First: {first['id']}: "
+            f"{first['reason']}. When that is mended, run the command again with --retry-rejects."
         )
-    write_atomic(out / "dataset.json", json.dumps(summary, indent=2) + "\n")
-    (out / "packing.json").unlink(missing_ok=True)
+    storage.write(target, "dataset.json", json.dumps(summary, indent=2) + "\n")
+    for name in ["packing.json", *map(scheduler.lost_name, names)]:
+        if name in sizes:
+            target.delete(name)
     return summary
+
+
+def _read(target: Folder | Bucket, name: str):
+    with target.open(f"{name}.parquet") as file:
+        return pq.read_table(file, columns=["key", "crc32c", "captions", "size"])

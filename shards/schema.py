@@ -41,6 +41,7 @@ SCHEMA = pa.schema(
         ("source_frames", pa.int32()),
         ("duration", pa.float64()),  # of the source, seconds
         ("extradata", pa.binary()),  # codec configuration, so that packets can be decoded without opening the container
+        # of a video that was cut: seconds of the clip, from 0 to its duration; else as the annotations say
         ("captions", pa.list_(pa.struct([("text", pa.string()), ("start", pa.float64()), ("end", pa.float64())]))),
         *((name, pa.list_(kind)) for name, (kind, _) in FRAME_COLUMNS.items()),
     ]

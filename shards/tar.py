@@ -5,6 +5,7 @@ import io
 import os
 import re
 import tarfile
+import uuid
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import quote, unquote
@@ -14,15 +15,27 @@ _INDEX_VERSION = "v1.2"  # of nvidia.dali.fn.readers.webdataset
 # what network and user-space file systems answer to a sync or a lock that they do not have
 UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF, errno.ENOLCK}
 
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # no fault of the video that is being written
+
+MAX_KEY = 1024  # bytes
+_WINDOWS = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
+
 
 def safe_key(name: str) -> str:
-    """`name` as a WebDataset key: letters, digits, `-` and `_` stay, all else becomes %XX (dots would end the key).
+    """`name` as a WebDataset key: letters, digits, `-` and `_` stay, all else becomes %XX (dots would end the key), and
+    so does the first letter of a name that Windows keeps for itself (CON, NUL, ...).
 
-    Raises ValueError for an empty name.
+    Raises ValueError for a name that is empty, longer than 1024 bytes when escaped, or not Unicode.
     """
     if not name:
         raise ValueError("a video needs a name")
-    return quote(name, safe="").replace(".", "%2E").replace("~", "%7E")
+    try:
+        key = quote(name, safe="").replace(".", "%2E").replace("~", "%7E")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"its name is not valid Unicode ({error.reason})") from error
+    if len(key) > MAX_KEY:
+        raise ValueError(f"its name is too long: {len(key)} bytes when escaped, {MAX_KEY} at most")
+    return f"%{ord(key[0]):02X}{key[1:]}" if key.lower() in _WINDOWS else key
 
 
 def key_to_name(key: str) -> str:
@@ -37,15 +50,27 @@ def safe_extension(path: str | Path) -> str:
 
 
 class TarWriter:
-    """Writes samples into a tar at `path` and remembers where each member's bytes are."""
+    """Writes samples into a tar, at a path or into a file, and remembers where each member's bytes are."""
 
-    def __init__(self, path: Path):
-        self._file = open(path, "wb")  # noqa: SIM115 closed in close()
+    def __init__(self, target: Path | BinaryIO):
+        self._owned = isinstance(target, str | os.PathLike)
+        self._file = open(target, "wb") if self._owned else target  # noqa: SIM115 closed in close()
         self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.GNU_FORMAT)  # noqa: SIM115
         self._index: list[str] = []
 
     def add(self, key: str, members: dict[str, bytes | BinaryIO]) -> dict[str, int]:
-        """Append one sample, {extension: bytes or a seekable file}. Returns {extension: offset of its first byte}."""
+        """Append one sample, {extension: bytes or a seekable file}, whole or not at all. Returns {extension: offset of
+        its first byte}."""
+        start = self._tar.offset
+        try:
+            return self._add(key, members)
+        except Exception:
+            self._file.seek(start)
+            self._file.truncate()
+            self._tar.offset = start
+            raise
+
+    def _add(self, key: str, members: dict[str, bytes | BinaryIO]) -> dict[str, int]:
         offsets, line = {}, []
         for extension, data in members.items():
             file = io.BytesIO(data) if isinstance(data, bytes) else data
@@ -60,9 +85,10 @@ class TarWriter:
         return offsets
 
     def close(self) -> None:
-        """End the archive and wait until it is on disk."""
+        """End the archive; one opened here is then on disk, a file that was given stays open."""
         self._tar.close()
-        sync_and_close(self._file)
+        if self._owned:
+            sync_and_close(self._file)
 
     def index(self) -> str:
         """The text of DALI's index file."""
@@ -108,7 +134,7 @@ def _sync(descriptor: int) -> None:
 
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Write a whole file so that a reader sees either the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")  # machines that share a disk share pids
     file = open(temporary, "wb")  # noqa: SIM115 closed in sync_and_close()
     file.write(data.encode() if isinstance(data, str) else data)
     sync_and_close(file)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from c4c.engine import EngineConfig, Learner, clamp_temperature, deepspeed_config
+from c4c.engine import EngineConfig, Learner, compile_towers, deepspeed_config
 from c4c.loss import contrastive_loss
 from c4c.model import ModelConfig, build
 from c4c.optim import TrainConfig
@@ -103,15 +103,46 @@ def test_the_learner_returns_the_loss_of_its_features():
     torch.testing.assert_close(learner(*batch, valid), expected)
 
 
-def test_the_temperature_is_clamped_where_zero_is_off():
-    class Engine:
-        module = Learner(build(ModelConfig(backbone="ViT-demo-16", init_from="scratch"), 2))
+def test_accumulation_is_deepspeeds():
+    config = deepspeed_config(EngineConfig(), TrainConfig(batch_size=24, accumulate=3), 2, {})
+    assert (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (4, 3)
+    with pytest.raises(ValueError, match=r"train\.accumulate=5 does not divide the 12 pairs of a rank"):
+        deepspeed_config(EngineConfig(), TrainConfig(batch_size=24, accumulate=5), 2, {})
+    with pytest.raises(ValueError, match=r"train\.accumulate=2 and train\.micro_batch_size=3 both cut the batch"):
+        TrainConfig(accumulate=2, micro_batch_size=3)
+    with pytest.raises(ValueError, match=r"deepspeed\.gradient_accumulation_steps=2 contradicts train\.accumulate"):
+        deepspeed_config(
+            EngineConfig(), TrainConfig(batch_size=24, accumulate=3), 2, {"gradient_accumulation_steps": 2}
+        )
 
-    scale = Engine.module.model.clip.logit_scale
-    for before, after in ((9.0, math.log(100)), (1.0, 1.0)):
-        scale.data.fill_(before)
-        clamp_temperature(Engine)
-        assert scale.item() == pytest.approx(after)
+
+def test_offload():
+    assert derived(zero_stage=2, offload="optimizer")["zero_optimization"] == {
+        "stage": 2, "offload_optimizer": {"device": "cpu"},
+    }  # fmt: skip
+    whole = derived({"zero_optimization": {"offload_param": {"pin_memory": True}}}, zero_stage=3, offload="all")
+    assert whole["zero_optimization"]["offload_param"] == {"device": "cpu", "pin_memory": True}
+    extra = {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}
+    assert derived(extra)["zero_optimization"]["offload_optimizer"] == {"device": "nvme"}
+    with pytest.raises(ValueError, match=r"offload_optimizer\.device=nvme contradicts engine\.offload"):
+        derived(extra, zero_stage=3, offload="optimizer")
+    for wrong in ({"offload": "disk"}, {"offload": "optimizer", "zero_stage": 0}, {"offload": "all", "zero_stage": 2}):
+        with pytest.raises(ValueError, match=r"engine\.offload="):
+            EngineConfig(**wrong)
+
+
+def test_towers_that_cannot_be_compiled_run_as_they_are(monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("no C++ compiler\nlong story")
+
+    model = build(ModelConfig(backbone="ViT-demo-16", init_from="scratch"), 2)
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.warns(
+        UserWarning, match=r"engine\.compile: the towers run uncompiled \(RuntimeError: no C\+\+ compiler\)"
+    ):
+        assert not compile_towers(model, 1)
+    with pytest.warns(UserWarning, match="ZeRO 3"):
+        assert not compile_towers(model, 3)
 
 
 def test_passes_of_gradient_caching_are_deepspeeds_accumulation():

@@ -8,7 +8,8 @@ from rich.console import Console
 from c4c import report
 from c4c.report import Report, metrics_table
 
-STEP = {"train/loss": 1.23456, "train/lr": 1e-4, "train/logit_scale": 14.3, "clips_per_s": 20.0, "data/wait_pct": 12.5}
+STEP = {"train/loss": 1.23456, "train/lr": 1e-4, "train/logit_scale": 14.3, "clips_per_s": 20.0,
+        "frames_per_s": 240.0, "data/wait_pct": 12.5, "memory_gib": 1.5, "mfu_pct": 33.3}  # fmt: skip
 RESULT = {
     "t2v": {"R1": 43.1, "R5": 70.4, "R10": 80.8, "MdR": 2.0, "MnR": 16.2},
     "v2t": {"R1": 42.5, "R5": 70.6, "R10": 80.2, "MdR": 2.5, "MnR": 12.4},
@@ -47,7 +48,9 @@ def test_plain_lines_where_there_is_no_terminal(capsys, clock):
     assert "\x1b" not in err
     first, *rest = err.splitlines()
     assert (
-        first == "epoch 1/2  step 1/20  loss 1.2346  lr 1.00e-04  scale 14.3  clips/s 20.0  data wait 12.5%  ETA 0:19"
+        first
+        == "epoch 1/2  step 1/20  loss 1.2346  lr 1.00e-04  scale 14.3  clips/s 20.0  frames/s 240  data wait 12.5%  "
+        "memory 1.5 GiB  MFU 33.3%  ETA 0:19"
     )
     assert [line.split("  ")[1] for line in rest if line.startswith("epoch")] == [
         "step 7/20",
@@ -79,6 +82,26 @@ def test_the_best_validation_is_remembered(capsys):
     assert [line.rsplit(" ", 1)[1] for line in capsys.readouterr().err.splitlines()] == ["10.0", "30.0", "30.0"]
 
 
+def test_the_best_of_an_earlier_start_counts(capsys, clock):
+    shown = Report(True, 20, 10, 10, [41.0, 12.0])
+    shown.step(11, STEP)
+    shown.validation(11, RESULT | {"t2v": RESULT["t2v"] | {"R1": 30.0}})
+    first, second = capsys.readouterr().err.splitlines()
+    assert "best R@1 41.0%" in first
+    assert second.endswith("best t2v R@1 41.0")
+
+
+def test_the_summary_says_what_to_do_next(capsys, clock):
+    shown = Report(True, 20, 10, 0, [41.0])
+    clock.now += 125
+    shown.summary(20, 2, "python launch/eval.py --ckpt runs/a", "tensorboard --logdir runs/a")
+    assert capsys.readouterr().err.splitlines() == [
+        "done: 20 steps, 2:05 for the last 20; best t2v R@1 41.0; 2 steps left out. Next:",
+        "    python launch/eval.py --ckpt runs/a",
+        "    tensorboard --logdir runs/a",
+    ]
+
+
 def test_other_ranks_say_nothing(capfd, monkeypatch, clock):
     show(False, 20, clock)
     monkeypatch.setattr("sys.stderr", Terminal())
@@ -93,7 +116,19 @@ def test_a_live_screen_on_a_terminal(monkeypatch, clock):
     show(True, 15, clock)
     text = report.sys.stderr.getvalue()
     assert "\x1b" in text
-    for part in ("epoch 2/2", "step 15/20", "1.2346", "data wait", "12.5%", "ETA 0:05", "validation after step 15"):
+    for part in (
+        "epoch 2/2",
+        "5/10",
+        "step 15/20",
+        "33.3%",
+        "240",
+        "1.5 GiB",
+        "1.2346",
+        "data wait",
+        "12.5%",
+        "ETA 0:05",
+        "validation after step 15",
+    ):
         assert part in text
 
 

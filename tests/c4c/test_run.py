@@ -1,6 +1,8 @@
 """The run folder: what is moved aside, what is written, what a resumed run forgets."""
 
 import json
+import sys
+import types
 
 import pytest
 import yaml
@@ -54,8 +56,16 @@ def test_a_continuation_must_compute_the_same(tmp_path):
     config = {"run": {"dir": "a"}, "train": {"lr": 0.5, "max_steps": 0, "betas": [0.9, 0.999]}, "deepspeed": {}}
     save_description(tmp_path, yaml.safe_dump(config), {})
     check_continuation(tmp_path, config)
-    harmless = {"run": {"dir": "b"}, "train": config["train"] | {"max_steps": 5}, "deepspeed": {"x": 1}}
+    buckets = {"zero_optimization": {"reduce_bucket_size": 5}}
+    harmless = {"run": {"dir": "b"}, "train": config["train"] | {"eval_every": 5}, "deepspeed": buckets}
     check_continuation(tmp_path, harmless)
+    for more in ({"train": config["train"] | {"max_steps": 5}}, {"deepspeed": {"optimizer": {"type": "Lion"}}}):
+        with pytest.raises(ValueError, match="made with other settings"):
+            check_continuation(tmp_path, config | more)
+    newer = config | {"train": config["train"] | {"new_key": 1}}
+    check_continuation(tmp_path, newer, {"train": {"new_key": 1}})  # it was the default before there was a key for it
+    with pytest.raises(ValueError, match=r"train\.new_key was 2, is 1"):
+        check_continuation(tmp_path, newer, {"train": {"new_key": 2}})
     other = {"run": {"dir": "a"}, "train": {"lr": 0.6, "max_steps": 0, "betas": [0.9, 0.99]}, "model": {"head": "b"}}
     with pytest.raises(ValueError, match=r"run\.resume=auto") as caught:
         check_continuation(tmp_path, other)
@@ -114,3 +124,37 @@ def test_another_seed_is_no_continuation(tmp_path):
     check_continuation(tmp_path, {"run": {"dir": "b", "seed": 1}})
     with pytest.raises(ValueError, match=r"run\.seed was 1, is 2"):
         check_continuation(tmp_path, {"run": {"dir": "a", "seed": 2}})
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path):
+    metrics = Metrics(tmp_path, 0)
+    metrics.step(1, {"train/loss": float("nan"), "train/grad_norm": float("inf"), "epoch": 0})
+    metrics.close()
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    assert (
+        lines(tmp_path / "metrics.jsonl")[0].items()
+        >= {"train/loss": None, "train/grad_norm": None, "epoch": 0}.items()
+    )
+
+
+def test_weights_and_biases_if_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"run\.wandb=mine: the package is not installed"):
+        Metrics(tmp_path, 0, "mine")
+    calls = []
+
+    class Run:
+        log = staticmethod(lambda values, step: calls.append((step, values)))
+        finish = staticmethod(lambda: calls.append("finished"))
+
+    def init(**settings):
+        calls.append(settings)
+        return Run
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    metrics = Metrics(tmp_path, 0, "mine", {"train": {"lr": 1}})
+    metrics.step(1, {"train/loss": 2.0})
+    metrics.close()
+    settings, logged, finished = calls
+    assert (settings["project"], settings["config"], settings["resume"]) == ("mine", {"train": {"lr": 1}}, "allow")
+    assert (logged, finished) == ((1, {"train/loss": 2.0}), "finished")

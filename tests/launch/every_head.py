@@ -52,7 +52,7 @@ def train(way: dict, folder: Path, rank: int, world: int) -> dict:
     engine = build_engine(Learner(model), config, settings, world, {})
     data, losses = batch(rank, world), []
     for _ in range(STEPS):
-        loss = train_step(engine, data, 1.0, settings.micro_batch_size)
+        loss = train_step(engine, data, 1.0, settings)
         dist.all_reduce(loss)
         losses.append(loss.item() / world)
     out = {"losses": losses}

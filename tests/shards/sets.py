@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser
 from fractions import Fraction
 from pathlib import Path
 
-from shards.datasets import Caption, Item
+from shards.datasets import Caption, Item, Reading, readers
+from shards.datasets.files import Files
 from shards.pack import pack
 from shards.profiles import Profile
 from tests.videos import encode
@@ -48,3 +50,13 @@ def packed(items: list[Item], out: Path, profile: Profile = COPY, **options) -> 
 def files(folder: Path) -> dict[str, bytes]:
     """{name: bytes} of all files but the lock."""
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name != ".lock"}
+
+
+def reading(name: str, videos: Path | str, *options: object, follow_links: bool = False) -> Reading:
+    """What the reader of data set `name` makes of these command-line options."""
+    module = readers()[name]
+    parser = ArgumentParser()
+    module.add_arguments(parser)
+    args = parser.parse_args([str(option) for option in options])
+    args.videos = Files(videos, follow_links=follow_links, beside=getattr(module, "BESIDE", ()))
+    return module.read(args)

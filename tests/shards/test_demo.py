@@ -14,7 +14,7 @@ import av
 import numpy as np
 import pytest
 
-from shards.datasets import demo
+from shards.datasets import demo, demo_scenes
 
 TRAIN, TEST = 8, 4
 
@@ -86,7 +86,9 @@ def test_every_attribute_of_test_is_common_in_train(full: dict[str, list[demo.Sc
         return count
 
     train, test = values("train"), values("test")
-    assert len(test) == len(demo.VERBS) + 3 + len(demo.SHAPES) + len(demo.COLOURS) + 3 + len(demo.BACKGROUNDS)
+    assert len(test) == len(demo_scenes.VERBS) + 3 + len(demo_scenes.SHAPES) + len(demo.COLOURS) + 3 + len(
+        demo_scenes.BACKGROUNDS
+    )
     assert min(train[value] for value in test) >= 25
 
 
@@ -100,7 +102,7 @@ def test_only_pairs_mirror_each_other(full: dict[str, list[demo.Scene]]) -> None
         paired = sum(scene.pair is not None for scene in some)
         assert paired / len(some) == pytest.approx(0.3, abs=0.01)
         assert all(a.pair is None or a.pair != b.pair for a, b in itertools.pairwise(some))
-        assert {a.kind for a, _ in pairs(some)} == set(demo.KINDS)
+        assert {a.kind for a, _ in pairs(some)} == set(demo_scenes.KINDS)
 
 
 def test_captions(full: dict[str, list[demo.Scene]]) -> None:
@@ -118,15 +120,15 @@ def test_captions_say_everything_shown(full: dict[str, list[demo.Scene]]) -> Non
     for scene in full["train"]:
         for caption in scene.captions:
             words = caption.replace(",", "").split()
-            assert any(word in caption for word in demo.BACKGROUNDS[scene.background])
+            assert any(word in caption for word in demo_scenes.BACKGROUNDS[scene.background])
             for thing in filter(None, (scene.before, scene.after)):
                 assert thing.colour in words
-                assert any(word in words for word in demo.SHAPES[thing.shape])
-                if thing.size in demo.SIZE_WORDS and scene.kind != "resize":
-                    assert any(word in words for word in demo.SIZE_WORDS[thing.size])
-            if scene.action in demo.VERBS:
-                assert any(verb in caption for verb in demo.VERBS[scene.action])
-                assert not any(verb in caption for verb in demo.VERBS[opposite[scene.action]])
+                assert any(word in words for word in demo_scenes.SHAPES[thing.shape])
+                if thing.size in demo_scenes.SIZE_WORDS and scene.kind != "resize":
+                    assert any(word in words for word in demo_scenes.SIZE_WORDS[thing.size])
+            if scene.action in demo_scenes.VERBS:
+                assert any(verb in caption for verb in demo_scenes.VERBS[scene.action])
+                assert not any(verb in caption for verb in demo_scenes.VERBS[opposite[scene.action]])
             elif scene.kind != "morph":  # what was first is said first
                 assert words.index(scene.before.colour) < words.index(scene.after.colour)
 
@@ -146,7 +148,7 @@ def test_mix_of_rates_lengths_and_orientations(full: dict[str, list[demo.Scene]]
 
 def test_twins_show_the_same_frames_in_opposite_order(full: dict[str, list[demo.Scene]]) -> None:
     twins = {a.kind: (a, b) for a, b in pairs(full["test"])}
-    assert len(twins) == len(demo.KINDS)
+    assert len(twins) == len(demo_scenes.KINDS)
     for a, b in twins.values():
         same = ("fps", "frames", "portrait", "background", "seed", "kind")
         assert all(getattr(a, name) == getattr(b, name) for name in same)
@@ -158,14 +160,14 @@ def test_twins_show_the_same_frames_in_opposite_order(full: dict[str, list[demo.
 
 def test_action_is_inside_the_central_square_and_shows_at_one_frame_a_second(full: dict[str, list[demo.Scene]]) -> None:
     short = {scene.kind: scene for scene in full["train"] if scene.frames / scene.fps < 4}
-    assert len(short) == len(demo.KINDS)
+    assert len(short) == len(demo_scenes.KINDS)
     for scene in short.values():
         frames = np.stack(list(demo.render(scene))).astype(int)
         assert frames.shape == (scene.frames, *scene.size, 3)
         height, width = scene.size
         moved = np.abs(frames - frames[0]).max(axis=(0, 3)) > 30
-        top, left = (height - demo.SIDE) // 2, (width - demo.SIDE) // 2
-        inside = moved[top : top + demo.SIDE, left : left + demo.SIDE]
+        top, left = (height - demo_scenes.SIDE) // 2, (width - demo_scenes.SIDE) // 2
+        inside = moved[top : top + demo_scenes.SIDE, left : left + demo_scenes.SIDE]
         assert inside.sum() == moved.sum() > 100, scene.kind
         first, last = frames[0], frames[math.ceil(2 * scene.fps)]
         assert (np.abs(first - last).max(axis=2) > 60).sum() > 80, scene.kind
@@ -173,7 +175,9 @@ def test_action_is_inside_the_central_square_and_shows_at_one_frame_a_second(ful
 
 def test_files_are_the_planned_h264(full: dict[str, list[demo.Scene]]) -> None:
     train = full["train"]
-    chosen = [next(s for s in train if s.fps == fps and s.portrait == p) for fps in demo.RATES for p in (True, False)]
+    chosen = [
+        next(s for s in train if s.fps == fps and s.portrait == p) for fps in demo_scenes.RATES for p in (True, False)
+    ]
     chosen.append(next(s for s in train if s.frames > demo.GOP))
     for scene in chosen:
         data = demo.encode(scene)

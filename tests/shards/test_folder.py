@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from c4c import shard
+from c4c import shard, shard_tools
 from shards import ShardError
-from shards.datasets import Caption, Item
-from shards.datasets.folder import read
+from shards.datasets import Caption, Counts, Item
 from shards.info import describe
-from tests.shards.sets import files
+from tests.shards.sets import files, reading
 from tests.videos import encode
 
 
@@ -36,7 +35,7 @@ def table(folder: Path, text: str | bytes) -> Path:
 
 
 def items(folder: Path, text: str | bytes) -> list[Item]:
-    return read(folder, table(folder, text))
+    return reading("folder", folder, "--captions", table(folder, text)).items
 
 
 def test_one_item_a_video_in_the_order_of_the_csv(videos: Path) -> None:
@@ -60,8 +59,11 @@ def test_a_name_may_lack_its_extension(videos: Path) -> None:
 
 def test_what_is_not_there_or_not_clear_is_left_to_the_packer(videos: Path) -> None:
     long = "n" * 300
-    found = items(videos, f"video,caption\nmissing,1\ntwo,2\n{long},3\nno/where.mp4,4\n")
-    assert [(i.id, i.path) for i in found] == [
+    rows = table(videos, f"video,caption\nmissing,1\ntwo,2\n{long},3\nno/where.mp4,4\na,5\na,6\n")
+    found = reading("folder", videos, "--captions", rows)
+    assert found.missing == Counts(4, 4)
+    assert found.warnings == ("'two' may be two.mkv or two.mp4: write its extension",)
+    assert [(i.id, i.path) for i in found.items[:4]] == [
         ("missing", videos / "missing"),
         ("two", videos / "two"),
         (long, videos / long),
@@ -111,9 +113,9 @@ def test_a_link_that_leads_out_is_refused(videos: Path) -> None:
 
 def test_missing_arguments_are_named(videos: Path) -> None:
     with pytest.raises(ShardError, match=r"--videos .*nowhere: there is no such folder"):
-        read(videos / "nowhere", table(videos, "video,caption\n"))
-    with pytest.raises(ShardError, match=r"--captions .*none\.csv: there is no such file"):
-        read(videos, videos / "none.csv")
+        items(videos / "nowhere", "video,caption\n")
+    with pytest.raises(ShardError, match=r"none\.csv: there is no such file"):
+        reading("folder", videos, "--captions", videos / "none.csv")
 
 
 # ---- info ----
@@ -201,8 +203,10 @@ def test_bad_arguments_are_answered_in_words(own: Path, capsys: pytest.CaptureFi
 def test_the_progress_line_fits_in_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("msrvtt train", "a data set with a name that is long"):
         screen = io.StringIO()
-        monkeypatch.setattr(shard, "console", Console(file=screen, width=80, force_terminal=True, color_system=None))
-        with shard._bar() as progress:
+        monkeypatch.setattr(
+            shard_tools, "console", Console(file=screen, width=80, force_terminal=True, color_system=None)
+        )
+        with shard_tools.bar() as progress:
             task = progress.add_task(name, total=10_000, note="123 videos/s 45.6 MB/s 12 rejects")
             progress.update(task, completed=5000)
         last = [line for line in screen.getvalue().splitlines() if "videos/s" in line][-1].split("\r")[-1]

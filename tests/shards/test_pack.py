@@ -7,32 +7,24 @@ import fcntl
 import itertools
 import json
 import os
-import queue
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
-from shards import ShardError
+from shards import ShardError, scheduler
 from shards import pack as packing
 from shards.dataset import Split
 from shards.datasets import Caption, Item
-from shards.pack import Progress
 from shards.profiles import Profile
 from shards.tar import read_index
 from shards.video import scan
+from shards.worker import Job, Progress, pack_shard
 from tests.shards.sets import COPY, INTRA, files, packed
 from tests.shards.test_video import audio_only
-from tests.videos import encode
 
 # ---- what is stored ----
 
@@ -82,8 +74,8 @@ def test_default_shards_are_16_to_256_videos(
     items: list[Item], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs = []
-    monkeypatch.setattr(packing, "_run", lambda some, *_: jobs.append(some))
-    monkeypatch.setattr(packing, "_finish", lambda *_: {})
+    monkeypatch.setattr(scheduler, "run_locally", lambda some, *_: jobs.append(some))
+    monkeypatch.setattr(packing, "finish", lambda *_: {})
     for count, expected in ((10, 10), (40, 16), (1024, 32), (20_000, 256)):
         many = [replace(items[0], id=str(i)) for i in range(count)]
         packed(many, tmp_path / str(count), shard_videos=None)
@@ -168,17 +160,16 @@ def killed(monkeypatch: pytest.MonkeyPatch, name: str, nth: int, late: bool, act
 
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
 def test_a_shard_killed_at_any_rename_is_packed_again(items, copied: Path, tmp_path: Path, monkeypatch, late) -> None:
-    monkeypatch.setattr(packing, "_reports", queue.SimpleQueue(), raising=False)
     whole = {name: data for name, data in files(copied).items() if name.startswith("000000")}
     for nth in range(4):
         out = tmp_path / str(nth)
         out.mkdir()
-        job = packing._Job(tuple(items[:2]), out, "000000", COPY)
-        assert killed(monkeypatch, "replace", nth, late, lambda job=job: packing._pack_shard(job)) == (nth < 3)
+        job = Job("000000", tuple(items[:2]), out, COPY)
+        assert killed(monkeypatch, "replace", nth, late, lambda job=job: pack_shard(job)) == (nth < 3)
         there = {n: d for n, d in files(out).items() if not n.endswith(".tmp")}
         assert all(whole[name] == data for name, data in there.items())  # nothing half-written has a real name
         assert "000000.parquet" not in there or len(there) == 3  # and the parquet comes last
-        packing._pack_shard(job)
+        pack_shard(job)
         assert {n: d for n, d in files(out).items() if not n.endswith(".tmp")} == whole
 
 
@@ -216,88 +207,10 @@ def test_a_lost_shard_is_packed_again(items: list[Item], copied: Path, tmp_path:
 
 
 def test_a_finished_split_is_left_alone(items: list[Item], copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "_run", lambda *_: pytest.fail("packed again"))
+    monkeypatch.setattr(scheduler, "run_locally", lambda *_: pytest.fail("packed again"))
     before = {p: p.stat().st_mtime_ns for p in copied.iterdir() if p.name != ".lock"}
     assert packed(items, copied) == json.loads((copied / "dataset.json").read_text())
     assert {p: p.stat().st_mtime_ns for p in before} == before
-
-
-SLOW_SET = 12
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of videos that take a moment to pack, with its csv."""
-    out = tmp_path_factory.mktemp("folder")
-    data = encode(240, 24, (320, 240))
-    for i in range(SLOW_SET):
-        (out / f"v{i}.mp4").write_bytes(data if i != 4 else b"not a video")
-    rows = "".join(f"v{i},caption {j} of {i}\n" for i in range(SLOW_SET) for j in range(2)) + "v3,\n"
-    (out / "captions.csv").write_text("video,caption\n" + rows)
-    return out
-
-
-def start(folder: Path, out: Path, workers: int = 2) -> subprocess.Popen:
-    command = [sys.executable, "-m", "c4c.shard", "folder", "--videos", str(folder), "--out", str(out), "--name", "set"]
-    command += ["--captions", str(folder / "captions.csv"), "--shard-videos", "2", "--workers", str(workers)]
-    command += ["--short-side", "64"]
-    return subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-
-
-def wait_for_work(process: subprocess.Popen, out: Path, left: set[Path]) -> float:
-    """Wait until there are temporary files besides those `left` by an earlier run; returns the time."""
-    while set(out.glob(".*.tar.*.tmp")) <= left and process.poll() is None:
-        time.sleep(0.005)
-    return time.monotonic()
-
-
-def alive(session: int) -> list[str]:
-    """What still runs of a session."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, _, belongs = stat.read_text().rsplit(")", 1)[1].split()[:4]
-            if int(belongs) == session and state != "Z":
-                found.append((stat.parent / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return found
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="workers end with a killed packer on Linux only")
-def test_kill_9_at_any_moment(folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "unbroken" / "train"
-    with start(folder, out) as process:
-        busy = wait_for_work(process, out, set())
-        assert process.wait() == 0, process.stderr.read()
-    seconds, whole = time.monotonic() - busy, files(out)
-    assert len(whole) == 3 * SLOW_SET // 2 + 2
-
-    rng, out, stopped, mixed = random.Random(7), tmp_path / "broken" / "train", 0, 0
-    for nth in range(6):
-        torn = set(out.glob(".*.tmp"))
-        with start(folder, out) as process:
-            wait_for_work(process, out, torn)
-            time.sleep(seconds * rng.uniform(0, 0.7))
-            if nth % 3 == 2:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)  # its session is its own
-            else:
-                process.kill()
-            stopped += process.wait() == -signal.SIGKILL
-        patience = time.monotonic() + 5
-        while left := alive(process.pid):
-            assert time.monotonic() < patience, f"outlived its packer: {left}"
-            time.sleep(0.02)
-        there = files(out)
-        assert all(whole[n] == data for n, data in there.items() if n in whole)  # what has a real name is finished
-        mixed += 0 < sum(n.endswith(".parquet") for n in there) < SLOW_SET // 2
-        if "dataset.json" in there:
-            shutil.rmtree(out)
-    assert stopped >= 3 and mixed >= 1  # or the test would not test
-    with start(folder, out) as process:
-        assert process.wait() == 0, process.stderr.read()
-    assert files(out) == whole
 
 
 # ---- refusals ----

@@ -1,0 +1,99 @@
+"""`launch/train.py --check`: everything a run needs, tried out in seconds; nothing is written to the run folder."""
+
+import time
+from itertools import islice
+from pathlib import Path
+
+from c4c import checkpoint
+from c4c.config import Config
+from c4c.distributed import start_distributed, stop_distributed
+from c4c.report import Report, span
+from c4c.session import Session, make_deterministic
+from c4c.train import memory_gib
+from shards.dataset import Split
+
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+def check(config: Config) -> None:
+    """Build everything, take two steps, encode one evaluation batch, and say what a run would be. Raises ValueError."""
+    if config.run.deterministic:
+        make_deterministic()
+    rank, world, device = start_distributed(config.engine.timeout_s + 300)
+    try:
+        folder = Path(config.run.dir)
+        say = Report(rank == 0, 1, 1, 0).say
+        there = (folder / checkpoint.FOLDER / "latest").exists()
+        resuming = config.run.resume == "auto" and there
+        session = Session(config, rank, world, device, resume=folder if resuming else None)
+        steps, waits = [], []
+        with session.loader:
+            mark = time.perf_counter()
+            for batch in islice(session.batches(2), 2):
+                outcome = session.step(batch)
+                now = time.perf_counter()
+                steps, waits, mark = [*steps, now - mark], [*waits, batch.wait_s], now
+                say(
+                    f"step {session.done}: loss {outcome.loss:.4f}, {steps[-1]:.2f} s, of which {waits[-1]:.2f} s waiting for data"
+                )
+        mark = time.perf_counter()
+        first = Part(config.data.test, config.data.eval_batch_size * world)
+        session.evaluate(first)
+        say(f"evaluation: {len(first)} of {len(session.test)} videos in {time.perf_counter() - mark:.2f} s")
+        _describe(say, config, session, steps, folder, there and not resuming)
+    finally:
+        stop_distributed()
+
+
+class Part(Split):
+    """The first videos of a split."""
+
+    def __init__(self, path: str, videos: int):
+        super().__init__(path)
+        self._videos = min(videos, super().__len__())
+
+    def __len__(self) -> int:
+        return self._videos
+
+
+def memory_per_rank_gib(
+    weights: int, trained: int, precision: str, stage: int, world: int, offload: str
+) -> tuple[float, float]:
+    """(on the device, on the host) GiB of weights, gradients, fp32 masters and moments; activations come on top."""
+    size = _BYTES[precision]
+    model = weights * size / (world if stage == 3 else 1)
+    grads = trained * size / (world if stage >= 2 else 1)
+    masters = trained * (8 if precision == "fp32" and stage == 0 else 12) / (world if stage >= 1 else 1)
+    host = (masters if offload != "none" else 0.0) + (model if offload == "all" else 0.0)
+    return (model + grads + masters - host) / 2**30, host / 2**30
+
+
+def _describe(say, config: Config, session: Session, steps: list[float], folder: Path, moves: bool) -> None:
+    engine, world = config.engine, session.world
+    trained = sum(getattr(p, "ds_numel", p.numel()) for p in session.engine.module.parameters() if p.requires_grad)
+    device, host = memory_per_rank_gib(
+        session.weights, trained, engine.precision, engine.zero_stage, world, engine.offload
+    )
+    remaining = max(0, session.total - session.done + 2)
+    last = steps[-1] if steps else 0.0
+    say(
+        f"model: {config.model.backbone} + {config.model.head}, {session.weights / 1e6:.1f} M weights, {trained / 1e6:.1f} M trained"
+    )
+    say(
+        f"memory of each of {world} x {session.device.type}: {device:.2f} GiB for weights, gradients and optimizer"
+        f"{f', {host:.2f} GiB on the host' if host else ''}; with activations {memory_gib():.2f} GiB at most in these steps"
+    )
+    say(
+        f"an epoch: {session.per_epoch} steps of {config.train.batch_size} pairs; the run: {session.total} steps, about "
+        f"{span(remaining * last)} at {last:.2f} s a step, without validations"
+    )
+    say(f"reads:  {config.data.train}\n        {config.data.test}")
+    if config.model.init_from not in ("", "scratch"):
+        say(f"        {config.model.init_from} (weights to start from)")
+    say(f"writes: {folder}{' (the run that is there would be moved aside)' if moves else ''}")
+    names = "config.yaml towers.json versions.json metrics.jsonl eval.jsonl tensorboard/ checkpoints/"
+    say(f"        {names}\n        and, if there is reason to: quarantine.jsonl bad_steps.jsonl")
+    size = (session.weights * 4 + trained * 8) / 2**30
+    most = config.checkpoint.keep_last + config.checkpoint.keep_best + 1
+    say(f"        a checkpoint takes {size:.2f} GiB, and up to {most} are there at once")
+    say("all is well; nothing was written to the run folder")

@@ -1,0 +1,119 @@
+"""Joining the ranks that a launcher started, and keeping DeepSpeed quiet."""
+
+import logging
+import os
+import re
+import shlex
+import sys
+from collections.abc import MutableMapping
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+
+def start_distributed(timeout_s: float = 1800.0) -> tuple[int, int, torch.device]:
+    """Join the process group of the launcher (deepspeed, torchrun, srun), or make one of a single rank.
+
+    Returns rank, world, device. timeout_s: how long the others are waited for. Raises ValueError.
+    """
+    quiet_libraries()
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    _find_ninja()
+    _name_ranks(os.environ)
+    local = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available():
+        if local >= torch.cuda.device_count():
+            raise ValueError(
+                f"rank {os.environ['RANK']} is the {local + 1}th on a machine of {torch.cuda.device_count()} GPUs"
+            )
+        torch.cuda.set_device(local)
+    else:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
+    backend = get_accelerator().communication_backend_name()
+    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(seconds=timeout_s))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def _name_ranks(env: MutableMapping[str, str]) -> None:
+    """Fill in what torch.distributed reads from the environment: as srun tells it, else for a single rank.
+
+    deepspeed and torchrun have set RANK and the rest themselves.
+    """
+    if "RANK" not in env and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
+        env["LOCAL_RANK"] = env["SLURM_LOCALID"]
+        # 4(x2),3 is two machines of 4 tasks and one of 3
+        env["LOCAL_WORLD_SIZE"] = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", env["WORLD_SIZE"])).group()
+        env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))
+        if int(env.get("SLURM_STEP_NUM_NODES", 1)) > 1 and "MASTER_ADDR" not in env:
+            raise ValueError(
+                "MASTER_ADDR is not set: ranks on several machines have to be told where the first one is. Before srun:  "
+                "export MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -1)"
+            )
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
+        env.setdefault(name, value)
+    env.setdefault("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", env["WORLD_SIZE"]))  # deepspeed's name for it
+    if "MASTER_PORT" not in env:
+        env["MASTER_PORT"] = str(_free_port())
+
+
+def command_again(*words: str) -> str:
+    """The command that started this rank, as a person would type it, with further words at its end."""
+    env, given = os.environ, [w for w in sys.argv if not w.startswith("--local_rank") and w not in words]
+    local, world = env.get("LOCAL_WORLD_SIZE", "1"), env.get("WORLD_SIZE", "1")
+    start = "python"
+    if "TORCHELASTIC_RUN_ID" in env:
+        start = f"torchrun --nproc_per_node {local}"
+    elif "SLURM_STEP_NUM_TASKS" in env:
+        start = "srun python"
+    elif "LOCAL_SIZE" in env:  # deepspeed's launcher
+        start = "deepspeed" if local != world else f"deepspeed --num_accelerators {world}"
+    more = "" if local == world or start == "srun python" else "    (on the same machines as before)"
+    return shlex.join([*start.split(), *given, *words]) + more
+
+
+def stop_distributed() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def quiet_libraries() -> None:
+    """DeepSpeed's log lines are for its developers; its warnings and errors stay."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what it would find, less a warning
+    if sys.prefix != sys.base_prefix:  # environments that share compiled optimizers compile them over and over
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+
+
+def compile_ops() -> None:
+    """Compile what DeepSpeed compiles at the first start on this machine: its exchange between ranks, its fused Adam."""
+    quiet_libraries()
+    from deepspeed.accelerator import get_accelerator
+
+    _find_ninja()
+    for name in ("ShareMemCommBuilder", "FusedAdamBuilder"):
+        builder = get_accelerator().create_op_builder(name)
+        if builder is not None:
+            builder.load(verbose=False)
+
+
+def _find_ninja() -> None:
+    """An environment that is not activated still has ninja, with which DeepSpeed compiles."""
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]

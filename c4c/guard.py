@@ -1,0 +1,217 @@
+"""What would otherwise lose a run, or hang it: signals, ranks that differ or fall silent, steps that are not finite."""
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+BAD_STEPS = "bad_steps.jsonl"
+_OTHERS_FIRST_S = 5.0  # what every rank has to say rank 0 says; its launcher then ends the others before they repeat it
+
+
+class Stop:
+    """`with Stop() as stop`: SIGTERM and SIGINT only set `stop.signal`, so that the step can end and be saved.
+
+    Launchers send both, and again, for one Ctrl-C; none of it ends the process. Elsewhere than in a main thread: nothing.
+    """
+
+    def __init__(self):
+        self.signal: str | None = None
+        self._before: dict = {}
+
+    def __enter__(self) -> "Stop":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame) -> None:
+        self.signal = self.signal or signal.Signals(number).name
+
+
+def agree(mine: dict[str, object], world: int) -> None:
+    """Raise ValueError, on every rank alike, if ranks differ in one of these values; it names ranks and values."""
+    if world == 1:
+        return
+    all_ranks: list = [None] * world
+    dist.all_gather_object(all_ranks, mine)
+    found = []
+    for key in sorted(set().union(*all_ranks)):
+        for rank, values in enumerate(all_ranks[1:], 1):
+            if values.get(key) != all_ranks[0].get(key):
+                found.append(f"{key} is {all_ranks[0].get(key)} on rank 0 and {values.get(key)} on rank {rank}")
+                break
+    if found:
+        raise ValueError(
+            f"the ranks do not agree: {'; '.join(found)}. All must run the same code on the same data with the same settings"
+        )
+
+
+class BadSteps:
+    """Counts steps that were left out because the loss or a gradient was not finite, and lists them in the run folder."""
+
+    def __init__(self, folder: Path, most: int):
+        self.total = 0
+        self._folder, self._most, self._in_a_row = folder, most, 0
+
+    def note(self, step: int, bad: bool, loss: float, keys: list[str], world: int, rank: int) -> str:
+        """After step `step`, on every rank; keys: of this rank's videos. Returns what to tell, if anything.
+
+        Raises ValueError, on every rank, once too many in a row were bad.
+        """
+        self._in_a_row = self._in_a_row + 1 if bad else 0
+        if not bad:
+            return ""
+        self.total += 1
+        parts = [keys]
+        if world > 1:
+            parts = [None] * world
+            dist.all_gather_object(parts, keys)
+        if rank == 0:
+            row = {"step": step, "loss": str(loss), "keys": [key for part in parts for key in part]}
+            with open(self._folder / BAD_STEPS, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        said = f"step {step} was left out: its loss is {loss}, or a gradient is not finite"
+        if self._in_a_row >= self._most:
+            raise ValueError(
+                f"{said}; that is the {self._in_a_row}th in a row (train.max_bad_steps). The videos of these steps are in "
+                f"{self._folder / BAD_STEPS}; --replay {step} runs one again. Usual reasons: train.lr too high, "
+                "engine.precision=fp16 where bf16 would do"
+            )
+        return f"warning: {said}. Its videos are in {self._folder / BAD_STEPS}"
+
+
+class Watchdog:
+    """Ends a run in which a rank no longer answers, and names it.
+
+    Each rank's thread tells all others, by way of the store that the ranks met at, what its main thread is doing. A rank
+    whose own work stands still for `timeout_s` seconds compares them: the one furthest behind is what all wait for.
+    """
+
+    def __init__(self, rank: int, world: int, timeout_s: float, end: Callable[[int], None] = os._exit):
+        self._rank, self._world, self._timeout, self._end = rank, world, timeout_s, end
+        self._turn, self._doing, self._since, self._beat = 0, "starting", time.monotonic(), 0
+        self._main = threading.main_thread().ident
+        self._stopped = threading.Event()
+        self._interval = min(5.0, timeout_s / 8)
+        self._thread = threading.Thread(target=self._watch, name="c4c-watchdog", daemon=True)
+
+    def __enter__(self) -> "Watchdog":
+        if self._world > 1:
+            store = (
+                dist.distributed_c10d._get_default_store().clone()
+            )  # its own connection: no waiting for the main thread
+            store.set_timeout(timedelta(seconds=max(2.0, 2 * self._interval)))
+            self._store = store
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stopped.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def now(self, doing: str) -> None:
+        """Called by the main thread of every rank in the same order."""
+        self._turn, self._doing, self._since = self._turn + 1, doing, time.monotonic()
+
+    def _watch(self) -> None:
+        try:
+            while not self._stopped.wait(self._interval):
+                self._publish()
+                if time.monotonic() - self._since > self._timeout:
+                    self._report(self._slowest())
+        except Exception:  # the store went with the rank that held it
+            if not self._stopped.wait(2 * self._interval):  # at the end of a run that is how it should be
+                self._report("rank 0, at which the ranks meet, does not answer: it ended, or its machine is gone")
+
+    def _publish(self) -> None:
+        self._beat += 1
+        state = {
+            "turn": self._turn,
+            "doing": self._doing,
+            "for_s": round(time.monotonic() - self._since),
+            "beat": self._beat,
+        }
+        state |= {"host": socket.gethostname(), "pid": os.getpid()}
+        self._store.set(f"c4c/{self._rank}", json.dumps(state))
+
+    def _all(self) -> list[dict | None]:
+        keys = [f"c4c/{rank}" for rank in range(self._world)]
+        return [json.loads(self._store.get(key)) if self._store.check([key]) else None for key in keys]
+
+    def _slowest(self) -> str:
+        before = self._all()
+        time.sleep(3 * self._interval)
+        self._publish()
+        after = self._all()
+        silent = [r for r, (a, b) in enumerate(zip(before, after, strict=True)) if b is None or a["beat"] == b["beat"]]
+        behind = min((s["turn"] for r, s in enumerate(after) if s and r not in silent), default=0)
+        late = [r for r, s in enumerate(after) if s and s["turn"] == behind]
+        words = [
+            f"rank {r} ({_place(after[r])}) does not answer: its process is stopped, or its machine gone"
+            for r in silent
+        ]
+        if not silent and len(late) < self._world:
+            words = [f"rank {r} ({_place(after[r])}) is {after[r]['doing']} since {after[r]['for_s']} s" for r in late]
+        return "; ".join(words) or f"all ranks are {after[0]['doing']} since {after[0]['for_s']} s"
+
+    def _report(self, found: str) -> None:
+        if self._rank:
+            time.sleep(_OTHERS_FIRST_S)
+        stack = ""
+        if f"rank {self._rank} (" in found or "all ranks" in found:
+            stack = "".join(traceback.format_stack(sys._current_frames()[self._main])[-4:])
+        text = f"error: no step for {self._timeout:.0f} s (engine.timeout_s): {found}. The others wait for it in vain"
+        print(f"{text}\n{stack}", file=sys.stderr, flush=True)
+        self._end(1)
+
+
+def _place(state: dict | None) -> str:
+    return f"pid {state['pid']} on {state['host']}" if state else "never heard of"
+
+
+def out_of_memory(error: BaseException, rows: int, frames: int, encoded: int) -> str | None:
+    """If that is what `error` is: the numbers, and the keys to change. rows: pairs of a rank; encoded: how many at once."""
+    text = str(error)
+    if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in text:
+        return None
+    if torch.cuda.is_available():
+        free, whole = (n / 2**30 for n in torch.cuda.mem_get_info())
+        there = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} of {whole:.1f} GiB were in use, {free:.1f} free"
+    else:
+        there = f"the machine has {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"
+    smaller = max(1, encoded // 2)
+    return (
+        f"out of memory: each rank encodes {encoded} of its {rows} pairs at once, {encoded * frames} frames; {there}. Set "
+        f"train.micro_batch_size={smaller} (same losses, a second forward pass), engine.activation_checkpointing=true, "
+        "engine.offload=optimizer, a higher engine.zero_stage on several ranks, or a smaller train.batch_size "
+        f"({text.strip().partition(chr(10))[0][:200]})"
+    )
+
+
+def speak(error: BaseException, rank: int) -> None:
+    """Print an error that ends the run: rank 0 at once, another only if rank 0 had none and the launcher let it live."""
+    lost = isinstance(error, RuntimeError)
+    if rank or lost:
+        time.sleep(_OTHERS_FIRST_S)
+    text = "the connection to another rank broke: that one ended first, and says why" if lost else str(error)
+    print(f"error{f' on rank {rank}' if rank else ''}: {text}", file=sys.stderr, flush=True)
+
+
+def lost_peer(error: RuntimeError) -> bool:
+    """Whether an exchange between ranks failed because another rank's process is gone."""
+    return any(said in str(error) for said in ("onnection closed by peer", "onnection reset by peer", "Broken pipe"))

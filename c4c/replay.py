@@ -1,0 +1,68 @@
+"""`launch/train.py --replay STEP`: one step of a run once more, from a checkpoint before it, beside what it was then."""
+
+import json
+import math
+from pathlib import Path
+
+from c4c import checkpoint
+from c4c.config import Config
+from c4c.distributed import start_distributed, stop_distributed
+from c4c.report import Report
+from c4c.session import Outcome, Session, make_deterministic
+
+_ROUNDING = 1e-4  # relative: other ranks, another ZeRO stage, another machine
+
+
+def replay(config: Config, step: int) -> bool:
+    """Run from the newest checkpoint before `step` up to it and compare; whether it came out the same, to rounding.
+
+    Called on every rank; writes nothing. Raises ValueError if there is no such checkpoint or step.
+    """
+    if config.run.deterministic:
+        make_deterministic()
+    folder = Path(config.run.dir)
+    before = [t for t in checkpoint.tags(folder) if checkpoint.step_of(t) < step]
+    if not before:
+        there = ", ".join(checkpoint.tags(folder)) or "none"
+        raise ValueError(f"--replay {step}: {folder} keeps no checkpoint of an earlier step; there are {there}")
+    recorded = _recorded(folder, step)
+    rank, world, device = start_distributed(config.engine.timeout_s + 300)
+    try:
+        session = Session(config, rank, world, device, resume=folder, tag=before[-1])
+        say = Report(rank == 0, 1, 1, 0).say
+        say(f"replaying step {step} from {before[-1]}")
+        with session.loader:
+            for batch in session.batches(step - session.done):
+                outcome = session.step(batch)
+        same = _compare(recorded, outcome, say)
+        say(f"rank 0's videos: {' '.join(batch.keys)}")
+        return same
+    finally:
+        stop_distributed()
+
+
+def _recorded(folder: Path, step: int) -> dict:
+    path = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+    found = {row["step"]: row for row in rows}
+    if step not in found:
+        raise ValueError(f"--replay {step}: {path} holds steps {min(found, default=0)} to {max(found, default=0)}")
+    return found[step]
+
+
+def _compare(recorded: dict, outcome: Outcome, say) -> bool:
+    now = {"train/loss": outcome.loss, "train/grad_norm": outcome.grad_norm, "train/lr": outcome.lr}
+    now["train/logit_scale"] = outcome.logit_scale
+    verdicts = []
+    for name, value in now.items():
+        then = recorded.get(name)
+        then = math.nan if then is None else then  # how a number that is not finite is recorded
+        equal = then == value or (math.isnan(then) and not math.isfinite(value))
+        near = equal or math.isclose(then, value, rel_tol=_ROUNDING)
+        verdicts.append((equal, near))
+        say(
+            f"{name:18} then {then:<22.17g} now {value:<22.17g} {'equal' if equal else f'differs by {abs(then - value):.1e}'}"
+        )
+    same, close = (all(v[i] for v in verdicts) for i in (0, 1))
+    say("the same, bit for bit" if same else "the same to rounding" if close else "NOT the same")
+    return close

@@ -1,0 +1,147 @@
+"""Model, data and engine of one rank, built as a configuration says; what training, --check and --replay share."""
+
+import os
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from c4c import checkpoint, guard
+from c4c.config import Config, to_dict
+from c4c.engine import Learner, applied, build_engine, read_scale, train_step
+from c4c.evaluate import evaluate
+from c4c.model import CLIP4Clip, build
+from c4c.optim import freeze
+from c4c.run import check_continuation
+from pipelines.loader import Batch, Loader
+from shards.dataset import Split
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one step, over all ranks: the mean loss, the norm of the gradient before clipping, and whether it counted."""
+
+    loss: float
+    lr: float
+    logit_scale: float
+    grad_norm: float
+    applied: bool
+    said: tuple[bool, ...]  # which of the caller's questions any rank answered with yes
+
+
+class Session:
+    """One rank's engine and loader. Raises ValueError for what cannot be done.
+
+    resume: the run folder to load the state from, None for a new start; tag: which of its checkpoints, None for the newest.
+    """
+
+    def __init__(
+        self, config: Config, rank: int, world: int, device: torch.device, *, resume: Path | None = None,
+        tag: str | None = None, quarantine: Path | None = None,
+    ):  # fmt: skip
+        self.config, self.rank, self.world, self.device = config, rank, world, device
+        for key in ("train", "test"):
+            if not getattr(config.data, key):
+                raise ValueError(f"data.{key} is not set: name the folder of a packed split, data.{key}=data/…")
+        self.split, self.test = Split(config.data.train), Split(config.data.test)
+        if resume:
+            check_continuation(resume, to_dict(config), to_dict(Config()))
+        guard.agree(_identity(config, self.split, self.test), world)
+        torch.manual_seed(config.run.seed)
+        self.model = build(config.model, config.data.num_frames)
+        freeze(self.model, config.train.freeze_layers)
+        _check_sizes(self.model, config)
+        self.engine = build_engine(Learner(self.model), config.engine, config.train, world, config.deepspeed)
+        state = checkpoint.restore(self.engine, resume, tag) if resume else {}
+        self.done = int(state.get("step", 0))  # steps
+        self._same_data(state, resume)
+        self.loader = Loader(
+            self.split, config.data, batch_size=config.train.batch_size, seed=config.run.seed,
+            drop_last=config.train.drop_last, rank=rank, world=world, device=device, quarantine=quarantine,
+        )  # fmt: skip
+        self.per_epoch = self.loader.steps_per_epoch
+        self.total = config.train.total_steps(self.per_epoch)
+
+    @property
+    def weights(self) -> int:
+        return sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
+
+    def batches(self, count: int):
+        """The next `count` batches after the steps that are done."""
+        epoch, step = divmod(self.done, self.per_epoch)
+        return self.loader.batches(epoch, step, max(0, count))
+
+    def step(self, batch: Batch, *asked: bool) -> Outcome:
+        """One update on every rank. asked: whatever ranks want to decide alike, sent along with the loss."""
+        train = self.config.train
+        factor = train.factor(self.done, self.per_epoch)
+        try:
+            loss = train_step(self.engine, batch, factor, train)
+        except RuntimeError as error:
+            raise self._explained(error, len(batch.valid)) from error
+        told = torch.tensor([0.0, *map(float, asked)], dtype=torch.float64, device=self.device)
+        told[0] = loss.double()
+        if self.world > 1:
+            dist.all_reduce(told)
+        self.done += 1
+        mean, *said = told.tolist()
+        return Outcome(
+            loss=mean / self.world, lr=train.lr * factor, logit_scale=read_scale(self.engine),
+            grad_norm=float(self.engine.get_global_grad_norm() or 0.0), applied=applied(self.engine),
+            said=tuple(count > 0 for count in said),
+        )  # fmt: skip
+
+    def evaluate(self, split: Split | None = None) -> dict:
+        """Metrics of a split (the test split), the same on every rank."""
+        self.engine.eval()
+        result, _ = evaluate(self.model, self.engine, split or self.test, self.config.data, self.device)
+        self.engine.train()
+        return result
+
+    def position(self) -> dict:
+        """What a checkpoint says beside the step, for people and for `_same_data`."""
+        epoch, step = divmod(self.done, self.per_epoch)
+        return {"epoch": epoch, "step_of_epoch": step, "data": self.split.digest}
+
+    def _same_data(self, state: dict, run: Path | None) -> None:
+        if state.get("data", self.split.digest) != self.split.digest:
+            raise ValueError(
+                f"run.resume=auto: {self.split.path} is not the data that {run} was trained on (digest {self.split.digest[:12]}, "
+                f"was {state['data'][:12]}). Name the same split, or start anew with run.resume=never"
+            )
+
+    def _explained(self, error: RuntimeError, rows: int) -> Exception:
+        train = self.config.train
+        encoded = rows // train.accumulate if train.accumulate > 1 else min(train.micro_batch_size or rows, rows)
+        said = guard.out_of_memory(error, rows, self.config.data.num_frames, encoded)
+        return ValueError(said) if said else error
+
+
+def _identity(config: Config, train: Split, test: Split) -> dict[str, object]:
+    """What has to be the same on every rank."""
+    flat = {f"{group}.{key}": value for group, keys in to_dict(config).items() for key, value in keys.items()}
+    known = {name: version(name) for name in ("torch", "deepspeed")} | {"python": platform.python_version()}
+    return flat | known | {"contents of data.train": train.digest, "contents of data.test": test.digest}
+
+
+def make_deterministic() -> None:
+    """Bit for bit the same on the same machine and number of ranks. Before anything touches a GPU."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def _check_sizes(model: CLIP4Clip, config: Config) -> None:
+    if model.image_size != config.data.image_size:
+        raise ValueError(
+            f"data.image_size={config.data.image_size}, but {config.model.backbone} takes pictures of {model.image_size}: "
+            f"set data.image_size={model.image_size}"
+        )
+    if config.data.max_words > model.context_length:
+        raise ValueError(
+            f"data.max_words={config.data.max_words} is longer than the {model.context_length} tokens that "
+            f"{config.model.backbone} takes"
+        )

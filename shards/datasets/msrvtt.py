@@ -1,0 +1,90 @@
+"""MSR-VTT: MSRVTT_data.json with the 7k, 9k and JSFUSION csv, the json's own split, or mmaction2's json.
+
+The files are those of the official CLIP4Clip repository's `msrvtt_data.zip`, of the MSR-VTT release
+(`train_val_videodatainfo.json`, `test_videodatainfo.json`: the same form) and of mmaction2's `tools/data/msrvtt`. The
+published videos are already cut: `start time` and `end time` in the json refer to the YouTube video they come from.
+"""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from shards import ShardError
+from shards.datasets import Caption, Counts, Item, Reading, conclude, examples
+from shards.datasets.annotations import expect, published, read_csv, read_json, sentences
+
+OWN = {"train": Counts(6513, 130_260), "validate": Counts(497, 9940), "test": Counts(2990, 59_800)}
+PUBLISHED = {
+    "train.9k": Counts(9000, 180_000),
+    "train.7k": Counts(7010, 140_200),
+    "jsfusion": Counts(1000, 1000),
+    "msrvtt.data": Counts(10_000, 200_000),
+}
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--annotations", type=Path,
+        help='MSRVTT_data.json, or mmaction2\'s json {"video0.mp4": [captions]}; a --split with sentences needs none',
+    )  # fmt: skip
+    parser.add_argument(
+        "--split",
+        help="MSRVTT_train.9k.csv, MSRVTT_train.7k.csv, MSRVTT_JSFUSION_test.csv, or train, validate or test: the "
+        "json's own split (all of the annotations)",
+    )
+
+
+def read(args: Namespace) -> Reading:
+    if not args.annotations and not args.split:
+        raise ShardError("give --annotations, --split, or both")
+    captions, meta, own = _annotations(args.annotations) if args.annotations else ({}, {}, {})
+    warnings = []
+    if args.split is None:
+        ids = list(captions)
+    elif args.split in OWN:
+        ids = [id for id in captions if own.get(id) == args.split]
+        if not ids:
+            raise ShardError(f"{args.annotations} names no video of its split {args.split!r}")
+    else:
+        told = _split(Path(args.split))
+        ids = list(told)
+        if unknown := [id for id in ids if args.annotations and id not in captions]:
+            warnings.append(f"{examples(unknown, 'video')} of {Path(args.split).name} not in {args.annotations.name}")
+        captions = {id: told[id] or captions.get(id, ()) for id in ids}
+        if not any(captions.values()):
+            raise ShardError(f"{args.split} has no column sentence: give --annotations MSRVTT_data.json with it")
+    items = [Item(id, args.videos.find(id), captions[id], meta.get(id, {})) for id in ids]
+    counts = OWN.get(args.split) or published(PUBLISHED, Path(args.split) if args.split else args.annotations)
+    return conclude(items, args.videos, counts, warnings)
+
+
+def _annotations(path: Path) -> tuple[dict[str, tuple[Caption, ...]], dict[str, dict], dict[str, str]]:
+    """Captions, meta and split by video id."""
+    data = expect(read_json(path), dict, path, "an object with videos and sentences, or of lists of captions")
+    if "sentences" not in data:
+        return {_stem(name): sentences(texts, f"{path}: {name}") for name, texts in data.items()}, {}, {}
+    try:
+        videos = {str(video["video_id"]): video for video in data["videos"]}
+        captions: dict[str, list[Caption]] = {id: [] for id in videos}
+        for sentence in data["sentences"]:
+            captions.setdefault(str(sentence["video_id"]), []).extend(sentences(sentence["caption"], str(path)))
+    except (KeyError, TypeError) as error:
+        raise ShardError(
+            f"{path}: its videos need a video_id, its sentences a video_id and a caption ({error})"
+        ) from error
+    meta = {id: {k: v for k, v in video.items() if k not in ("video_id", "id")} for id, video in videos.items()}
+    own = {id: str(video.get("split")) for id, video in videos.items()}
+    return {id: tuple(said) for id, said in captions.items()}, meta, own
+
+
+def _split(path: Path) -> dict[str, tuple[Caption, ...]]:
+    """The videos of a csv, with their captions where it has a column `sentence`. `vid_key` (msr9770) is no video_id."""
+    found: dict[str, tuple[Caption, ...]] = {}
+    for row in read_csv(path, ["video_id"]):
+        said = sentences(row["sentence"], str(path)) if row.get("sentence") else ()
+        id = _stem(row["video_id"].strip())
+        found[id] = found.get(id, ()) + said
+    return found
+
+
+def _stem(name: str) -> str:
+    return name.removesuffix(".mp4")

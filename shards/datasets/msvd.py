@@ -1,0 +1,83 @@
+"""MSVD: raw-captions.pkl with train_list.txt, val_list.txt or test_list.txt; videos are YouTubeClips' .avi.
+
+The files are those of the official CLIP4Clip repository's `msvd_data.zip`.
+"""
+
+import pickle
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+from shards import ShardError
+from shards.datasets import Caption, Counts, Item, Reading, conclude, examples
+from shards.datasets.annotations import expect, published, read_json, read_lines, sentences
+
+PUBLISHED = {
+    "train.list": Counts(1200, 48_774),
+    "val.list": Counts(100, 4290),
+    "test.list": Counts(670, 27_763),
+}
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--annotations", type=Path, required=True,
+        help="raw-captions.pkl (nothing in it is executed), or a json {video: [captions]}",
+    )  # fmt: skip
+    parser.add_argument("--split", type=Path, help="train_list.txt, val_list.txt or test_list.txt (all videos)")
+
+
+def read(args: Namespace) -> Reading:
+    if args.annotations.suffix == ".json":
+        data = expect(read_json(args.annotations), dict, args.annotations, "an object of lists of captions")
+        captions = {name.removesuffix(".avi"): sentences(said, f"{name}") for name, said in data.items()}
+    else:
+        captions = _pickled(args.annotations)
+    ids = [name.removesuffix(".avi") for name in read_lines(args.split)] if args.split else list(captions)
+    ids = list(dict.fromkeys(ids))
+    warnings = []
+    if unknown := [id for id in ids if id not in captions]:
+        warnings.append(f"{examples(unknown, 'video')} of {args.split.name} not in {args.annotations.name}")
+    items = [Item(id, args.videos.find(id), captions.get(id, ())) for id in ids]
+    return conclude(items, args.videos, published(PUBLISHED, args.split), warnings)
+
+
+class _Plain(pickle.Unpickler):
+    """Unpickles lists, tuples, dicts, strings and numbers; whatever would import a name or call something is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, and captions need no such thing")
+
+
+def _pickled(path: Path) -> dict[str, tuple[Caption, ...]]:
+    """{id: captions} of a pickled {id: [[word, …], …]}, written by Python 2 or 3."""
+    try:
+        with open(path, "rb") as file:
+            data = _Plain(file, encoding="bytes").load()  # Python 2's strings are bytes, in an encoding it does not say
+    except FileNotFoundError as error:
+        raise ShardError(f"{path}: there is no such file") from error
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise ShardError(f"{path} is not a plain pickle of captions ({error})") from error
+    expect(data, dict, path, "a dict of lists of sentences")
+    return {_text(id, path): tuple(_sentence(words, path) for words in _list(said, path)) for id, said in data.items()}
+
+
+def _sentence(words: object, path: Path) -> Caption:
+    """A sentence, a list of words or already a string."""
+    said = (
+        _text(words, path) if isinstance(words, str | bytes) else " ".join(_text(w, path) for w in _list(words, path))
+    )
+    return Caption(" ".join(said.split()))
+
+
+def _list(value: object, path: Path) -> list | tuple:
+    return expect(value, list | tuple, path, "lists of words")  # type: ignore[arg-type]
+
+
+def _text(value: object, path: Path) -> str:
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            return value.decode("latin-1")
+    return expect(value, str, path, "words")

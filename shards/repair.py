@@ -1,0 +1,402 @@
+"""Rebuild what stands beside the tars of a split (index, sample table, dataset.json) from the tars alone."""
+
+import json
+import os
+import tarfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from fractions import Fraction
+from multiprocessing import get_context
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from crc32c import crc32c
+
+from shards import ShardError
+from shards.dataset import Table
+from shards.datasets import Caption, Item
+from shards.pack import finish, frame_columns, input_digest, write_table
+from shards.profiles import Profile
+from shards.schema import FORMAT_VERSION, JSON_CRCS, REJECTS, SCHEMA, FrameTable
+from shards.tar import commit, index_text, read_index, read_members, safe_key, write_atomic
+from shards.tarcopy import TarCopier, link_or_copy
+from shards.video import VideoError, scan
+
+_NEEDED = {"id", "captions", "codec", "width", "height", "duration", "source_frames", "fps", "profile", "frame_number"}
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """What was done to one shard: "kept" (nothing was wrong), "rebuilt", or "cut" (its tar has been written anew)."""
+
+    shard: str
+    done: str
+    videos: int
+    lost: tuple[str, ...] = ()  # what was left out, and why
+
+
+@dataclass(frozen=True)
+class _Sample:
+    key: str
+    members: dict[str, tuple[int, int]]  # {extension: (offset, size)}
+
+
+@dataclass(frozen=True)
+class _Job:
+    path: Path
+    name: str
+    everything: bool
+    truncate: bool
+    drop: bool
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A shard whose files are all in order now, and the profile of its videos (None: it holds none)."""
+
+    repaired: Repaired
+    profile: dict | None
+
+
+def repair(
+    path: Path,
+    *,
+    name: str | None = None,
+    split: str | None = None,
+    everything: bool = False,
+    truncate: bool = False,
+    drop: bool = False,
+    workers: int | None = None,
+    on_shard: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Repaired]:
+    """Rebuild the index and the table of every shard that lacks one or disagrees with its tar, then dataset.json.
+
+    `everything` rebuilds the shards that look well too. A tar with a damaged end is cut after its last whole sample
+    only if `truncate`; samples that do not decode are left out only if `drop`. Either way the tar as it was stays beside
+    it as NAME.tar.damaged. `name` and `split` are used where no dataset.json is left to tell them. Rejects are in no
+    tar: they are taken from what is left of the tables and of rejects.jsonl.
+
+    `on_shard(done, total)` is called with shards. Raises ShardError, before dataset.json is touched, if a shard cannot
+    be repaired; shards repaired until then stay repaired.
+    """
+    names, old = _names(path)
+    rejects = _rejects(path, names)
+    jobs = [_Job(path, shard, everything, truncate, drop) for shard in names]
+    found: list[_Found] = []
+    failures: list[str] = []
+    on_shard(0, len(jobs))
+    for done, one in enumerate(_each(jobs, rejects, workers or os.cpu_count() or 1), 1):
+        if isinstance(one, ShardError):
+            failures.append(str(one))
+        else:
+            found.append(one)
+        on_shard(done, len(jobs))
+    if failures:
+        more = f" ({len(failures) - 1} more shards have troubles of their own)" if len(failures) > 1 else ""
+        raise ShardError(failures[0] + more)
+    profiles = [p for i, f in enumerate(found) if (p := f.profile) and p not in [g.profile for g in found[:i]]]
+    if len(profiles) != 1:
+        told = "; ".join(json.dumps(p) for p in profiles) or "none holds a video"
+        raise ShardError(f"{path}: the shards must be of one profile to be a split ({told})")
+    repaired = [f.repaired for f in found]
+    order = [f.name for f in fields(Profile)]  # in the tar's json the keys are sorted
+    profile = dict(
+        sorted(profiles[0].items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order))
+    )
+    plan = old.get("plan") or _plan(path, name, split, profile, repaired)
+    if any(r.lost for r in repaired):
+        plan = {**plan, "input": None}  # what is missing now must not pass for packed
+    finish(path, plan, names)
+    return repaired
+
+
+def _each(jobs: list[_Job], rejects: dict[str, list[dict]], workers: int) -> Iterator[_Found | ShardError]:
+    if workers == 1 or len(jobs) == 1:
+        yield from (_repair_shard(job, rejects[job.name]) for job in jobs)
+        return
+    with ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn")) as pool:
+        yield from pool.map(_repair_shard, jobs, [rejects[job.name] for job in jobs])
+
+
+def _names(path: Path) -> tuple[list[str], dict]:
+    """Names of the shards, and what is left of dataset.json ({} if it is lost)."""
+    if not path.is_dir():
+        raise ShardError(f"there is no folder {path}")
+    names = sorted(p.stem for p in path.glob("*.tar"))
+    if not names:
+        raise ShardError(f"{path} holds no tar, and there is nothing else to repair a split from")
+    if (path / "packing.json").exists():
+        raise ShardError(
+            f"{path} has not been packed to its end. Run the packing command again: it goes on where it stopped. "
+            "(To make a split of what is there, delete its packing.json and repair again.)"
+        )
+    old: dict = {}
+    with suppress(OSError, ValueError):
+        old = json.loads((path / "dataset.json").read_text())
+    listed = [s["name"] for s in old["shards"]] if "shards" in old else [f"{i:06d}" for i in range(len(names))]
+    if missing := sorted(set(listed) - set(names)):
+        raise ShardError(
+            f"{path / missing[0]}.tar is missing: nothing else holds its videos. Copy it again, or run the packing command "
+            "again with the original videos; it packs what is missing."
+        )
+    if odd := sorted(set(names) - set(listed)):
+        raise ShardError(f"{path / odd[0]}.tar is no shard of this split: move it elsewhere")
+    return listed, old
+
+
+def _rejects(path: Path, names: list[str]) -> dict[str, list[dict]]:
+    """The rejects of each shard: from its table, or the part of rejects.jsonl that no other table accounts for."""
+    known: dict[str, list[dict]] = {}
+    for name in names:
+        with suppress(OSError, ValueError, KeyError, TypeError, pa.ArrowException):
+            known[name] = json.loads(pq.read_schema(path / f"{name}.parquet").metadata[REJECTS])
+    left: list[dict] = []
+    with suppress(OSError, ValueError):
+        left = [json.loads(line) for line in (path / "rejects.jsonl").read_text().splitlines()]
+    out: dict[str, list[dict]] = {}
+    for place, name in enumerate(names):
+        if name in known:
+            out[name] = known[name]
+            left = left[len(known[name]) :]
+        else:  # all that stands before the rejects of the next known shard; of several in a row the first gets them
+            following = next((known[n] for n in names[place + 1 :] if known.get(n)), [])
+            at = next((i for i in range(len(left)) if left[i : i + len(following)] == following), len(left))
+            out[name], left = left[: at if following else len(left)], left[at if following else len(left) :]
+    return out
+
+
+def _plan(path: Path, name: str | None, split: str | None, profile: dict, repaired: list[Repaired]) -> dict:
+    """The plan as the packer wrote it, as far as the tars tell."""
+    folder = path.resolve()
+    lost = (path / "rejects.jsonl").exists() and (path / "rejects.jsonl").stat().st_size
+    return {
+        "format": FORMAT_VERSION,
+        "name": name or folder.parent.name,
+        "split": split or folder.name,
+        "profile": profile,
+        "input": None if lost else input_digest(_items(path, [r.shard for r in repaired])),
+        "shards": len(repaired),
+        "shard_videos": max(r.videos for r in repaired),
+    }
+
+
+def _items(path: Path, names: list[str]) -> Iterator[Item]:
+    for name in names:
+        with open(path / f"{name}.tar", "rb") as file:
+            for sample, (offset, size) in read_index(path / f"{name}.idx").items():
+                if sample.endswith(".json"):
+                    described = json.loads(_pread(file, offset, size))
+                    captions = tuple(Caption(**c) for c in described["captions"])
+                    file_name = Path(described["source"]["file"])
+                    yield Item(described["id"], file_name, captions, described.get("meta", {}))
+
+
+def _repair_shard(job: _Job, rejects: list[dict]) -> _Found | ShardError:
+    try:
+        return _rebuild(job, rejects)
+    except ShardError as error:  # the other shards are still looked at
+        return error
+
+
+def _rebuild(job: _Job, rejects: list[dict]) -> _Found:
+    if not job.everything and (found := _well(job)):
+        return found
+    tar = job.path / f"{job.name}.tar"
+    samples, damage = _walk(tar)
+    if damage and not job.truncate:
+        last = f"after sample {samples[-1].key}" if samples else "before the first sample"
+        raise ShardError(
+            f"{tar} is damaged {last}: {damage}. Whole samples before that: {len(samples)}. Copy the file again, or "
+            f"repair with --truncate to cut it there (the file as it is stays as {tar.name}.damaged)."
+        )
+    rows, crcs, good, lost = [], [], [], [damage] if damage else []
+    profile = None
+    with open(tar, "rb") as file:
+        for sample in samples:
+            described = _described(tar, sample, file)
+            if profile not in (None, described["profile"]):
+                raise ShardError(f"{tar} mixes profiles: {profile} and {described['profile']} ({sample.key})")
+            profile = described["profile"]
+            try:
+                row, json_crc = _row(sample, described, file)
+            except VideoError as error:
+                lost.append(f"{sample.key}: {error}")
+                rejects = [
+                    *rejects,
+                    {"id": described["id"], "path": tar.name, "reason": f"damaged in the tar: {error}"},
+                ]
+                if not job.drop:
+                    raise ShardError(
+                        f"{tar}: {sample.key}: {error}. Copy the file again, or repair with --drop to leave out samples "
+                        f"that do not decode (the file as it is stays as {tar.name}.damaged)."
+                    ) from error
+                continue
+            rows.append(row)
+            crcs.append(json_crc)
+            good.append(sample)
+        if lost:
+            _rewrite(tar, file, good, rows)
+        else:
+            lines = [
+                " ".join(f"{ext} {offset} {size} {s.key}.{ext}" for ext, (offset, size) in s.members.items())
+                for s in good
+            ]
+            write_atomic(tar.with_suffix(".idx"), index_text(lines))
+    parquet = tar.with_suffix(".parquet")
+    temporary = parquet.with_name(f".{parquet.name}.{os.getpid()}.tmp")
+    write_table(parquet, temporary, pa.Table.from_pylist(rows, schema=SCHEMA), rejects, crcs)
+    return _Found(Repaired(job.name, "cut" if lost else "rebuilt", len(rows), tuple(lost)), profile)
+
+
+def _well(job: _Job) -> _Found | None:
+    """The shard as it is, if index and table can be read and say of every member what the tar says."""
+    base = job.path / job.name
+    try:
+        members = read_members(base.with_suffix(".tar"))
+        if read_index(base.with_suffix(".idx")) != members:
+            return None
+        table = Table(base.with_suffix(".parquet"), job.name, 0)
+        metadata = pq.read_schema(base.with_suffix(".parquet")).metadata
+        videos = [table.video(row) for row in range(table.rows)]
+        agree = all(members.get(f"{v.key}.{v.ext}") == (v.offset, v.size) for v in videos)
+        if not agree or len(members) != 2 * table.rows or len(json.loads(metadata[JSON_CRCS])) != table.rows:
+            return None
+        if not _ends_well(base.with_suffix(".tar"), max((o + s for o, s in members.values()), default=0)):
+            return None
+        profile = None
+        if videos:
+            with open(base.with_suffix(".tar"), "rb") as file:
+                profile = json.loads(_pread(file, *members[f"{videos[0].key}.json"]))["profile"]
+    except (ShardError, ValueError, KeyError, TypeError, OSError, EOFError, tarfile.TarError):
+        return None
+    return _Found(Repaired(job.name, "kept", table.rows), profile)
+
+
+def _walk(tar: Path) -> tuple[list[_Sample], str | None]:
+    """The whole samples before the first damage, in order, and what the damage is (None if there is none).
+
+    Raises ShardError if the file is no tar at all.
+    """
+    size, end, damage = tar.stat().st_size, 0, None
+    samples: list[_Sample] = []
+    try:
+        with tarfile.open(tar, "r:") as archive:
+            while (member := archive.next()) is not None:
+                if member.offset_data + member.size > size:
+                    damage = f"the file ends inside {member.name!r}"
+                    break
+                end = member.offset_data + member.size
+                key, _, extension = member.name.partition(".")
+                if not member.isreg() or not key or "/" in member.name:
+                    raise ShardError(
+                        f"{tar} holds {member.name!r}, which is no member of a sample that this packer writes. {_FOREIGN}"
+                    )
+                if not samples or samples[-1].key != key or extension in samples[-1].members:
+                    samples.append(_Sample(key, {}))
+                samples[-1].members[extension] = (member.offset_data, member.size)
+    except tarfile.TarError as error:
+        if not samples and not end:
+            raise ShardError(f"{tar} is not a tar ({error})") from error
+        damage = f"from byte {end} on it cannot be read ({error})"
+    if damage is None and not _ends_well(tar, end):
+        damage = f"what follows byte {end} is no header and no end of an archive"
+    if damage and samples and (len(samples[-1].members) < 2 or "json" not in samples[-1].members):
+        samples.pop()
+    return samples, damage
+
+
+def _ends_well(tar: Path, end: int) -> bool:
+    """Whether nothing but zeros, and at least two blocks of them, follows the last member's last byte `end`."""
+    with open(tar, "rb") as file:
+        file.seek(end)
+        rest = file.read(4 * tarfile.RECORDSIZE)
+        return len(rest) - (-end % tarfile.BLOCKSIZE) >= 2 * tarfile.BLOCKSIZE and not rest.strip(b"\0")
+
+
+_FOREIGN = (
+    "Was it written by another program? Such tars are no split of c4c: unpack them and pack the videos with their captions "
+    "by: python -m c4c.shard folder --help"
+)
+
+
+def _described(tar: Path, sample: _Sample, file: BinaryIO) -> dict:
+    """The sample's JSON member. Raises ShardError if the packer did not write it."""
+    where = f"{tar}: sample {sample.key!r}"
+    if "json" not in sample.members:
+        raise ShardError(f"{where} has no .json member (only {', '.join(sample.members)}). {_FOREIGN}")
+    try:
+        described = json.loads(_pread(file, *sample.members["json"]))
+        missing = _NEEDED - described.keys()
+    except (ValueError, AttributeError) as error:
+        raise ShardError(f"{where}: its .json member cannot be read ({error}). Copy the tar again.") from error
+    if missing:
+        raise ShardError(f"{where}: its .json member lacks {', '.join(sorted(missing))}. {_FOREIGN}")
+    if len(sample.members) != 2:
+        raise ShardError(
+            f"{where} has the members {', '.join(sample.members)}, not one video and its .json. {_FOREIGN}"
+        )
+    if safe_key(described["id"]) != sample.key:
+        raise ShardError(f"{where} is called {described['id']!r} in its .json member: the tar has been changed")
+    return described
+
+
+def _row(sample: _Sample, described: dict, file: BinaryIO) -> tuple[dict, int]:
+    """A row of the sample table as the packer wrote it, and the crc32c of the JSON. Raises VideoError."""
+    extension = next(e for e in sample.members if e != "json")
+    offset, size = sample.members[extension]
+    data = _pread(file, offset, size)
+    source = scan(data)
+    fps = Fraction(described["fps"])
+    row = {
+        "key": sample.key,
+        "ext": extension,
+        "offset": offset,
+        "size": size,
+        "crc32c": crc32c(data),
+        "rotation": source.rotation,
+        "fps_num": fps.numerator,
+        "fps_den": fps.denominator,
+        "extradata": b"" if described["profile"]["name"] == "intra" else source.extradata,
+    }
+    row |= {k: described[k] for k in ("id", "captions", "codec", "width", "height", "duration", "source_frames")}
+    json_crc = crc32c(_pread(file, *sample.members["json"]))
+    return row | frame_columns(_frames(source.frames, described, fps)), json_crc
+
+
+def _frames(stored: FrameTable, described: dict, fps: Fraction) -> FrameTable:
+    """The frame table with the numbers and times of the source video, which the stored file does not tell."""
+    numbers = described["frame_number"]
+    if numbers is None:
+        return stored
+    if len(numbers) != len(stored):
+        raise VideoError(f"{len(stored)} frames decode, its json names {len(numbers)}")
+    times = described.get("frame_time") or [float(n / fps) for n in numbers]  # shards of before had no times
+    return FrameTable(
+        np.asarray(numbers, np.int32), np.asarray(times), stored.offset, stored.size, stored.key, stored.crc32c
+    )
+
+
+def _rewrite(tar: Path, file: BinaryIO, samples: list[_Sample], rows: list[dict]) -> None:
+    """Write the tar anew with these samples, keep the old one aside, and correct the rows' offsets."""
+    temporary = tar.with_name(f".{tar.name}.{os.getpid()}.tmp")
+    copier = TarCopier(temporary)
+    for sample, row in zip(samples, rows, strict=True):
+        places = {ext: (file.fileno(), offset, size) for ext, (offset, size) in sample.members.items()}
+        row["offset"] = copier.add(sample.key, places)[row["ext"]]
+    copier.close()
+    aside = tar.with_name(f"{tar.name}.damaged")
+    if aside.exists():
+        temporary.unlink()
+        raise ShardError(f"{aside} is there already, from an earlier repair: move it elsewhere first")
+    link_or_copy(tar, aside)  # not renamed: at no moment is there no tar
+    commit(temporary, tar)
+    write_atomic(tar.with_suffix(".idx"), copier.index())
+
+
+def _pread(file: BinaryIO, offset: int, size: int) -> bytes:
+    return os.pread(file.fileno(), size, offset)

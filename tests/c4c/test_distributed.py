@@ -1,0 +1,72 @@
+"""Who is which rank, from what launchers put into the environment."""
+
+import pytest
+
+from c4c import distributed
+from c4c.distributed import _name_ranks, command_again
+
+
+def named(**env) -> dict:
+    env = {k: str(v) for k, v in env.items()}
+    _name_ranks(env)
+    return env
+
+
+def test_alone():
+    env = named()
+    assert (env["RANK"], env["LOCAL_RANK"], env["WORLD_SIZE"], env["MASTER_ADDR"]) == ("0", "0", "1", "127.0.0.1")
+    assert 0 < int(env["MASTER_PORT"]) < 65536
+
+
+def test_launchers_that_say_all_are_left_alone():
+    given = {"RANK": 3, "LOCAL_RANK": 1, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "a", "MASTER_PORT": 5,
+             "SLURM_STEP_NUM_TASKS": 9, "SLURM_PROCID": 8}  # fmt: skip
+    assert named(**given) == {k: str(v) for k, v in given.items()}
+
+
+def test_deepspeeds_launcher_calls_it_local_size():
+    assert (
+        named(RANK=3, LOCAL_RANK=1, WORLD_SIZE=4, LOCAL_SIZE=2, MASTER_ADDR="a", MASTER_PORT=5)["LOCAL_WORLD_SIZE"]
+        == "2"
+    )
+
+
+SLURM = {"SLURM_STEP_NUM_TASKS": 8, "SLURM_PROCID": 5, "SLURM_LOCALID": 1, "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+         "SLURM_STEP_NUM_NODES": 2, "SLURM_JOB_ID": 123456}  # fmt: skip
+
+
+def test_srun():
+    env = named(**SLURM, MASTER_ADDR="node1")
+    assert (env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"]) == ("5", "8", "1", "4")
+    assert env["MASTER_PORT"] == named(**SLURM | {"SLURM_PROCID": 0}, MASTER_ADDR="node1")["MASTER_PORT"]
+
+
+def test_srun_on_several_machines_has_to_say_where_the_first_is():
+    with pytest.raises(ValueError, match=r"export MASTER_ADDR=\$\(scontrol show hostnames"):
+        named(**SLURM)
+    assert named(**SLURM | {"SLURM_STEP_NUM_NODES": 1})["MASTER_ADDR"] == "127.0.0.1"
+
+
+def test_a_batch_script_without_srun_is_one_rank():
+    assert named(SLURM_NTASKS=8, SLURM_PROCID=0)["WORLD_SIZE"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("env", "command"),
+    [
+        ({}, "python launch/train.py --cfg 'a b.yaml' x=1 run.resume=auto"),
+        ({"LOCAL_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}, "deepspeed --num_accelerators 2 launch/train.py"),
+        ({"TORCHELASTIC_RUN_ID": "a", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "4"}, "torchrun --nproc_per_node 2 launch/train.py"),
+        ({"SLURM_STEP_NUM_TASKS": "4", "WORLD_SIZE": "4"}, "srun python launch/train.py"),
+    ],
+)  # fmt: skip
+def test_the_command_that_goes_on(env, command, monkeypatch):
+    for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(distributed.os, "environ", env)
+    argv = ["launch/train.py", "--local_rank=1", "--cfg", "a b.yaml", "x=1", "run.resume=auto"]
+    monkeypatch.setattr(distributed.sys, "argv", argv)
+    again = command_again("run.resume=auto")
+    assert again.startswith(command)
+    assert again.count("run.resume=auto") == 1
+    assert "local_rank" not in again

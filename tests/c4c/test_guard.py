@@ -1,0 +1,148 @@
+"""Signals, ranks that differ or fall silent, steps that are not finite, memory that does not suffice."""
+
+import json
+import os
+import signal
+import threading
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from c4c import guard
+from c4c.guard import BadSteps, Stop, Watchdog, agree, lost_peer, out_of_memory, speak
+
+
+def test_a_signal_only_asks_to_stop():
+    before = signal.getsignal(signal.SIGTERM)
+    with Stop() as stop:
+        assert stop.signal is None
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)  # a launcher sends both
+        assert stop.signal == "SIGINT"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_ranks_that_differ_are_named(monkeypatch):
+    def gathers(others):
+        def gather(out, mine):
+            out[:] = [others, mine]
+
+        monkeypatch.setattr(guard.dist, "all_gather_object", gather)
+
+    gathers({"train.lr": 1e-4, "contents of data.train": "abc"})
+    agree({"train.lr": 1e-4, "contents of data.train": "abc"}, 2)
+    with pytest.raises(ValueError, match="the ranks do not agree") as caught:
+        agree({"train.lr": 1e-3, "contents of data.train": "abd"}, 2)
+    assert "train.lr is 0.0001 on rank 0 and 0.001 on rank 1" in str(caught.value)
+    assert "contents of data.train is abc on rank 0 and abd on rank 1" in str(caught.value)
+    agree({"train.lr": 1}, 1)
+
+
+def test_bad_steps_are_counted_and_listed(tmp_path):
+    bad = BadSteps(tmp_path, most=3)
+    assert bad.note(1, False, 1.0, ["a"], 1, 0) == ""
+    for step in (2, 3):
+        assert f"step {step} was left out: its loss is nan" in bad.note(step, True, float("nan"), ["a", "b"], 1, 0)
+    assert bad.note(4, False, 1.0, ["a"], 1, 0) == ""  # only those in a row end a run
+    bad.note(5, True, float("inf"), ["c"], 1, 0)
+    bad.note(6, True, float("inf"), ["c"], 1, 0)
+    with pytest.raises(ValueError, match=r"the 3th in a row \(train\.max_bad_steps\).*--replay 7"):
+        bad.note(7, True, float("inf"), ["d"], 1, 0)
+    assert bad.total == 5
+    rows = [json.loads(line) for line in (tmp_path / guard.BAD_STEPS).read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 3, 5, 6, 7]
+    assert rows[0] == {"step": 2, "loss": "nan", "keys": ["a", "b"]}
+
+
+class Store:
+    """What ranks tell each other, without a network."""
+
+    def __init__(self):
+        self.told: dict[str, bytes] = {}
+
+    def set(self, key: str, value: str) -> None:
+        self.told[key] = value.encode()
+
+    def get(self, key: str) -> bytes:
+        return self.told[key]
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self.told for key in keys)
+
+    def clone(self) -> "Store":
+        return self
+
+    def set_timeout(self, _) -> None:
+        pass
+
+
+@pytest.fixture
+def store(monkeypatch):
+    store = Store()
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(guard, "_OTHERS_FIRST_S", 0.2)
+    return store
+
+
+def test_a_rank_that_stands_still_is_named(store, capsys):
+    ended = threading.Event()
+    with (
+        Watchdog(0, 2, 0.4, end=lambda code: ended.set()) as first,
+        Watchdog(1, 2, 60, end=lambda code: None) as second,
+    ):
+        second._interval = 0.05
+        second._stopped.set()
+        for watch in (first, second):
+            watch.now("waiting for data")
+        first.now("at step 7")  # and the second never gets there
+        alive = threading.Thread(target=lambda: [second._publish() or time.sleep(0.02) for _ in range(100)])
+        alive.start()
+        assert ended.wait(5)
+        alive.join()
+    err = capsys.readouterr().err
+    assert "error: no step for 0 s (engine.timeout_s): rank 1 (pid" in err
+    assert f"rank 1 (pid {os.getpid()} on " in err
+    assert "is waiting for data since" in err
+    assert "rank 0 (" not in err
+
+
+def test_a_rank_that_is_gone_is_named(store, capsys):
+    ended = threading.Event()
+    with Watchdog(0, 2, 0.4, end=lambda code: ended.set()) as watch:
+        watch.now("at step 7")
+        assert ended.wait(5)
+    assert "rank 1 (never heard of) does not answer" in capsys.readouterr().err
+
+
+def test_a_run_that_goes_on_is_left_alone(store, capsys):
+    with Watchdog(0, 2, 0.4, end=lambda code: pytest.fail("ended")) as watch:
+        for step in range(12):
+            watch.now(f"at step {step}")
+            time.sleep(0.05)
+    assert capsys.readouterr().err == ""
+
+
+def test_memory_that_does_not_suffice():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60)
+    said = out_of_memory(caught.value, rows=64, frames=12, encoded=32)
+    assert said.startswith("out of memory: each rank encodes 32 of its 64 pairs at once, 384 frames")
+    assert "train.micro_batch_size=16" in said
+    assert "GiB" in said
+    assert out_of_memory(RuntimeError("shapes do not match"), 64, 12, 32) is None
+
+
+def test_every_ranks_error_is_told_once(monkeypatch, capsys):
+    waited = []
+    monkeypatch.setattr(guard.time, "sleep", waited.append)
+    speak(ValueError("a"), 0)
+    assert waited == []
+    speak(ValueError("b"), 3)
+    assert waited == [guard._OTHERS_FIRST_S]
+    assert capsys.readouterr().err == "error: a\nerror on rank 3: b\n"
+    gloo = RuntimeError("[pair.cc:561] Connection closed by peer [127.0.0.1]:48521")
+    assert lost_peer(gloo) and not lost_peer(RuntimeError("shapes"))
+    speak(gloo, 0)
+    assert "another rank broke" in capsys.readouterr().err

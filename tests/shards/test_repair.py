@@ -1,0 +1,234 @@
+"""repair brings back, byte for byte, what stood beside a tar, and touches a tar only when it is told to."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import webdataset
+
+from c4c.shard import main
+from shards import ShardError
+from shards.dataset import Split
+from shards.datasets import Item
+from shards.pack import input_digest
+from shards.repair import repair
+from shards.verify import verify
+from tests.shards.sets import COPY, files, packed
+from tests.videos import encode
+
+
+def damaged(split: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(split, tmp_path / "train"))
+
+
+def strip(split: Path, *suffixes: str) -> None:
+    for path in list(split.iterdir()):
+        if path.suffix in suffixes:
+            path.unlink()
+
+
+def cut(tar: Path, at: int) -> None:
+    with open(tar, "rb+") as file:
+        file.truncate(at)
+
+
+# ---- undamaged tars ----
+
+
+@pytest.mark.parametrize("profile", ["copied", "intra"])
+def test_tars_alone_give_everything_back(profile: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    whole = request.getfixturevalue(profile)
+    split = damaged(whole, tmp_path)
+    strip(split, ".idx", ".parquet", ".json", ".jsonl", ".lock")
+    steps = []
+    done = repair(split, name="set", workers=1, on_shard=lambda *s: steps.append(s))
+    assert [(d.shard, d.done, d.videos) for d in done] == [
+        ("000000", "rebuilt", 2), ("000001", "rebuilt", 2), ("000002", "rebuilt", 1),
+    ]  # fmt: skip
+    assert steps == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    assert files(split) == files(whole)
+
+
+def test_processes_make_no_difference(rough: Path, tmp_path: Path) -> None:
+    split = damaged(rough, tmp_path)
+    strip(split, ".idx")
+    repair(split, workers=2)
+    assert files(split) == files(rough)
+
+
+@pytest.mark.parametrize("lost", ["000000", "000001", "000002", "000004", "dataset"])
+def test_rejects_find_their_shard_again(lost: str, rough: Path, tmp_path: Path) -> None:
+    assert len(Split(rough).shards) == 5 and Split(rough).info["rejected_videos"] == 5
+    split = damaged(rough, tmp_path)
+    for path in split.glob(f"{lost}.[ijp]*"):
+        path.unlink()
+    done = repair(split, name="set", workers=1)
+    assert [d.shard for d in done if d.done == "rebuilt"] == [lost] * (lost != "dataset")
+    if lost == "dataset":  # what was rejected cannot be known from here to have been the whole input
+        info = json.loads((rough / "dataset.json").read_text())
+        assert json.loads((split / "dataset.json").read_text()) == info | {"plan": info["plan"] | {"input": None}}
+        shutil.copy(rough / "dataset.json", split)
+    assert files(split) == files(rough)
+
+
+def test_only_what_disagrees_is_rebuilt(copied: Path, tmp_path: Path) -> None:
+    split = damaged(copied, tmp_path)
+    shutil.copy(split / "000000.parquet", split / "000001.parquet")
+    (split / "000002.idx").write_text("v1.2 0\n")
+    assert [d.done for d in repair(split, workers=1)] == ["kept", "rebuilt", "rebuilt"]
+    assert files(split) == files(copied)
+    assert [d.done for d in repair(split, workers=1)] == ["kept"] * 3
+    assert [d.done for d in repair(split, workers=1, everything=True)] == ["rebuilt"] * 3
+    assert files(split) == files(copied)
+
+
+# ---- damaged tars ----
+
+
+def end_of_video(split: Path) -> None:
+    last = Split(split).video(3)
+    cut(split / "000001.tar", last.offset + last.size // 2)
+
+
+def end_of_json(split: Path) -> None:
+    last = Split(split).video(3)
+    cut(split / "000001.tar", last.offset + -(-last.size // 512) * 512 + 512 + 100)
+
+
+def end_of_archive(split: Path) -> None:
+    last = Split(split).video(3)
+    cut(split / "000001.tar", last.offset - 512)  # where the next sample would begin: only the end mark is missing
+
+
+def header(split: Path) -> None:
+    last = Split(split).video(3)
+    data = bytearray((split / "000001.tar").read_bytes())
+    data[last.offset - 512 : last.offset] = b"x" * 512
+    (split / "000001.tar").write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [end_of_video, end_of_json, end_of_archive, header], ids=lambda d: d.__name__)
+def test_a_damaged_end_is_cut_only_when_told(damage: Callable, copied: Path, tmp_path: Path) -> None:
+    split = damaged(copied, tmp_path)
+    damage(split)
+    before = files(split)
+    with pytest.raises(
+        ShardError, match=r"000001\.tar is damaged after sample web: .*Whole samples before that: 1.*--truncate"
+    ):
+        repair(split, workers=1)
+    assert files(split) == before
+    done = repair(split, workers=1, truncate=True)
+    assert [(d.done, d.videos, len(d.lost)) for d in done] == [("kept", 2, 0), ("cut", 1, 1), ("kept", 1, 0)]
+    assert (split / "000001.tar.damaged").read_bytes() == before["000001.tar"]
+    assert [Split(split).video(i).key for i in range(4)] == [Split(copied).video(i).key for i in (0, 1, 2, 4)]
+    assert Split(split).read(Split(split).video(2)) == Split(copied).read(Split(copied).video(2))
+    assert Split(split).info["plan"]["input"] is None  # or the packing command would call it complete
+
+
+def test_what_is_cut_verifies_and_is_packed_anew_only_elsewhere(items, copied: Path, tmp_path: Path) -> None:
+    split = damaged(copied, tmp_path)
+    end_of_video(split)
+    assert main(["repair", str(split), "--truncate", "--workers", "1"]) == 0
+    assert verify(split, 1) == []
+    with pytest.raises(ShardError, match=r"different packing \(input: None there"):
+        packed(items, split)
+
+
+def test_a_video_that_does_not_decode_is_dropped_only_when_told(copied: Path, tmp_path: Path) -> None:
+    split = damaged(copied, tmp_path)
+    first = Split(split).video(0)
+    with open(split / "000000.tar", "rb+") as file:
+        file.seek(first.offset)
+        file.write(bytes(first.size))
+    strip(split, ".parquet")
+    before = files(split)
+    with pytest.raises(ShardError, match=r"000000\.tar: plain: not a readable video file.*--drop"):
+        repair(split, workers=1)
+    assert (split / "000000.tar").read_bytes() == before["000000.tar"]
+    done = repair(split, workers=1, drop=True)
+    assert [d.videos for d in done] == [1, 2, 1] and "plain: not a readable" in done[0].lost[0]
+    opened = Split(split)
+    assert len(opened) == 4 and opened.video(0).id == "dir/por.trait"
+    assert opened.read(opened.video(0)) == Split(copied).read(Split(copied).video(1))
+    assert opened.json(opened.video(0)) == Split(copied).json(Split(copied).video(1))
+    (reject,) = map(json.loads, (split / "rejects.jsonl").read_text().splitlines())
+    assert reject["id"] == "plain" and "damaged in the tar" in reject["reason"]
+    assert (split / "000000.tar.damaged").read_bytes() == before["000000.tar"]
+
+
+# ---- what cannot be repaired ----
+
+
+def foreign(path: Path, samples: list[dict]) -> Path:
+    path.mkdir()
+    with webdataset.TarWriter(str(path / "000000.tar")) as writer:
+        for sample in samples:
+            writer.write(sample)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"txt": "a caption"}, r"no \.json member \(only mp4, txt\)"),
+        ({"json": {"caption": "a caption"}}, r"lacks captions, codec, .*another program"),
+    ],
+    ids=["txt", "json"],
+)
+def test_tars_of_other_programs_are_told_apart(more: dict, words: str, tmp_path: Path) -> None:
+    folder = foreign(tmp_path / "theirs", [{"__key__": "one", "mp4": encode(5)} | more])
+    before = files(folder)
+    with pytest.raises(ShardError, match=rf"{words}.*python -m c4c\.shard folder"):
+        repair(folder)
+    assert files(folder) == before
+
+
+@pytest.mark.parametrize("name", ["../out.mp4", "/tmp/out.mp4", "sub/one.mp4"])
+def test_names_in_a_tar_lead_nowhere(name: str, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    with tarfile.open(tmp_path / "in" / "000000.tar", "w") as tar:
+        info = tarfile.TarInfo(name)
+        info.size = 4
+        tar.addfile(info, io.BytesIO(b"data"))
+    with pytest.raises(ShardError, match="no member of a sample"):
+        repair(tmp_path / "in")
+    assert [p.name for p in tmp_path.iterdir()] == ["in"] and len(list((tmp_path / "in").iterdir())) == 1
+
+
+def test_what_is_no_split_is_answered_in_words(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["repair", str(tmp_path / "none")]) == 1
+    assert "there is no folder" in capsys.readouterr().err
+    with pytest.raises(ShardError, match="holds no tar"):
+        repair(tmp_path)
+    split = damaged(copied, tmp_path)
+    (split / "000001.tar").unlink()
+    with pytest.raises(ShardError, match=r"000001\.tar is missing"):
+        repair(split)
+    (split / "dataset.json").unlink()
+    with pytest.raises(ShardError, match=r"000001\.tar is missing"):
+        repair(split)
+    (split / "000001.tar").write_bytes(b"no tar at all" * 100)
+    with pytest.raises(ShardError, match=r"000001\.tar is not a tar"):
+        repair(split, workers=1)
+    (split / "packing.json").write_text("{}")
+    with pytest.raises(ShardError, match="not been packed to its end"):
+        repair(split)
+
+
+def test_profiles_do_not_mix(copied: Path, intra: Path, tmp_path: Path) -> None:
+    split = damaged(copied, tmp_path)
+    for suffix in ("tar", "idx", "parquet"):
+        shutil.copy(intra / f"000001.{suffix}", split)
+    with pytest.raises(ShardError, match="must be of one profile"):
+        repair(split, workers=1)
+
+
+def test_the_input_digest_comes_from_the_tars(items: list[Item], copied: Path) -> None:
+    assert Split(copied).info["plan"]["input"] == input_digest(items)
+    assert COPY.describe() == Split(copied).info["profile"]
