@@ -102,8 +102,8 @@ class Pass:
         base = self.stream.time_base
         self._tick = base.numerator, base.denominator  # a stamp's unit, seconds; in integers, since packets are many
         # the cut in stamps from the first frame on; -inf and inf where it is open
-        self._from = math.ceil(Fraction(start) / base) if start > 0 else -math.inf
-        self._to = math.ceil(Fraction(end) / base) if end < math.inf else math.inf
+        self._from = math.ceil(_decimal(start) / base) if start > 0 else -math.inf
+        self._to = math.ceil(_decimal(end) / base) if end < math.inf else math.inf
         self.packets, self.times = Packets(), array("d")
         self.stamps = array("q")
         self.first: av.VideoFrame | None = None
@@ -158,7 +158,7 @@ class Pass:
                     after = frame.pts - zero >= self._to
                 else:
                     time = float(seen / self.fps)
-                    before, after = time < self.start, time >= self.end
+                    before, after = time < self.start - 1e-6, time >= self.end - 1e-6
                 seen += 1
                 if before:
                     continue
@@ -221,15 +221,17 @@ class Pass:
         waiting: deque[av.Packet] = deque()
         pending: list[int] = []  # heap of stamps without number
         numbers: dict[int, int | None] = {}
-        zero, settled, count = self.stream.start_time, -math.inf, 0
+        zero = self._zero() if self.start > 0 else None  # else the first stamp that settles
+        settled, count = -math.inf, 0
 
         def settle(below: float) -> None:
-            nonlocal settled, count, origin
+            nonlocal zero, settled, count, origin
             while pending and pending[0] <= below:
                 pts = heapq.heappop(pending)
                 if pts <= settled:
                     raise Unpredictable("two packets with one stamp, or stamps out of order")
                 settled = pts
+                zero = pts if zero is None else zero
                 if not self._from <= pts - zero < self._to:
                     numbers[pts] = None
                     continue
@@ -238,21 +240,20 @@ class Pass:
                 self.stamps.append(pts)
                 numbers[pts], count = count, count + 1
 
-        for packet in self._from_keyframe():
+        for packet in self._from_keyframe(zero):
             if packet.pts is None or packet.is_corrupt or packet.is_discard:
                 raise Unpredictable("packets without stamp, damaged, or not to be shown")
-            if zero is None:
-                zero = packet.pts
+            reached = -math.inf if packet.dts is None else packet.dts  # who gets the packet may change it
             self.packets.add(packet)
             waiting.append(packet)
             heapq.heappush(pending, packet.pts)
-            settle(-math.inf if packet.dts is None else packet.dts)
+            settle(reached)
             while waiting and waiting[0].pts in numbers:
                 first = waiting.popleft()
                 yield first, numbers.pop(first.pts)
             if len(waiting) > _LOOK_AHEAD:
                 raise Unpredictable("stamps do not say in which order frames are shown")
-            if packet.dts is not None and packet.dts - zero >= self._to:
+            if zero is not None and reached - zero >= self._to:
                 break
         else:
             if self.start <= 0:
@@ -269,10 +270,10 @@ class Pass:
         if len(self.packets) < self.stream.frames:
             raise Unpredictable("fewer packets than the header promises")
 
-    def _from_keyframe(self) -> Iterator[av.Packet]:
+    def _from_keyframe(self, zero: int | None) -> Iterator[av.Packet]:
         """Packets from the last keyframe on that is shown no later than the start of the cut."""
         key: int | None = None
-        for packet in self._seek() if self.start > 0 else self.container.demux(self.stream):
+        for packet in self.container.demux(self.stream) if zero is None else self._seek(zero):
             if not packet.size:
                 continue
             if key is None:
@@ -285,10 +286,21 @@ class Pass:
                 continue  # refers to what is before the keyframe, and is shown before the cut
             yield packet
 
-    def _seek(self) -> Iterator[av.Packet]:
-        zero, base = self.stream.start_time, self.stream.time_base
-        if zero is None:
+    def _zero(self) -> int:
+        """The stamp of the first frame shown."""
+        stamps: list[int] = []
+        for packet in self.container.demux(self.stream):
+            if packet.pts is None or packet.is_discard:  # among them the empty one at the end
+                break
+            stamps.append(packet.pts)
+            if len(stamps) > 1 and packet.dts is not None and packet.dts >= min(stamps):
+                break
+        if not stamps:
             raise Unpredictable("the file does not say when it starts")
+        return min(stamps)
+
+    def _seek(self, zero: int) -> Iterator[av.Packet]:
+        base = self.stream.time_base
         target = zero + self._from
         back = Fraction(0)
         while True:
@@ -308,6 +320,11 @@ class Pass:
             if aim <= zero:
                 raise Unpredictable("no keyframe before the start of the cut")
             back = back * 3 or Fraction(1)  # seconds
+
+
+def _decimal(seconds: float) -> Fraction:
+    """What was meant: 0.4 is 2/5 and not the float next to it, or the frame at 10/25 s would fall out of the cut."""
+    return Fraction(seconds).limit_denominator(1_000_000)
 
 
 def _skips_exactly(context: av.VideoCodecContext) -> bool:
