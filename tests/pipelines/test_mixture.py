@@ -88,7 +88,7 @@ def test_joined_splits_read_as_one(two):
         assert joined.captions(index) == alone.captions(index % 12)
         assert joined.read(video, 5, 20) == alone.read(alone.video(index % 12), 5, 20)
         assert joined.json(video) == alone.json(alone.video(index % 12))
-    with pytest.raises(IndexError, match="video 24 of 24 in .*intra.* \\+ .*other"):
+    with pytest.raises(IndexError, match=r"video 24 of 24 in .*intra.* \+ .*other"):
         joined.video(24)
     with pytest.raises(ShardError, match="hold the same videos: name the set once"):
         open_splits([two.intra.path, two.intra.path])
