@@ -31,7 +31,7 @@ class DataConfig:
     train: str | tuple[str, ...] = ""  # folder of the training split; or a list of them, mixed in every batch
     weights: tuple[float, ...] = ()  # of each in a list: its share of every batch; none: as many as it has captions
     epoch_samples: int = 0  # pairs an epoch of a list; 0: as many as all of them have
-    shuffle_block: int = 0  # pairs shuffled among each other; 0: all, of sets over a million 32768 (pipelines/order.py)
+    shuffle_block: int = 0  # pairs shuffled among each other; 0: all, or 32768 of large sets (pipelines/order.py)
     test: str = ""  # folder of the split that validation and launch/eval.py rank
     num_frames: int = 12  # frames a video
     # uniform, head, tail (CLIP4Clip's rules over `fps` frames a second), segment (mmaction2's), random (any, in training)

@@ -7,8 +7,9 @@ global batch, so it is the same for every number of them.
 An epoch is laid out in three moves, none of which needs the whole set. The shards are permuted. Their pairs, end to end,
 are cut into blocks of some steps each. Within a block everything is shuffled. So a step costs the permutation of the
 shards and the shuffling of one block, and reads from the few shards of that block. What is given up is that pairs meet
-only pairs of their block: of shards that are other ones each epoch, but of no others in that epoch. Sets up to
-FULL_SHUFFLE pairs are one block, where nothing is given up.
+only pairs of their block: of shards that are other ones each epoch, but of no others in that epoch. Sets of up to
+FULL_SHUFFLE pairs in FULL_SHARDS shards are one block, where nothing is given up; it is shuffled once an epoch, in a
+quarter of a second at most, and its sample tables fit in memory.
 """
 
 import warnings
@@ -20,6 +21,7 @@ import numpy as np
 from pipelines.shuffle import permutation, spread, stream
 
 FULL_SHUFFLE = 2**20  # pairs of the largest set that is shuffled as a whole by default
+FULL_SHARDS = 400  # and its shards: a Split keeps the tables of some more, and a batch may come from all of them
 BLOCK = 2**15  # pairs of a block of any larger one
 
 
@@ -52,7 +54,8 @@ class Order:
         self._shard_pairs = np.add.reduceat(self.counts, self._starts[:-1], dtype=np.int64)
         self.pairs, self._most = int(self._shard_pairs.sum()), int(self.counts.max())
         self.steps_per_epoch = self._count_steps()
-        block = block or (self.pairs if self.pairs <= FULL_SHUFFLE else BLOCK)
+        small = self.pairs <= FULL_SHUFFLE and len(self._shard_pairs) <= FULL_SHARDS
+        block = block or (self.pairs if small else BLOCK)
         self.blocks = max(1, self.steps_per_epoch // max(-(-block // batch_size), self._most))
         self._line = lru_cache(maxsize=2)(self._draw_line)
         self._block = lru_cache(maxsize=4)(self._draw_block)

@@ -96,7 +96,8 @@ def test_a_block_reads_few_shards_and_other_ones_each_epoch():
 
 def test_a_small_set_is_one_block_and_a_large_one_many():
     ones = np.broadcast_to(np.uint8(1), 2**21)
-    assert Order(ones[: 2**20], 128, 0).blocks == 1
+    assert Order(ones[: 2**20], 128, 0, shard_starts=np.arange(0, 2**20 + 1, 2**12)).blocks == 1
+    assert Order(ones[: 2**20], 128, 0, shard_starts=np.arange(0, 2**20 + 1, 2**11)).blocks == 32  # too many shards
     large = Order(ones, 128, 0, shard_starts=np.arange(0, 2**21 + 1, 256))
     assert large.blocks == 2**21 // 2**15
     batch = large.batch(5, 12345)

@@ -51,6 +51,44 @@ def test_captions_carry_their_times(items: list[Item], copied: Path) -> None:
     assert split.caption_counts.tolist() == [2, 1, 3, 1, 1] and split.caption_counts.dtype == np.uint8
 
 
+def test_captions_are_counted_without_reading_a_table(
+    copied: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+    monkeypatch.setattr(dataset, "Table", lambda *args: read.append(1) or Table(*args))
+    counts = Split(copied).caption_counts
+    assert counts.tolist() == [2, 1, 3, 1, 1] and not read
+    assert Split(copied).shard_starts.tolist() == [0, 2, 4, 5]
+    info = json.loads((copied / "dataset.json").read_text())
+    ones = {"captions": 5, "shards": [shard | {"captions": shard["videos"]} for shard in info["shards"]]}
+    (copy / "dataset.json").write_text(json.dumps(info | ones))
+    assert Split(copy).caption_counts.tolist() == [1] * 5 and not read, "no video is without, so each has one"
+    (copy / "dataset.json").write_text(json.dumps(info))
+    (copy / "captions.npy").unlink()  # as in splits packed before there was one
+    older = Split(copy).caption_counts
+    assert older.tolist() == counts.tolist() and older.dtype == counts.dtype and len(read) == 3
+    for wrong in ([2, 1, 3, 2, 1], [2, 1, 3, 1]):
+        np.save(copy / "captions.npy", np.array(wrong, np.uint8))
+        with pytest.raises(ShardError, match=r"captions\.npy does not fit dataset\.json.*delete it"):
+            _ = Split(copy).caption_counts
+    (copy / "captions.npy").write_bytes(b"\x93NUMPY\x01")
+    with pytest.raises(ShardError, match=r"captions\.npy cannot be read.*delete it"):
+        _ = Split(copy).caption_counts
+
+
+def test_of_many_shards_no_size_is_looked_at_on_opening(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset, "_SIZES_CHECKED", 2)
+    with open(copy / "000001.tar", "rb+") as file:
+        file.truncate(1000)
+    split = Split(copy)
+    assert split.read(split.video(0))
+    with pytest.raises(ShardError, match=r"000001\.tar ends inside web.*cut short"):
+        split.read(split.video(2))
+    (copy / "000002.parquet").unlink()
+    with pytest.raises(ShardError, match=r"000002\.parquet is missing"):
+        Split(copy)
+
+
 def test_reads_any_part(items: list[Item], copied: Path) -> None:
     split, data = Split(copied), items[3].path.read_bytes()
     video = split.video(3)
