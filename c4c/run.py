@@ -77,7 +77,7 @@ def read_config(folder: Path) -> dict:
 
 # what may differ between a run and its continuation: none of it changes what a step computes
 _FREE = ("run.dir", "run.resume", "run.deterministic", "checkpoint.", "engine.zero_stage", "deepspeed.", "train.max_steps", "train.eval_every", "data.test", "data.threads",
-         "data.prefetch", "data.eval_batch_size", "data.max_bad_fraction", "data.lane")  # fmt: skip
+         "data.prefetch", "data.eval_batch_size", "data.max_bad_fraction", "data.lane", "data.read_timeout_s", "cache.dir", "cache.max_gb")  # fmt: skip
 
 
 def check_continuation(folder: Path, config: dict) -> None:

@@ -55,7 +55,7 @@ class Trainer:
         self.loader = Loader(
             self.split, config.data, batch_size=config.train.batch_size, seed=config.run.seed,
             drop_last=config.train.drop_last, rank=rank, world=world,
-            device=device, quarantine=self.folder / "quarantine.jsonl",
+            device=device, quarantine=self.folder / "quarantine.jsonl", cache=config.cache,
         )  # fmt: skip
         # only now that nothing is left to be refused: a mistake must not move an earlier run aside
         moved = prepare(self.folder, config.run.resume) if rank == 0 else None
@@ -112,6 +112,7 @@ class Trainer:
             "data/wait_pct": 100 * batch.wait_s / seconds,
             "step_s": seconds,
             "clips_per_s": clips / seconds,
+            **batch.stats.metrics(),
         }
         self.metrics.step(self.step, values)
         self.report.step(self.step, values)
