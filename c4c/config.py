@@ -15,7 +15,7 @@ from c4c.engine import EngineConfig
 from c4c.model import ModelConfig
 from c4c.optim import TrainConfig
 from c4c.run import RunConfig
-from pipelines.config import DataConfig
+from pipelines.config import CacheConfig, DataConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,7 @@ class Config:
 
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)

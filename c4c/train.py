@@ -106,6 +106,7 @@ class Trainer:
             "data/wait_pct": 100 * batch.wait_s / seconds,
             "step_s": seconds,
             "clips_per_s": clips / seconds,
+            **batch.stats.metrics(),
             "frames_per_s": clips * self.config.data.num_frames / seconds,
             "memory_gib": memory_gib(),
         }

@@ -31,7 +31,7 @@ def main(words: list[str] | None = None) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         split, config = Split(args.data), _config(args)
-        cache = CacheConfig(dir=str(args.cache), max_gb=args.cache_gb, frames=args.cache_frames) if args.cache else None
+        cache = CacheConfig(dir=str(args.cache or ""), max_gb=args.cache_gb, frames=args.cache_frames)
         size = min(args.batch_size, len(split))
         result = measure(split, config, device=device, batch_size=size, batches=args.batches, cache=cache, raw=args.raw)
         result |= {"data": str(args.data), "ceiling_clips_per_s": ceiling(split, config, device, size, cache, args.raw)}

@@ -115,6 +115,8 @@ class FrameCache:
     def close(self) -> None:
         """Let go of the files. Arrays that `get` gave stay good until they are dropped."""
         with self._lock:
+            if self._index >= 0:
+                fcntl.flock(self._index, fcntl.LOCK_UN)  # the mapping holds the file open
             for name in ("_index", "_data"):
                 if getattr(self, name) >= 0:
                     os.close(getattr(self, name))

@@ -14,14 +14,15 @@ class CacheConfig:
 
     dir: str = ""  # folder, on this machine's own disk or in /dev/shm; empty: no cache
     max_gb: float = 20.0  # of that folder, 1e9 bytes each; clips beyond that are decoded every time
-    # stored frames of a video that are kept where the rule draws at random; the draw then picks among them, cached or not
-    frames: int = 24
+    # where sampling draws at random (segment, random): draw from so many stored frames of a video, evenly spread, and
+    # keep those; 0: from all. It counts without a cache, too: what is drawn does not depend on what is cached
+    frames: int = 0
 
     def __post_init__(self):
         if self.max_gb <= 0:
             raise ValueError(f"cache.max_gb={self.max_gb}: must be above 0; cache.dir='' turns the cache off")
-        if self.frames < 1:
-            raise ValueError(f"cache.frames={self.frames}: must be at least 1")
+        if self.frames < 0:
+            raise ValueError(f"cache.frames={self.frames}: must be 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,6 +35,9 @@ from shards.video import scaled_size
 __all__ = ["BadSample", "Lane", "Request", "Source", "Undecodable", "lane_name"]
 
 
+_UNITS_TO_CACHE = 1024  # frames the graph takes at once where all frames of a video may be kept
+
+
 class Undecodable(Exception):
     """Clips of a batch that were read well and still did not come out of the graph: {row: BadSample}."""
 
@@ -89,7 +92,8 @@ class Lane:
         self.threads = config.threads or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         self._reader, self._normalise = Reader(split), Normalise(config)
         self._nvdec = device.type == "cuda" and self.name == "video"
-        self._cached_frames = config.num_frames
+        self._draws = training and draws(config.sampling)
+        self._pool = cache.frames if cache is not None else 0  # stored frames to draw from; 0: all
         self.cache = self._open_cache(cache) if cache is not None and cache.dir else None
         self._graph, self._second = self._make_graph(), self._make_second()
         self._readers = Workers(self.threads, "c4c-read")
@@ -100,18 +104,15 @@ class Lane:
     # -- what a clip consists of
 
     def candidates(self, video: Video) -> np.ndarray | None:
-        """The stored frames that training may draw: those the cache holds, or None for all."""
-        if self.cache is None or not (self._training and draws(self._config.sampling)):
-            return None
-        return candidates(video, self._cached_frames)
+        """The stored frames that training may draw from; None: all."""
+        return candidates(video, self._pool) if self._draws and self._pool else None
 
     def _cacheable(self, video: Video) -> np.ndarray:
         """The frames of a video that the cache keeps; increasing."""
-        found = self.candidates(video)
-        if found is None:
-            config = self._config
-            found = distinct(choose(video, config.sampling, config.num_frames, config.fps))
-        return found
+        config = self._config
+        if self._draws:
+            return candidates(video, self._pool or len(video.frames))
+        return distinct(choose(video, config.sampling, config.num_frames, config.fps))
 
     # -- reading
 
@@ -146,7 +147,7 @@ class Lane:
             clip = self.cache.get(video.index)
             if clip is not None and len(clip) == len(keep):
                 return Source([clip], keep, cached=True)
-            if self.cache.has_room:
+            if self.cache.has_room and len(keep) <= self._graph.units:
                 wanted = keep
         if self.name == "intra":
             return self._reader.jpegs(video, wanted)
@@ -288,10 +289,10 @@ class Lane:
             plan = Plan(source, resize or config.random_crop > 0, augment=True)
         else:
             plan = Plan(source, resize, whole)
-        frames = max(config.num_frames, self._cached_frames)
-        return Graph(
-            plan, config.image_size, self._max_clips * (1 if self._nvdec else frames), self._device, self.threads
-        )
+        units = self._max_clips * (1 if self._nvdec else config.num_frames)
+        if self.cache is not None and not self._nvdec:
+            units = max(units, _UNITS_TO_CACHE)
+        return Graph(plan, config.image_size, units, self._device, self.threads)
 
     def _make_second(self) -> Graph | None:
         """From cached pictures to frames, where training augments them."""
@@ -309,20 +310,25 @@ class Lane:
 
     def _open_cache(self, cache: CacheConfig) -> FrameCache:
         config, split = self._config, self._split
-        drawn = self._training and draws(config.sampling)
-        self._cached_frames = cache.frames if drawn else config.num_frames
+        if self._draws and self.name == "video" and not self._pool:
+            raise ValueError(
+                f"cache.dir with data.sampling={config.sampling} would keep every frame of the videos in {split.path}: "
+                "say with cache.frames how many of each to draw from, 24 for example"
+            )
         what = {
             "digest": split.digest,
             "lane": self.name,
             "decoder": self._device.type,
-            "rule": "any" if drawn else config.sampling,
-            "frames": self._cached_frames,
-            "fps": 0 if drawn else config.fps,
+            "rule": "evenly spread" if self._draws else config.sampling,
+            "frames": self._pool if self._draws else config.num_frames,
+            "fps": 0 if self._draws else config.fps,
             "resize": config.short_side,
             "crop": 0 if self._augments else config.image_size,
         }
-        side = config.short_side * 2 if self._augments else config.image_size
-        return FrameCache(cache, what, len(split), self._cached_frames * config.short_side * side * 3)
+        first = split.video(0)
+        width, height = scaled_size(first.width, first.height, config.short_side)
+        area = width * height if self._augments else config.image_size**2
+        return FrameCache(cache, what, len(split), len(self._cacheable(first)) * area * 3)
 
     # -- pixels
 
