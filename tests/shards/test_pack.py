@@ -57,7 +57,7 @@ def test_intra_stores_pictures_of_the_grid(intra: Path) -> None:
 def test_a_shard_is_a_run_of_the_input(copied: Path) -> None:
     assert sorted(files(copied)) == sorted(
         [f"00000{i}.{suffix}" for i in range(3) for suffix in ("tar", "idx", "parquet")]
-        + ["dataset.json", "rejects.jsonl"]
+        + ["captions.npy", "dataset.json", "rejects.jsonl"]
     )
     info = json.loads((copied / "dataset.json").read_text())
     assert [(s["name"], s["videos"], s["captions"]) for s in info["shards"]] == [
