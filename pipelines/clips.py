@@ -1,0 +1,77 @@
+"""Clips of long, narrated videos: which seconds a training pair shows, and which captions may describe them.
+
+Speech that was recognised in a video stands beside what it speaks of only roughly. So a caption's clip may be widened or
+merged with what is said next, and the captions said nearest to it form a bag of which at least one should fit (MIL-NCE,
+Miech et al., https://arxiv.org/abs/1912.06430).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from shards.schema import Video
+
+
+@dataclass(frozen=True)
+class Clip:
+    """[start, end) in seconds, and what is said: the drawn caption first, then its neighbours, nearest first."""
+
+    start: float
+    end: float
+    texts: tuple[str, ...]
+
+
+def clip_of(
+    captions: list[dict], index: int, duration: float, *, min_s: float = 0, merge: bool = False, bag: int = 1
+) -> Clip:
+    """The clip of caption `index` of a video's timed captions (dicts with text, start, end; in the order of start).
+
+    A clip shorter than `min_s` is merged with the captions that follow, their texts joined, if `merge`; what is still too
+    short is widened to both sides. A bag of `bag` captions takes the neighbours that widen its span of time least (as the
+    reader of MIL-NCE does), and is smaller where a video says less. Clips stay inside [0, duration].
+    Raises ValueError if the captions have no times.
+    """
+    said = captions[index]
+    if said["start"] is None or said["end"] is None:
+        raise ValueError(f"the caption {said['text'][:60]!r} has no times, so it marks no clip")
+    start, end, text, last = said["start"], said["end"], said["text"], index
+    if merge:
+        while end - start < min_s and last + 1 < len(captions) and captions[last + 1]["end"] is not None:
+            last += 1
+            end, text = max(end, captions[last]["end"]), f"{text} {captions[last]['text']}"
+    missing = max(0.0, min_s - (end - start))
+    start = max(0.0, min(start - missing / 2, duration - max(min_s, end - start)))
+    end = min(duration, max(end, start + min_s))
+    neighbours = _neighbours(captions, index, last, bag)
+    return Clip(start, end, (text, *(captions[i]["text"] for i in neighbours)))
+
+
+def _neighbours(captions: list[dict], first: int, last: int, bag: int) -> list[int]:
+    """The bag - 1 captions around [first, last], each next one on the side where it is nearer in time."""
+    begin, finish = captions[first]["start"], captions[last]["end"]
+    found: list[int] = []
+    while len(found) < bag - 1:
+        before = begin - captions[first - 1]["start"] if first > 0 else np.inf
+        after = captions[last + 1]["end"] - finish if last + 1 < len(captions) else np.inf
+        if min(before, after) == np.inf:
+            break
+        if before <= after:
+            first -= 1
+            begin = captions[first]["start"]
+            found.append(first)
+        else:
+            last += 1
+            finish = max(finish, captions[last]["end"])
+            found.append(last)
+    return found
+
+
+def stored_between(video: Video, start: float, end: float) -> tuple[int, int]:
+    """Positions [low, high) in the frame table of the frames shown in [start, end) seconds; the nearest one if none is."""
+    times = video.frames.time
+    low, high = (int(i) for i in np.searchsorted(times, [start, end]))
+    if low < high:
+        return low, high
+    middle = (start + end) / 2
+    nearest = int(np.abs(times - middle).argmin())
+    return nearest, nearest + 1
