@@ -2,21 +2,22 @@
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 
 class Hung(Exception):
-    """An item on which nothing moved for the time allowed."""
+    """An item that took longer than the time allowed."""
 
 
 class Workers:
     """`count` threads. They are daemons: one that hangs in the kernel does not keep the process alive."""
 
     def __init__(self, count: int, name: str):
-        self._name, self._tasks, self._made = name, queue.SimpleQueue(), 0
-        self.count = count
-        self._closed = False
+        self._name, self._tasks, self._made, self._closed = name, queue.SimpleQueue(), 0, False
+        self._lock = threading.Lock()
+        self._busy: dict[tuple[Job, int], float] = {}  # what is worked on, and since when
         self._add(count)
 
     def start(self, function: Callable[[Any], Any], items: Sequence) -> "Job":
@@ -34,6 +35,16 @@ class Workers:
                 raise result
         return results
 
+    def give_up(self, seconds: float) -> None:
+        """Report every item that has been worked on for so long, of whatever job, as Hung, and replace its thread."""
+        now = time.monotonic()
+        with self._lock:
+            hung = [task for task, since in self._busy.items() if now - since >= seconds]
+            for job, i in hung:
+                del self._busy[job, i]
+                job.done.put((i, Hung(f"no answer for {seconds:g} s")))
+        self._add(len(hung))
+
     def close(self) -> None:
         """End the threads as soon as each is done with what it does. Safe to call twice."""
         if not self._closed:
@@ -48,62 +59,37 @@ class Workers:
 
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:
+            with self._lock:
+                self._busy[task] = time.monotonic()
             job, i = task
-            if self._closed:
-                job.finish(i, RuntimeError("the loader was closed"))
-            elif not job.run(i):
-                return  # it had been given up, and another thread does the work
-            del task, job  # idle threads must not keep a batch alive
+            try:
+                result = RuntimeError("the loader was closed") if self._closed else job.function(job.items[i])
+            except BaseException as error:
+                result = error
+            with self._lock:
+                if self._busy.pop(task, None) is None:
+                    return  # it was given up, and another thread does this one's work
+            job.done.put((i, result))
+            del task, job, result  # an idle thread must not keep a batch alive
 
 
 class Job:
     """A list of items being worked off."""
 
     def __init__(self, workers: Workers, function: Callable[[Any], Any], items: Sequence):
-        self._workers, self._function, self._items = workers, function, items
-        self._done: queue.SimpleQueue = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        self._running: set[int] = set()
-        self._given_up: set[int] = set()
-
-    def run(self, i: int) -> bool:
-        """Work on item i. False if nobody waits for it any more."""
-        with self._lock:
-            self._running.add(i)
-        try:
-            result = self._function(self._items[i])
-        except BaseException as error:
-            result = error
-        return self.finish(i, result)
-
-    def finish(self, i: int, result: Any) -> bool:
-        with self._lock:
-            self._running.discard(i)
-            if i in self._given_up:
-                return False
-        self._done.put((i, result))
-        return True
+        self._workers, self.function, self.items = workers, function, items
+        self.done: queue.SimpleQueue = queue.SimpleQueue()
 
     def results(self, timeout: float | None = None) -> list:
-        """One result an item, in order; what it raised where it raised, and Hung where no item of the job got done for
-        `timeout` seconds while it ran. Its thread is then replaced."""
-        out: list = [None] * len(self._items)
-        left = len(self._items)
+        """One result an item, in order; what it raised where it raised, and Hung where it took `timeout` seconds."""
+        out: list = [None] * len(self.items)
+        left = len(self.items)
         while left:
             try:
-                i, result = self._done.get(timeout=timeout)
-            except queue.Empty:
-                for i in self._give_up():
-                    out[i] = Hung(f"no answer for {timeout:g} s")
-                    left -= 1
-                continue
-            out[i] = result
-            left -= 1
+                i, out_i = self.done.get(timeout=timeout and timeout / 2)
+            except queue.Empty:  # the threads may be held by items of other jobs, too
+                self._workers.give_up(timeout)
+            else:
+                out[i] = out_i
+                left -= 1
         return out
-
-    def _give_up(self) -> set[int]:
-        with self._lock:
-            hung, self._running = self._running, set()
-            self._given_up |= hung
-        self._workers._add(len(hung))
-        return hung

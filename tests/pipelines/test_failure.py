@@ -183,3 +183,15 @@ def test_crc32c_tells_one_flipped_bit():
     before = crc32c(bytes(data))
     data[17] ^= 1
     assert crc32c(bytes(data)) != before
+
+
+def test_a_job_behind_one_that_hangs_gets_done():
+    release = threading.Event()
+    workers = Workers(1, "test-behind")
+    first = workers.start(lambda _: release.wait(), [0])
+    second = workers.start(lambda i: i, [1, 2])
+    assert second.results(timeout=0.2) == [1, 2]
+    (result,) = first.results(timeout=0.2)
+    assert isinstance(result, Hung)
+    release.set()
+    workers.close()
