@@ -20,13 +20,15 @@ os.environ.setdefault("SVT_LOG", "1")  # errors only: SVT-AV1 prints a page for 
 
 _MP4 = ("h264", "hevc", "av1", "vp9", "mpeg4", "mjpeg")  # what a cut keeps in an mp4; the rest goes into Matroska
 
-# Settings that make an encoder's output a function of its input, with closed GOPs that begin at keyframes only.
+# Settings that make an encoder's output a function of its input, with closed GOPs that begin at keyframes only. x265
+# 4.2 leaves times of decoding undefined where B-frames outnumber what follows, and its cutree writes past its arrays
+# when a side is below 56 pixels; in GOPs of a second's few frames neither saves anything.
 _ENCODERS = {
     ("h264", "cpu"): ("libx264", lambda crf, gop: {
         "preset": "medium", "crf": f"{crf}", "threads": "1", "x264-params": f"keyint={gop}:min-keyint=1:open-gop=0"}),
     ("hevc", "cpu"): ("libx265", lambda crf, gop: {
         "preset": "veryfast", "crf": f"{crf}", "x265-params":
-            f"keyint={gop}:min-keyint=1:open-gop=0:pools=none:frame-threads=1:wpp=0:log-level=none:info=0"}),
+            f"keyint={gop}:min-keyint=1:open-gop=0:bframes=0:cutree=0:pools=none:frame-threads=1:wpp=0:log-level=none:info=0"}),
     ("av1", "cpu"): ("libsvtav1", lambda crf, gop: {
         "preset": "8", "crf": f"{crf}", "g": f"{gop}", "svtav1-params": "lp=1:irefresh-type=2"}),
 } | {

@@ -4,7 +4,10 @@ Written files go to a temporary file once they outgrow memory. Bitexact flags an
 bytes with the same libraries.
 """
 
+import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
@@ -44,6 +47,20 @@ class Written:
 def spool() -> BinaryIO:
     """A file in memory that moves to a temporary one as it grows."""
     return tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY)
+
+
+@contextmanager
+def usual_priority() -> Iterator[None]:
+    """Puts every thread of the process back to the caller's scheduling: SVT-AV1, when root opens it, makes itself and its
+    caller real-time threads (SCHED_FIFO), which all later children inherit and which starve everything else."""
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        if os.sched_getscheduler(0) != policy:
+            for thread in os.listdir("/proc/self/task"):
+                with suppress(ProcessLookupError):
+                    os.sched_setscheduler(int(thread), policy, parameters)
 
 
 @dataclass(frozen=True)
@@ -127,7 +144,8 @@ class Writer:
         context.colorspace = Colorspace.ITU601
         context.color_range = ColorRange.JPEG if self._codec == "mjpeg" else ColorRange.MPEG
         try:
-            context.open()
+            with usual_priority():
+                context.open()
         except (av.FFmpegError, ValueError) as error:
             what = f"{self._codec} does not take {stream.width}x{stream.height} pixels"
             raise VideoError(f"{what} ({short(error)})") from error

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 import av
 import numpy as np
 
+from shards.writer import usual_priority
+
 SIDE = 4  # blocks: 12 bits of number and 4 of checksum, in the central square
 DARK, LIGHT = 40, 215
 
@@ -66,7 +68,7 @@ def encode_pictures(
     """A video file of these pictures, each uint8 RGB [height, width, 3]."""
     target = io.BytesIO()
     quick = {"preset": "veryfast", "x265-params": "log-level=none"} if codec in ("libx264", "libx265") else {}
-    with av.open(target, "w", format=format) as file:
+    with usual_priority(), av.open(target, "w", format=format) as file:
         stream = file.add_stream(codec, rate=fps, options={"threads": "1"} | quick | options)
         stream.width, stream.height = size
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import tracemalloc
 from dataclasses import replace
 from fractions import Fraction
@@ -294,6 +295,20 @@ def test_odd_sizes(size) -> None:
         long = int(32 * size[0] / size[1])
         assert (what.width, what.height) == (long - long % 2 if even else long, 32)
         assert shown(what) == {0: 0, 8: 8}
+
+
+@pytest.mark.parametrize("side", [16, 224])
+@pytest.mark.parametrize("frames", [1, 9, 17])  # 1, 2 and 3 of the grid
+def test_short_and_small_videos(frames, side) -> None:
+    data = videos.encode(frames, size=(64, 64))
+    for name in ("h264", "hevc", "av1") if side > 16 else ("h264", "hevc"):
+        assert shown(stored(data, name, short_side=side)) == {n: n for n in range(0, frames, 8)}
+
+
+def test_an_encoder_leaves_priorities_as_they_are() -> None:
+    """SVT-AV1 makes threads of root real-time ones, and children inherit that."""
+    stored(videos.encode(9), "av1")
+    assert {os.sched_getscheduler(int(thread)) for thread in os.listdir("/proc/self/task")} == {os.SCHED_OTHER}
 
 
 def test_variable_frame_rate_keeps_the_times_of_the_stamps() -> None:
