@@ -84,4 +84,4 @@ def test_damaged_videos(broken: list[Item], tmp_path: Path, profile: Profile) ->
     assert there.isdisjoint(rejects) and there | rejects.keys() == {item.id for item in broken}
     assert {f"good {extension}" for extension in ("mp4", "webm", "avi", "mkv")} <= there
     assert len(rejects) > COUNT // 3  # or the damage would be none
-    assert all(name.split(".")[-1] in ("tar", "idx", "parquet", "json", "jsonl") for name in files(tmp_path))
+    assert all(name.split(".")[-1] in ("tar", "idx", "parquet", "json", "jsonl", "npy") for name in files(tmp_path))
