@@ -227,7 +227,7 @@ def _pack(
         "; all of it was there already" if resumed == len(items) else f"; {resumed} were done before" if resumed else ""
     )
     console.print(
-        f"{out}: {info['videos']} videos, {info['captions']} captions in {len(info['shards'])} shards{before}",
+        f"{out}: {info['videos']} videos, {info['captions']} captions in {count(len(info['shards']), 'shard')}{before}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     if (lost := rejected(info)) != "nothing":
@@ -239,7 +239,9 @@ def _pack(
 
 def _finish(args) -> int:
     info = finish_parts(args.path)
-    console.print(f"{args.path}: {info['videos']} videos, {info['captions']} captions in {len(info['shards'])} shards")
+    console.print(
+        f"{args.path}: {info['videos']} videos, {info['captions']} captions in {count(len(info['shards']), 'shard')}"
+    )
     return 0
 
 

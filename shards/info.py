@@ -20,7 +20,7 @@ def describe(path: Path) -> dict[str, str]:
     return {
         "name": title(told["name"], told["split"]),
         "profile": ", ".join(f"{k} {v}" if k != "name" else v for k, v in profile.items()),
-        "videos": f"{told['videos']} in {told['shards']} shards",
+        "videos": f"{told['videos']} in {count(told['shards'], 'shard')}",
         "rejected": rejected(told),
         "captions": f"{captions['count']} ({_said(captions['per_video'])} a video, {_said(captions['words'])} words)",
         "caption trouble": _trouble(captions),

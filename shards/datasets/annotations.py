@@ -12,8 +12,9 @@ from shards.datasets import Caption, Counts
 
 
 def read_json(path: Path) -> Any:
+    text = _text(path)
     try:
-        return json.loads(_text(path))
+        return json.loads(text)
     except ValueError as error:
         raise ShardError(f"{path} is not JSON ({error})") from error
 

@@ -45,6 +45,8 @@ def read(args: Namespace) -> Reading:
         if not ids:
             raise ShardError(f"{args.annotations} names no video of its split {args.split!r}")
     else:
+        if not Path(args.split).exists():
+            raise ShardError(f"--split {args.split}: there is no such file, and the json's own are {', '.join(OWN)}")
         told = _split(Path(args.split))
         ids = list(told)
         if unknown := [id for id in ids if args.annotations and id not in captions]:

@@ -168,7 +168,7 @@ def test_packing_a_folder(own: Path, capsys: pytest.CaptureFixture, monkeypatch:
     assert "rejected bad [x]: not a readable video file" in told
     assert "rejected gone: the file is missing" in told
     assert re.search(r"^mine ", told, re.MULTILINE) and "mine mine" not in told
-    assert f"{own / 'mine'}: 2 videos, 3 captions in 1 shards" in told
+    assert f"{own / 'mine'}: 2 videos, 3 captions in 1 shard" in told
     assert f"2 videos and 1 caption rejected: see {own / 'mine' / 'rejects.jsonl'}" in told
     told = describe(own / "mine")
     assert (told["name"], told["rejected"]) == ("mine", "2 videos and 1 caption")

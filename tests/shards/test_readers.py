@@ -137,6 +137,12 @@ def test_msrvtt_said_wrongly(msrvtt: Path) -> None:
         reading("msrvtt", folder, "--annotations", write(msrvtt / "x.json", {"video0.mp4": ["a"]}), "--split", "train")
     with pytest.raises(ShardError, match=r"x\.json is not JSON"):
         reading("msrvtt", folder, "--annotations", write(msrvtt / "x.json", "{"))
+    with pytest.raises(ShardError, match=r"^[^ ]*y\.json: there is no such file$"):
+        reading("msrvtt", folder, "--annotations", msrvtt / "y.json")
+    with pytest.raises(
+        ShardError, match="--split trian: there is no such file, and the json's own are train, validate, test"
+    ):
+        reading("msrvtt", folder, "--annotations", msrvtt / "x.json", "--split", "trian")
     with pytest.raises(ShardError, match=r"video0: the captions must be a list of strings, not '\[1\]'"):
         reading("msrvtt", folder, "--annotations", write(msrvtt / "x.json", {"video0": [1]}))
     with pytest.raises(ShardError, match="no column video_id in its header"):
