@@ -142,7 +142,8 @@ def test_msrvtt_said_wrongly(msrvtt: Path) -> None:
     with pytest.raises(
         ShardError, match="--split trian: there is no such file, and the json's own are train, validate, test"
     ):
-        reading("msrvtt", folder, "--annotations", msrvtt / "x.json", "--split", "trian")
+        x = write(msrvtt / "x.json", {"video0.mp4": ["a"]})
+        reading("msrvtt", folder, "--annotations", x, "--split", "trian")
     with pytest.raises(ShardError, match=r"video0: the captions must be a list of strings, not '\[1\]'"):
         reading("msrvtt", folder, "--annotations", write(msrvtt / "x.json", {"video0": [1]}))
     with pytest.raises(ShardError, match="no column video_id in its header"):
