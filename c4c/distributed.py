@@ -62,6 +62,11 @@ def _name_ranks(env: MutableMapping[str, str]) -> None:
         env["MASTER_PORT"] = str(_free_port())
 
 
+def restarted() -> bool:
+    """Whether torchrun (--max-restarts) or Slurm (--requeue) has started this run before."""
+    return any(int(os.environ.get(name) or 0) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
 def command_again(*words: str) -> str:
     """The command that started this rank, as a person would type it, with further words at its end."""
     env, given = os.environ, [w for w in sys.argv if not w.startswith("--local_rank") and w not in words]

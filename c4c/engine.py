@@ -43,9 +43,10 @@ class EngineConfig:
             raise ValueError("engine.offload=optimizer: ZeRO does it, so engine.zero_stage must be 1, 2 or 3, not 0")
         if self.offload == "all" and self.zero_stage != 3:
             raise ValueError(f"engine.offload=all: only engine.zero_stage=3 shares out weights, not {self.zero_stage}")
-        for name in ("clip_grad_norm", "timeout_s"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"engine.{name}={getattr(self, name)}: must be at least 0")
+        if self.clip_grad_norm < 0:
+            raise ValueError(f"engine.clip_grad_norm={self.clip_grad_norm}: must be at least 0")
+        if self.timeout_s <= 0:
+            raise ValueError(f"engine.timeout_s={self.timeout_s}: must be above 0")
 
 
 class Learner(nn.Module):
