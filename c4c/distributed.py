@@ -24,6 +24,8 @@ def start_distributed(timeout_s: float = 1800.0) -> tuple[int, int, torch.device
 
     _find_ninja()
     _name_ranks(os.environ)
+    if "SLURM_GPUS_PER_TASK" in os.environ and torch.cuda.device_count() == 1:
+        os.environ["LOCAL_RANK"] = "0"  # each task is shown its own GPU alone
     local = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
         if local >= torch.cuda.device_count():

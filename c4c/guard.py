@@ -202,10 +202,18 @@ def speak(error: BaseException, rank: int) -> None:
     lost = isinstance(error, RuntimeError)
     if rank or lost:
         time.sleep(_OTHERS_FIRST_S)
-    text = "the connection to another rank broke: that one ended first, and says why" if lost else str(error)
+    text = str(error)
+    if lost:
+        text = f"the connection to another rank broke ({text.strip().partition(chr(10))[0][:200]}): that one ended first, and says why if it could"
     print(f"error{f' on rank {rank}' if rank else ''}: {text}", file=sys.stderr, flush=True)
 
 
 def lost_peer(error: RuntimeError) -> bool:
     """Whether an exchange between ranks failed because another rank's process is gone."""
-    return any(said in str(error) for said in ("onnection closed by peer", "onnection reset by peer", "Broken pipe"))
+    said = (
+        "onnection closed by peer",
+        "onnection reset by peer",
+        "Broken pipe",
+        "remote process exited",
+    )  # gloo's, NCCL's
+    return isinstance(error, dist.DistNetworkError) or any(words in str(error) for words in said)

@@ -17,7 +17,7 @@ from c4c.engine import Learner, applied, build_engine, read_scale, train_step
 from c4c.evaluate import evaluate
 from c4c.model import CLIP4Clip, build
 from c4c.optim import freeze
-from c4c.run import check_continuation
+from c4c.run import check_continuation, require_wandb
 from pipelines.loader import Batch, Loader
 from shards.dataset import Split
 from shards.joined import open_splits
@@ -49,6 +49,7 @@ class Session:
         for key in ("train", "test"):
             if not getattr(config.data, key):
                 raise ValueError(f"data.{key} is not set: name the folder of a packed split, data.{key}=data/…")
+        require_wandb(config.run.wandb)
         self.split, self.test = open_splits(config.data.train), Split(config.data.test)
         if resume:
             check_continuation(resume, to_dict(config), to_dict(Config()))

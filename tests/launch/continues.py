@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 
 from c4c import checkpoint
 from c4c.engine import EngineConfig, Learner, applied, build_engine, train_step
@@ -22,17 +23,19 @@ COMMON = {
     for kind, more in {"": {}, ", cached": {"micro": 1}, ", accumulated": {"accumulate": 2}}.items()
 }
 BF16 = {f"ZeRO {stage}, bf16": {"zero_stage": stage, "precision": "bf16"} for stage in range(4)}
-TWO = BF16 | {
+FP16 = {f"ZeRO {stage}, fp16": {"zero_stage": stage, "precision": "fp16", "scale": 4} for stage in range(4)}
+TWO = BF16 | FP16 | {
     "offload": {"zero_stage": 2, "offload": "optimizer"},
     "offload all": {"zero_stage": 3, "offload": "all"},
     "frozen": {"zero_stage": 3, "frozen": True},
     "activation checkpointing": {"zero_stage": 2, "activation_checkpointing": True},
     **{f"bad, ZeRO {stage}": {"zero_stage": stage, "bad": True} for stage in range(4)},
+    **{f"search, ZeRO {stage}, fp16": {"zero_stage": stage, "precision": "fp16", "scale": 22} for stage in range(4)},
     **{f"bad, ZeRO {stage}, bf16": {"zero_stage": stage, "precision": "bf16", "bad": True} for stage in (0, 1, 3)},
 }  # fmt: skip
 SAVED = {
     1: ["ZeRO 1"],
-    2: [*(f"ZeRO {stage}" for stage in range(4)), *BF16, "offload", "offload all", "frozen", "ZeRO 1, cached",
+    2: [*(f"ZeRO {stage}" for stage in range(4)), *BF16, *FP16, "offload", "offload all", "frozen", "ZeRO 1, cached",
         "ZeRO 2, accumulated"],
     4: [],
 }  # fmt: skip
@@ -65,9 +68,11 @@ def engine_of(way: dict, world: int):
     train = TrainConfig(
         batch_size=ROWS, micro_batch_size=way.get("micro", 0), lr=1e-3, accumulate=way.get("accumulate", 1)
     )
-    known = {k: v for k, v in way.items() if k not in ("micro", "accumulate", "frozen", "bad")}
+    known = {k: v for k, v in way.items() if k not in ("micro", "accumulate", "frozen", "bad", "scale")}
     config = EngineConfig(**{"precision": "fp32"} | known)
-    return build_engine(Learner(model), config, train, world, {}), train
+    get_accelerator().is_fp16_supported = lambda: True  # it is, only slow
+    extra = {"fp16": {"initial_scale_power": way["scale"], "hysteresis": 1}} if "scale" in way else {}
+    return build_engine(Learner(model), config, train, world, extra), train
 
 
 def go(engine, train: TrainConfig, rank: int, world: int, first: int, last: int, bad: bool = False) -> list:
@@ -85,11 +90,24 @@ def go(engine, train: TrainConfig, rank: int, world: int, first: int, last: int,
     return losses
 
 
+def search(engine, train: TrainConfig, rank: int, world: int) -> list[bool]:
+    """Which of so many steps counted, from a loss scale on that is too high."""
+    data, counted = batch(rank, world), []
+    for _ in range(10):
+        train_step(engine, data, 1.0, train)
+        counted.append(applied(engine))
+    return counted
+
+
 def results(folder: Path, rank: int, world: int) -> dict[str, list]:
     """By way; called on every rank."""
     found = {}
     for name, way in ways(world).items():
         engine, train = engine_of(way, world)
+        if way.get("scale", 0) > 20:
+            found[name] = search(engine, train, rank, world)
+            engine.destroy()
+            continue
         bad = way.get("bad", False)
         losses = go(engine, train, rank, world, 0, HALF, bad)
         if name in SAVED[world]:

@@ -5,11 +5,11 @@ import math
 
 import pytest
 
-from tests.launch.continues import AGAIN, BF16, COMMON, HALF, SAVED, TWO
+from tests.launch.continues import AGAIN, BF16, COMMON, FP16, HALF, SAVED, TWO
 
 pytestmark = pytest.mark.timeout(1200)  # the first launch in a new environment compiles DeepSpeed's optimizer
 ROUNDING = 2e-5  # relative, after six steps in fp32
-BF16_ROUNDING = 2e-2
+HALF_ROUNDING = 2e-2  # of 16-bit numbers
 ONE_RANK = "ZeRO 0"
 
 
@@ -31,9 +31,9 @@ def test_they_are_losses_of_something_that_learns(found):
     assert parts != pytest.approx(whole, rel=0.01)  # fewer negatives
 
 
-@pytest.mark.parametrize("way", [way for way in TWO if "bad" not in way and way != "frozen"])
+@pytest.mark.parametrize("way", [way for way in TWO if not way.startswith(("bad", "search", "frozen"))])
 def test_precision_and_where_things_are_kept_change_only_rounding(way, found):
-    assert found[2][way] == pytest.approx(found[2]["ZeRO 1"], rel=BF16_ROUNDING if way in BF16 else ROUNDING)
+    assert found[2][way] == pytest.approx(found[2]["ZeRO 1"], rel=HALF_ROUNDING if way in BF16 | FP16 else ROUNDING)
 
 
 @pytest.mark.parametrize("way", [way for way in TWO if "bad" in way])
@@ -45,6 +45,13 @@ def test_a_bad_step_changes_nothing(way, found):
     assert losses[2] == pytest.approx(second, rel=1e-6)
 
 
+@pytest.mark.parametrize("stage", range(4))
+def test_fp16_looks_for_a_loss_scale_that_does_not_overflow(stage, found):
+    counted = found[2][f"search, ZeRO {stage}, fp16"]
+    assert not counted[0] and counted[-1]
+    assert counted == sorted(counted)
+
+
 @pytest.mark.parametrize("way", SAVED[2])
 def test_going_on_with_the_same_ranks_is_bit_for_bit(way, found):
     assert found[2][f"again, {way}"] == found[2][way][HALF:]
@@ -53,5 +60,5 @@ def test_going_on_with_the_same_ranks_is_bit_for_bit(way, found):
 @pytest.mark.parametrize(("ranks", "name"), [(r, n) for r in AGAIN for n in AGAIN[r] if not n.startswith("again")])
 def test_going_on_with_others_is_as_if_unbroken(ranks, name, found):
     source_ranks, source, _ = AGAIN[ranks][name]
-    rounding = BF16_ROUNDING if "bf16" in source else ROUNDING
+    rounding = HALF_ROUNDING if "bf16" in source else ROUNDING
     assert found[ranks][name] == pytest.approx(found[source_ranks][source][HALF:], rel=rounding)
