@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 export PATH := $(abspath $(VENV))/bin:$(PATH)
-.PHONY: demo test lint
+.PHONY: demo test kills lint
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -9,6 +9,9 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready
 	python -m pytest -q
+
+kills: $(VENV)/ready
+	python tests/launch/kills.py --tries 20
 
 lint: $(VENV)/ready
 	ruff check . && ruff format --check .

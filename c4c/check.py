@@ -23,8 +23,7 @@ def check(config: Config) -> None:
     try:
         folder = Path(config.run.dir)
         say = Report(rank == 0, 1, 1, 0).say
-        there = (folder / checkpoint.FOLDER / "latest").exists()
-        resuming = config.run.resume == "auto" and there
+        resuming = config.run.resume == "auto" and (folder / checkpoint.FOLDER / "latest").exists()
         session = Session(config, rank, world, device, resume=folder if resuming else None)
         steps, waits = [], []
         with session.loader:
@@ -40,7 +39,7 @@ def check(config: Config) -> None:
         first = Part(config.data.test, config.data.eval_batch_size * world)
         session.evaluate(first)
         say(f"evaluation: {len(first)} of {len(session.test)} videos in {time.perf_counter() - mark:.2f} s")
-        _describe(say, config, session, steps, folder, there and not resuming)
+        _describe(say, config, session, steps, folder)
     finally:
         stop_distributed()
 
@@ -68,7 +67,7 @@ def memory_per_rank_gib(
     return (model + grads + masters - host) / 2**30, host / 2**30
 
 
-def _describe(say, config: Config, session: Session, steps: list[float], folder: Path, moves: bool) -> None:
+def _describe(say, config: Config, session: Session, steps: list[float], folder: Path) -> None:
     engine, world = config.engine, session.world
     trained = sum(getattr(p, "ds_numel", p.numel()) for p in session.engine.module.parameters() if p.requires_grad)
     device, host = memory_per_rank_gib(
@@ -87,12 +86,18 @@ def _describe(say, config: Config, session: Session, steps: list[float], folder:
         f"an epoch: {session.per_epoch} steps of {config.train.batch_size} pairs; the run: {session.total} steps, about "
         f"{span(remaining * last)} at {last:.2f} s a step, without validations"
     )
-    say(f"reads:  {config.data.train}\n        {config.data.test}")
+    sets = [config.data.train] if isinstance(config.data.train, str) else config.data.train
+    say(f"reads:  {f'{chr(10)}        '.join([*sets, config.data.test])}")
     if config.model.init_from not in ("", "scratch"):
         say(f"        {config.model.init_from} (weights to start from)")
+    moves = config.run.resume == "never" and (folder / "config.yaml").exists()
     say(f"writes: {folder}{' (the run that is there would be moved aside)' if moves else ''}")
     names = "config.yaml towers.json versions.json metrics.jsonl eval.jsonl tensorboard/ checkpoints/"
     say(f"        {names}\n        and, if there is reason to: quarantine.jsonl bad_steps.jsonl")
+    if config.cache.dir:
+        say(
+            f"        {config.cache.dir} (decoded frames, at most {config.cache.max_gb:g} GB; these two steps have begun it)"
+        )
     size = (session.weights * 4 + trained * 8) / 2**30
     most = config.checkpoint.keep_last + config.checkpoint.keep_best + 1
     say(f"        a checkpoint takes {size:.2f} GiB, and up to {most} are there at once")

@@ -24,6 +24,8 @@ def start_distributed(timeout_s: float = 1800.0) -> tuple[int, int, torch.device
 
     _find_ninja()
     _name_ranks(os.environ)
+    if "SLURM_GPUS_PER_TASK" in os.environ and torch.cuda.device_count() == 1:
+        os.environ["LOCAL_RANK"] = "0"  # each task is shown its own GPU alone
     local = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
         if local >= torch.cuda.device_count():
@@ -60,6 +62,11 @@ def _name_ranks(env: MutableMapping[str, str]) -> None:
     env.setdefault("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", env["WORLD_SIZE"]))  # deepspeed's name for it
     if "MASTER_PORT" not in env:
         env["MASTER_PORT"] = str(_free_port())
+
+
+def restarted() -> bool:
+    """Whether torchrun (--max-restarts) or Slurm (--requeue) has started this run before."""
+    return any(int(os.environ.get(name) or 0) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
 def command_again(*words: str) -> str:

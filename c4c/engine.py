@@ -43,9 +43,10 @@ class EngineConfig:
             raise ValueError("engine.offload=optimizer: ZeRO does it, so engine.zero_stage must be 1, 2 or 3, not 0")
         if self.offload == "all" and self.zero_stage != 3:
             raise ValueError(f"engine.offload=all: only engine.zero_stage=3 shares out weights, not {self.zero_stage}")
-        for name in ("clip_grad_norm", "timeout_s"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"engine.{name}={getattr(self, name)}: must be at least 0")
+        if self.clip_grad_norm < 0:
+            raise ValueError(f"engine.clip_grad_norm={self.clip_grad_norm}: must be at least 0")
+        if self.timeout_s <= 0:
+            raise ValueError(f"engine.timeout_s={self.timeout_s}: must be above 0")
 
 
 class Learner(nn.Module):
@@ -220,6 +221,11 @@ def deepspeed_config(engine: EngineConfig, train: TrainConfig, world: int, extra
     }
     if engine.offload != "none":
         owners |= {f"zero_optimization.{part}.device": "engine.offload" for part in offload}
+    for key, given in extra.items():
+        if isinstance(derived.get(key), dict) and not isinstance(given, dict):
+            raise ValueError(
+                f"deepspeed.{key}={given}: it is a group of settings, such as deepspeed.{key}.{next(iter(derived[key]))}"
+            )
     for path, owner in owners.items():
         given, ours = _at(extra, path), _at(derived, path)
         if given is not None and given != ours:
@@ -240,11 +246,9 @@ def build_engine(learner: Learner, config: EngineConfig, train: TrainConfig, wor
     model.clip.set_grad_checkpointing(config.activation_checkpointing)
     groups = parameter_groups(learner, train)
     learner.peak_lrs = [group["lr"] for group in groups]
-    engine, *_ = deepspeed.initialize(
-        model=learner,
-        model_parameters=groups,
-        config=deepspeed_config(config, train, world, extra),
-    )
+    settings = deepspeed_config(config, train, world, extra)
+    _try(settings, config, extra)
+    engine, *_ = deepspeed.initialize(model=learner, model_parameters=groups, config=settings)
     if engine.optimizer is engine.basic_optimizer:
         _guard(engine, engine.gradient_clipping())
     if hasattr(engine.optimizer, "fp32_groups_flat"):  # it has taken one step with gradients of 0, decay and all
@@ -255,6 +259,24 @@ def build_engine(learner: Learner, config: EngineConfig, train: TrainConfig, wor
     if config.compile:
         compile_towers(model, config.zero_stage)
     return engine
+
+
+def _try(settings: dict, config: EngineConfig, extra: dict) -> None:
+    """Raise ValueError for what this device or DeepSpeed does not know, before anything is built."""
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    device = get_accelerator()
+    for precision, supported in (("bf16", device.is_bf16_supported), ("fp16", device.is_fp16_supported)):
+        if config.precision == precision and not supported():
+            raise ValueError(
+                f"engine.precision={precision}: {device.device_name()} cannot compute in it here; use fp32"
+            )
+    try:
+        DeepSpeedConfig(settings)
+    except Exception as error:  # its own classes', pydantic's and plain ones
+        reason = " ".join(str(error).split())
+        raise ValueError(f"DeepSpeed refuses the settings under deepspeed: {extra} ({reason})") from error
 
 
 def _guard(engine, clip: float) -> None:

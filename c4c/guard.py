@@ -184,8 +184,8 @@ def _place(state: dict | None) -> str:
     return f"pid {state['pid']} on {state['host']}" if state else "never heard of"
 
 
-def out_of_memory(error: BaseException, rows: int, frames: int, encoded: int) -> str | None:
-    """If that is what `error` is: the numbers, and the keys to change. rows: pairs of a rank; encoded: how many at once."""
+def out_of_memory(error: BaseException, doing: str, remedies: str) -> str | None:
+    """If that is what `error` is: what it was needed for, how much there is, and which keys to change."""
     text = str(error)
     if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in text:
         return None
@@ -194,13 +194,7 @@ def out_of_memory(error: BaseException, rows: int, frames: int, encoded: int) ->
         there = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} of {whole:.1f} GiB were in use, {free:.1f} free"
     else:
         there = f"the machine has {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"
-    smaller = max(1, encoded // 2)
-    return (
-        f"out of memory: each rank encodes {encoded} of its {rows} pairs at once, {encoded * frames} frames; {there}. Set "
-        f"train.micro_batch_size={smaller} (same losses, a second forward pass), engine.activation_checkpointing=true, "
-        "engine.offload=optimizer, a higher engine.zero_stage on several ranks, or a smaller train.batch_size "
-        f"({text.strip().partition(chr(10))[0][:200]})"
-    )
+    return f"out of memory: {doing}; {there}. Set {remedies} ({text.strip().partition(chr(10))[0][:200]})"
 
 
 def speak(error: BaseException, rank: int) -> None:
@@ -208,10 +202,18 @@ def speak(error: BaseException, rank: int) -> None:
     lost = isinstance(error, RuntimeError)
     if rank or lost:
         time.sleep(_OTHERS_FIRST_S)
-    text = "the connection to another rank broke: that one ended first, and says why" if lost else str(error)
+    text = str(error)
+    if lost:
+        text = f"the connection to another rank broke ({text.strip().partition(chr(10))[0][:200]}): that one ended first, and says why if it could"
     print(f"error{f' on rank {rank}' if rank else ''}: {text}", file=sys.stderr, flush=True)
 
 
 def lost_peer(error: RuntimeError) -> bool:
     """Whether an exchange between ranks failed because another rank's process is gone."""
-    return any(said in str(error) for said in ("onnection closed by peer", "onnection reset by peer", "Broken pipe"))
+    said = (
+        "onnection closed by peer",
+        "onnection reset by peer",
+        "Broken pipe",
+        "remote process exited",
+    )  # gloo's, NCCL's
+    return isinstance(error, dist.DistNetworkError) or any(words in str(error) for words in said)

@@ -1,9 +1,11 @@
 """A run folder: everything that evaluation, search and resuming need, and all that was measured."""
 
+import importlib.util
 import json
 import math
 import os
 import platform
+import secrets
 import time
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -40,6 +42,14 @@ class RunConfig:
             raise ValueError(f"run.resume={self.resume}: there are {', '.join(RESUME)}")
         if not self.dir:
             raise ValueError("run.dir is empty: name a folder for the run")
+
+
+def require_wandb(project: str) -> None:
+    """Raise ValueError if metrics are to go there and the package is missing."""
+    if project and importlib.util.find_spec("wandb") is None:
+        raise ValueError(
+            f"run.wandb={project}: the package is not installed; pip install wandb, or leave run.wandb out"
+        )
 
 
 def prepare(folder: Path, resume: str) -> Path | None:
@@ -126,7 +136,7 @@ def validations(folder: Path) -> list[float]:
 class Metrics:
     """RUN/metrics.jsonl, one object a step; RUN/eval.jsonl, one a validation; and both in TensorBoard.
 
-    wandb: a project to send them to as well; config: what is shown beside them there. Raises ValueError without its package.
+    wandb: a project to send them to as well; config: what is shown beside them there.
     """
 
     def __init__(self, folder: Path, resumed_at: int, wandb: str = "", config: dict | None = None):
@@ -164,15 +174,13 @@ class Metrics:
 
 
 def _start_wandb(folder: Path, project: str, config: dict | None):
-    try:
-        import wandb
-    except ImportError as error:
-        raise ValueError(
-            f"run.wandb={project}: the package is not installed; pip install wandb, or leave run.wandb out"
-        ) from error
-    name = str(folder).replace("/", "_")
+    import wandb
+
+    known = folder / "wandb_id"  # a new run in the folder is another run there too
+    if not known.exists():
+        known.write_text(secrets.token_hex(8))
     return wandb.init(
-        project=project, name=folder.name, id=name[-64:], resume="allow", dir=str(folder), config=config or {}
+        project=project, name=folder.name, id=known.read_text(), resume="allow", dir=str(folder), config=config or {}
     )
 
 

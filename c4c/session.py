@@ -2,6 +2,8 @@
 
 import os
 import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +17,7 @@ from c4c.engine import Learner, applied, build_engine, read_scale, train_step
 from c4c.evaluate import evaluate
 from c4c.model import CLIP4Clip, build
 from c4c.optim import freeze
-from c4c.run import check_continuation
+from c4c.run import check_continuation, require_wandb
 from pipelines.loader import Batch, Loader
 from shards.dataset import Split
 from shards.joined import open_splits
@@ -47,6 +49,7 @@ class Session:
         for key in ("train", "test"):
             if not getattr(config.data, key):
                 raise ValueError(f"data.{key} is not set: name the folder of a packed split, data.{key}=data/…")
+        require_wandb(config.run.wandb)
         self.split, self.test = open_splits(config.data.train), Split(config.data.test)
         if resume:
             check_continuation(resume, to_dict(config), to_dict(Config()))
@@ -55,7 +58,10 @@ class Session:
         self.model = build(config.model, config.data.num_frames)
         freeze(self.model, config.train.freeze_layers)
         _check_sizes(self.model, config)
-        self.engine = build_engine(Learner(self.model), config.engine, config.train, world, config.deepspeed)
+        size = sum(p.numel() for p in self.model.parameters()) / 1e6
+        with self._memory(f"the model has {size:.1f} M weights, beside which optimizers keep masters and moments",
+                          "engine.offload=optimizer, or engine.zero_stage=3 on several ranks"):  # fmt: skip
+            self.engine = build_engine(Learner(self.model), config.engine, config.train, world, config.deepspeed)
         state = checkpoint.restore(self.engine, resume, tag) if resume else {}
         self.done = int(state.get("step", 0))  # steps
         self._same_data(state, resume)
@@ -80,10 +86,8 @@ class Session:
         """One update on every rank. asked: whatever ranks want to decide alike, sent along with the loss."""
         train = self.config.train
         factor = train.factor(self.done, self.per_epoch)
-        try:
+        with self._memory(*self._step_memory(len(batch.valid))):
             loss = train_step(self.engine, batch, factor, train)
-        except RuntimeError as error:
-            raise self._explained(error, len(batch.valid)) from error
         told = torch.tensor([0.0, *map(float, asked)], dtype=torch.float64, device=self.device)
         told[0] = loss.double()
         if self.world > 1:
@@ -96,10 +100,18 @@ class Session:
             said=tuple(count > 0 for count in said),
         )  # fmt: skip
 
-    def evaluate(self, split: Split | None = None) -> dict:
-        """Metrics of a split (the test split), the same on every rank."""
+    def evaluate(self, split: Split | None = None, each: Callable[[], None] = lambda: None) -> dict:
+        """Metrics of a split (the test split), the same on every rank. each: called before each batch."""
+
+        def encode(*inputs: torch.Tensor):
+            each()
+            return self.engine(*inputs)
+
+        data = self.config.data
         self.engine.eval()
-        result, _ = evaluate(self.model, self.engine, split or self.test, self.config.data, self.device)
+        with self._memory(f"validation encodes {data.eval_batch_size} videos of {data.num_frames} frames at once, then "
+                          "captions as many at a time", "a smaller data.eval_batch_size"):  # fmt: skip
+            result, _ = evaluate(self.model, encode, split or self.test, data, self.device)
         self.engine.train()
         return result
 
@@ -115,11 +127,26 @@ class Session:
                 f"was {state['data'][:12]}). Name the same split, or start anew with run.resume=never"
             )
 
-    def _explained(self, error: RuntimeError, rows: int) -> Exception:
-        train = self.config.train
+    @contextmanager
+    def _memory(self, doing: str, remedies: str) -> Iterator[None]:
+        """Make an error that says what to change of memory that does not suffice."""
+        try:
+            yield
+        except RuntimeError as error:
+            said = guard.out_of_memory(error, doing, remedies)
+            if said is None:
+                raise
+            raise ValueError(said) from error
+
+    def _step_memory(self, rows: int) -> tuple[str, str]:
+        train, frames = self.config.train, self.config.data.num_frames
         encoded = rows // train.accumulate if train.accumulate > 1 else min(train.micro_batch_size or rows, rows)
-        said = guard.out_of_memory(error, rows, self.config.data.num_frames, encoded)
-        return ValueError(said) if said else error
+        return (
+            f"each rank encodes {encoded} of its {rows} pairs at once, {encoded * frames} frames",
+            f"train.micro_batch_size={max(1, encoded // 2)} (same losses, a second forward pass), "
+            "engine.activation_checkpointing=true, engine.offload=optimizer, a higher engine.zero_stage on several ranks, "
+            "or a smaller train.batch_size",
+        )
 
 
 def _identity(config: Config, train: Split, test: Split) -> dict[str, object]:

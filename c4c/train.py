@@ -10,7 +10,7 @@ import torch.distributed as dist
 from c4c import checkpoint
 from c4c.checkpoint import CheckpointError, Saver
 from c4c.config import Config, dump, to_dict
-from c4c.distributed import command_again, start_distributed, stop_distributed
+from c4c.distributed import command_again, restarted, start_distributed, stop_distributed
 from c4c.flops import peak, per_pair
 from c4c.guard import BadSteps, Stop, Watchdog
 from c4c.report import Report
@@ -23,9 +23,8 @@ def train(config: Config) -> None:
     """Train as `config` says, on every rank of the launcher. Raises ValueError for what cannot be done."""
     if config.run.deterministic:
         make_deterministic()
-    rank, world, device = start_distributed(
-        config.engine.timeout_s + 300
-    )  # the watchdog, which can name a rank, is first
+    # the watchdog, which can name a rank, comes first
+    rank, world, device = start_distributed(config.engine.timeout_s + 300)
     try:
         Trainer(config, rank, world, device).run()
     finally:
@@ -38,14 +37,15 @@ class Trainer:
     def __init__(self, config: Config, rank: int, world: int, device: torch.device):
         self.config, self.rank, self.world, self.device = config, rank, world, device
         self.folder = Path(config.run.dir)
-        resuming = config.run.resume == "auto" and (self.folder / checkpoint.FOLDER / "latest").exists()
+        resume = "auto" if restarted() else config.run.resume
+        resuming = resume == "auto" and (self.folder / checkpoint.FOLDER / "latest").exists()
         self.session = Session(
             config, rank, world, device, resume=self.folder if resuming else None,
             quarantine=self.folder / "quarantine.jsonl",
         )  # fmt: skip
         self.per_epoch, self.total = self.session.per_epoch, self.session.total
         # only now that nothing is left to be refused: a mistake must not move an earlier run aside
-        moved = prepare(self.folder, config.run.resume) if rank == 0 else None
+        moved = prepare(self.folder, resume) if rank == 0 else None
         dist.barrier()
         self.validated = last_validation(self.folder) == self.session.done
         dist.barrier()
@@ -112,10 +112,6 @@ class Trainer:
         }
         if self._peak:
             values["mfu_pct"] = 100 * self._flops * clips / seconds / (self._peak * self.world)
-        stats = getattr(batch, "stats", None)
-        values |= {
-            f"data/{k}": v for k, v in (stats if isinstance(stats, dict) else {}).items() if isinstance(v, (int, float))
-        }
         self.metrics.step(step, values)
         self.report.step(step, values)
         if said:
@@ -126,8 +122,7 @@ class Trainer:
         every, done = self.config.train.eval_every, self.session.done
         if done != self.total and not (every and done % self.per_epoch == 0 and done // self.per_epoch % every == 0):
             return
-        watch.now("validating")
-        result = self.session.evaluate()
+        result = self.session.evaluate(each=lambda: watch.now("validating"))
         if self.metrics:
             self.metrics.validation(done, result)
         self.report.validation(done, result)

@@ -177,7 +177,12 @@ def _whole(engine, parameter: Tensor, key: str | None = None) -> Tensor:
 
 def _set(engine, parameter: Tensor, value: Tensor, key: str | None = None) -> None:
     if hasattr(parameter, "ds_id"):
-        parameter._z3_optimizer.set_full_hp_param(value, parameter, key)
+        # not set_full_hp_param, which wants ranks' parts to divide the weight evenly
+        optimizer, size = parameter._z3_optimizer, parameter.ds_tensor.numel()
+        mine = value.flatten()[size * optimizer._get_param_partition_rank(parameter) :][:size]
+        part = value.new_zeros(size)
+        part[: len(mine)] = mine
+        optimizer.set_local_hp_param(part, parameter, key)
     elif hasattr(parameter, "_hp_mapping"):
         parameter.set_full_hp_param(value, key)
     else:

@@ -31,6 +31,17 @@ def test_deepspeeds_launcher_calls_it_local_size():
     )
 
 
+def test_launchers_that_start_a_run_again(monkeypatch):
+    for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+        monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+        assert not distributed.restarted()
+        monkeypatch.setenv(name, "0")
+        assert not distributed.restarted()
+        monkeypatch.setenv(name, "2")
+        assert distributed.restarted()
+
+
 SLURM = {"SLURM_STEP_NUM_TASKS": 8, "SLURM_PROCID": 5, "SLURM_LOCALID": 1, "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
          "SLURM_STEP_NUM_NODES": 2, "SLURM_JOB_ID": 123456}  # fmt: skip
 

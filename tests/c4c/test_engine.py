@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from c4c import engine
 from c4c.engine import EngineConfig, Learner, compile_towers, deepspeed_config
 from c4c.loss import contrastive_loss
 from c4c.model import ModelConfig, build
@@ -75,6 +76,31 @@ def test_a_contradiction_names_both_keys(extra, path, owner):
         derived(extra)
     assert f"deepspeed.{path}" in str(caught.value)
     assert owner in str(caught.value)
+
+
+def test_a_group_is_not_a_number():
+    with pytest.raises(
+        ValueError, match=r"deepspeed\.zero_optimization=3: it is a group of settings, such as .*\.stage"
+    ):
+        derived({"zero_optimization": 3})
+
+
+def test_what_deepspeed_or_the_device_refuses_is_told_in_one_line(monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    config = EngineConfig(precision="fp32")
+    wrong = {"zero_optimization": {"reduce_bucket_size": "large"}}
+    with pytest.raises(ValueError, match=r"DeepSpeed refuses the settings under deepspeed: .*large") as caught:
+        engine._try(deepspeed_config(config, TRAIN, 1, wrong), config, wrong)
+    assert "\n" not in str(caught.value)
+    engine._try(deepspeed_config(config, TRAIN, 1, {}), config, {})
+    accelerator = type(
+        "Accelerator",
+        (),
+        {"is_fp16_supported": lambda _: False, "is_bf16_supported": lambda _: True, "device_name": lambda _: "cpu"},
+    )
+    monkeypatch.setattr("deepspeed.accelerator.get_accelerator", accelerator)
+    with pytest.raises(ValueError, match=r"engine\.precision=fp16: cpu cannot compute in it here"):
+        engine._try({}, EngineConfig(precision="fp16"), {})
 
 
 def test_a_batch_that_cannot_be_shared_out():

@@ -127,11 +127,11 @@ def test_a_run_that_goes_on_is_left_alone(store, capsys):
 def test_memory_that_does_not_suffice():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60)
-    said = out_of_memory(caught.value, rows=64, frames=12, encoded=32)
-    assert said.startswith("out of memory: each rank encodes 32 of its 64 pairs at once, 384 frames")
-    assert "train.micro_batch_size=16" in said
-    assert "GiB" in said
-    assert out_of_memory(RuntimeError("shapes do not match"), 64, 12, 32) is None
+    said = out_of_memory(caught.value, "each rank encodes 32 pairs", "train.micro_batch_size=16")
+    assert said.startswith("out of memory: each rank encodes 32 pairs; the machine has ")
+    assert "GiB. Set train.micro_batch_size=16 (" in said
+    assert "can't allocate memory" in said
+    assert out_of_memory(RuntimeError("shapes do not match"), "a", "b") is None
 
 
 def test_every_ranks_error_is_told_once(monkeypatch, capsys):

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from c4c.run import Metrics, RunConfig, check_continuation, prepare, read_config, save_description
+from c4c.run import Metrics, RunConfig, check_continuation, prepare, read_config, require_wandb, save_description
 
 RESULT = {"t2v": {"R1": 10.0, "MdR": 3.0}, "v2t": {"R1": 20.0, "MdR": 4.0}, "n_texts": 5, "n_videos": 4}
 
@@ -140,7 +140,8 @@ def test_numbers_that_are_not_finite_are_null(tmp_path):
 def test_weights_and_biases_if_asked_for(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=r"run\.wandb=mine: the package is not installed"):
-        Metrics(tmp_path, 0, "mine")
+        require_wandb("mine")
+    require_wandb("")
     calls = []
 
     class Run:
@@ -156,5 +157,7 @@ def test_weights_and_biases_if_asked_for(tmp_path, monkeypatch):
     metrics.step(1, {"train/loss": 2.0})
     metrics.close()
     settings, logged, finished = calls
+    Metrics(tmp_path, 1, "mine").close()
+    assert calls[3]["id"] == settings["id"]
     assert (settings["project"], settings["config"], settings["resume"]) == ("mine", {"train": {"lr": 1}}, "allow")
     assert (logged, finished) == ((1, {"train/loss": 2.0}), "finished")

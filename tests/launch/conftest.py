@@ -1,15 +1,14 @@
-"""A tiny packed data set and finished runs on it, made once for all tests of this folder."""
+"""A tiny packed data set and finished runs on it, made once for all tests of this folder, in whatever process."""
 
+import fcntl
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
-from shards.datasets import demo
-from shards.pack import pack
-from shards.profiles import Profile
-from tests.launch.runs import Launcher
+from tests.launch.runs import Launcher, make_splits
 
 
 def pytest_collection_modifyitems(items):
@@ -20,26 +19,56 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def launcher(tmp_path_factory) -> Launcher:
-    folder = tmp_path_factory.mktemp("launch")
-    items = demo.generate(folder / "source", seed=0, train=40, test=17, workers=2)
-    for split in ("train", "test"):
-        pack(items[split], folder / split, dataset="demo", split=split, profile=Profile(short_side=64), workers=2)
-    return Launcher(folder)
+def shared(tmp_path_factory, worker_id) -> Callable[[str, Callable[[Path], None]], Path]:
+    """shared(name, make) -> a folder that make(folder) has filled: once, though tests run in several processes."""
+    base = tmp_path_factory.getbasetemp()
+    base = base if worker_id == "master" else base.parent
+
+    def made(name: str, make: Callable[[Path], None]) -> Path:
+        folder, done = base / name, base / f"{name}.done"
+        with open(base / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                folder.mkdir()  # fails, as it should, where another process has failed to fill it
+                make(folder)
+                done.touch()
+        return folder
+
+    return made
 
 
 @pytest.fixture(scope="session")
-def runs(launcher) -> dict[str, Path]:
+def launcher(shared) -> Launcher:
+    return Launcher(shared("launch", make_splits))
+
+
+@pytest.fixture(scope="session")
+def runs(launcher, shared) -> dict[str, Path]:
     """Finished runs of two epochs that differ in nothing but ranks and ZeRO stage."""
     ways = {"1 rank": (1, 1), "2 ranks": (2, 1), "2 ranks, ZeRO 2": (2, 2), "2 ranks, ZeRO 3": (2, 3)}
-    folders = {name: launcher.folder / f"run{i}" for i, name in enumerate(ways)}
+    names = {name: f"run{i}" for i, name in enumerate(ways)}
 
-    def run(name: str) -> None:
-        ranks, stage = ways[name]
-        words = [f"run.dir={folders[name]}", f"engine.zero_stage={stage}"]
-        code, out, err = launcher.finish(launcher.command(ranks, *words))
-        assert code == 0, out + err
+    def make(folder: Path) -> None:
+        def run(name: str) -> None:
+            ranks, stage = ways[name]
+            words = [f"run.dir={folder / names[name]}", f"engine.zero_stage={stage}"]
+            code, out, err = launcher.finish(launcher.command(ranks, *words))
+            assert code == 0, out + err
 
-    with ThreadPoolExecutor(2) as pool:  # a launch is mostly one core importing
-        list(pool.map(run, ways))
-    return folders
+        with ThreadPoolExecutor(2) as pool:  # a launch is mostly one core importing
+            list(pool.map(run, ways))
+
+    folder = shared("runs", make)
+    return {name: folder / names[name] for name in ways}
+
+
+@pytest.fixture(scope="session")
+def engines(launcher, shared) -> Path:
+    """What tests/launch/engines.py wrote: 2.json, 1.json, 4.json, one for each number of ranks."""
+
+    def make(folder: Path) -> None:
+        for ranks in (2, 1, 4):  # the later ones go on from checkpoints of the earlier
+            code, out, err = launcher.finish(launcher.launch(ranks, "tests/launch/engines.py", str(folder)))
+            assert code == 0, out[-3000:] + err[-3000:]
+
+    return shared("engines", make)

@@ -1,50 +1,63 @@
-"""Started by DeepSpeed's launcher: runs that stop, and go on from their checkpoint under other ranks, stages and options.
+"""Ways to train, to stop in the middle, and to go on from the checkpoint of another way. See engines.py.
 
-    deepspeed --num_accelerators N tests/launch/continues.py FOLDER
-
-With 2 ranks: every way of `WAYS` trains unbroken, and saves in the middle; every way of `AGAIN` goes on from the
-checkpoint of another. With 1 and 4 ranks: only the latter. Writes FOLDER/N.json: the losses of each.
+Every number of ranks takes `COMMON`'s; two ranks those of `TWO` as well. `saved` ways write a checkpoint in the middle
+and go on; `AGAIN` says which ways of which number of ranks go on from whose checkpoint. For each way: its losses.
 """
 
-import json
-import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 
 from c4c import checkpoint
-from c4c.engine import EngineConfig, Learner, applied, build_engine, start_distributed, stop_distributed, train_step
+from c4c.engine import EngineConfig, Learner, applied, build_engine, train_step
 from c4c.model import CLIP4Clip
 from c4c.optim import TrainConfig
 from tests.launch.every_head import FRAMES, ROWS, SPEC, batch
 
 HALF, STEPS = 3, 6
-WAYS = {
-    **{f"ZeRO {stage}": {"zero_stage": stage} for stage in range(4)},
-    **{f"ZeRO {stage}, bf16": {"zero_stage": stage, "precision": "bf16"} for stage in range(4)},
+COMMON = {
+    f"ZeRO {stage}{kind}": {"zero_stage": stage} | more
+    for stage in range(4)
+    for kind, more in {"": {}, ", cached": {"micro": 1}, ", accumulated": {"accumulate": 2}}.items()
+}
+BF16 = {f"ZeRO {stage}, bf16": {"zero_stage": stage, "precision": "bf16"} for stage in range(4)}
+FP16 = {f"ZeRO {stage}, fp16": {"zero_stage": stage, "precision": "fp16", "scale": 4} for stage in range(4)}
+TWO = BF16 | FP16 | {
     "offload": {"zero_stage": 2, "offload": "optimizer"},
     "offload all": {"zero_stage": 3, "offload": "all"},
-    "cached": {"zero_stage": 1, "micro": 3},
-    "accumulated": {"zero_stage": 2, "accumulate": 2},
-    "activation checkpointing": {"zero_stage": 2, "activation_checkpointing": True},
     "frozen": {"zero_stage": 3, "frozen": True},
-    "bad": {"zero_stage": 1, "bad": True},
-    **{f"bad, ZeRO {stage}, {p}": {"zero_stage": stage, "precision": p, "bad": True} for stage in (0, 2, 3) for p in ("fp32", "bf16")},
+    "activation checkpointing": {"zero_stage": 2, "activation_checkpointing": True},
+    **{f"bad, ZeRO {stage}": {"zero_stage": stage, "bad": True} for stage in range(4)},
+    **{f"search, ZeRO {stage}, fp16": {"zero_stage": stage, "precision": "fp16", "scale": 22} for stage in range(4)},
+    **{f"bad, ZeRO {stage}, bf16": {"zero_stage": stage, "precision": "bf16", "bad": True} for stage in (0, 1, 3)},
 }  # fmt: skip
-AGAIN = {
-    **{f"{way} again": (way, WAYS[way]) for way in WAYS if "bad" not in way},
-    "ZeRO 1 as 3": ("ZeRO 1", {"zero_stage": 3}),
-    "ZeRO 3 as 0": ("ZeRO 3", {"zero_stage": 0}),
-    "ZeRO 0 as 2": ("ZeRO 0", {"zero_stage": 2}),
-    "ZeRO 2 as offload": ("ZeRO 2", {"zero_stage": 2, "offload": "optimizer"}),
-    "ZeRO 1, bf16 as 0": ("ZeRO 1, bf16", {"zero_stage": 0, "precision": "bf16"}),
-}
-OTHER_RANKS = {
-    **{f"ZeRO {stage}": (f"ZeRO {stage}", {"zero_stage": stage}) for stage in range(4)},
-    "ZeRO 1 as 3": ("ZeRO 1", {"zero_stage": 3}),
-    "accumulated": ("accumulated", {"zero_stage": 2, "accumulate": 2}),
-}
+SAVED = {
+    1: ["ZeRO 1"],
+    2: [*(f"ZeRO {stage}" for stage in range(4)), *BF16, *FP16, "offload", "offload all", "frozen", "ZeRO 1, cached",
+        "ZeRO 2, accumulated"],
+    4: [],
+}  # fmt: skip
+# ranks: {name: (ranks of the checkpoint, its way, the way to go on)}
+AGAIN: dict[int, dict[str, tuple[int, str, str]]] = {
+    1: {f"2 -> 1, {way}": (2, way, way) for way in ("ZeRO 0", "ZeRO 1", "ZeRO 2", "ZeRO 3", "ZeRO 2, accumulated")},
+    2: {f"again, {way}": (2, way, way) for way in SAVED[2]}
+    | {
+        f"{a} -> {b}": (2, a, b)
+        for a, b in (("ZeRO 1", "ZeRO 3"), ("ZeRO 3", "ZeRO 0"), ("ZeRO 0", "ZeRO 2"), ("ZeRO 2", "offload"),
+                     ("ZeRO 1, bf16", "ZeRO 0, bf16"))
+    },
+    4: {
+        "1 -> 4, ZeRO 1": (1, "ZeRO 1", "ZeRO 1"),
+        "1 -> 4, ZeRO 1 -> ZeRO 3": (1, "ZeRO 1", "ZeRO 3"),
+        "2 -> 4, ZeRO 3 -> ZeRO 2": (2, "ZeRO 3", "ZeRO 2"),
+    },
+}  # fmt: skip
+
+
+def ways(world: int) -> dict[str, dict]:
+    return COMMON | (TWO if world == 2 else {})
 
 
 def engine_of(way: dict, world: int):
@@ -52,55 +65,60 @@ def engine_of(way: dict, world: int):
     model = CLIP4Clip(SPEC, "seqTransf", "2d", blocks=2, segments=FRAMES)
     if way.get("frozen"):
         model.clip.visual.requires_grad_(False)
-    rows = ROWS // world
     train = TrainConfig(
-        batch_size=ROWS, micro_batch_size=way.get("micro", 0), lr=1e-3,
-        accumulate=min(rows, way.get("accumulate", 1)),
-    )  # fmt: skip
-    known = {k: v for k, v in way.items() if k not in ("micro", "accumulate", "frozen", "bad")}
+        batch_size=ROWS, micro_batch_size=way.get("micro", 0), lr=1e-3, accumulate=way.get("accumulate", 1)
+    )
+    known = {k: v for k, v in way.items() if k not in ("micro", "accumulate", "frozen", "bad", "scale")}
     config = EngineConfig(**{"precision": "fp32"} | known)
-    return build_engine(Learner(model), config, train, world, {}), train
+    get_accelerator().is_fp16_supported = lambda: True  # it is, only slow
+    extra = {"fp16": {"initial_scale_power": way["scale"], "hysteresis": 1}} if "scale" in way else {}
+    return build_engine(Learner(model), config, train, world, extra), train
 
 
 def go(engine, train: TrainConfig, rank: int, world: int, first: int, last: int, bad: bool = False) -> list:
     data, losses = batch(rank, world), []
+    whole = data.frames.clone()
     for step in range(first, last):
         broken = bad and step == 1
-        if broken:  # on one rank only
-            frames = data.frames.clone()
-            data.frames[0] = float("nan") if rank == world - 1 else data.frames[0]
+        if broken and rank == world - 1:  # on one rank only
+            data.frames[0] = float("nan")
         loss = train_step(engine, data, 1.0 - step / 10, train)
         dist.all_reduce(loss)
         losses.append(loss.item() / world)
-        if broken:
-            data.frames = frames
-            assert not applied(engine)
-        elif bad:
-            assert applied(engine)
+        assert applied(engine) is not broken
+        data.frames.copy_(whole)
     return losses
 
 
-def main() -> None:
-    folder = Path(next(word for word in sys.argv[1:] if not word.startswith("-")))
-    rank, world, _ = start_distributed()
-    results = {}
-    for name, way in WAYS.items() if world == 2 else ():
+def search(engine, train: TrainConfig, rank: int, world: int) -> list[bool]:
+    """Which of so many steps counted, from a loss scale on that is too high."""
+    data, counted = batch(rank, world), []
+    for _ in range(10):
+        train_step(engine, data, 1.0, train)
+        counted.append(applied(engine))
+    return counted
+
+
+def results(folder: Path, rank: int, world: int) -> dict[str, list]:
+    """By way; called on every rank."""
+    found = {}
+    for name, way in ways(world).items():
         engine, train = engine_of(way, world)
-        losses = go(engine, train, rank, world, 0, HALF, way.get("bad", False))
-        checkpoint.save(engine, folder / name, HALF)
-        results[name] = losses + go(engine, train, rank, world, HALF, STEPS)
+        if way.get("scale", 0) > 20:
+            found[name] = search(engine, train, rank, world)
+            engine.destroy()
+            continue
+        bad = way.get("bad", False)
+        losses = go(engine, train, rank, world, 0, HALF, bad)
+        if name in SAVED[world]:
+            checkpoint.save(engine, folder / f"{world} {name}", HALF)
+        found[name] = losses + ([] if bad else go(engine, train, rank, world, HALF, STEPS))
         engine.destroy()
-        dist.barrier()
-    for name, (source, way) in (AGAIN if world == 2 else OTHER_RANKS).items():
-        engine, train = engine_of(way, world)
+    dist.barrier()
+    for name, (ranks, source, way) in AGAIN[world].items():
+        engine, train = engine_of(ways(2)[way], world)
         torch.manual_seed(99)
-        state = checkpoint.restore(engine, folder / source)
-        results[name] = go(engine, train, rank, world, state["step"], STEPS)
+        state = checkpoint.restore(engine, folder / f"{ranks} {source}")
+        found[name] = go(engine, train, rank, world, state["step"], STEPS)
         engine.destroy()
-    if rank == 0:
-        (folder / f"{world}.json").write_text(json.dumps(results))
-    stop_distributed()
-
-
-if __name__ == "__main__":
-    main()
+    return found

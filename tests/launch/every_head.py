@@ -1,12 +1,8 @@
-"""Started by DeepSpeed's launcher: every head at every ZeRO stage, and gradient caching, on tensors drawn here.
+"""Every head at every ZeRO stage, and gradient caching with those that need it most, on tensors drawn here.
 
-    deepspeed --num_accelerators 2 tests/launch/every_head.py FOLDER
-
-Writes FOLDER/results.json: for each way, the losses of all steps and how far the checkpoint's scores are from the engine's.
+For each way: the losses of all steps and how far the checkpoint's scores are from the engine's. See engines.py.
 """
 
-import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +11,7 @@ import torch.distributed as dist
 import yaml
 
 from c4c import checkpoint
-from c4c.engine import MAX_LOGIT, EngineConfig, Learner, build_engine, start_distributed, stop_distributed, train_step
+from c4c.engine import MAX_LOGIT, EngineConfig, Learner, build_engine, train_step
 from c4c.heads import HEADS
 from c4c.model import CLIP4Clip
 from c4c.optim import TrainConfig
@@ -77,25 +73,17 @@ def train(way: dict, folder: Path, rank: int, world: int) -> dict:
     return out
 
 
-def main() -> None:
-    folder = Path(next(word for word in sys.argv[1:] if not word.startswith("-")))
-    rank, world, _ = start_distributed()
+def results(folder: Path, rank: int, world: int) -> dict[str, dict]:
+    """By way; called on every rank."""
     ways = {
         f"{head}, ZeRO {stage}": {"head": head, "stage": stage, "save": True}
         for head in sorted(HEADS)
         for stage in range(4)
     }
-    for head in ("meanP", "seqTransf", "tightTransf", "wti"):
+    for head in ("tightTransf", "wti"):  # their own weights score pairs
         for stage in range(4):
             ways[f"{head}, ZeRO {stage}, cached"] = {"head": head, "stage": stage, "micro": 3}
     ways["meanP 3d, ZeRO 2"] = {"head": "meanP", "stage": 2, "patch": "3d"}
     for stage in range(4):
         ways[f"hot, ZeRO {stage}"] = {"head": "meanP", "stage": stage, "logit_scale": MAX_LOGIT + 1, "save": True}
-    results = {name: train(way, folder / name, rank, world) for name, way in ways.items()}
-    if rank == 0:
-        (folder / "results.json").write_text(json.dumps(results))
-    stop_distributed()
-
-
-if __name__ == "__main__":
-    main()
+    return {name: train(way, folder / name, rank, world) for name, way in ways.items()}

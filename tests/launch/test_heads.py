@@ -7,15 +7,12 @@ import pytest
 
 from c4c.heads import HEADS
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1200)
 
 
 @pytest.fixture(scope="module")
-def results(launcher, tmp_path_factory) -> dict:
-    folder = tmp_path_factory.mktemp("heads")
-    code, out, err = launcher.finish(launcher.launch(2, "tests/launch/every_head.py", str(folder)))
-    assert code == 0, out[-3000:] + err[-3000:]
-    return json.loads((folder / "results.json").read_text())
+def results(engines) -> dict:
+    return json.loads((engines / "2.json").read_text())["heads"]
 
 
 @pytest.mark.parametrize("stage", range(4))
@@ -28,7 +25,7 @@ def test_it_learns_and_its_checkpoint_scores_the_same(head, stage, results):
 
 
 @pytest.mark.parametrize("stage", range(4))
-@pytest.mark.parametrize("head", ["meanP", "seqTransf", "tightTransf", "wti"])
+@pytest.mark.parametrize("head", ["tightTransf", "wti"])
 def test_gradient_caching_is_the_whole_batch(head, stage, results):
     cached, whole = results[f"{head}, ZeRO {stage}, cached"]["losses"], results[f"{head}, ZeRO {stage}"]["losses"]
     assert cached == pytest.approx(whole, rel=5e-5)

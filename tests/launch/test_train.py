@@ -1,16 +1,14 @@
 """`deepspeed launch/train.py`: the same curve on any number of ranks, at any ZeRO stage, and after a kill."""
 
-import os
 import runpy
 import shutil
-import signal
-import time
 
 import pytest
 import torch
 
 from c4c.checkpoint import latest, tags
 from c4c.run import read_config
+from tests.launch.kills import curve, kill_and_go_on, validations
 from tests.launch.runs import ROOT, STEPS_PER_EPOCH, lines, losses
 
 pytestmark = pytest.mark.timeout(1200)  # the first launch in a new environment compiles DeepSpeed's optimizer
@@ -49,9 +47,6 @@ def test_two_ranks_learn_what_one_does_at_every_stage(way, runs):
 
 
 def test_two_ranks_validate_as_one_does(runs):
-    def validations(run) -> list[dict]:
-        return [{k: v for k, v in line.items() if k != "time_unix_s"} for line in lines(run / "eval.jsonl")]
-
     one = validations(runs["1 rank"])
     assert [line["step"] for line in one] == [STEPS_PER_EPOCH, TOTAL]
     assert one[0]["val/n_videos"] == one[0]["val/n_texts"] == 17
@@ -71,35 +66,18 @@ def test_a_run_folder_holds_all_that_is_needed_later(runs, launcher):
     assert latest(run) == "step00000010"
 
 
-def test_a_killed_run_resumes_as_if_unbroken(launcher, runs):
+def test_a_run_killed_twice_is_the_unbroken_one(launcher, runs):
+    """All of it at once, then one rank. `python tests/launch/kills.py` does this twenty times."""
     run = launcher.folder / "killed"
-    command = launcher.command(2, f"run.dir={run}", "run.resume=auto")
-    process = launcher.start(command)
-    _wait_for_line(run / "metrics.jsonl", STEPS_PER_EPOCH + 1, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert latest(run) == "step00000005"
-    assert STEPS_PER_EPOCH < len(losses(run)) < TOTAL, "the kill was to come in the second epoch"
-
-    code, out, err = launcher.finish(command)
-    assert code == 0, out + err
-    assert "continuing after step 5" in err
-    assert column(run, "step") == list(range(1, TOTAL + 1))
-    unbroken = runs["2 ranks"]
-    for name in ("train/loss", "train/grad_norm"):  # weights and batches are the same to the bit,
-        assert column(run, name)[: STEPS_PER_EPOCH + 1] == column(unbroken, name)[: STEPS_PER_EPOCH + 1]
-    # Adam's bias correction is not: DeepSpeed's CPU kernel multiplies it up step by step, or takes a power after a start
-    assert losses(run) == pytest.approx(losses(unbroken), rel=ROUNDING)
-    assert [line["step"] for line in lines(run / "eval.jsonl")] == [STEPS_PER_EPOCH, TOTAL]
+    words = ["checkpoint.every_steps=2"]
+    seen = kill_and_go_on(launcher, run, 2, [(3, False, 0.0), (STEPS_PER_EPOCH + 1, True, 0.0)], *words)
+    unbroken = curve(runs["2 ranks"])
+    for part in (*seen, curve(run)):
+        assert part == unbroken[: len(part)]
+    assert [len(part) < TOTAL for part in seen] == [True, True], "the kills were to come before the end"
+    assert len(curve(run)) == TOTAL
+    assert validations(run) == validations(runs["2 ranks"])
     assert not run.with_name("killed.old1").exists()
-
-
-def _wait_for_line(path, number: int, process) -> None:
-    until = time.monotonic() + 120
-    while not path.exists() or path.read_text().count("\n") < number:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < until
-        time.sleep(0.005)
 
 
 # ---- what cannot be done ----
@@ -135,7 +113,7 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_gives_one_clear_line(name, launcher, monkeypatch, capsys):
     """In this process, which must not join a process group: what is refused is refused before ranks have to meet."""
-    monkeypatch.setattr("c4c.train.start_distributed", lambda: (0, 1, torch.device("cpu")))
+    monkeypatch.setattr("c4c.train.start_distributed", lambda *_: (0, 1, torch.device("cpu")))
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     words, said = MISTAKES[name]
     words = words(launcher) if callable(words) else words

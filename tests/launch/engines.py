@@ -1,0 +1,28 @@
+"""Started by DeepSpeed's launcher: many engines, one after another, on tensors drawn here.
+
+    deepspeed --num_accelerators N tests/launch/engines.py FOLDER
+
+Writes FOLDER/N.json: what every_head.py (on two ranks) and continues.py found.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from c4c.engine import start_distributed, stop_distributed
+from tests.launch import continues, every_head
+
+
+def main() -> None:
+    folder = Path(next(word for word in sys.argv[1:] if not word.startswith("-")))
+    rank, world, _ = start_distributed()
+    found = {"continues": continues.results(folder, rank, world)}
+    if world == 2:
+        found["heads"] = every_head.results(folder, rank, world)
+    if rank == 0:
+        (folder / f"{world}.json").write_text(json.dumps(found))
+    stop_distributed()
+
+
+if __name__ == "__main__":
+    main()
