@@ -15,7 +15,7 @@ from c4c.engine import EngineConfig
 from c4c.model import ModelConfig
 from c4c.optim import TrainConfig
 from c4c.run import RunConfig
-from pipelines.config import CacheConfig, DataConfig
+from pipelines.config import CacheConfig, ClipsConfig, DataConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,11 +25,18 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
+    clips: ClipsConfig = field(default_factory=ClipsConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     deepspeed: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.clips.bag > 1 and self.train.loss != "mil_nce":
+            raise ValueError(
+                f"clips.bag={self.clips.bag} needs train.loss=mil_nce: {self.train.loss} takes one caption a clip, clips.bag=1"
+            )
 
 
 class ConfigError(ValueError):

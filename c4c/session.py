@@ -55,14 +55,14 @@ class Session:
         self.model = build(config.model, config.data.num_frames)
         freeze(self.model, config.train.freeze_layers)
         _check_sizes(self.model, config)
-        self.engine = build_engine(Learner(self.model), config.engine, config.train, world, config.deepspeed)
+        self.engine = build_engine(Learner(self.model, config.train.loss), config.engine, config.train, world, config.deepspeed)
         state = checkpoint.restore(self.engine, resume, tag) if resume else {}
         self.done = int(state.get("step", 0))  # steps
         self._same_data(state, resume)
         self.loader = Loader(
             self.split, config.data, batch_size=config.train.batch_size, seed=config.run.seed,
             drop_last=config.train.drop_last, rank=rank, world=world, device=device, quarantine=quarantine,
-            cache=config.cache,
+            cache=config.cache, clips=config.clips,
         )  # fmt: skip
         self.per_epoch = self.loader.steps_per_epoch
         self.total = config.train.total_steps(self.per_epoch)
@@ -81,7 +81,7 @@ class Session:
         train = self.config.train
         factor = train.factor(self.done, self.per_epoch)
         try:
-            loss = train_step(self.engine, batch, factor, train)
+            loss = train_step(self.engine, batch, factor, train, train.frozen(self.done / self.per_epoch))
         except RuntimeError as error:
             raise self._explained(error, len(batch.valid)) from error
         told = torch.tensor([0.0, *map(float, asked)], dtype=torch.float64, device=self.device)
