@@ -49,6 +49,18 @@ def load(name: str, overrides: list[str] = (), search: list[Path] = ()) -> Confi
     Raises ConfigError.
     """
     tree = _read(_find(name, [Path(), *search]), search, ())
+    _override(tree, overrides)
+    return _build(Config, tree, "")
+
+
+def override_data(data: DataConfig, overrides: list[str]) -> DataConfig:
+    """`data` with `data.key=value` words over it. Raises ConfigError."""
+    tree = {"data": _located(_plain(dataclasses.asdict(data)), "the checkpoint")}
+    _override(tree, overrides)
+    return _build(Config, tree, "").data
+
+
+def _override(tree: dict, overrides: list[str]) -> None:
     for word in overrides:
         key, equals, text = word.partition("=")
         if not equals or not key:
@@ -58,7 +70,6 @@ def load(name: str, overrides: list[str] = (), search: list[Path] = ()) -> Confi
         except yaml.YAMLError as error:
             raise ConfigError(f"{word!r} on the command line: the value is not YAML ({error})") from error
         _merge(tree, _nested(key.split("."), (value, "the command line")))
-    return _build(Config, tree, "")
 
 
 def from_dict(tree: dict) -> Config:

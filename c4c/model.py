@@ -65,10 +65,14 @@ class CLIP4Clip(nn.Module):
         pattern in `allow` matches ("clip.visual.*"). quick_gelu: as in `c4c.weights.read`. tag: of a run's checkpoint;
         None: its latest.
         """
-        weights = read(path, quick_gelu=quick_gelu, tag=tag)
+        return cls.from_weights(read(path, quick_gelu=quick_gelu, tag=tag), path, allow)
+
+    @classmethod
+    def from_weights(cls, weights: Weights, source: object, allow: tuple[str, ...] = ()) -> "CLIP4Clip":
+        """from_checkpoint for weights that are in memory; source: what to call them where they do not fit."""
         model = cls(weights.spec, weights.head, weights.linear_patch, weights.blocks, weights.segments)
         model.head.start_from(model.clip)
-        load_strictly(model, weights.state, path, allow)
+        load_strictly(model, weights.state, source, allow)
         return model.eval()
 
     @property

@@ -55,7 +55,9 @@ class Session:
         self.model = build(config.model, config.data.num_frames)
         freeze(self.model, config.train.freeze_layers)
         _check_sizes(self.model, config)
-        self.engine = build_engine(Learner(self.model, config.train.loss), config.engine, config.train, world, config.deepspeed)
+        self.engine = build_engine(
+            Learner(self.model, config.train.loss), config.engine, config.train, world, config.deepspeed
+        )
         state = checkpoint.restore(self.engine, resume, tag) if resume else {}
         self.done = int(state.get("step", 0))  # steps
         self._same_data(state, resume)
