@@ -76,6 +76,8 @@ def clip_of(
         while end - start < min_s and last + 1 < len(captions) and captions[last + 1]["end"] is not None:
             last += 1
             end, text = max(end, captions[last]["end"]), f"{text} {captions[last]['text']}"
+    end = min(end, duration)  # subtitles may outlast the video
+    start = min(start, end)
     missing = max(0.0, min_s - (end - start))
     start = max(0.0, min(start - missing / 2, duration - max(min_s, end - start)))
     end = min(duration, max(end, start + min_s))
