@@ -15,7 +15,7 @@ from c4c.engine import EngineConfig
 from c4c.model import ModelConfig
 from c4c.optim import TrainConfig
 from c4c.run import RunConfig
-from pipelines.config import CacheConfig, DataConfig
+from pipelines.config import CacheConfig, ClipsConfig, DataConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,11 +25,18 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
+    clips: ClipsConfig = field(default_factory=ClipsConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     deepspeed: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.clips.bag > 1 and self.train.loss != "mil_nce":
+            raise ValueError(
+                f"clips.bag={self.clips.bag} needs train.loss=mil_nce: {self.train.loss} takes one caption a clip, clips.bag=1"
+            )
 
 
 class ConfigError(ValueError):
@@ -42,6 +49,18 @@ def load(name: str, overrides: list[str] = (), search: list[Path] = ()) -> Confi
     Raises ConfigError.
     """
     tree = _read(_find(name, [Path(), *search]), search, ())
+    _override(tree, overrides)
+    return _build(Config, tree, "")
+
+
+def override_data(data: DataConfig, overrides: list[str]) -> DataConfig:
+    """`data` with `data.key=value` words over it. Raises ConfigError."""
+    tree = {"data": _located(_plain(dataclasses.asdict(data)), "the checkpoint")}
+    _override(tree, overrides)
+    return _build(Config, tree, "").data
+
+
+def _override(tree: dict, overrides: list[str]) -> None:
     for word in overrides:
         key, equals, text = word.partition("=")
         if not equals or not key:
@@ -51,7 +70,6 @@ def load(name: str, overrides: list[str] = (), search: list[Path] = ()) -> Confi
         except yaml.YAMLError as error:
             raise ConfigError(f"{word!r} on the command line: the value is not YAML ({error})") from error
         _merge(tree, _nested(key.split("."), (value, "the command line")))
-    return _build(Config, tree, "")
 
 
 def from_dict(tree: dict) -> Config:

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from c4c import zero
 from c4c.distributed import compile_ops, quiet_libraries, start_distributed, stop_distributed  # noqa: F401
-from c4c.loss import contrastive_loss, world_size
+from c4c.loss import LOSSES, world_size
 from c4c.model import MAX_SCALE, CLIP4Clip
 from c4c.optim import TrainConfig, parameter_groups
 from pipelines.order import rank_rows
@@ -52,9 +53,9 @@ class EngineConfig:
 class Learner(nn.Module):
     """Model and loss in one module, so that DeepSpeed's hooks see every weight that is used."""
 
-    def __init__(self, model: CLIP4Clip):
+    def __init__(self, model: CLIP4Clip, loss: str = "cross_entropy"):
         super().__init__()
-        self.model = model
+        self.model, self._criterion = model, LOSSES[loss]
         # DeepSpeed 0.19 broadcasts weights as views of bytes, which a tensor without axes does not allow
         temperature = model.clip.logit_scale
         model.clip.logit_scale = nn.Parameter(temperature.detach().reshape(1), requires_grad=temperature.requires_grad)
@@ -67,7 +68,8 @@ class Learner(nn.Module):
         valid: Tensor | None = None,
         pull: "Pull | None" = None,
     ):
-        """With `valid`: this rank's loss (see c4c.loss). Without: what stands for texts and videos, for evaluation.
+        """With `valid`, as `_inputs` gives it: this rank's loss (see c4c.loss). Without: what stands for texts and videos,
+        for evaluation.
 
         With `pull`, a micro-batch of gradient caching: a number whose gradient is the loss's (see `_cached_step`); without
         frames, the loss of `pull.whole`.
@@ -83,7 +85,16 @@ class Learner(nn.Module):
         return pulled if pull.whole is None else pulled + self._loss(*pull.whole)
 
     def _loss(self, text: Tensor, video: Tensor, valid: Tensor) -> Tensor:
-        return contrastive_loss(text, video, valid, self.model.scale(), self.model.head.score)
+        return self._criterion(text, video, valid, self.model.scale(), self.model.head.score)
+
+
+def _inputs(batch, loss: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Frames, mask, tokens, and what of them is not padding: rows, bool [B]; for MIL-NCE captions, bool [B, bag]."""
+    if loss != "mil_nce":
+        return batch.frames, batch.frame_mask, batch.tokens, batch.valid
+    tokens = batch.tokens if batch.tokens.dim() == 3 else batch.tokens[:, None]
+    there = tokens[..., 0] != 0  # every caption begins with a start token
+    return batch.frames, batch.frame_mask, tokens, batch.valid[:, None] & there
 
 
 @dataclass(frozen=True)
@@ -95,19 +106,22 @@ class Pull:
     whole: tuple[Tensor, Tensor, Tensor] | None = None
 
 
-def train_step(engine, batch, factor: float, train: TrainConfig) -> Tensor:
+def train_step(engine, batch, factor: float, train: TrainConfig, frozen: Collection[str] = ()) -> Tensor:
     """One update of the weights, at `factor` times the peak learning rate; returns this rank's loss.
+
+    frozen: parts of the model (see c4c.optim.part_of) whose learning rate is 0 in this step.
 
     `applied` then tells whether the weights were changed: not where the loss or a gradient is not finite.
     """
-    for group, lr in zip(engine.optimizer.param_groups, engine.module.peak_lrs, strict=True):
-        group["lr"] = lr * factor
+    for group, lr, part in zip(engine.optimizer.param_groups, engine.module.peak_lrs, engine.module.parts, strict=True):
+        group["lr"] = 0.0 if part in frozen else lr * factor
+    inputs = _inputs(batch, train.loss)
     if train.accumulate > 1:
-        loss = _accumulated_step(engine, batch, train.accumulate)
+        loss = _accumulated_step(engine, inputs, train.accumulate)
     elif train.micro_batch_size and train.micro_batch_size < len(batch.valid):
-        loss = _cached_step(engine, batch, train.micro_batch_size)
+        loss = _cached_step(engine, inputs, train.micro_batch_size)
     else:
-        loss = engine(batch.frames, batch.frame_mask, batch.tokens, batch.valid)
+        loss = engine(*inputs)
         engine.backward(loss)
         engine.step()
     temperature = engine.module.model.clip.logit_scale
@@ -121,44 +135,43 @@ def applied(engine) -> bool:
     return not getattr(engine.optimizer, "overflow", False)
 
 
-def _accumulated_step(engine, batch, parts: int) -> Tensor:
+def _accumulated_step(engine, inputs: tuple, parts: int) -> Tensor:
     """Plain accumulation: `parts` smaller global batches, each with only its own negatives; one update with their mean."""
     rows = [slice(i, None, parts) for i in range(parts)]  # in turn, so that padding at the end is shared out
-    counts = torch.stack([batch.valid[r].sum() for r in rows]).float()
+    valid = inputs[-1].flatten(1).any(dim=1) if inputs[-1].dim() > 1 else inputs[-1]
+    counts = torch.stack([valid[r].sum() for r in rows]).float()
     if world_size() > 1:
         dist.all_reduce(counts)
     shares, whole = counts / counts.sum(), 0.0
     for r, share in zip(rows, shares, strict=True):
-        loss = engine(batch.frames[r], batch.frame_mask[r], batch.tokens[r], batch.valid[r]) * share
+        loss = engine(*(t[r] for t in inputs)) * share
         engine.backward(loss, scale_wrt_gas=False)
         engine.step()  # updates at the last one only
         whole = whole + loss.detach()
     return whole
 
 
-def _cached_step(engine, batch, micro: int) -> Tensor:
+def _cached_step(engine, inputs: tuple, micro: int) -> Tensor:
     """Gradient caching (https://arxiv.org/abs/2101.06983): the whole global batch's negatives with the memory of `micro`.
 
     Encode everything without graphs; take the loss's gradient at the features; encode each micro-batch again and pull
     that gradient through. The head's own weights and the temperature get theirs in one of these passes: the last, when ZeRO
     exchanges gradients; under stage 3 the first, which alone overwrites what its buffers hold from the step before.
     """
-    parts = [
-        tuple(t[i : i + micro] for t in (batch.frames, batch.frame_mask, batch.tokens))
-        for i in range(0, len(batch.valid), micro)
-    ]
+    *encoded, valid = inputs
+    parts = [tuple(t[i : i + micro] for t in encoded) for i in range(0, len(valid), micro)]
     learner = engine.module
     with torch.no_grad():
         texts, videos = (torch.cat(found) for found in zip(*(learner(*part) for part in parts), strict=True))
     texts.requires_grad_(), videos.requires_grad_()
-    loss = learner(None, None, None, pull=Pull(None, None, (texts, videos, batch.valid)))
+    loss = learner(None, None, None, pull=Pull(None, None, (texts, videos, valid)))
     text_grad, video_grad = torch.autograd.grad(loss, (texts, videos))
-    whole = (texts.detach(), videos.detach(), batch.valid)
+    whole = (texts.detach(), videos.detach(), valid)
     scoring = 0 if engine.zero_optimization_stage() == 3 else len(parts) - 1
     for i, part in enumerate(parts):
         rows = slice(i * micro, (i + 1) * micro)
         pull = Pull(text_grad[rows], video_grad[rows], whole if i == scoring else None)
-        engine.backward(engine(*part, batch.valid[rows], pull), scale_wrt_gas=False)
+        engine.backward(engine(*part, valid[rows], pull), scale_wrt_gas=False)
         engine.step()  # updates at the last one only
     return loss
 
@@ -246,6 +259,7 @@ def build_engine(learner: Learner, config: EngineConfig, train: TrainConfig, wor
     model.clip.set_grad_checkpointing(config.activation_checkpointing)
     groups = parameter_groups(learner, train)
     learner.peak_lrs = [group["lr"] for group in groups]
+    learner.parts = [group.pop("part") for group in groups]
     settings = deepspeed_config(config, train, world, extra)
     _try(settings, config, extra)
     engine, *_ = deepspeed.initialize(model=learner, model_parameters=groups, config=settings)

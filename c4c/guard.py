@@ -60,6 +60,29 @@ def agree(mine: dict[str, object], world: int) -> None:
         )
 
 
+class Patience:
+    """Ends a run whose validations get no better: `lost` once `most` in a row (0: never) did not beat the best before.
+
+    scores: text-to-video R@1 of the validations so far. Only rank 0's scores count.
+    """
+
+    def __init__(self, most: int, scores: list[float]):
+        self.most, self._scores = most, list(scores)
+
+    def note(self, score: float, world: int, device: torch.device) -> None:
+        """After a validation, on every rank."""
+        agreed = torch.tensor([score], dtype=torch.float64, device=device)
+        if world > 1:
+            dist.broadcast(agreed, 0)
+        self._scores.append(agreed.item())
+
+    @property
+    def lost(self) -> bool:
+        if not self.most or not self._scores:
+            return False
+        return len(self._scores) - 1 - self._scores.index(max(self._scores)) >= self.most
+
+
 class BadSteps:
     """Counts steps that were left out because the loss or a gradient was not finite, and lists them in the run folder."""
 

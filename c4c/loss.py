@@ -66,6 +66,16 @@ def contrastive_loss(text: Tensor, video: Tensor, valid: Tensor, scale: Tensor, 
     return (rows * valid).sum() * (world / 2) / all_valid.sum().clamp(min=1)
 
 
+def bag_loss(text: Tensor, video: Tensor, valid: Tensor, scale: Tensor, score: Score) -> Tensor:
+    """MIL-NCE of bags in rows: text [B, bag, ...], video [B, ...], valid bool [B, bag]: captions that are not padding."""
+    own = torch.arange(len(video), device=video.device)[:, None].expand(valid.shape)
+    owner = torch.where(valid, own, -1)
+    return mil_nce_loss(text.flatten(0, 1), video, owner.flatten(), valid.any(dim=1), scale, score)
+
+
+LOSSES = {"cross_entropy": contrastive_loss, "mil_nce": bag_loss}
+
+
 def mil_nce_loss(text: Tensor, video: Tensor, owner: Tensor, valid: Tensor, scale: Tensor, score: Score) -> Tensor:
     """MIL-NCE over all videos of all ranks (Miech et al., https://arxiv.org/abs/1912.06430, equation 1); a scalar.
 
@@ -93,4 +103,4 @@ def mil_nce_loss(text: Tensor, video: Tensor, owner: Tensor, valid: Tensor, scal
     local_bag = owner[None] == torch.arange(rows, device=video.device)[:, None]  # [B, T]
     negative_videos = against[None].expand(rows, -1).masked_fill(~local_bag, lowest).logsumexp(dim=1)
     whole = torch.stack([positive, negative_captions, negative_videos]).logsumexp(dim=0)
-    return torch.where(valid, whole - positive, 0.0).sum() * world / all_valid.sum()
+    return torch.where(valid, whole - positive, 0.0).sum() * world / all_valid.sum().clamp(min=1)

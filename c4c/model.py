@@ -25,6 +25,7 @@ class ModelConfig:
     head_layers: int = 4  # transformer blocks of the heads that have some
     linear_patch: str = "2d"  # 3d: the patch embedding also spans three frames
     init_from: str = ""  # an open_clip tag (openai, ...), a weights file, a run folder, or scratch
+    init_tag: str = ""  # which checkpoint of a run folder: its name, or best; empty: the latest
 
     def __post_init__(self):
         towers.named(self.backbone)
@@ -64,10 +65,14 @@ class CLIP4Clip(nn.Module):
         pattern in `allow` matches ("clip.visual.*"). quick_gelu: as in `c4c.weights.read`. tag: of a run's checkpoint;
         None: its latest.
         """
-        weights = read(path, quick_gelu=quick_gelu, tag=tag)
+        return cls.from_weights(read(path, quick_gelu=quick_gelu, tag=tag), path, allow)
+
+    @classmethod
+    def from_weights(cls, weights: Weights, source: object, allow: tuple[str, ...] = ()) -> "CLIP4Clip":
+        """from_checkpoint for weights that are in memory; source: what to call them where they do not fit."""
         model = cls(weights.spec, weights.head, weights.linear_patch, weights.blocks, weights.segments)
         model.head.start_from(model.clip)
-        load_strictly(model, weights.state, path, allow)
+        load_strictly(model, weights.state, source, allow)
         return model.eval()
 
     @property
@@ -126,10 +131,14 @@ class CLIP4Clip(nn.Module):
         return self.scale() * self.head.score(self.head.text(text), self.head.video(video, frame_mask.bool()))
 
     def forward(self, frames: Tensor, frame_mask: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """What stands for each text and for each video, float32; ranks exchange it and the head scores it."""
+        """What stands for each text and for each video, float32; ranks exchange it and the head scores it.
+
+        tokens [N, L] give texts [N, ...]; bags of captions [N, bag, L] give [N, bag, ...].
+        """
         mask = frame_mask.bool()
         video = self._encode_kept(frames, mask) * mask.unsqueeze(-1)
-        return self.head.text(self.encode_text(tokens)).float(), self.head.video(video, mask).float()
+        text = self.head.text(self.encode_text(tokens.flatten(0, -2))).float()
+        return text.unflatten(0, tokens.shape[:-1]), self.head.video(video, mask).float()
 
 
 def build(config: ModelConfig, num_frames: int) -> CLIP4Clip:
@@ -148,7 +157,7 @@ def build(config: ModelConfig, num_frames: int) -> CLIP4Clip:
         )  # fmt: skip
         model.head.start_from(model.clip)
         return model
-    return _start(config, read_backbone(config.backbone, config.init_from), num_frames)
+    return _start(config, read_backbone(config.backbone, config.init_from, config.init_tag or None), num_frames)
 
 
 def _start(config: ModelConfig, weights: Weights, num_frames: int) -> CLIP4Clip:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 SCHEDULES = ("mmaction2", "official")
+LOSSES = ("cross_entropy", "mil_nce")
 DECAYS = ("mmaction2", "official")
 
 
@@ -13,6 +14,7 @@ DECAYS = ("mmaction2", "official")
 class TrainConfig:
     """How long, how fast. The defaults are mmaction2's CLIP4Clip recipe on MSR-VTT."""
 
+    loss: str = "cross_entropy"  # of pairs, both ways; or mil_nce, of clips and bags of captions (clips.bag)
     batch_size: int = 128  # pairs a step, over all ranks
     micro_batch_size: int = 0  # pairs a rank encodes at once; fewer than its share: gradient caching. 0: all its share
     accumulate: int = 1  # updates take the mean of so many smaller batches, each with only its own negatives
@@ -22,6 +24,10 @@ class TrainConfig:
     drop_last: bool = False  # every batch full and the rest of an epoch left out, not all batches a little smaller
     lr: float = 1e-5  # of the head; of the towers times coef_lr
     coef_lr: float = 1.0
+    lr_text: float = 1.0  # of the text tower, on top of that
+    lr_video: float = 1.0  # of the video tower
+    freeze_text_epochs: float = 0.0  # the text tower stays as it is for so long: its learning rate is 0
+    freeze_video_epochs: float = 0.0
     schedule: str = "mmaction2"  # or official: see lr_factor and official_lr_factor
     warmup_epochs: float = 0.5  # mmaction2's
     warmup_start: float = 0.05  # mmaction2's: of lr, at the first step
@@ -33,10 +39,13 @@ class TrainConfig:
     bias_correction: bool = True  # of Adam's moments; BertAdam has none
     freeze_layers: int = -1  # N >= 0: towers' embeddings and blocks below N stay as they are
     eval_every: int = 1  # epochs between validations; 0: only at the end
+    eval_every_steps: int = 0  # steps between further validations, each with a checkpoint; 0: none
+    patience: int = 0  # the run ends after so many validations in a row without a better t2v R@1; 0: it does not
 
     def __post_init__(self):
         low = {"batch_size": 1, "lr": 0, "epochs": 0, "max_steps": 0, "weight_decay": 0, "eval_every": 0, "freeze_layers": -1,
-               "micro_batch_size": 0, "coef_lr": 0, "accumulate": 1, "max_bad_steps": 1}  # fmt: skip
+               "micro_batch_size": 0, "coef_lr": 0, "lr_text": 0, "lr_video": 0, "freeze_text_epochs": 0,
+               "freeze_video_epochs": 0, "accumulate": 1, "max_bad_steps": 1, "eval_every_steps": 0, "patience": 0}  # fmt: skip
         for name, least in low.items():
             if getattr(self, name) < least:
                 raise ValueError(f"train.{name}={getattr(self, name)}: must be at least {least}")
@@ -47,12 +56,17 @@ class TrainConfig:
             )
         if len(self.betas) != 2:
             raise ValueError(f"train.betas={self.betas}: two numbers")
-        for name, known in (("schedule", SCHEDULES), ("decay", DECAYS)):
+        for name, known in (("schedule", SCHEDULES), ("decay", DECAYS), ("loss", LOSSES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"train.{name}={getattr(self, name)}: there are {', '.join(known)}")
 
     def total_steps(self, steps_per_epoch: int) -> int:
         return self.max_steps or max(1, round(self.epochs * steps_per_epoch))
+
+    def frozen(self, epochs: float) -> tuple[str, ...]:
+        """Parts of the model that stand still after so many epochs. Decay is part of an update, so nothing of them moves."""
+        until = {"text": self.freeze_text_epochs, "video": self.freeze_video_epochs}
+        return tuple(part for part, end in until.items() if epochs < end)
 
     def factor(self, step: int, steps_per_epoch: int) -> float:
         """The learning rate at `step` (from 0) over its peak."""
@@ -98,20 +112,32 @@ def freeze(model: nn.Module, layers: int) -> None:
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
-    """Towers and head, with and without decay: up to four groups, each with its `lr` and `weight_decay`."""
-    groups: dict[tuple[bool, bool], list] = {}
+    """Parts of the model, with and without decay: up to eight groups, each with its `part`, `lr` and `weight_decay`."""
+    groups: dict[tuple, list] = {}
+    apart = (config.lr_text, config.lr_video, config.freeze_text_epochs, config.freeze_video_epochs) != (1, 1, 0, 0)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            tower = name.removeprefix("model.").startswith("clip.")
-            groups.setdefault((tower, decays(name, parameter, config.decay)), []).append(parameter)
+            part = part_of(name)
+            part = part if apart or part == "head" else "towers"
+            groups.setdefault((part != "head", decays(name, parameter, config.decay), part), []).append(parameter)
+    factors = {"head": 1.0, "text": config.coef_lr * config.lr_text, "video": config.coef_lr * config.lr_video}
     return [
         {
-            "params": groups[tower, decayed],
-            "lr": config.lr * (config.coef_lr if tower else 1.0),
+            "params": groups[tower, decayed, part],
+            "part": part,
+            "lr": config.lr * factors.get(part, config.coef_lr),
             "weight_decay": config.weight_decay if decayed else 0.0,
         }
-        for tower, decayed in sorted(groups, reverse=True)
+        for tower, decayed, part in sorted(groups, reverse=True)
     ]
+
+
+def part_of(name: str) -> str:
+    """Which part of the model a weight belongs to: text, video, head, or temperature."""
+    tower, _, rest = name.removeprefix("model.").partition(".")
+    if tower != "clip":
+        return "head"
+    return "video" if rest.startswith("visual.") else "temperature" if rest == "logit_scale" else "text"
 
 
 def decays(name: str, parameter: nn.Parameter, rule: str) -> bool:

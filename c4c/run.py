@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 
 RESUME = ("never", "auto")
+DONE = "done.json"
 _PACKAGES = (
     "torch",
     "nvidia-dali-cuda130",
@@ -71,6 +72,21 @@ def save_description(folder: Path, config_text: str, towers: dict) -> None:
     (folder / "versions.json").write_text(json.dumps(found, indent=2) + "\n")
 
 
+def mark_done(folder: Path, step: int, best: str) -> None:
+    """Write done.json, which says that the run went all the way: after which step, its best checkpoint, and when."""
+    path = folder / DONE
+    if not path.exists():  # continuing a run that is done changes nothing
+        beside = folder / f".{DONE}.tmp"
+        beside.write_text(json.dumps({"step": step, "best": best, "time_unix_s": round(time.time(), 3)}) + "\n")
+        beside.replace(path)
+
+
+def read_done(folder: Path) -> dict | None:
+    """What `mark_done` wrote, None if the run did not go all the way."""
+    path = folder / DONE
+    return json.loads(path.read_text()) if path.exists() else None
+
+
 def read_config(folder: Path) -> dict:
     """The resolved configuration of a run, as plain dicts. Raises ValueError if the folder is no run, or damaged."""
     path = folder / "config.yaml"
@@ -91,7 +107,7 @@ def read_config(folder: Path) -> dict:
 _FREE = ("run.dir", "run.resume", "run.deterministic", "run.wandb", "checkpoint.", "engine.zero_stage", "engine.offload",
          "engine.compile", "engine.activation_checkpointing", "engine.timeout_s", "deepspeed.zero_optimization.",
          "deepspeed.comms_logger.", "deepspeed.flops_profiler.", "deepspeed.wall_clock_breakdown", "deepspeed.steps_per_print",
-         "train.eval_every", "train.micro_batch_size", "train.max_bad_steps", "data.test", "data.threads", "data.prefetch",
+         "train.eval_every", "train.patience", "train.micro_batch_size", "train.max_bad_steps", "data.test", "data.threads", "data.prefetch",
          "data.read_timeout_s", "cache.dir", "cache.max_gb", "data.eval_batch_size", "data.max_bad_fraction", "data.lane")  # fmt: skip
 
 
@@ -124,11 +140,11 @@ def last_validation(folder: Path) -> int | None:
     return max((int(step) for step in steps if step != float("inf")), default=None)
 
 
-def validations(folder: Path) -> list[float]:
-    """Text-to-video R@1 of all validations so far."""
+def validations(folder: Path, last: float = float("inf")) -> list[float]:
+    """Text-to-video R@1 of all validations so far, up to that after step `last`."""
     path, found = folder / "eval.jsonl", []
     for line in path.read_text().splitlines() if path.exists() else []:
-        if _step_of(line) != float("inf"):
+        if _step_of(line) != float("inf") and _step_of(line) <= last:
             found.append(json.loads(line)["val/t2v_R1"])
     return found
 

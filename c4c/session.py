@@ -61,14 +61,15 @@ class Session:
         size = sum(p.numel() for p in self.model.parameters()) / 1e6
         with self._memory(f"the model has {size:.1f} M weights, beside which optimizers keep masters and moments",
                           "engine.offload=optimizer, or engine.zero_stage=3 on several ranks"):  # fmt: skip
-            self.engine = build_engine(Learner(self.model), config.engine, config.train, world, config.deepspeed)
+            learner = Learner(self.model, config.train.loss)
+            self.engine = build_engine(learner, config.engine, config.train, world, config.deepspeed)
         state = checkpoint.restore(self.engine, resume, tag) if resume else {}
         self.done = int(state.get("step", 0))  # steps
         self._same_data(state, resume)
         self.loader = Loader(
             self.split, config.data, batch_size=config.train.batch_size, seed=config.run.seed,
             drop_last=config.train.drop_last, rank=rank, world=world, device=device, quarantine=quarantine,
-            cache=config.cache,
+            cache=config.cache, clips=config.clips,
         )  # fmt: skip
         self.per_epoch = self.loader.steps_per_epoch
         self.total = config.train.total_steps(self.per_epoch)
@@ -87,7 +88,7 @@ class Session:
         train = self.config.train
         factor = train.factor(self.done, self.per_epoch)
         with self._memory(*self._step_memory(len(batch.valid))):
-            loss = train_step(self.engine, batch, factor, train)
+            loss = train_step(self.engine, batch, factor, train, train.frozen(self.done / self.per_epoch))
         told = torch.tensor([0.0, *map(float, asked)], dtype=torch.float64, device=self.device)
         told[0] = loss.double()
         if self.world > 1:

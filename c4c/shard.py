@@ -14,7 +14,7 @@ from c4c.shard_tools import console
 from c4c.shard_tools import plain as _plain
 from c4c.shard_tools import show as _show
 from shards import ShardError
-from shards.datasets import Item, demo, readers
+from shards.datasets import Item, demo, demo_narrated, readers
 from shards.datasets.files import Files
 from shards.info import count, rejected, title
 from shards.pack import finish_parts, missing, pack, some
@@ -112,6 +112,17 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--seed", type=int, default=0)
     one.set_defaults(run=_demo)
 
+    one = commands.add_parser(
+        "demo-narrated", parents=[packing],
+        help="generate a large set of longer, carelessly narrated videos and a small clean one, and pack them",
+    )  # fmt: skip
+    one.add_argument("--out", type=_place, required=True, help="a folder; writes OUT/source, narrated, train and test")
+    one.add_argument("--narrated", type=int, default=600, help="narrated videos of five events each (%(default)s)")
+    one.add_argument("--train", type=int, default=200, help="videos of the small training set (%(default)s)")
+    one.add_argument("--test", type=int, default=200, help="test videos (%(default)s)")
+    one.add_argument("--seed", type=int, default=0)
+    one.set_defaults(run=_demo_narrated)
+
     for name, module in readers().items():
         about = module.__doc__.strip().split("\n\n")
         one = commands.add_parser(
@@ -148,6 +159,23 @@ def _demo(args) -> int:
         )  # fmt: skip
     for split in ("train", "test"):
         _pack(args, items[split], args.out / split, "demo", split, short_side=64)
+    return 0
+
+
+def _demo_narrated(args) -> int:
+    if is_remote(args.out):
+        raise ShardError(f"--out {args.out}: the demo set is generated into a folder")
+    with _bar() as progress:
+        task = progress.add_task("videos", total=args.narrated, note="")
+        narrated = demo_narrated.generate(
+            args.out / "source/narrated", seed=args.seed, videos=args.narrated, small=(args.train, args.test),
+            workers=args.workers, progress=partial(_show, progress, task),
+        )  # fmt: skip
+        small = demo.generate(
+            args.out / "source/small", seed=args.seed, train=args.train, test=args.test, workers=args.workers
+        )  # fmt: skip
+    for split, items in ({"narrated": narrated} | small).items():
+        _pack(args, items, args.out / split, "demo", split, short_side=64)
     return 0
 
 

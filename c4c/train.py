@@ -12,9 +12,9 @@ from c4c.checkpoint import CheckpointError, Saver
 from c4c.config import Config, dump, to_dict
 from c4c.distributed import command_again, restarted, start_distributed, stop_distributed
 from c4c.flops import peak, per_pair
-from c4c.guard import BadSteps, Stop, Watchdog
+from c4c.guard import BadSteps, Patience, Stop, Watchdog
 from c4c.report import Report
-from c4c.run import Metrics, last_validation, prepare, save_description, validations
+from c4c.run import Metrics, last_validation, mark_done, prepare, save_description, validations
 from c4c.session import Outcome, Session, make_deterministic
 from pipelines.loader import Batch
 
@@ -48,8 +48,10 @@ class Trainer:
         moved = prepare(self.folder, resume) if rank == 0 else None
         dist.barrier()
         self.validated = last_validation(self.folder) == self.session.done
+        earlier = validations(self.folder, self.session.done)
         dist.barrier()
-        self.report = Report(rank == 0, self.total, self.per_epoch, self.session.done, validations(self.folder))
+        self.patience = Patience(config.train.patience, earlier)
+        self.report = Report(rank == 0, self.total, self.per_epoch, self.session.done, earlier)
         self.saver = Saver(self.folder, config.checkpoint, self.report.say)
         self.bad = BadSteps(self.folder, config.train.max_bad_steps)
         self.metrics = None
@@ -67,18 +69,18 @@ class Trainer:
                 self._validate(watch)  # the run was killed between saving and validating
             self._mark = time.perf_counter()
             watch.now("waiting for data")
-            for batch in session.batches(self.total - session.done):
+            for batch in session.batches(0 if self.patience.lost else self.total - session.done):
                 watch.now(f"at step {session.done + 1}")
                 outcome = session.step(batch, bool(stop.signal), self.rank == 0 and self.saver.due(session.done + 1))
                 self._log(batch, outcome)
                 stopping, due = outcome.said
-                if due or stopping or session.done % self.per_epoch == 0 or session.done == self.total:
+                if due or stopping or session.done % self.per_epoch == 0 or self._validation_due():
                     watch.now("saving")
                     self.saver.save(session.engine, session.done, session.position())
                     if not stopping:
                         self._validate(watch)
                     self._mark = time.perf_counter()  # neither saving nor validation is part of a step
-                if stopping:
+                if stopping or self.patience.lost:
                     break
                 watch.now("waiting for data")
             watch.now("saving")
@@ -119,13 +121,21 @@ class Trainer:
 
     def _validate(self, watch: Watchdog) -> None:
         """If one is due at this step."""
-        every, done = self.config.train.eval_every, self.session.done
-        if done != self.total and not (every and done % self.per_epoch == 0 and done // self.per_epoch % every == 0):
+        if not self._validation_due():
             return
+        done = self.session.done
         result = self.session.evaluate(each=lambda: watch.now("validating"))
+        self.patience.note(result["t2v"]["R1"], self.world, self.device)
         if self.metrics:
             self.metrics.validation(done, result)
         self.report.validation(done, result)
+
+    def _validation_due(self) -> bool:
+        train, done = self.config.train, self.session.done
+        by_steps = train.eval_every_steps and done % train.eval_every_steps == 0
+        epochs, rest = divmod(done, self.per_epoch)
+        by_epochs = train.eval_every and not rest and epochs % train.eval_every == 0
+        return bool(by_steps or by_epochs or done == self.total)
 
     def _close(self, stopped_by: str | None) -> None:
         done = self.session.done
@@ -137,13 +147,17 @@ class Trainer:
             raise CheckpointError(
                 f"{self.saver.error}. Make room and go on with\n    {command_again('run.resume=auto')}"
             )
-        if done < self.total:
+        if done < self.total and not self.patience.lost:
             return self.report.say(
                 f"stopped{f' by {stopped_by}' if stopped_by else ''} after step {done} of {self.total}, which is saved. Go on with\n"
                 f"    {command_again('run.resume=auto')}"
             )
         best = checkpoint.best(self.folder) if self.rank == 0 else None
         tag = f" --tag {best}" if best and best != checkpoint.tag_of(done) else ""
+        if self.rank == 0:
+            mark_done(self.folder, done, best or checkpoint.tag_of(done))
+        if done < self.total:
+            self.report.say(f"{self.patience.most} validations in a row were no better: that is all (train.patience)")
         self.report.summary(
             done, self.bad.total,
             f"python launch/eval.py --ckpt {self.folder}{tag}",

@@ -61,12 +61,14 @@ def read(path: str | Path, quick_gelu: bool | None = None, tag: str | None = Non
         raise ValueError(f"{path}: {error}") from error
 
 
-def read_backbone(backbone: str, source: str) -> Weights:
-    """Weights to start `backbone` from: a path, or one of open_clip's tags for it. Raises ValueError."""
+def read_backbone(backbone: str, source: str, tag: str | None = None) -> Weights:
+    """Weights to start `backbone` from: a path, or one of open_clip's tags for it; tag: of a run's checkpoint.
+
+    Raises ValueError.
+    """
     if Path(source).exists():
         spec = towers.named(backbone)
-        found = read(source, quick_gelu=spec["quick_gelu"] or None)
-        return found
+        return read(source, quick_gelu=spec["quick_gelu"] or None, tag=tag)
     tags = open_clip.list_pretrained_tags_by_model(backbone)
     if source not in tags:
         raise ValueError(

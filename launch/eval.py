@@ -1,41 +1,51 @@
-"""Evaluate a run:  python launch/eval.py --ckpt runs/demo [--json out.json]"""
+"""Evaluate a run, or any checkpoint:  python launch/eval.py --ckpt runs/demo [--json out.json]
+
+python launch/eval.py --ckpt openai:ViT-B-32 --data data/msrvtt/test [data.num_frames=8]
+"""
 
 import argparse
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from c4c.config import from_dict
+from c4c.config import override_data
 from c4c.engine import quiet_libraries
 from c4c.evaluate import evaluate, write_ranks
-from c4c.model import CLIP4Clip
+from c4c.pretrained import open_checkpoint
 from c4c.report import metrics_table
-from c4c.run import read_config
 from shards.dataset import Split
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description="Rank every test video for every caption, with a run's ZeRO checkpoint."
+        description="Rank every test video for every caption, with a run's checkpoint or any other."
     )
-    parser.add_argument("--ckpt", type=Path, required=True, help="a run folder, as run.dir named it")
-    parser.add_argument("--tag", help="a checkpoint in it (the latest)")
+    parser.add_argument(
+        "--ckpt", required=True,
+        help="a run folder; a file of weights (CLIP4Clip, mmaction2, OpenAI, open_clip, safetensors); or TAG:BACKBONE as "
+        "open_clip names them, openai:ViT-B-32",
+    )  # fmt: skip
+    parser.add_argument("--tag", help="a checkpoint of the run: its name, or best (the latest)")
     parser.add_argument("--data", help="a packed split (the run's own data.test)")
     parser.add_argument("--json", type=Path, help="write the metrics here too")
     parser.add_argument("--ranks", type=Path, help="write each text's rank here, one JSON object a line")
     parser.add_argument("--device", help="cuda or cpu (cuda where there is one)")
-    args = parser.parse_args()
+    parser.add_argument(
+        "overrides", nargs="*", metavar="data.key=value", help="data settings other than the checkpoint's"
+    )
+    args = parser.parse_intermixed_args()
     try:
         quiet_libraries()
-        config = from_dict(read_config(args.ckpt))
-        data = replace(config.data, test=args.data or config.data.test)
+        model, data = open_checkpoint(args.ckpt, args.tag)
+        data = override_data(data, [*args.overrides, *([f"data.test={args.data}"] if args.data else [])])
+        if not data.test:
+            raise ValueError("--data is not given: name the folder of a packed split")
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         split = Split(data.test)
-        model = CLIP4Clip.from_checkpoint(args.ckpt, tag=args.tag).to(device)
+        model = model.to(device)
         result, found = evaluate(model, model, split, data, device)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

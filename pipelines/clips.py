@@ -9,7 +9,34 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipelines.config import CacheConfig, ClipsConfig, DataConfig
+from shards.dataset import Split
+from shards.joined import Joined
 from shards.schema import Video
+
+
+def check(split: Split | Joined, clips: ClipsConfig, data: DataConfig, cache: CacheConfig | None) -> None:
+    """Raise ValueError for what does not go together with clips, or has none."""
+    if not clips.cut:
+        return
+    if data.paragraph:
+        raise ValueError("clips.cut and data.paragraph: one text for a whole video leaves no captions that mark clips")
+    if cache is not None and (cache.dir or cache.frames):
+        raise ValueError(
+            "clips.cut and cache.dir or cache.frames: they keep a few frames of whole videos, and clips of a long one "
+            "hold others every time. Leave the cache out"
+        )
+    splits = split.splits if isinstance(split, Joined) else [split]
+    if not any(timed(caption) for one in splits for caption in one.captions(0)):
+        raise ValueError(
+            f"clips.cut: the captions of {split.path} have no start and end (those of its first video, at least). Train on "
+            "the whole videos, with clips.cut=false"
+        )
+
+
+def timed(caption: dict) -> bool:
+    """Whether it says when; some subtitles end before they start."""
+    return caption["start"] is not None and caption["end"] is not None and caption["start"] <= caption["end"]
 
 
 @dataclass(frozen=True)
@@ -19,6 +46,16 @@ class Clip:
     start: float
     end: float
     texts: tuple[str, ...]
+
+
+def clip_of_pair(captions: list[dict], index: int, duration: float, clips: ClipsConfig) -> Clip:
+    """The clip of caption `index` in whatever order captions are. One without times stands for the whole video, alone."""
+    said = captions[index]
+    if not timed(said):
+        return Clip(0, duration, (said["text"],))
+    order = sorted((i for i, c in enumerate(captions) if timed(c)), key=lambda i: captions[i]["start"])
+    track = [captions[i] for i in order]
+    return clip_of(track, order.index(index), duration, min_s=clips.min_s, merge=clips.merge, bag=clips.bag)
 
 
 def clip_of(
@@ -39,6 +76,8 @@ def clip_of(
         while end - start < min_s and last + 1 < len(captions) and captions[last + 1]["end"] is not None:
             last += 1
             end, text = max(end, captions[last]["end"]), f"{text} {captions[last]['text']}"
+    end = min(end, duration)  # subtitles may outlast the video
+    start = min(start, end)
     missing = max(0.0, min_s - (end - start))
     start = max(0.0, min(start - missing / 2, duration - max(min_s, end - start)))
     end = min(duration, max(end, start + min_s))

@@ -26,6 +26,24 @@ class CacheConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClipsConfig:
+    """Training on parts of long videos, as their timed captions mark them (pipelines/clips.py). Testing is on whole ones."""
+
+    cut: bool = False  # a pair shows its caption's seconds and no others; one without times stands for the whole video
+    min_s: float = 5.0  # seconds a clip lasts at least; a shorter one is widened to both sides
+    merge: bool = False  # before that, a short one is joined with what is said next, texts too
+    bag: int = 1  # captions of a pair, its own and those said nearest to it; above 1 needs train.loss=mil_nce
+
+    def __post_init__(self):
+        if not 0 <= self.min_s < float("inf"):
+            raise ValueError(f"clips.min_s={self.min_s}: must be 0 or more")
+        if self.bag < 1:
+            raise ValueError(f"clips.bag={self.bag}: must be at least 1")
+        if self.bag > 1 and not self.cut:
+            raise ValueError(f"clips.bag={self.bag} is of captions around a clip: set clips.cut=true, or clips.bag=1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which data, which frames of it, at what size."""
 

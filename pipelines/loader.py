@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipelines.config import CacheConfig, DataConfig
+from pipelines import clips as narration
+from pipelines.clips import Clip, clip_of_pair, stored_between
+from pipelines.config import CacheConfig, ClipsConfig, DataConfig
 from pipelines.lane import BadSample, Lane, Request, Source, Undecodable
 from pipelines.mixture import order_of
 from pipelines.order import rank_rows
@@ -22,6 +24,7 @@ from pipelines.workers import Job
 from shards import ShardError
 from shards.dataset import Split
 from shards.joined import Joined
+from shards.schema import Video
 
 _REPLACEMENT_TRIES = 64  # batches looked through for a replacement
 
@@ -33,7 +36,8 @@ class Batch:
     frames        data.pixels [B, num_frames, 3, image_size, image_size], normalised; empty slots are 0. From a loader
                   that is `raw`, uint8 [B, num_frames, image_size, image_size, 3]
     frame_mask    bool [B, num_frames]
-    tokens        int64 [B, max_words]
+    tokens        int64 [B, max_words]; with clips.bag above 1 [B, bag, max_words], the drawn caption first, and zeros
+                  where a video says less
     valid         bool [B]; False: the row is padding
     frame_numbers int32 [B, num_frames], numbers of the source video's frames; -1: empty
     wait_s        seconds the step waited for this batch
@@ -86,9 +90,11 @@ class Loader:
         device: torch.device | str = "cpu",
         quarantine: Path | None = None,
         cache: CacheConfig | None = None,
+        clips: ClipsConfig | None = None,
         raw: bool = False,
     ):
-        self.split, self.config, self.seed = split, config, seed
+        self.split, self.config, self.seed, self.clips = split, config, seed, clips or ClipsConfig()
+        narration.check(split, self.clips, config, cache)
         self.order = order_of(split, config, batch_size, seed, drop_last)
         self._rows = rank_rows(batch_size, rank, world)
         rows = self._rows.stop - self._rows.start
@@ -219,8 +225,8 @@ class Loader:
         rows = self._rows.stop - self._rows.start
         frames, mask = self._lane.decode(requests, sources, self._raw)
         started = time.perf_counter()
-        captions = [texts_of(self.split, int(v), self.config)[int(c)] for v, c in pairs]
-        tokens = tokenize(captions, self.config.max_words)
+        texts = [self._texts(request, int(c)) for request, c in zip(requests, pairs[:, 1], strict=True)]
+        tokens = self._tokens(texts)
         self._lane.stats.order_s += time.perf_counter() - started
         numbers = np.full((rows, self.config.num_frames), -1, np.int32)
         for row, request in enumerate(requests):
@@ -236,15 +242,38 @@ class Loader:
             frame_numbers=numbers,
             pairs=pairs,
             keys=[r.video.key for r in requests],
-            captions=captions,
+            captions=[bag[0] for bag in texts],
         )
+
+    def _texts(self, request: Request, caption: int) -> tuple[str, ...]:
+        """The texts of a pair: its caption, and in a bag its neighbours."""
+        if self.clips.cut:
+            return self._clip(request.video, caption).texts
+        return (texts_of(self.split, request.video.index, self.config)[caption],)
+
+    def _tokens(self, texts: list[tuple[str, ...]]) -> torch.Tensor:
+        """int64 [pairs, max_words], or [pairs, bag, max_words] with zeros where a bag is smaller."""
+        flat = tokenize([text for bag in texts for text in bag], self.config.max_words)
+        if self.clips.bag == 1:
+            return flat
+        sizes = torch.tensor([len(bag) for bag in texts], dtype=torch.int64)
+        tokens = flat.new_zeros(len(texts), self.clips.bag, self.config.max_words)
+        tokens[torch.arange(self.clips.bag) < sizes[:, None]] = flat
+        return tokens
+
+    def _clip(self, video: Video, caption: int) -> Clip:
+        return clip_of_pair(self.split.captions(video.index), caption, video.duration, self.clips)
 
     def _request(self, pair: np.ndarray, epoch: int) -> Request:
         video, config = self.split.video(int(pair[0])), self.config
         draw = (self.seed, epoch, int(pair[0]), int(pair[1]))
         drawn = draws(config.sampling) or config.frame_order == "random"
         random, among = generator(*draw) if drawn else None, self._lane.candidates(video)
-        positions = choose(video, config.sampling, config.num_frames, config.fps, random, among)
+        between = None
+        if self.clips.cut:
+            clip = self._clip(video, int(pair[1]))
+            between = stored_between(video, clip.start, clip.end)
+        positions = choose(video, config.sampling, config.num_frames, config.fps, random, among, between)
         return Request(video, ordered(positions, config.frame_order, random), draw)
 
     def _replace(self, epoch: int, spares: Iterator[np.ndarray]) -> tuple[np.ndarray, Request, Source] | None:

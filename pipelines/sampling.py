@@ -103,22 +103,29 @@ def choose(
     rate: int = 1,
     random: np.random.Generator | None = None,
     among: np.ndarray | None = None,
+    between: tuple[int, int] | None = None,
 ) -> np.ndarray:
     """Positions in the video's frame table, int64 [at most num_frames], at least one.
 
     Fewer than num_frames come out for a short video under uniform, head, tail and random; the rest of the clip is then
     empty and masked. `random` makes `segment` and `random` draw (training) where without it the middles of the segments
     and uniform frames are taken (testing). `among`: positions, increasing; no others are taken.
+    `between`: positions [low, high) of a clip, which the rule then takes for a whole video.
     """
+    first, source_frames = 0, video.source_frames
+    if between is not None:
+        low, high = between
+        first = video.frames.number[low]
+        source_frames, among = int(video.frames.number[high - 1] - first) + 1, np.arange(low, high)
     if rule == "segment":
-        wanted = segment_frames(video.source_frames, num_frames, random)
+        wanted = segment_frames(source_frames, num_frames, random)
     elif rule == "random" and random is not None:
         among = np.arange(len(video.frames.number)) if among is None else among
         return among[random_frames(len(among), num_frames, random)]
     else:
         position = "uniform" if rule == "random" else rule
-        wanted = extractor_frames(video.source_frames, video.fps, num_frames, position, rate)
-    numbers = video.frames.number
+        wanted = extractor_frames(source_frames, video.fps, num_frames, position, rate)
+    numbers, wanted = video.frames.number, wanted + first
     return nearest(numbers, wanted) if among is None else among[nearest(numbers[among], wanted)]
 
 

@@ -1,0 +1,210 @@
+"""Stages one after another: training runs and evaluations, each a command of launch/, as one yaml file lists them.
+
+    launcher: deepspeed                      # how launch/train.py is started; torchrun --nproc_per_node 8, say
+    stages:
+      - name: pretrain
+        cfg: pretrain_howto100m.yaml         # of launch/train.py
+        set: {run.dir: runs/pretrain}        # settings over it
+      - name: zero-shot
+        eval: pretrain                       # scores that stage's best checkpoint; RUN/zero-shot.json
+        data: data/msrvtt/test
+      - name: finetune
+        cfg: msrvtt.yaml
+        from: pretrain                       # starts from that stage's best checkpoint
+        set: {run.dir: runs/msrvtt}
+
+A run that is done has a done.json. A stage that starts from another notes which in RUN/started_from.json, so that no later
+call takes it for the continuation of another one.
+"""
+
+import json
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from c4c.config import Config, ConfigError, load, to_dict
+from c4c.run import check_continuation, read_done
+
+_STARTED_FROM = "started_from.json"
+_KEYS = {"train": {"name", "cfg", "from", "set"}, "eval": {"name", "eval", "data", "set"}}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One entry of `stages`. Of a training stage `config` is set, of an evaluation `of`: the training stage it scores."""
+
+    name: str
+    run: Path
+    cfg: str = ""
+    words: tuple[str, ...] = ()  # key=value over the file
+    config: Config | None = None
+    source: "Stage | None" = None
+    of: "Stage | None" = None
+    data: str = ""
+
+    @property
+    def result(self) -> Path:
+        """Of an evaluation: where its metrics go."""
+        return self.run / f"{self.name}.json"
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    launcher: tuple[str, ...]
+    stages: list[Stage] = field(default_factory=list)
+
+
+class StageError(ValueError):
+    """A stage that failed, was stopped, or cannot be what is asked for."""
+
+
+def read(path: Path, overrides: list[str] = (), search: list[Path] = (), launcher: str = "") -> Pipeline:
+    """The stages in a yaml file. overrides: NAME.key=value words for the stage NAME. Raises ValueError."""
+    found = next((p for p in (path, *(folder / path for folder in search)) if p.is_file()), None)
+    if found is None:
+        raise ConfigError(f"no pipeline {path}; looked at {', '.join(map(str, [path, *(s / path for s in search)]))}")
+    try:
+        tree = yaml.safe_load(found.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{found} is not YAML: {error}") from error
+    if not isinstance(tree, dict) or not isinstance(tree.get("stages"), list) or tree.keys() - {"stages", "launcher"}:
+        raise ConfigError(f"{found}: a pipeline holds `stages`, a list, and perhaps `launcher`; see c4c/stages.py")
+    names = [str(entry.get("name")) if isinstance(entry, dict) else "" for entry in tree["stages"]]
+    for word in overrides:
+        if word.partition(".")[0] not in names or "=" not in word:
+            raise ConfigError(
+                f"{word!r} on the command line: write it as STAGE.key=value; there are {', '.join(names)}"
+            )
+    stages: dict[str, Stage] = {}
+    for entry in tree["stages"]:
+        mine = [word.partition(".")[2] for word in overrides if word.partition(".")[0] == str(entry.get("name"))]
+        stage = _stage(entry, mine, stages, found, search)
+        stages[stage.name] = stage
+    command = shlex.split(launcher or tree.get("launcher", "deepspeed"))
+    return Pipeline(tuple(command), list(stages.values()))
+
+
+def _stage(entry: dict, overrides: list[str], before: dict[str, Stage], path: Path, search: list[Path]) -> Stage:
+    kind = "eval" if isinstance(entry, dict) and "eval" in entry else "train"
+    needed = {"name", "cfg" if kind == "train" else "eval"}
+    if not isinstance(entry, dict) or not needed <= entry.keys() <= _KEYS[kind]:
+        known = " or ".join(", ".join(sorted(keys)) for keys in _KEYS.values())
+        raise ConfigError(f"{path}: {entry} is no stage; one has {known}")
+    name = str(entry["name"])
+    if name in before or not name.replace("-", "").replace("_", "").isalnum():
+        raise ConfigError(f"{path}: stage {name!r}: a name of letters, digits, - and _ that no other stage has")
+    words = [f"{key}={_text(value)}" for key, value in (entry.get("set") or {}).items()] + overrides
+    if kind == "eval":
+        of = _earlier(entry["eval"], before, name, path)
+        return Stage(name, of.run, words=tuple(words), of=of, data=str(entry.get("data", "")))
+    source = _earlier(entry["from"], before, name, path) if "from" in entry else None
+    if source:
+        words = [f"model.init_from={source.run}", "model.init_tag=best", *words]
+    words.append("run.resume=auto")
+    config = load(entry["cfg"], words, [path.parent, *search])
+    run = Path(config.run.dir)
+    if same := [s.name for s in before.values() if s.config and s.run == run]:
+        raise ConfigError(
+            f"{path}: the stages {same[0]} and {name} both have run.dir={run}: set another in one of them"
+        )
+    return Stage(name, run, entry["cfg"], tuple(words), config, source)
+
+
+def _text(value: object) -> str:
+    return json.dumps(value) if not isinstance(value, str) else value
+
+
+def _earlier(name: object, before: dict[str, Stage], mine: str, path: Path) -> Stage:
+    stage = before.get(str(name))
+    if stage is None or stage.config is None:
+        there = ", ".join(s.name for s in before.values() if s.config) or "none"
+        raise ConfigError(f"{path}: stage {mine} goes by a stage {name}; training stages before it: {there}")
+    return stage
+
+
+def run(pipeline: Pipeline, scripts: Path, say: Callable[[str], None]) -> None:
+    """Run what is not done, in order. scripts: the folder of train.py and eval.py. Raises StageError."""
+    for number, stage in enumerate(pipeline.stages, 1):
+        head = f"stage {number}/{len(pipeline.stages)}, {stage.name}:"
+
+        def tell(text: str, head: str = head) -> None:
+            say(f"{head} {text}")
+
+        if stage.config:
+            _train(stage, [*pipeline.launcher, str(scripts / "train.py")], tell)
+        else:
+            _evaluate(stage, [sys.executable, str(scripts / "eval.py")], tell)
+
+
+def _train(stage: Stage, command: list[str], say: Callable[[str], None]) -> None:
+    run = stage.run
+    if (run / "config.yaml").exists():
+        try:
+            check_continuation(run, to_dict(stage.config), to_dict(Config()))
+        except ValueError as error:
+            raise StageError(f"stage {stage.name}: {error}") from error
+    _check_source(stage)
+    if read_done(run):
+        return say(f"{run} is done")
+    say(f"{'continuing' if (run / 'config.yaml').exists() else 'training'} {run}")
+    code = _call([*command, "--cfg", stage.cfg, *stage.words], say)
+    if not read_done(run):
+        why = f"ended with code {code}" if code else "was stopped"
+        raise StageError(f"stage {stage.name} {why}, and {run} is not done. The same command goes on with it")
+
+
+def _check_source(stage: Stage) -> None:
+    """See that what the run began with is what stands there now, and note it before the run begins."""
+    if stage.source is None:
+        return
+    note, now = stage.run / _STARTED_FROM, {"run": str(stage.source.run), **read_done(stage.source.run)}
+    if not (stage.run / "config.yaml").exists():
+        stage.run.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(now) + "\n")
+    elif (json.loads(note.read_text()) if note.exists() else None) != now:
+        raise StageError(
+            f"stage {stage.name}: {stage.run} did not start from what {stage.source.run} holds now. Move it aside to start anew"
+        )
+
+
+def _evaluate(stage: Stage, command: list[str], say: Callable[[str], None]) -> None:
+    done = read_done(stage.run)
+    if stage.result.exists() and stage.result.stat().st_mtime >= done["time_unix_s"]:
+        return say(f"{stage.result} is there")
+    data = ["--data", stage.data] if stage.data else []
+    words = ["--ckpt", str(stage.run), "--tag", done["best"], *data, "--json", str(stage.result), *stage.words]
+    code = _call([*command, *words], say)
+    if code:
+        raise StageError(f"stage {stage.name} ended with code {code}")
+
+
+def _call(command: list[str], say: Callable[[str], None]) -> int:
+    """Run a command, which gets the signals that this process gets; its exit code."""
+    if (
+        command[0] in ("python", "deepspeed", "torchrun")
+        and (beside := Path(sys.executable).parent / command[0]).exists()
+    ):
+        command = [str(beside), *command[1:]]
+    say(shlex.join(command))
+    process = subprocess.Popen(command)
+    stopped: list[int] = []
+
+    def forward(number: int, _frame) -> None:
+        stopped.append(number)
+        process.send_signal(number)
+
+    before = {s: signal.signal(s, forward) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if stopped:
+        raise StageError(f"stopped by {signal.Signals(stopped[0]).name}. The same command goes on where it was")
+    return code

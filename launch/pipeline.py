@@ -1,0 +1,34 @@
+"""Stages one after another:  python launch/pipeline.py --cfg two_stage.yaml [STAGE.key=value ...]
+
+Those that are done are skipped, the one that is not goes on where it was: the same command starts and continues.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from c4c.stages import read, run
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Run training stages and evaluations in order.", epilog="STAGE.key=value "
+                                     "words override settings of one stage, for example pretrain.train.lr=1e-6")  # fmt: skip
+    parser.add_argument("--cfg", type=Path, required=True, help="a yaml file: a path, or the name of one in launch/cfg")
+    parser.add_argument("--launcher", default="", help="how training is started (the file's, or deepspeed)")
+    parser.add_argument("overrides", nargs="*", metavar="STAGE.key=value", help="settings that replace the files'")
+    args = parser.parse_intermixed_args()
+    console = Console(stderr=True, soft_wrap=True)
+    folder = Path(__file__).parent
+    try:
+        stages = read(args.cfg, args.overrides, [folder / "cfg"], args.launcher)
+        run(stages, folder, lambda text: console.print(text, highlight=False, markup=False))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
