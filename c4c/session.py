@@ -47,7 +47,8 @@ class Session:
         for key in ("train", "test"):
             if not getattr(config.data, key):
                 raise ValueError(f"data.{key} is not set: name the folder of a packed split, data.{key}=data/…")
-        self.split, self.test = open_splits(config.data.train), Split(config.data.test)
+        self.split = open_splits(config.data.train, config.data.local)
+        self.test = Split(config.data.test, config.data.local)
         if resume:
             check_continuation(resume, to_dict(config), to_dict(Config()))
         guard.agree(_identity(config, self.split, self.test), world)

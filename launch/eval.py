@@ -34,7 +34,7 @@ def main() -> int:
         config = from_dict(read_config(args.ckpt))
         data = replace(config.data, test=args.data or config.data.test)
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        split = Split(data.test)
+        split = Split(data.test, data.local)
         model = CLIP4Clip.from_checkpoint(args.ckpt, tag=args.tag).to(device)
         result, found = evaluate(model, model, split, data, device)
     except (ValueError, OSError) as error:
