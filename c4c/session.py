@@ -50,7 +50,8 @@ class Session:
             if not getattr(config.data, key):
                 raise ValueError(f"data.{key} is not set: name the folder of a packed split, data.{key}=data/…")
         require_wandb(config.run.wandb)
-        self.split, self.test = open_splits(config.data.train), Split(config.data.test)
+        self.split = open_splits(config.data.train, config.data.local)
+        self.test = Split(config.data.test, config.data.local)
         if resume:
             check_continuation(resume, to_dict(config), to_dict(Config()))
         guard.agree(_identity(config, self.split, self.test), world)

@@ -44,7 +44,7 @@ def main() -> int:
         if not data.test:
             raise ValueError("--data is not given: name the folder of a packed split")
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        split = Split(data.test)
+        split = Split(data.test, data.local)
         model = model.to(device)
         result, found = evaluate(model, model, split, data, device)
     except (ValueError, OSError) as error:

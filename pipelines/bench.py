@@ -30,7 +30,8 @@ def main(words: list[str] | None = None) -> int:
     args = _arguments(words)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        split, config = Split(args.data), _config(args)
+        config = _config(args)
+        split = Split(args.data, config.local)
         cache = CacheConfig(dir=str(args.cache or ""), max_gb=args.cache_gb, frames=args.cache_frames)
         size = min(args.batch_size, len(split))
         result = measure(split, config, device=device, batch_size=size, batches=args.batches, cache=cache, raw=args.raw)
@@ -183,7 +184,7 @@ def _arguments(words: list[str] | None) -> argparse.Namespace:
         prog="python -m pipelines.bench",
         description="Run the loader alone and say how fast it is and where the time goes.",
     )
-    parser.add_argument("--data", type=Path, required=True, help="folder of a packed split")
+    parser.add_argument("--data", required=True, help="folder or URL of a packed split")
     parser.add_argument("--lane", choices=LANES, default="auto", help="as data.lane (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     parser.add_argument("--cache", type=Path, help="folder of a cache of decoded frames; it is filled first")

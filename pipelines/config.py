@@ -1,8 +1,10 @@
 """Settings of the data path."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from pipelines.sampling import ORDERS, RULES
+from shards.remote import Local
 
 LANES = ("auto", "video", "intra")
 PIXELS = ("float32", "float16")
@@ -47,11 +49,16 @@ class ClipsConfig:
 class DataConfig:
     """Which data, which frames of it, at what size."""
 
-    train: str | tuple[str, ...] = ""  # folder of the training split; or a list of them, mixed in every batch
+    # folder of the training split, or its URL (s3://, gs://, hf://, https://); or a list of them, mixed in every batch
+    train: str | tuple[str, ...] = ""
     weights: tuple[float, ...] = ()  # of each in a list: its share of every batch; none: as many as it has captions
     epoch_samples: int = 0  # pairs an epoch of a list; 0: as many as all of them have
     shuffle_block: int = 0  # pairs shuffled among each other; 0: all, or 32768 of large sets (pipelines/order.py)
-    test: str = ""  # folder of the split that validation and launch/eval.py rank
+    test: str = ""  # folder or URL of the split that validation and launch/eval.py rank
+    local_dir: str = ""  # folder on a disk of this machine for what is read from URLs; empty: ~/.cache/c4c/shards
+    local_gb: float = 20.0  # of that folder at most, 1e9 bytes each, for all ranks of the machine together
+    ahead: int = 16  # batches whose bytes are fetched from URLs ahead of the one in the making, up to half of local_gb
+    server_timeout_s: float = 300.0  # a server that gives nothing right for so long ends the run
     num_frames: int = 12  # frames a video
     # uniform, head, tail (CLIP4Clip's rules over `fps` frames a second), segment (mmaction2's), random (any, in training)
     sampling: str = "uniform"
@@ -84,7 +91,10 @@ class DataConfig:
         for name in ("num_frames", "fps", "image_size", "prefetch", "eval_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name}={getattr(self, name)}: must be at least 1")
-        for name in ("epoch_samples", "shuffle_block"):
+        for name in ("local_gb", "server_timeout_s"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"data.{name}={getattr(self, name)}: must be above 0")
+        for name in ("epoch_samples", "shuffle_block", "ahead"):
             if getattr(self, name) < 0:
                 raise ValueError(f"data.{name}={getattr(self, name)}: must be 0 or more")
         sets = 1 if isinstance(self.train, str) else len(self.train)
@@ -115,3 +125,8 @@ class DataConfig:
     @property
     def short_side(self) -> int:
         return self.resize or self.image_size
+
+    @property
+    def local(self) -> Local:
+        """Where pieces of remote splits are kept."""
+        return Local(Path(self.local_dir) if self.local_dir else None, self.local_gb, self.server_timeout_s)

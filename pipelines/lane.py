@@ -17,6 +17,7 @@ from itertools import accumulate
 import numpy as np
 import torch
 
+from pipelines.ahead import span
 from pipelines.augment import View, augments, view
 from pipelines.buffers import Buffers
 from pipelines.cache import FrameCache
@@ -91,6 +92,8 @@ class Lane:
         self._max_clips = max_clips
         self.threads = config.threads or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         self._reader, self._normalise = Reader(split), Normalise(config)
+        # a server that is away for a while is no hanging read
+        self._patience = config.read_timeout_s + (config.server_timeout_s if split.remote else 0)
         self._nvdec = device.type == "cuda" and self.name == "video"
         self._draws = training and draws(config.sampling)
         self._pool = cache.frames if cache is not None else 0  # stored frames to draw from; 0: all
@@ -124,7 +127,7 @@ class Lane:
         """What was fetched, checked against the crc32c of packing. Bad ones come as such."""
         started = time.perf_counter()
         out = []
-        for result in job.results(self._config.read_timeout_s):
+        for result in job.results(self._patience):
             if isinstance(result, Hung):
                 result = BadSample(f"reading hangs: {result} (data.read_timeout_s)")
             elif isinstance(result, BaseException) and not isinstance(result, BadSample):
@@ -140,18 +143,34 @@ class Lane:
     def read(self, requests: list[Request]) -> list[Source | BadSample]:
         return self.finish(self.start(requests))
 
+    def bytes_of(self, request: Request) -> tuple[int, int]:
+        """Bytes [low, high) of the stored file that making the clip reads: none where it is cached."""
+        if self._cached(request.video) is not None:
+            return 0, 0
+        return span(request.video, None if self._nvdec else self._to_decode(request))
+
     def _fetch(self, request: Request) -> Source:
-        video, wanted = request.video, distinct(request.positions)
-        if self.cache is not None:
-            keep = self._cacheable(video)
-            clip = self.cache.get(video.index)
-            if clip is not None and len(clip) == len(keep):
-                return Source([clip], keep, cached=True)
-            if self.cache.has_room and len(keep) <= self._graph.units:
-                wanted = keep
+        video = request.video
+        if (cached := self._cached(video)) is not None:
+            return cached
+        wanted = self._to_decode(request)
         if self.name == "intra":
             return self._reader.jpegs(video, wanted)
         return self._reader.file(video, wanted) if self._nvdec else self._reader.pictures(video, wanted)
+
+    def _cached(self, video: Video) -> Source | None:
+        if self.cache is None:
+            return None
+        keep, clip = self._cacheable(video), self.cache.get(video.index)
+        return Source([clip], keep, cached=True) if clip is not None and len(clip) == len(keep) else None
+
+    def _to_decode(self, request: Request) -> np.ndarray:
+        """The stored frames of a clip that is not cached; all that the cache keeps of its video, if that takes more."""
+        if self.cache is not None and self.cache.has_room:
+            keep = self._cacheable(request.video)
+            if len(keep) <= self._graph.units:
+                return keep
+        return distinct(request.positions)
 
     # -- decoding
 

@@ -3,14 +3,16 @@
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from pipelines import clips as narration
+from pipelines.ahead import Ahead, share_of
 from pipelines.clips import Clip, clip_of_pair, stored_between
 from pipelines.config import CacheConfig, ClipsConfig, DataConfig
 from pipelines.lane import BadSample, Lane, Request, Source, Undecodable
@@ -101,6 +103,7 @@ class Loader:
         self._lane = Lane(split, config, torch.device(device), rows, cache=cache, training=True)
         self._quarantine = Quarantine(split.path, quarantine, config.max_bad_fraction)
         self._raw, self._ahead, self._last = raw, {}, None
+        self._fetching = Ahead(self._to_fetch, config.ahead, share_of(config.local_gb)) if split.remote else None
         self._stop = threading.Event()
         self._queue: queue.Queue = queue.Queue(maxsize=config.prefetch)
         self._thread: threading.Thread | None = None
@@ -149,6 +152,8 @@ class Loader:
                 self._thread.join(timeout=0.05)
             _empty(self._queue)
             self._queue.put(None)  # whoever still iterates comes to an end
+        if self._fetching is not None:
+            self._fetching.close()
         self._lane.close()
 
     def __enter__(self) -> "Loader":
@@ -210,11 +215,23 @@ class Loader:
 
     def _begin(self, epoch: int, step: int) -> _Ahead:
         started = time.perf_counter()
+        if self._fetching is not None:
+            self._fetching.reach(self._place(epoch, step), self._last)
         whole = self.order.batch(epoch, step)
         pairs = list(whole[self._rows])
         requests = [self._request(pair, epoch) for pair in pairs]
         self._lane.stats.order_s += time.perf_counter() - started
         return _Ahead(len(whole), pairs, requests, self._lane.start(requests))
+
+    def _to_fetch(self, place: int) -> list[Callable[[], int]]:
+        """For each clip of the batch at `place` a function that brings its bytes to this machine and says how many."""
+        epoch, step = divmod(place, self.steps_per_epoch)
+
+        def fetch(pair: np.ndarray) -> int:
+            request = self._request(pair, epoch)
+            return self.split.fetch(request.video, *self._lane.bytes_of(request))
+
+        return [partial(fetch, pair) for pair in self.order.batch(epoch, step)[self._rows]]
 
     def _place(self, epoch: int, step: int) -> int:
         return epoch * self.steps_per_epoch + step
@@ -324,6 +341,7 @@ class VideoReader:
         most = -(-len(split) // world)  # videos of a rank
         self.batches = -(-most // size)
         self._lane = Lane(split, config, torch.device(device), size)
+        self._fetching = Ahead(self._to_fetch, config.ahead, share_of(config.local_gb)) if split.remote else None
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor]]:
         """(video indices [n], frames [n, num_frames, 3, H, W], mask [n, num_frames]), n <= eval_batch_size, n may be 0.
@@ -353,12 +371,30 @@ class VideoReader:
             requests.append(Request(video, ordered(positions, config.frame_order)))
         return requests, self._lane.start(requests)
 
+    def _part(self, i: int) -> np.ndarray:
+        size = self.config.eval_batch_size
+        return self._mine[i * size : (i + 1) * size]
+
+    def _request(self, index: int) -> Request:
+        video, config = self.split.video(index), self.config
+        positions = choose(video, config.sampling, config.num_frames, config.fps)
+        return Request(video, ordered(positions, config.frame_order, None))
+
+    def _to_fetch(self, i: int) -> list[Callable[[], int]]:
+        def fetch(index: int) -> int:
+            request = self._request(index)
+            return self.split.fetch(request.video, *self._lane.bytes_of(request))
+
+        return [partial(fetch, int(index)) for index in self._part(i)]
+
     def _refusal(self, request: Request, reason: BadSample) -> ShardError:
         return ShardError(
             f"{self.split.path}: {request.video.key} cannot be evaluated: {reason}. Pack the split again."
         )
 
     def close(self) -> None:
+        if self._fetching is not None:
+            self._fetching.close()
         self._lane.close()
 
 

@@ -1,6 +1,7 @@
 """What a clip needs of its shard, fetched and checked against the crc32c of packing."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +9,8 @@ from crc32c import crc32c
 
 from shards import ShardError
 from shards.dataset import Split
+from shards.joined import Joined
+from shards.remote import Unreachable
 from shards.schema import Video
 from shards.video import VideoError, pick_frames
 
@@ -34,13 +37,33 @@ class Source:
 
 
 class Reader:
-    """Fetches frames of one split. Safe to use from several threads. Raises BadSample."""
+    """Fetches frames of one split. Safe to use from several threads. Raises BadSample, and Unreachable where the split is
+    on a server that is gone. Bytes of a remote split that fail their checksum are fetched once more."""
 
-    def __init__(self, split: Split):
+    def __init__(self, split: Split | Joined):
         self._split = split
 
     def jpegs(self, video: Video, positions: np.ndarray) -> Source:
         """The encoded frames, and nothing else of the file."""
+        return self._twice(video, positions, self._jpegs)
+
+    def pictures(self, video: Video, positions: np.ndarray) -> Source:
+        """The frames, decoded from the keyframe before each."""
+        return self._twice(video, positions, self._pictures)
+
+    def file(self, video: Video, positions: np.ndarray) -> Source:
+        """The whole stored file, of which a GPU decodes the frames."""
+        return self._twice(video, positions, self._file)
+
+    def _twice(self, video: Video, positions: np.ndarray, get: Callable[[Video, np.ndarray], Source]) -> Source:
+        try:
+            return get(video, positions)
+        except BadSample:
+            if not self._split.fetch_again(video):
+                raise
+        return get(video, positions)
+
+    def _jpegs(self, video: Video, positions: np.ndarray) -> Source:
         started, frames = time.perf_counter(), video.frames
         sizes = frames.size[positions].tolist()
         offsets = frames.offset[positions].tolist()
@@ -56,8 +79,7 @@ class Reader:
         spent = time.perf_counter() - started
         return Source(pieces, positions, bytes_read=sum(sizes), decoded=len(pieces), read_s=spent)
 
-    def pictures(self, video: Video, positions: np.ndarray) -> Source:
-        """The frames, decoded from the keyframe before each."""
+    def _pictures(self, video: Video, positions: np.ndarray) -> Source:
         out = Source([], positions)
         started = time.perf_counter()
 
@@ -79,8 +101,7 @@ class Reader:
         out.decode_s = time.perf_counter() - started - out.read_s
         return out
 
-    def file(self, video: Video, positions: np.ndarray) -> Source:
-        """The whole stored file, of which a GPU decodes the frames."""
+    def _file(self, video: Video, positions: np.ndarray) -> Source:
         started = time.perf_counter()
         data = self._bytes(video, 0, -1)
         if crc32c(data) != video.crc32c:
@@ -93,5 +114,7 @@ class Reader:
     def _bytes(self, video: Video, offset: int, size: int) -> bytes:
         try:
             return self._split.read(video, offset, size)
+        except Unreachable:
+            raise
         except (OSError, ShardError) as error:
             raise BadSample(str(error)) from error

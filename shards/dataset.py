@@ -15,20 +15,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shards import ShardError
+from shards import ShardError, storage
+from shards.remote import Local, RemoteFiles, Unreachable
 from shards.schema import CAPTION_COUNTS, FORMAT_VERSION, FRAME_COLUMNS, FrameTable, Video
 
 _TABLES_IN_MEMORY = 512  # shards whose sample table stays decoded; a table of 256 videos takes about 3 MB
 _OPEN_FILES = 256  # tars; a process may often open 1024 files in all
+_LOADERS = 64  # locks, so that no two threads read one table
 _SIZES_CHECKED = 1000  # shards whose size is looked at on opening; of more it would take long on a network mount
 
 
 class Table:
     """The sample table of one shard, as numpy columns."""
 
-    def __init__(self, path: Path, name: str, first: int):
+    def __init__(self, path, name: str, first: int, data: bytes | None = None):
+        """`data`: the table's file, where `path` is not one that can be opened."""
         try:
-            table = pq.read_table(path, page_checksum_verification=True).combine_chunks()
+            source = path if data is None else io.BytesIO(data)
+            table = pq.read_table(source, page_checksum_verification=True).combine_chunks()
         except (OSError, pa.ArrowException) as error:
             raise ShardError(
                 f"{path} cannot be read ({str(error).splitlines()[0]}). Copy it again, or delete it and run the packing "
@@ -63,17 +67,21 @@ def _list_column(table: pa.Table, name: str) -> tuple[np.ndarray, pa.Array]:
 class Split:
     """A packed split, opened for reading. Safe to use from several threads.
 
-    Raises ShardError if the folder is not a finished split.
+    `path`: a folder, or a URL (s3://, gs://, hf://, https://), of which `local` says where pieces are kept.
+    Raises ShardError if there is no finished split.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self.info = _read_info(self.path)
+    def __init__(self, path: str | Path, local: Local | None = None):
+        place = storage.place(str(path))
+        self.remote = RemoteFiles(place, local or Local()) if storage.is_remote(place) else None
+        self.path = place
+        self.info = _read_info(place) if self.remote is None else _checked(self.remote.info, place)
         self.shards = [s["name"] for s in self.info["shards"]]
         self._starts = np.cumsum([0] + [s["videos"] for s in self.info["shards"]])
         self._tables: OrderedDict[int, Table] = OrderedDict()
         self._files: OrderedDict[str, _File] = OrderedDict()
         self._lock = threading.Lock()
+        self._loading = [threading.Lock() for _ in range(_LOADERS)]
 
     def __len__(self) -> int:
         """Videos in the split."""
@@ -104,12 +112,13 @@ class Split:
         if self.info["captions"] == len(self):  # no video is without
             return np.broadcast_to(np.uint8(1), len(self))
         path = self.path / CAPTION_COUNTS
-        if not path.exists():  # packed before there was such a file
+        data = self._caption_counts()
+        if data is None:  # packed before there was such a file
             parts = [np.diff(self._table(i).caption_bounds) for i in range(len(self.shards))]
             counts = np.concatenate([np.zeros(0, np.int64), *parts])
             return counts.astype(np.min_scalar_type(counts.max(initial=0)))
         try:
-            counts = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+            counts = np.load(io.BytesIO(data), allow_pickle=False)
             sums = [int(counts[a:b].sum()) for a, b in pairwise(self._starts)] if counts.shape == (len(self),) else []
         except (OSError, ValueError) as error:
             raise ShardError(
@@ -119,9 +128,22 @@ class Split:
             raise ShardError(f"{path} does not fit dataset.json. Copy it again, or delete it: it only saves time")
         return counts
 
+    def _caption_counts(self) -> bytes | None:
+        if self.remote is None:
+            path = self.path / CAPTION_COUNTS
+            return path.read_bytes() if path.exists() else None
+        try:
+            return self.remote.whole(CAPTION_COUNTS)
+        except Unreachable:
+            raise
+        except ShardError:
+            return None
+
     def read(self, video: Video, offset: int = 0, size: int = -1) -> bytes:
         """Bytes of the stored file; `size` -1 reads to its end. Raises ShardError if the tar is shorter than that."""
         size = video.size - offset if size < 0 else size
+        if self.remote is not None:
+            return self.remote.read(video, offset, size)
         data = self._file(video.shard).read(size, video.offset + offset)
         if len(data) != size:
             raise ShardError(
@@ -130,8 +152,22 @@ class Split:
             )
         return data
 
+    def fetch(self, video: Video, low: int, high: int) -> int:
+        """Bring bytes [low, high) of the stored file to this machine. Returns how many that took up; 0 if they are here
+        for good."""
+        return 0 if self.remote is None else self.remote.fetch(video, low, high)
+
+    def fetch_again(self, video: Video) -> bool:
+        """Forget the local copy of a video whose bytes are wrong. False: there is none, the split itself is damaged."""
+        if self.remote is None:
+            return False
+        self.remote.drop(video)
+        return True
+
     def json(self, video: Video) -> dict:
         """The sample's JSON member, which follows the video in the tar."""
+        if self.remote is not None:
+            raise ShardError(f"{self.path}: copy the split to a disk to read its JSON members")
         file, start = self._file(video.shard), video.offset + _blocks(video.size)
         member = tarfile.TarInfo.frombuf(file.read(512, start), "utf-8", "strict")
         if member.type == tarfile.GNUTYPE_LONGNAME:  # a name over 100 bytes stands in blocks of its own
@@ -154,13 +190,28 @@ class Split:
             if shard in self._tables:
                 self._tables.move_to_end(shard)
                 return self._tables[shard]
-        name = self.shards[shard]
-        table = Table(self.path / f"{name}.parquet", name, int(self._starts[shard]))
-        with self._lock:
-            self._tables[shard] = table
-            while len(self._tables) > _TABLES_IN_MEMORY:
-                self._tables.popitem(last=False)
+        with self._loading[shard % _LOADERS]:  # several threads may want it at once
+            with self._lock:
+                if shard in self._tables:
+                    return self._tables[shard]
+            table = self._load(self.shards[shard], int(self._starts[shard]))
+            with self._lock:
+                self._tables[shard] = table
+                while len(self._tables) > _TABLES_IN_MEMORY:
+                    self._tables.popitem(last=False)
         return table
+
+    def _load(self, name: str, first: int) -> Table:
+        path, file = self.path / f"{name}.parquet", f"{name}.parquet"
+        if self.remote is None:
+            return Table(path, name, first)
+        try:
+            return Table(path, name, first, self.remote.whole(file))
+        except Unreachable:
+            raise
+        except ShardError:  # the local copy may be the damaged one
+            self.remote.forget(file)
+            return Table(path, name, first, self.remote.whole(file))
 
     def _file(self, shard: str) -> "_File":
         with self._lock:
@@ -223,8 +274,7 @@ def _read_info(path: Path) -> dict:
         info = json.loads((path / "dataset.json").read_text())
     except ValueError as error:
         raise ShardError(f"{path / 'dataset.json'} is not JSON ({error})") from error
-    if info.get("format") != FORMAT_VERSION:
-        raise ShardError(f"{path} has format {info.get('format')}; this version reads {FORMAT_VERSION}. Pack it again.")
+    _checked(info, path)
     there = {entry.name for entry in path.iterdir()}  # not a look for each file: there may be 100 000
     for shard in info["shards"]:
         for suffix in ("tar", "parquet"):
@@ -241,4 +291,10 @@ def _read_info(path: Path) -> dict:
                 f"{path / shard['name']}.tar has {size} bytes, {shard['bytes']} were packed: it was cut short or changed. "
                 "Copy it again, or run the packing command again; it packs that shard anew."
             )
+    return info
+
+
+def _checked(info: dict, path) -> dict:
+    if info.get("format") != FORMAT_VERSION:
+        raise ShardError(f"{path} has format {info.get('format')}; this version reads {FORMAT_VERSION}. Pack it again.")
     return info

@@ -9,6 +9,7 @@ import numpy as np
 
 from shards import ShardError
 from shards.dataset import Split
+from shards.remote import Local
 from shards.schema import Video
 
 
@@ -41,9 +42,14 @@ class Joined:
         return int(self._starts[-1])
 
     @property
-    def path(self) -> Path:
+    def path(self) -> str:
         """For messages: the folders, with a plus between them."""
-        return Path(" + ".join(str(split.path) for split in self.splits))
+        return " + ".join(str(split.path) for split in self.splits)
+
+    @property
+    def remote(self) -> bool:
+        """Whether any of them is read over a network."""
+        return any(split.remote is not None for split in self.splits)
 
     @property
     def digest(self) -> str:
@@ -60,6 +66,12 @@ class Joined:
     def read(self, video: Video, offset: int = 0, size: int = -1) -> bytes:
         return self._find(video.index)[0].read(video, offset, size)
 
+    def fetch(self, video: Video, low: int, high: int) -> int:
+        return self._find(video.index)[0].fetch(video, low, high)
+
+    def fetch_again(self, video: Video) -> bool:
+        return self._find(video.index)[0].fetch_again(video)
+
     def json(self, video: Video) -> dict:
         return self._find(video.index)[0].json(video)
 
@@ -74,8 +86,8 @@ class Joined:
         return self.splits[number], int(self._starts[number])
 
 
-def open_splits(paths: str | Path | Sequence[str | Path]) -> Split | Joined:
-    """The split in one folder, or those in several as one."""
+def open_splits(paths: str | Path | Sequence[str | Path], local: Local | None = None) -> Split | Joined:
+    """The split in one folder or at one URL, or those in several as one."""
     if isinstance(paths, (str, Path)):
-        return Split(paths)
-    return Joined([Split(path) for path in paths]) if len(paths) > 1 else Split(paths[0])
+        return Split(paths, local)
+    return Joined([Split(path, local) for path in paths]) if len(paths) > 1 else Split(paths[0], local)

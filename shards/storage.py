@@ -46,7 +46,7 @@ def place(text: str):
         path = UPath(text)
     except ValueError as error:
         raise ShardError(f"{text}: {error}. Known are paths, s3://, gs://, hf://, http:// and https://") from error
-    _filesystem(path)
+    filesystem(path)
     return path
 
 
@@ -93,10 +93,10 @@ def opened(path, on_ready: Callable[[int], None] = lambda size: None) -> Iterato
 def _download(path, file: BinaryIO) -> None:
     file.seek(0)
     file.truncate()
-    _filesystem(path).get_file(path.path, f"/proc/self/fd/{file.fileno()}")
+    filesystem(path).get_file(path.path, f"/proc/self/fd/{file.fileno()}")
 
 
-def _filesystem(path):
+def filesystem(path):
     options = {}
     try:
         if path.protocol in ("http", "https"):
@@ -122,36 +122,36 @@ def _retried(action: Callable[[], object], path) -> None:
         except (ShardError, VideoError):
             raise
         except Exception as error:  # each library has its own
-            status = _status(error)
+            status = status_of(error)
             if isinstance(error, OSError) and error.errno in DISK_FULL:
                 raise
             if isinstance(error, FileNotFoundError):
                 raise VideoError("the file is missing") from error
             refused = isinstance(error, PermissionError) or type(error).__name__ == "NoCredentialsError"
             if refused and path.protocol not in ("http", "https"):
-                raise ShardError(f"{path} may not be touched: {_short(error)}. Check the credentials") from error
+                raise ShardError(f"{path} may not be touched: {short(error)}. Check the credentials") from error
             final = refused or (status is not None and 400 <= status < 500 and status not in (408, 429))
             if wait is not None and not final:
                 time.sleep(wait)
                 continue
-            if status is None and not refused and _unreachable(error):
+            if status is None and not refused and unreachable(error):
                 raise ShardError(
-                    f"{path} cannot be reached ({_short(error)}; {_TRIES} tries). What is committed stays: run the same "
+                    f"{path} cannot be reached ({short(error)}; {_TRIES} tries). What is committed stays: run the same "
                     "command again when the network is back. If that server is gone for good, take its videos out of "
                     "the annotations."
                 ) from error
-            reason = f"the server answers {status}" if status else f"the file cannot be read ({_short(error)})"
+            reason = f"the server answers {status}" if status else f"the file cannot be read ({short(error)})"
             raise VideoError(reason) from error
 
 
-def _status(error: Exception) -> int | None:
+def status_of(error: Exception) -> int | None:
     answer = getattr(error, "response", None)
     if isinstance(answer, dict):  # botocore's
         return answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
     return getattr(error, "status", None) or getattr(answer, "status_code", None)
 
 
-def _unreachable(error: BaseException | None) -> bool:
+def unreachable(error: BaseException | None) -> bool:
     while error is not None:
         names = {kind.__name__ for kind in type(error).__mro__}
         if isinstance(error, ConnectionError | TimeoutError) or names & _UNREACHABLE:
@@ -160,7 +160,7 @@ def _unreachable(error: BaseException | None) -> bool:
     return False
 
 
-def _short(error: Exception) -> str:
+def short(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
@@ -253,7 +253,7 @@ class Bucket:
     appear whole and their bytes are the same, do no harm."""
 
     def __init__(self, path):
-        self.path, self._fs, self._root = path, _filesystem(path), path.path.rstrip("/")
+        self.path, self._fs, self._root = path, filesystem(path), path.path.rstrip("/")
 
     def __str__(self) -> str:
         return str(self.path)

@@ -1,0 +1,148 @@
+"""A packed split on an object store or web server, read through a bounded folder of this machine.
+
+Small tars are fetched whole, of others the bytes of the videos that are wanted, in pieces of at most PIECE bytes: what a
+step needs of a large shard in random order is little, and in the order of the shard nothing is fetched twice.
+"""
+
+import json
+import os
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from shards import ShardError
+from shards.pieces import Pieces
+from shards.schema import Video
+from shards.storage import filesystem, short, status_of, unreachable
+
+T = TypeVar("T")
+WHOLE = 8 << 20  # bytes of the largest tar that is fetched whole
+PIECE = 4 << 20  # bytes of the largest piece of another
+_PAUSES = 0.1, 2.0  # seconds before the second try, and at most before any
+_BUGS = (TypeError, AttributeError, NameError, LookupError, AssertionError, MemoryError)
+
+
+class Unreachable(ShardError):
+    """A server that has not given what was asked of it for so long that the run had better end."""
+
+
+@dataclass(frozen=True)
+class Local:
+    """Where pieces of remote splits are kept: at most `max_gb` (1e9 bytes each) in `folder` (None: the user's cache
+    folder). `patience_s`: seconds that a server may fail or be silent before it counts as gone."""
+
+    folder: Path | None = None
+    max_gb: float = 20.0
+    patience_s: float = 300.0
+
+    def pieces(self) -> Pieces:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return Pieces(self.folder or Path(home) / "c4c" / "shards", int(self.max_gb * 1e9))
+
+
+class RemoteFiles:
+    """The files of the split at `path`, a UPath. Safe to use from several threads.
+
+    Raises ShardError where there is no split, or it may not be read; Unreachable.
+    """
+
+    def __init__(self, path, local: Local):
+        self.path, self._patience = path, local.patience_s
+        self._fs, self._root = filesystem(path), path.path.rstrip("/")
+        self.pieces = local.pieces()
+        try:
+            self.info = json.loads(self._get("dataset.json"))
+        except ValueError as error:
+            raise ShardError(f"{path}/dataset.json is not JSON ({error})") from error
+        # another split, or this one packed anew, never finds these pieces
+        self._set = f"{self.info.get('name', 'set')}-{self.info.get('split', '')}-{self.info.get('digest', '')[:16]}"
+        self._tars = {shard["name"]: shard["bytes"] for shard in self.info.get("shards", ())}
+
+    def whole(self, name: str) -> bytes:
+        """A small file: a sample table, say."""
+        return self.pieces.read(f"{self._set}/{name}", lambda: self._get(name))
+
+    def forget(self, name: str) -> None:
+        """Have a small file fetched again."""
+        self.pieces.drop(f"{self._set}/{name}")
+
+    def read(self, video: Video, offset: int, size: int) -> bytes:
+        """Bytes of the stored file of a video; fewer than asked for where it ends before."""
+        size = min(size, video.size - offset)
+        out = []
+        for name, tar, start, length in self._pieces_of(video, offset, offset + size):
+            first = max(0, video.offset + offset - start)
+            last = min(length, video.offset + offset + size - start)
+            get = lambda tar=tar, start=start, length=length: self._get(tar, start, length)  # noqa: E731
+            out.append(self.pieces.read(name, get, first, last - first, length))
+        return out[0] if len(out) == 1 else b"".join(out)
+
+    def fetch(self, video: Video, low: int, high: int) -> int:
+        """Have bytes [low, high) of the stored file here. Returns the bytes of their pieces."""
+        total = 0
+        if low == high:
+            return 0
+        for name, tar, start, length in self._pieces_of(video, low, high):
+            self.pieces.bring(name, lambda tar=tar, start=start, length=length: self._get(tar, start, length))
+            total += length
+        return total
+
+    def drop(self, video: Video) -> None:
+        """Have the video fetched again when it is next wanted."""
+        for name, *_ in self._pieces_of(video, 0, video.size):
+            self.pieces.drop(name)
+
+    def _pieces_of(self, video: Video, low: int, high: int) -> list[tuple[str, str, int, int]]:
+        """(name of the piece, name of the tar, first byte, bytes) of what holds bytes [low, high) of a stored file."""
+        tar, size = f"{video.shard}.tar", self._tars[video.shard]
+        if size <= WHOLE:
+            return [(f"{self._set}/{tar}", tar, 0, size)]
+        found = []
+        for at in range(low // PIECE * PIECE, max(high, low + 1), PIECE):
+            start, length = video.offset + at, min(PIECE, video.size - at)
+            found.append((f"{self._set}/{video.shard}.{start}.{length}", tar, start, length))
+        return found
+
+    def _get(self, name: str, start: int | None = None, size: int | None = None) -> bytes:
+        end = None if size is None else start + size
+
+        def ask() -> bytes:
+            data = self._fs.cat_file(f"{self._root}/{name}", start=start, end=end)
+            if size is not None and len(data) > size:  # a server that does not know ranges sends all
+                data = data[start:end]
+            if size is not None and len(data) < size:
+                raise OSError(f"{len(data)} bytes came of {size}")
+            return data
+
+        return patiently(ask, f"{self.path}/{name}", self._patience)
+
+
+def patiently(action: Callable[[], T], what: str, patience_s: float) -> T:
+    """Do it, again and again if it fails. Raises ShardError if it never can succeed, Unreachable after `patience_s`."""
+    started, pause = time.monotonic(), _PAUSES[0]
+    while True:
+        try:
+            return action()
+        except _BUGS:
+            raise
+        except Exception as error:  # each library has its own
+            status = status_of(error)
+            if isinstance(error, FileNotFoundError) or status in (404, 410):
+                raise ShardError(f"{what} is missing") from error
+            refused = isinstance(error, PermissionError) or type(error).__name__ == "NoCredentialsError"
+            if refused or (status is not None and 400 <= status < 500 and status not in (408, 429)):
+                raise ShardError(
+                    f"{what} may not be read: {short(error)}. Check the address and the credentials"
+                ) from error
+            waited = time.monotonic() - started
+            if waited + pause > patience_s:
+                said = "cannot be reached" if status is None and unreachable(error) else "cannot be read"
+                raise Unreachable(
+                    f"{what} {said}, for {waited:.0f} s now ({short(error)}). When the server is well again, the run goes on "
+                    "from its last checkpoint with run.resume=auto; data.server_timeout_s says how long to wait."
+                ) from error
+        time.sleep(pause * random.uniform(0.5, 1.0))  # not all threads at once
+        pause = min(2 * pause, _PAUSES[1])
