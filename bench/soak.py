@@ -8,6 +8,7 @@ Ten minutes of 64-pixel frames show as many batches as hours of training. Exits 
 import argparse
 import gc
 import json
+import math
 import os
 import sys
 import tempfile
@@ -48,14 +49,17 @@ def main() -> int:
     return 1 if grown else 0
 
 
-def soak(split: Split, config: DataConfig, seconds: float, cache: Path | None = None, every: float = 10.0) -> dict:
-    """Epochs upon epochs for so long, with a new loader every three epochs, as restarts within a process would.
+def soak(
+    split: Split, config: DataConfig, seconds: float = math.inf, cache: Path | None = None, every: float = 10.0,
+    rounds: float = math.inf,
+) -> dict:  # fmt: skip
+    """Epochs upon epochs for so long or so many rounds: a new loader every three epochs, as restarts within a process do.
 
     Returns the number of epochs and samples of {seconds, epochs, batches, mib (resident), files, threads}.
     """
     started = last = time.perf_counter()
     samples, epochs, batches = [], 0, 0
-    while time.perf_counter() - started < seconds:
+    while time.perf_counter() - started < seconds and epochs < 3 * rounds:
         settings = CacheConfig(dir=str(cache or "") if epochs % 2 == 0 else "", max_gb=1)
         with Loader(split, config, batch_size=min(8, len(split)), seed=epochs, cache=settings) as loader:
             for batch in loader.batches(count=3 * loader.steps_per_epoch):
