@@ -108,7 +108,7 @@ def train_step(engine, batch, factor: float, train: TrainConfig) -> Tensor:
         loss = _cached_step(engine, batch, train.micro_batch_size)
     else:
         loss = engine(batch.frames, batch.frame_mask, batch.tokens, batch.valid)
-        engine.backward(loss)
+        _backward(engine, loss)
         engine.step()
     temperature = engine.module.model.clip.logit_scale
     if temperature.requires_grad:  # at 1/100 or above, as CLIP4Clip keeps it after each step
@@ -121,6 +121,15 @@ def applied(engine) -> bool:
     return not getattr(engine.optimizer, "overflow", False)
 
 
+def _backward(engine, loss: Tensor) -> None:
+    """Gradients of `loss` as it is, times fp16's loss scale.
+
+    DeepSpeed 0.19 forgets that scale without ZeRO, though it divides by it later. And where it is given what the module
+    returned, not something made of it, it divides by the number of passes even if told not to.
+    """
+    engine.backward(loss * zero.missing_scale(engine), scale_wrt_gas=False)
+
+
 def _accumulated_step(engine, batch, parts: int) -> Tensor:
     """Plain accumulation: `parts` smaller global batches, each with only its own negatives; one update with their mean."""
     rows = [slice(i, None, parts) for i in range(parts)]  # in turn, so that padding at the end is shared out
@@ -130,7 +139,7 @@ def _accumulated_step(engine, batch, parts: int) -> Tensor:
     shares, whole = counts / counts.sum(), 0.0
     for r, share in zip(rows, shares, strict=True):
         loss = engine(batch.frames[r], batch.frame_mask[r], batch.tokens[r], batch.valid[r]) * share
-        engine.backward(loss, scale_wrt_gas=False)
+        _backward(engine, loss)
         engine.step()  # updates at the last one only
         whole = whole + loss.detach()
     return whole
@@ -158,7 +167,7 @@ def _cached_step(engine, batch, micro: int) -> Tensor:
     for i, part in enumerate(parts):
         rows = slice(i * micro, (i + 1) * micro)
         pull = Pull(text_grad[rows], video_grad[rows], whole if i == scoring else None)
-        engine.backward(engine(*part, batch.valid[rows], pull), scale_wrt_gas=False)
+        _backward(engine, engine(*part, batch.valid[rows], pull))
         engine.step()  # updates at the last one only
     return loss
 
