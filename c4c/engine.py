@@ -122,7 +122,7 @@ def train_step(engine, batch, factor: float, train: TrainConfig, frozen: Collect
         loss = _cached_step(engine, inputs, train.micro_batch_size)
     else:
         loss = engine(*inputs)
-        engine.backward(loss)
+        _backward(engine, loss)
         engine.step()
     temperature = engine.module.model.clip.logit_scale
     if temperature.requires_grad:  # at 1/100 or above, as CLIP4Clip keeps it after each step
@@ -135,6 +135,15 @@ def applied(engine) -> bool:
     return not getattr(engine.optimizer, "overflow", False)
 
 
+def _backward(engine, loss: Tensor) -> None:
+    """Gradients of `loss` as it is, times fp16's loss scale.
+
+    DeepSpeed 0.19 forgets that scale without ZeRO, though it divides by it later. And where it is given what the module
+    returned, not something made of it, it divides by the number of passes even if told not to.
+    """
+    engine.backward(loss * zero.missing_scale(engine), scale_wrt_gas=False)
+
+
 def _accumulated_step(engine, inputs: tuple, parts: int) -> Tensor:
     """Plain accumulation: `parts` smaller global batches, each with only its own negatives; one update with their mean."""
     rows = [slice(i, None, parts) for i in range(parts)]  # in turn, so that padding at the end is shared out
@@ -145,7 +154,7 @@ def _accumulated_step(engine, inputs: tuple, parts: int) -> Tensor:
     shares, whole = counts / counts.sum(), 0.0
     for r, share in zip(rows, shares, strict=True):
         loss = engine(*(t[r] for t in inputs)) * share
-        engine.backward(loss, scale_wrt_gas=False)
+        _backward(engine, loss)
         engine.step()  # updates at the last one only
         whole = whole + loss.detach()
     return whole
@@ -171,7 +180,7 @@ def _cached_step(engine, inputs: tuple, micro: int) -> Tensor:
     for i, part in enumerate(parts):
         rows = slice(i * micro, (i + 1) * micro)
         pull = Pull(text_grad[rows], video_grad[rows], whole if i == scoring else None)
-        engine.backward(engine(*part, valid[rows], pull), scale_wrt_gas=False)
+        _backward(engine, engine(*part, valid[rows], pull))
         engine.step()  # updates at the last one only
     return loss
 

@@ -140,6 +140,12 @@ def set_loss_scaler(engine, state: dict[str, float]) -> None:
             setattr(scaler, key, value)
 
 
+def missing_scale(engine) -> float:
+    """What the loss has to be multiplied by before DeepSpeed's backward: fp16's scale at stage 0, which it leaves out."""
+    scaler = getattr(engine.optimizer, "loss_scale_config", None)
+    return float(scaler.cur_scale) if scaler is not None and engine.zero_optimization_stage() == 0 else 1.0
+
+
 def _scaler(engine):
     found = getattr(engine.optimizer, "loss_scale_config", None)
     return found if found is not None else getattr(engine.optimizer, "loss_scaler", None)

@@ -1,7 +1,7 @@
 """Ways to train, to stop in the middle, and to go on from the checkpoint of another way. See engines.py.
 
 Every number of ranks takes `COMMON`'s; two ranks those of `TWO` as well. `saved` ways write a checkpoint in the middle
-and go on; `AGAIN` says which ways of which number of ranks go on from whose checkpoint. For each way: its losses.
+and go on; `AGAIN` says which ways of which number of ranks go on from whose checkpoint.
 """
 
 from pathlib import Path
@@ -17,6 +17,7 @@ from c4c.optim import TrainConfig
 from tests.launch.every_head import FRAMES, ROWS, SPEC, batch
 
 HALF, STEPS = 3, 6
+LINEAR = torch.nn.functional.linear
 COMMON = {
     f"ZeRO {stage}{kind}": {"zero_stage": stage} | more
     for stage in range(4)
@@ -30,7 +31,7 @@ TWO = BF16 | FP16 | {
     "frozen": {"zero_stage": 3, "frozen": True},
     "activation checkpointing": {"zero_stage": 2, "activation_checkpointing": True},
     **{f"bad, ZeRO {stage}": {"zero_stage": stage, "bad": True} for stage in range(4)},
-    **{f"search, ZeRO {stage}, fp16": {"zero_stage": stage, "precision": "fp16", "scale": 22} for stage in range(4)},
+    **{f"search, ZeRO {stage}, fp16": {"zero_stage": stage, "precision": "fp16", "scale": 15} for stage in range(4)},
     **{f"bad, ZeRO {stage}, bf16": {"zero_stage": stage, "precision": "bf16", "bad": True} for stage in (0, 1, 3)},
 }  # fmt: skip
 SAVED = {
@@ -61,6 +62,7 @@ def ways(world: int) -> dict[str, dict]:
 
 
 def engine_of(way: dict, world: int):
+    torch.nn.functional.linear = LINEAR  # DeepSpeed's stage 3 leaves one in its place that rounds otherwise
     torch.manual_seed(3)
     model = CLIP4Clip(SPEC, "seqTransf", "2d", blocks=2, segments=FRAMES)
     if way.get("frozen"):
@@ -76,7 +78,8 @@ def engine_of(way: dict, world: int):
 
 
 def go(engine, train: TrainConfig, rank: int, world: int, first: int, last: int, bad: bool = False) -> list:
-    data, losses = batch(rank, world), []
+    """[loss, norm of the gradient before clipping] of each step; Adam and clipping hide a gradient of wrong size."""
+    data, found = batch(rank, world), []
     whole = data.frames.clone()
     for step in range(first, last):
         broken = bad and step == 1
@@ -84,10 +87,10 @@ def go(engine, train: TrainConfig, rank: int, world: int, first: int, last: int,
             data.frames[0] = float("nan")
         loss = train_step(engine, data, 1.0 - step / 10, train)
         dist.all_reduce(loss)
-        losses.append(loss.item() / world)
+        found.append([loss.item() / world, float(engine.get_global_grad_norm())])
         assert applied(engine) is not broken
         data.frames.copy_(whole)
-    return losses
+    return found
 
 
 def search(engine, train: TrainConfig, rank: int, world: int) -> list[bool]:
@@ -104,15 +107,15 @@ def results(folder: Path, rank: int, world: int) -> dict[str, list]:
     found = {}
     for name, way in ways(world).items():
         engine, train = engine_of(way, world)
-        if way.get("scale", 0) > 20:
+        if way.get("scale", 0) > 10:
             found[name] = search(engine, train, rank, world)
             engine.destroy()
             continue
         bad = way.get("bad", False)
-        losses = go(engine, train, rank, world, 0, HALF, bad)
+        first = go(engine, train, rank, world, 0, HALF, bad)
         if name in SAVED[world]:
             checkpoint.save(engine, folder / f"{world} {name}", HALF)
-        found[name] = losses + ([] if bad else go(engine, train, rank, world, HALF, STEPS))
+        found[name] = first + ([] if bad else go(engine, train, rank, world, HALF, STEPS))
         engine.destroy()
     dist.barrier()
     for name, (ranks, source, way) in AGAIN[world].items():
