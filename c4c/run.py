@@ -107,8 +107,9 @@ def read_config(folder: Path) -> dict:
 _FREE = ("run.dir", "run.resume", "run.deterministic", "run.wandb", "checkpoint.", "engine.zero_stage", "engine.offload",
          "engine.compile", "engine.activation_checkpointing", "engine.timeout_s", "deepspeed.zero_optimization.",
          "deepspeed.comms_logger.", "deepspeed.flops_profiler.", "deepspeed.wall_clock_breakdown", "deepspeed.steps_per_print",
-         "train.eval_every", "train.patience", "train.micro_batch_size", "train.max_bad_steps", "data.test", "data.threads", "data.prefetch",
-         "data.read_timeout_s", "cache.dir", "cache.max_gb", "data.eval_batch_size", "data.max_bad_fraction", "data.lane")  # fmt: skip
+         "train.eval_every", "train.patience", "train.micro_batch_size", "train.max_bad_steps", "data.test", "data.threads",
+         "data.prefetch", "data.read_timeout_s", "data.local_", "data.ahead", "data.server_timeout_s", "cache.dir",
+         "cache.max_gb", "data.eval_batch_size", "data.max_bad_fraction", "data.lane")  # fmt: skip
 
 
 def check_continuation(folder: Path, config: dict, defaults: dict | None = None) -> None:

@@ -31,6 +31,7 @@ class Ahead:
         self._tasks: deque[tuple[int, Callable[[], int]]] = deque()
         self._at, self._next, self._closed = 0, 0, False
         self._held: dict[int, int] = {}  # bytes brought here for each step to come
+        self._busy, self._largest = 0, 0  # what is being fetched will take as much as the largest so far, at most
         for i in range(THREADS):
             threading.Thread(target=self._work, name=f"c4c-fetch-{i}", daemon=True).start()
 
@@ -54,21 +55,29 @@ class Ahead:
 
     def _work(self) -> None:
         for place, task in iter(self._take, None):
+            size = 0
             try:
                 size = task()
             except (OSError, ShardError):
-                continue
-            with self._state:
-                if place > self._at:
-                    self._held[place] = self._held.get(place, 0) + size
+                pass
+            finally:
+                with self._state:
+                    self._busy, self._largest = self._busy - 1, max(self._largest, size)
+                    if place > self._at:
+                        self._held[place] = self._held.get(place, 0) + size
+                    self._state.notify_all()
 
     def _take(self) -> tuple[int, Callable[[], int]] | None:
         with self._state:
             self._state.wait_for(lambda: self._closed or (self._tasks and self._has_room()))
-            return None if self._closed else self._tasks.popleft()
+            if self._closed:
+                return None
+            self._busy += 1
+            return self._tasks.popleft()
 
     def _has_room(self) -> bool:
-        return self._tasks[0][0] <= self._at + 1 or sum(self._held.values()) < self._max
+        expected = sum(self._held.values()) + self._busy * self._largest
+        return self._tasks[0][0] <= self._at + 1 or expected < self._max
 
 
 def span(video: Video, positions: np.ndarray | None) -> tuple[int, int]:

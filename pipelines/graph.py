@@ -137,3 +137,22 @@ def _reason(error: RuntimeError) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = [line for line in lines if "rror" in line and not line.startswith(("Error in", "Error when"))]
     return (said or lines or [type(error).__name__])[0][:300]
+
+
+def copied(frames):
+    """What a graph's next run does not overwrite."""
+    if isinstance(frames, torch.Tensor):
+        return frames.clone()
+    return [np.array(f) for f in frames] if isinstance(frames, list) else np.array(frames)
+
+
+def bounded(rows: list[int], counts: list[int], most: int) -> list[list[int]]:
+    """The rows in groups of at most `most` pieces in all."""
+    groups, held = [[]], 0
+    for row, count in zip(rows, counts, strict=True):
+        if held + count > most and groups[-1]:
+            groups.append([])
+            held = 0
+        groups[-1].append(row)
+        held += count
+    return groups

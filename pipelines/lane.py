@@ -22,7 +22,7 @@ from pipelines.augment import View, augments, view
 from pipelines.buffers import Buffers
 from pipelines.cache import FrameCache
 from pipelines.config import CacheConfig, DataConfig
-from pipelines.graph import Graph, GraphError, Plan
+from pipelines.graph import Graph, GraphError, Plan, bounded, copied
 from pipelines.normalise import Normalise
 from pipelines.read import BadSample, Reader, Source
 from pipelines.sampling import candidates, choose, distinct, draws, generator
@@ -252,7 +252,7 @@ class Lane:
     def _run(self, graph: Graph, requests: list[Request], sources: list[Source], rows: list[int]) -> dict:
         """{row: frames} of these rows. A graph that fails is made anew and the rows halved until the bad ones are found."""
         started, bad, out = time.perf_counter(), {}, {}
-        batches = _bounded(rows, [len(sources[i].pieces) for i in rows], graph.units)
+        batches = bounded(rows, [len(sources[i].pieces) for i in rows], graph.units)
         many = len(batches) > 1
         while batches:
             part = batches.pop()
@@ -266,7 +266,7 @@ class Lane:
                     batches += [part[: len(part) // 2], part[len(part) // 2 :]]
                 many = True
                 continue
-            out |= zip(part, [_copy(f) for f in found] if many else found, strict=True)
+            out |= zip(part, [copied(f) for f in found] if many else found, strict=True)
         if bad:
             raise Undecodable(bad)
         stage = "decode_s" if graph.plan.source != "pictures" else "resize_s"
@@ -391,22 +391,3 @@ class Lane:
 def _places(among: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """Where each wanted position stands among increasing ones that hold them all."""
     return np.arange(len(among)) if np.array_equal(among, wanted) else np.searchsorted(among, wanted)
-
-
-def _copy(frames):
-    """What a graph's next run does not overwrite."""
-    if isinstance(frames, torch.Tensor):
-        return frames.clone()
-    return [np.array(f) for f in frames] if isinstance(frames, list) else np.array(frames)
-
-
-def _bounded(rows: list[int], counts: list[int], most: int) -> list[list[int]]:
-    """The rows in groups of at most `most` pieces in all."""
-    groups, held = [[]], 0
-    for row, count in zip(rows, counts, strict=True):
-        if held + count > most and groups[-1]:
-            groups.append([])
-            held = 0
-        groups[-1].append(row)
-        held += count
-    return groups

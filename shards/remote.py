@@ -106,7 +106,7 @@ class RemoteFiles:
             found.append((f"{self._set}/{video.shard}.{start}.{length}", tar, start, length))
         return found
 
-    def _get(self, name: str, start: int | None = None, size: int | None = None) -> bytes:
+    def _get(self, name: str, start: int = 0, size: int | None = None) -> bytes:
         end = None if size is None else start + size
 
         def ask() -> bytes:

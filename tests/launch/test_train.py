@@ -66,6 +66,28 @@ def test_a_run_folder_holds_all_that_is_needed_later(runs, launcher):
     assert latest(run) == "step00000010"
 
 
+def test_ranks_train_from_an_object_store_through_one_folder(launcher, runs, monkeypatch):
+    moto = pytest.importorskip("moto.server")
+    s3fs = pytest.importorskip("s3fs")
+    server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    store = s3fs.S3FileSystem(skip_instance_cache=True)
+    store.mkdir("bucket")
+    store.put(f"{launcher.train}/", "bucket/train/", recursive=True)
+    run, local = launcher.folder / "remote", launcher.folder / "local"
+    words = ["data.train=s3://bucket/train", f"data.local_dir={local}", "data.local_gb=0.1", f"run.dir={run}"]
+    code, out, err = launcher.finish(launcher.command(2, *words, "train.epochs=2"))
+    server.stop()
+    assert code == 0, out + err
+    assert losses(run) == losses(runs["2 ranks"])
+    assert 0 < sum(p.stat().st_size for p in local.glob("*/*")) < 0.1e9
+
+
 def test_a_run_killed_twice_is_the_unbroken_one(launcher, runs):
     """All of it at once, then one rank. `python tests/launch/kills.py` does this twenty times."""
     run = launcher.folder / "killed"

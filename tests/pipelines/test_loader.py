@@ -141,7 +141,7 @@ def test_a_run_goes_on_exactly_from_any_step(numbered, profile, rule):
 def test_the_global_batch_is_the_same_for_any_number_of_ranks(numbered, profile):
     split = getattr(numbered, profile)
     config = replace(SMALL, sampling="segment")
-    for size, worlds in ((4, (1, 2, 4)), (6, (1, 3))):
+    for size, worlds in ((8, (1, 2, 8)), (6, (1, 3))):
         options = {"batch_size": size, "config": config}
         by_world = {w: [run(split, 7, rank=r, world=w, **options) for r in range(w)] for w in worlds}
         for step in range(7):

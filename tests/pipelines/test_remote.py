@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipelines.ahead import Ahead
 from pipelines.loader import Loader, VideoReader
 from shards import ShardError, remote
 from shards.dataset import Split
@@ -134,6 +135,36 @@ def test_one_of_many_fetches(tmp_path):
     for thread in threads:
         thread.join()
     assert fetched == [1]
+
+
+# ---- fetching ahead ----
+
+
+def test_so_many_steps_are_fetched_ahead_and_no_more_than_fit():
+    done = []
+
+    def wanted(place: int) -> list:
+        def task() -> int:
+            if place == 3:
+                raise OSError("left for the step itself")
+            done.append(place)
+            return 60
+
+        return [task]
+
+    def settled(ahead: Ahead, place: int, last: int | None) -> list[int]:
+        done.clear()
+        ahead.reach(place, last)
+        time.sleep(0.1)
+        return sorted(done)
+
+    wide, narrow = Ahead(wanted, 4, 10**6), Ahead(wanted, 4, 100)
+    assert settled(wide, 0, None) == [0, 1, 2, 4]
+    assert settled(wide, 1, None) == [5] and settled(wide, 9, 11) == [9, 10, 11] and settled(wide, 10, 11) == []
+    assert settled(narrow, 0, None) == [0, 1, 2], "the next step's whatever they take, then what there is room for"
+    assert settled(narrow, 2, None) == [4, 5]
+    wide.close()
+    narrow.close()
 
 
 # ---- the server ----
@@ -265,7 +296,7 @@ def test_a_server_that_stays_away_ends_the_run(url, tmp_path, monkeypatch):
 
 
 def test_what_can_never_succeed_is_said_at_once(url, tmp_path, store):
-    with pytest.raises(ShardError, match=r"s3://sets/nothing/dataset\.json is missing"):
+    with pytest.raises(ShardError, match=r"sets/nothing/dataset\.json is missing"):
         at("s3://sets/nothing", tmp_path)
 
     def refused():
