@@ -152,11 +152,9 @@ def build(config: ModelConfig, num_frames: int) -> CLIP4Clip:
             "random weights"
         )
     if config.init_from == "scratch":
-        model = CLIP4Clip(
-            towers.named(config.backbone), config.head, config.linear_patch, config.head_layers, num_frames
-        )  # fmt: skip
-        model.head.start_from(model.clip)
-        return model
+        # the head starts at random too: there is nothing to gain from copies of untrained blocks and positions
+        spec = towers.named(config.backbone)
+        return CLIP4Clip(spec, config.head, config.linear_patch, config.head_layers, num_frames)
     return _start(config, read_backbone(config.backbone, config.init_from, config.init_tag or None), num_frames)
 
 

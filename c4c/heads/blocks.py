@@ -6,6 +6,9 @@ import torch
 from open_clip.transformer import LayerNorm, QuickGELU, ResidualAttentionBlock
 from torch import Tensor, nn
 
+# Standard deviation of positions that start at random: that of what a random tower says of a frame. Blocks normalise the
+# sum of the two, so smaller positions drown, and order is not learned in any number of steps a small run has.
+POSITION_STD = 1.0
 _HIDDEN = -1e6  # added to the attention on padding, as in CLIP4Clip's modules/until_module.py
 
 

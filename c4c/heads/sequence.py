@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from c4c.heads import copy_blocks
-from c4c.heads.blocks import TemporalTransformer, copy_positions, too_long
+from c4c.heads.blocks import POSITION_STD, TemporalTransformer, copy_positions, too_long
 from c4c.heads.mean import MeanPooling
 
 
@@ -20,7 +20,7 @@ class SeqTransf(MeanPooling):
         super().__init__(width)
         self.frame_position_embeddings = nn.Embedding(positions, width)
         self.transformerClip = TemporalTransformer(width, blocks, attention_heads, eps=1e-12)
-        nn.init.normal_(self.frame_position_embeddings.weight, std=0.02)
+        nn.init.normal_(self.frame_position_embeddings.weight, std=POSITION_STD)
         self.transformerClip.randomize()
 
     def start_from(self, clip: nn.Module) -> None:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from c4c.heads import Head, copy_blocks, present
-from c4c.heads.blocks import TemporalTransformer, copy_positions, too_long
+from c4c.heads.blocks import POSITION_STD, TemporalTransformer, copy_positions, too_long
 
 _PAIRS = 4096  # pairs that pass through the transformer at once; their activations are computed again for gradients
 
@@ -51,7 +51,7 @@ class TightTransf(Head):
         self.cross = _Cross(width, blocks, attention_heads, positions)
         self.similarity_dense = nn.Linear(width, 1)
         self.cross.transformer.randomize()
-        nn.init.normal_(self.cross.embeddings.position_embeddings.weight, std=0.02)
+        nn.init.normal_(self.cross.embeddings.position_embeddings.weight, std=POSITION_STD)
         for linear in (self.cross.pooler.dense, self.similarity_dense):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)

@@ -2,8 +2,9 @@
 
 A video shows one event: a coloured shape moves, grows, appears, changes, turns over, or gives way to another, on a
 textured background. Every event has a `before` and an `after`, and the same event played backwards is another event
-with another caption (right and left, grows and shrinks, ...). About 30 % of each split are such pairs, whose members
-show the same frames in opposite order: who ignores the order of frames can at best guess between the two.
+with another caption (right and left, grows and shrinks, ...). All training videos and 30 % of the test videos come in such
+pairs, whose members show the same frames in opposite order: who ignores the order of frames can at best guess between the
+two.
 
 All action stays inside the central 120x120 square, so that a centre crop loses nothing, and frames taken at one
 a second show it.

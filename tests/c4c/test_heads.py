@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from c4c.heads import HEADS
-from c4c.model import CLIP4Clip
+from c4c.model import CLIP4Clip, ModelConfig, build
 from tests.c4c.test_weights import SPEC, tiny
 
 
@@ -138,3 +138,13 @@ def test_too_many_frames_is_an_error():
     frames, mask = torch.randn(1, 6, 64), torch.ones(1, 6, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"data\.num_frames"):
         CLIP4Clip(SPEC, "TransformerAdapter", blocks=1, segments=5).head.video(frames, mask)
+
+
+@pytest.mark.parametrize("name", ["seqTransf", "tightTransf"])
+def test_positions_that_start_at_random_are_not_drowned_by_the_frames(name):
+    torch.manual_seed(0)
+    model = build(ModelConfig(backbone="ViT-demo-16", head=name, init_from="scratch"), 4).eval()
+    with torch.no_grad():
+        frames = model.encode_video(torch.randn(1, 4, 3, 64, 64), torch.ones(1, 4, dtype=torch.bool))
+    table = next(p for key, p in model.head.named_parameters() if "position_embeddings" in key)
+    assert 0.5 < table.std() / frames.std() < 2

@@ -93,14 +93,14 @@ def test_every_attribute_of_test_is_common_in_train(full: dict[str, list[demo.Sc
 
 
 def test_only_pairs_mirror_each_other(full: dict[str, list[demo.Scene]]) -> None:
-    for some in full.values():
+    for name, some in full.items():
         groups = collections.defaultdict(list)
         for scene in some:
             groups[scene.event].append(scene)
         assert all(len(group) == (2 if group[0].pair else 1) for group in groups.values())
         assert len({scene.combination for scene in some}) == len(some)
         paired = sum(scene.pair is not None for scene in some)
-        assert paired / len(some) == pytest.approx(0.3, abs=0.01)
+        assert paired / len(some) == demo_scenes.PAIRED[name]
         assert all(a.pair is None or a.pair != b.pair for a, b in itertools.pairwise(some))
         assert {a.kind for a, _ in pairs(some)} == set(demo_scenes.KINDS)
 
