@@ -9,8 +9,12 @@ demo-narrated --out data/narrated). Writes bench/results/two_stage.json; started
 
 import argparse
 import json
+import os
 import platform
 import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import yaml
@@ -21,7 +25,7 @@ from c4c import stages
 
 ROOT = Path(__file__).parents[1]
 CE = {"train.loss": "cross_entropy", "clips.bag": 1}
-FINE = {"train.lr": 3e-4}  # from a start that is good already
+FINE = {"train.lr": 5e-4}  # from a start that is good already
 # name of the evaluation: what it is of
 ROWS = {
     "from-scratch": "from scratch on the small set",
@@ -36,10 +40,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="The demo's two stages over seeds.")
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
     parser.add_argument("--launcher", default="python", help="how training is started (%(default)s)")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="seeds at once, each with its share of the cores (%(default)s)"
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs/bench_two_stage"))
     parser.add_argument("--json", type=Path, default=ROOT / "bench/results/two_stage.json")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of all training stages")
     args = parser.parse_intermixed_args()
+    if args.jobs > 1:  # each seed in a process of its own; what follows then finds everything done
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(lambda seed: _alone(seed, args), args.seeds))
     console, found = Console(soft_wrap=True), {}
     for seed in args.seeds:
         folder = args.runs / str(seed)
@@ -52,6 +62,14 @@ def main() -> int:
         _write(args.json, found, args.overrides)
     console.print(_table(found))
     return 0
+
+
+def _alone(seed: int, args: argparse.Namespace) -> None:
+    words = ["--seeds", str(seed), "--launcher", args.launcher, "--runs", str(args.runs), *args.overrides]
+    part = args.runs / str(seed) / "result.json"
+    share = {"LOCAL_WORLD_SIZE": str(args.jobs)}  # by which training divides the machine's cores
+    command = [sys.executable, __file__, *words, "--json", str(part)]
+    subprocess.run(command, cwd=ROOT, env=os.environ | share, check=True)
 
 
 def _stages(folder: Path, common: dict) -> list[dict]:
