@@ -84,7 +84,9 @@ def pipeline():
     with pytest.MonkeyPatch.context() as patch:
         scripts = Scripts()
         patch.setattr(stages, "_call", scripts.call)
-        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv(
+            "LOCAL_WORLD_SIZE", "2"
+        )  # half the cores: beside other tests, threads that wait for each other are slow
         patch.chdir(ROOT)
 
         def run(folder: Path, kill: Path | None = None) -> int:
