@@ -1,11 +1,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 export PATH := $(abspath $(VENV))/bin:$(PATH)
-.PHONY: demo test kills lint
+.PHONY: demo demo-two-stage test kills lint
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
 	python -c 'import c4c.engine as e; e.compile_ops()' & python -m c4c.shard demo --out data/demo && wait && deepspeed launch/train.py --cfg demo.yaml run.resume=auto && python launch/eval.py --ckpt runs/demo --json runs/demo/eval.json
+
+demo-two-stage: $(VENV)/ready
+	python -c 'import c4c.engine as e; e.compile_ops()' & python -m c4c.shard demo-narrated --out data/narrated && wait && python launch/pipeline.py --cfg demo_two_stage.yaml
 
 test: $(VENV)/ready
 	python -m pytest -q

@@ -27,9 +27,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+from rich.table import Table
 
 from c4c.config import Config, ConfigError, load, to_dict
-from c4c.run import check_continuation, read_done
+from c4c.run import DONE, check_continuation, read_done
 
 _STARTED_FROM = "started_from.json"
 _KEYS = {"train": {"name", "cfg", "from", "set"}, "eval": {"name", "eval", "data", "set"}}
@@ -142,6 +143,18 @@ def run(pipeline: Pipeline, scripts: Path, say: Callable[[str], None]) -> None:
             _evaluate(stage, [sys.executable, str(scripts / "eval.py")], tell)
 
 
+def table(pipeline: Pipeline) -> Table:
+    """What the evaluations found."""
+    out = Table(title="text to video")
+    for name in ("", "R@1 %", "R@5 %", "R@10 %", "MdR"):
+        out.add_column(name, justify="left" if not name else "right")
+    for stage in pipeline.stages:
+        if stage.of:
+            row = json.loads(stage.result.read_text())["t2v"]
+            out.add_row(stage.name, *(f"{row[k]:.1f}" for k in ("R1", "R5", "R10", "MdR")))
+    return out
+
+
 def _train(stage: Stage, command: list[str], say: Callable[[str], None]) -> None:
     run = stage.run
     if (run / "config.yaml").exists():
@@ -175,7 +188,7 @@ def _check_source(stage: Stage) -> None:
 
 def _evaluate(stage: Stage, command: list[str], say: Callable[[str], None]) -> None:
     done = read_done(stage.run)
-    if stage.result.exists() and stage.result.stat().st_mtime >= done["time_unix_s"]:
+    if stage.result.exists() and stage.result.stat().st_mtime >= (stage.run / DONE).stat().st_mtime:
         return say(f"{stage.result} is there")
     data = ["--data", stage.data] if stage.data else []
     words = ["--ckpt", str(stage.run), "--tag", done["best"], *data, "--json", str(stage.result), *stage.words]

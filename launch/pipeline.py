@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from c4c.stages import read, run
+from c4c.stages import read, run, table
 
 
 def main() -> int:
@@ -24,6 +24,7 @@ def main() -> int:
     try:
         stages = read(args.cfg, args.overrides, [folder / "cfg"], args.launcher)
         run(stages, folder, lambda text: console.print(text, highlight=False, markup=False))
+        Console().print(table(stages))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from c4c import guard
-from c4c.guard import BadSteps, Stop, Watchdog, agree, lost_peer, out_of_memory, speak
+from c4c.guard import BadSteps, Patience, Stop, Watchdog, agree, lost_peer, out_of_memory, speak
 
 
 def test_a_signal_only_asks_to_stop():
@@ -146,3 +146,15 @@ def test_every_ranks_error_is_told_once(monkeypatch, capsys):
     assert lost_peer(gloo) and not lost_peer(RuntimeError("shapes"))
     speak(gloo, 0)
     assert "another rank broke" in capsys.readouterr().err
+
+
+def test_patience_is_lost_after_so_many_validations_without_a_better_one():
+    patience = Patience(2, [])
+    seen = []
+    for score in (3.0, 5.0, 5.0, 6.0, 1.0, 6.0):  # as good is not better
+        assert not patience.lost
+        patience.note(score, 1, torch.device("cpu"))
+        seen.append(patience.lost)
+    assert seen == [False] * 5 + [True]
+    assert Patience(2, [5.0, 5.0, 4.0]).lost and not Patience(3, [5.0, 5.0, 4.0]).lost
+    assert not Patience(0, [5.0, 4.0, 3.0]).lost

@@ -91,3 +91,27 @@ def test_towers_and_head_learn_at_their_own_rates():
         for parameter in group["params"]:
             assert ("bias" in names[parameter]) == (group["weight_decay"] == 0)
             assert names[parameter].startswith("model.clip.") == (group["lr"] < 1e-6)
+
+
+def test_parts_of_the_model_have_rates_of_their_own():
+    learner = Learner(build(ModelConfig(backbone="ViT-demo-16", head="seqTransf", init_from="scratch"), 4))
+    names = {p: name for name, p in learner.named_parameters()}
+    config = TrainConfig(lr=1e-2, coef_lr=0.1, lr_text=0.5, lr_video=2.0)
+    groups = parameter_groups(learner, config)
+    rates = {names[p]: group["lr"] for group in groups for p in group["params"]}
+    assert rates.keys() == set(names.values())
+    for name, rate in rates.items():
+        clip = name.removeprefix("model.clip.")
+        expected = (
+            1e-2 if clip == name else 1e-3 if clip == "logit_scale" else 2e-3 if clip.startswith("visual.") else 5e-4
+        )
+        assert rate == pytest.approx(expected), name
+    assert {g["part"] for g in groups} == {"text", "video", "temperature", "head"}
+    assert len({(g["part"], g["weight_decay"]) for g in groups}) == len(groups) == 7
+
+
+def test_a_tower_is_frozen_until_its_epoch():
+    config = TrainConfig(freeze_text_epochs=0.5, freeze_video_epochs=1)
+    assert [config.frozen(epochs) for epochs in (0.0, 0.49, 0.5, 0.99, 1.0)] == [
+        ("text", "video"), ("text", "video"), ("video",), ("video",), (),
+    ]  # fmt: skip

@@ -1,0 +1,119 @@
+"""What stage one is worth on the demo, and what MIL-NCE is worth over cross-entropy on captions that stand in wrong places.
+
+    python bench/two_stage.py [--seeds 42 43 44] [key=value ...]
+
+For each seed: the small set from scratch; stage one on the narrated set with either loss; zero-shot after it; fine-tuned
+after it. Both losses see the same clips in the same number of steps. Needs data/narrated (python -m c4c.shard
+demo-narrated --out data/narrated). Writes bench/results/two_stage.json; started again, it goes on where it was.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from c4c import stages
+
+ROOT = Path(__file__).parents[1]
+CE = {"train.loss": "cross_entropy", "clips.bag": 1}
+FINE = {"train.lr": 5e-4}  # from a start that is good already
+# name of the evaluation: what it is of
+ROWS = {
+    "from-scratch": "from scratch on the small set",
+    "zero-shot": "zero-shot after stage one, MIL-NCE",
+    "zero-shot-ce": "zero-shot after stage one, cross-entropy",
+    "fine-tuned": "fine-tuned after stage one, MIL-NCE",
+    "fine-tuned-ce": "fine-tuned after stage one, cross-entropy",
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="The demo's two stages over seeds.")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
+    parser.add_argument("--launcher", default="python", help="how training is started (%(default)s)")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="seeds at once, each with its share of the cores (%(default)s)"
+    )
+    parser.add_argument("--runs", type=Path, default=Path("runs/bench_two_stage"))
+    parser.add_argument("--json", type=Path, default=ROOT / "bench/results/two_stage.json")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of all training stages")
+    args = parser.parse_intermixed_args()
+    if args.jobs > 1:  # each seed in a process of its own; what follows then finds everything done
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(lambda seed: _alone(seed, args), args.seeds))
+    console, found = Console(soft_wrap=True), {}
+    for seed in args.seeds:
+        folder = args.runs / str(seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        common = dict(word.split("=", 1) for word in args.overrides) | {"run.seed": seed}
+        (folder / "stages.yaml").write_text(yaml.safe_dump({"stages": _stages(folder, common)}))
+        pipeline = stages.read(folder / "stages.yaml", search=[ROOT / "launch/cfg"], launcher=args.launcher)
+        stages.run(pipeline, ROOT / "launch", lambda text: console.print(text, highlight=False, markup=False))
+        found[seed] = {s.name: json.loads(s.result.read_text()) for s in pipeline.stages if s.of}
+        _write(args.json, found, args.overrides)
+    console.print(_table(found))
+    return 0
+
+
+def _alone(seed: int, args: argparse.Namespace) -> None:
+    words = ["--seeds", str(seed), "--launcher", args.launcher, "--runs", str(args.runs), *args.overrides]
+    part = args.runs / str(seed) / "result.json"
+    share = {"LOCAL_WORLD_SIZE": str(args.jobs)}  # by which training divides the machine's cores
+    command = [sys.executable, __file__, *words, "--json", str(part)]
+    subprocess.run(command, cwd=ROOT, env=os.environ | share, check=True)
+
+
+def _stages(folder: Path, common: dict) -> list[dict]:
+    def training(name: str, cfg: str, settings: dict, source: str = "") -> dict:
+        stage = {"name": name, "cfg": cfg, "set": {"run.dir": str(folder / name), **settings, **common}}
+        return stage | ({"from": source} if source else {})
+
+    out = [training("scratch", "demo_small.yaml", {}), {"name": "from-scratch", "eval": "scratch"}]
+    for end, settings in (("", {}), ("-ce", CE)):
+        out += [
+            training(f"pretrain{end}", "demo_narrated.yaml", settings),
+            {"name": f"zero-shot{end}", "eval": f"pretrain{end}"},
+            training(f"finetune{end}", "demo_small.yaml", FINE, f"pretrain{end}"),
+            {"name": f"fine-tuned{end}", "eval": f"finetune{end}"},
+        ]
+    return out
+
+
+def _mean(found: dict, name: str) -> tuple[float, float]:
+    values = [result[name]["t2v"]["R1"] for result in found.values()]
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def _table(found: dict) -> Table:
+    table = Table("", *(f"seed {seed}" for seed in found), "mean", title="text-to-video R@1 %")
+    for name, title in ROWS.items():
+        values = [f"{result[name]['t2v']['R1']:.1f}" for result in found.values()]
+        table.add_row(title, *values, f"{_mean(found, name)[0]:.1f}")
+    return table
+
+
+def _write(path: Path, found: dict, overrides: list[str]) -> None:
+    means = {name: dict(zip(("mean", "standard_deviation"), _mean(found, name), strict=True)) for name in ROWS}
+    gains = {
+        "fine-tuned over scratch, R@1 points": means["fine-tuned"]["mean"] - means["from-scratch"]["mean"],
+        "MIL-NCE over cross-entropy, zero-shot, R@1 points": means["zero-shot"]["mean"] - means["zero-shot-ce"]["mean"],
+        "MIL-NCE over cross-entropy, fine-tuned, R@1 points": means["fine-tuned"]["mean"]
+        - means["fine-tuned-ce"]["mean"],
+    }
+    about = {"machine": platform.machine(), "system": platform.platform(), "overrides": overrides}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    out = {"gains": gains, "t2v_R1": means, "seeds": {str(k): v for k, v in found.items()}, **about}
+    path.write_text(json.dumps(out, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
