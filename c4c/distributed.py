@@ -1,11 +1,13 @@
 """Joining the ranks that a launcher started, and keeping DeepSpeed quiet."""
 
+import io
 import logging
 import os
 import re
 import shlex
 import sys
 from collections.abc import MutableMapping
+from contextlib import redirect_stdout
 from datetime import timedelta
 from pathlib import Path
 
@@ -36,7 +38,8 @@ def start_distributed(timeout_s: float = 1800.0) -> tuple[int, int, torch.device
     else:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
     backend = get_accelerator().communication_backend_name()
-    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(seconds=timeout_s))
+    with redirect_stdout(io.StringIO()):  # it tells that it has loaded its exchange in shared memory
+        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(seconds=timeout_s))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     return dist.get_rank(), dist.get_world_size(), device
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import queue
 import signal
 import socket
 import sys
@@ -152,14 +153,20 @@ class Watchdog:
         self._turn, self._doing, self._since = self._turn + 1, doing, time.monotonic()
 
     def _watch(self) -> None:
+        lost = "rank 0, at which the ranks meet, does not answer: "
         try:
             while not self._stopped.wait(self._interval):
-                self._publish()
-                if time.monotonic() - self._since > self._timeout:
-                    self._report(self._slowest())
+                late = time.monotonic() - self._since > self._timeout
+                try:
+                    _within(2 * self._interval, self._publish)
+                    if late:
+                        self._report(_within(8 * self._interval + 1, self._slowest))
+                except TimeoutError:
+                    if late:
+                        self._report(f"{lost}its process is stopped, or its machine gone")
         except Exception:  # the store went with the rank that held it
             if not self._stopped.wait(2 * self._interval):  # at the end of a run that is how it should be
-                self._report("rank 0, at which the ranks meet, does not answer: it ended, or its machine is gone")
+                self._report(f"{lost}it ended, or its machine is gone")
 
     def _publish(self) -> None:
         self._beat += 1
@@ -201,6 +208,26 @@ class Watchdog:
         text = f"error: no step for {self._timeout:.0f} s (engine.timeout_s): {found}. The others wait for it in vain"
         print(f"{text}\n{stack}", file=sys.stderr, flush=True)
         self._end(1)
+
+
+def _within(seconds: float, call: Callable):
+    """What `call` returns or raises. TimeoutError if it takes longer: the store of a stopped process blocks for ever."""
+    came: queue.Queue = queue.Queue()
+
+    def run() -> None:
+        try:
+            came.put((call(), None))
+        except Exception as error:
+            came.put((None, error))
+
+    threading.Thread(target=run, name="c4c-watchdog-store", daemon=True).start()
+    try:
+        result, error = came.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError from None
+    if error is not None:
+        raise error
+    return result
 
 
 def _place(state: dict | None) -> str:

@@ -176,6 +176,8 @@ class Trainer:
             f"videos, {session.loader.order.pairs} pairs; {self.total} steps of {config.train.batch_size} on {self.world} "
             f"x {self.device.type}, ZeRO {config.engine.zero_stage}, {config.engine.precision}; -> {self.folder}"
         )
+        if config.engine.compile:
+            self.report.say("the towers are compiled in the first steps, which takes minutes on some machines")
         if session.done:
             self.report.say(f"continuing after step {session.done}")
 

@@ -116,6 +116,17 @@ def test_a_rank_that_is_gone_is_named(store, capsys):
     assert "rank 1 (never heard of) does not answer" in capsys.readouterr().err
 
 
+def test_a_first_rank_that_is_stopped_is_named(store, capsys, monkeypatch):
+    """It holds the store: whoever asks that waits, and the watch must not wait with them."""
+    ended, never = threading.Event(), threading.Event()
+    monkeypatch.setattr(store, "check", lambda keys: never.wait(20))
+    with Watchdog(1, 2, 0.4, end=lambda code: ended.set()) as watch:
+        watch.now("at step 7")
+        assert ended.wait(5)
+        never.set()
+    assert "rank 0, at which the ranks meet, does not answer: its process is stopped" in capsys.readouterr().err
+
+
 def test_a_run_that_goes_on_is_left_alone(store, capsys):
     with Watchdog(0, 2, 0.4, end=lambda code: pytest.fail("ended")) as watch:
         for step in range(12):

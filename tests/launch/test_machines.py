@@ -28,7 +28,7 @@ class Stages:
 
     def torchrun(self) -> None:
         """A rank is killed; both agents start theirs again, which has to go on though run.resume is never; SIGTERM."""
-        meet = f"--nnodes 2 --nproc_per_node 1 --rdzv_backend c10d --rdzv_endpoint {HOSTS[0]}:{free_port()} --max_restarts 1"
+        meet = f"--nnodes 2 --nproc_per_node 1 --rdzv_backend c10d --rdzv_endpoint {HOSTS[0]}:{free_port()} --max_restarts 3"
         command = [sys.executable, "-m", "torch.distributed.run", *meet.split()]
         agents = self._start([[*command, "--local_addr", host, SCRIPT, *self.words] for host in HOSTS])
         self._reach(2, agents)
