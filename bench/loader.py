@@ -187,7 +187,7 @@ def _pass(way: Way, split: Split, config: DataConfig, how: str, cache: CacheConf
     clips = bytes_read = used = decoded = 0
     with Loader(split, config, batch_size=BATCH, seed=0, cache=cache, raw="raw" in how) as loader:
         # memory for batches is taken once and used again; the first epoch of a cold cache is what is measured of it
-        first = 0 if "cold" in how else config.prefetch + 4
+        first = 0 if "cold" in how else 1 if way.name.startswith("video") else config.prefetch + 4
         began, cpu = time.perf_counter(), time.process_time()
         for i, batch in enumerate(loader.batches(count=first + passes * loader.steps_per_epoch)):
             if i < first:
