@@ -36,6 +36,9 @@ from shards.video import scaled_size
 __all__ = ["BadSample", "Lane", "Request", "Source", "Undecodable", "lane_name"]
 
 
+_BYTES_A_THREAD = (
+    4 << 20
+)  # of frames that the graph makes at once on a CPU: more fall out of its caches before they are used
 _UNITS_TO_CACHE = 1024  # frames the graph takes at once where all frames of a video may be kept
 
 
@@ -186,19 +189,32 @@ class Lane:
         mask = torch.zeros(clips, config.num_frames, dtype=torch.bool)
         for i, request in enumerate(requests):
             mask[i, : len(request.positions)] = True
-        rows, positions = self._decoded(requests, sources) if clips else ([], [])
-        self._count(requests, sources)
-        started = time.perf_counter()
         shape = (side, side, 3) if raw else (3, side, side)
         dtype = torch.uint8 if raw else self._normalise.dtype
-        frames = self._buffers.take((clips, config.num_frames, *shape), dtype)
+        frames, bad = self._buffers.take((clips, config.num_frames, *shape), dtype), {}
+        for rows in bounded(range(clips), [len(s.pieces) for s in sources], self._graph.units) if clips else []:
+            part = slice(rows[0], rows[-1] + 1)
+            try:
+                self._decode_into(frames[part], requests[part], sources[part], raw)
+            except Undecodable as error:
+                bad |= {rows[i]: reason for i, reason in error.rows.items()}
+        if bad:
+            raise Undecodable(bad)
+        self._count(requests, sources)
+        return frames, mask.to(self._device)
+
+    def _decode_into(self, frames: torch.Tensor, requests: list[Request], sources: list[Source], raw: bool) -> None:
+        """As many clips as the graph takes at once; its output is used while it is in the processor's caches."""
+        pictures, positions = self._decoded(requests, sources)
+        started = time.perf_counter()
         picks = [_places(p, r.positions) for p, r in zip(positions, requests, strict=True)]
         if self._device.type == "cuda":
-            self._fill_on_device(frames, rows, picks, raw)
+            self._normalise.fill_on_device(frames, pictures, picks, raw)
         else:
-            self._workers.map(lambda i: self._fill(frames[i], rows[i], picks[i], raw), range(clips))
+            self._workers.map(
+                lambda i: self._normalise.fill(frames[i], pictures[i], picks[i], raw), range(len(requests))
+            )
         self.stats.normalise_s += time.perf_counter() - started
-        return frames, mask.to(self._device)
 
     def close(self) -> None:
         self._readers.close()
@@ -309,7 +325,10 @@ class Lane:
         else:
             plan = Plan(source, resize, whole)
         units = self._max_clips * (1 if self._nvdec else config.num_frames)
-        if self.cache is not None and not self._nvdec:
+        if self._device.type == "cpu":
+            held = self.threads * _BYTES_A_THREAD // (config.image_size**2 * 3)
+            units = min(units, max(config.num_frames, held))
+        if self.cache is not None and not self._nvdec and self._draws:
             units = max(units, _UNITS_TO_CACHE)
         return Graph(plan, config.image_size, units, self._device, self.threads)
 
@@ -348,44 +367,6 @@ class Lane:
         width, height = scaled_size(first.width, first.height, config.short_side)
         area = width * height if self._augments else config.image_size**2
         return FrameCache(cache, what, len(split), len(self._cacheable(first)) * area * 3)
-
-    # -- pixels
-
-    def _fill(self, out: torch.Tensor, frames: np.ndarray, picks: np.ndarray, raw: bool) -> None:
-        """frames[picks] into the first slots of a clip; zeros into the others."""
-        n = len(picks)
-        if n < len(out):
-            out[n:] = 0
-        a = int(picks[0]) if n else 0
-        if not np.array_equal(picks, np.arange(a, a + n)):
-            if raw:
-                np.take(frames, picks, axis=0, out=out[:n].numpy())
-                return
-            for slot, k in enumerate(picks.tolist()):
-                self._normalise.into(out[slot : slot + 1], frames[k : k + 1])
-        elif raw:
-            out[:n].numpy()[:] = frames[a : a + n]
-        else:
-            self._normalise.into(out[:n], frames[a : a + n])
-
-    def _fill_on_device(self, out: torch.Tensor, rows: list, picks: list[np.ndarray], raw: bool) -> None:
-        bytes_ = out if raw else torch.empty(*out.shape[:2], *out.shape[3:], 3, device=out.device, dtype=torch.uint8)
-        host = [i for i, frames in enumerate(rows) if not isinstance(frames, torch.Tensor)]
-        if host:  # through pinned memory, all at once
-            pinned = torch.empty(len(host), *bytes_.shape[1:], dtype=torch.uint8, pin_memory=True)
-            for slot, i in enumerate(host):
-                np.take(rows[i], picks[i], axis=0, out=pinned[slot, : len(picks[i])].numpy())
-            moved = pinned.to(out.device, non_blocking=True)
-            for slot, i in enumerate(host):
-                bytes_[i] = moved[slot]
-        for i, frames in enumerate(rows):
-            if isinstance(frames, torch.Tensor):
-                bytes_[i, : len(picks[i])] = frames[torch.from_numpy(picks[i]).to(frames.device)]
-        if not raw:
-            out.copy_(self._normalise.on_device(bytes_))
-        for i, pick in enumerate(picks):
-            if len(pick) < out.shape[1]:
-                out[i, len(pick) :] = 0
 
 
 def _places(among: np.ndarray, wanted: np.ndarray) -> np.ndarray:

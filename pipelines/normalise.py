@@ -53,6 +53,43 @@ class Normalise:
             ctypes.c_void_p(self._scale.ctypes.data), ctypes.c_void_p(self._offset.ctypes.data),
         )  # fmt: skip
 
+    def fill(self, out: torch.Tensor, frames: np.ndarray, picks: np.ndarray, raw: bool) -> None:
+        """frames[picks] into the first slots of a clip; zeros into the others."""
+        n = len(picks)
+        if n < len(out):
+            out[n:] = 0
+        a = int(picks[0]) if n else 0
+        if not np.array_equal(picks, np.arange(a, a + n)):
+            if raw:
+                np.take(frames, picks, axis=0, out=out[:n].numpy())
+                return
+            for slot, k in enumerate(picks.tolist()):
+                self.into(out[slot : slot + 1], frames[k : k + 1])
+        elif raw:
+            out[:n].numpy()[:] = frames[a : a + n]
+        else:
+            self.into(out[:n], frames[a : a + n])
+
+    def fill_on_device(self, out: torch.Tensor, rows: list, picks: list[np.ndarray], raw: bool) -> None:
+        """The same for clips out [n, frames, ...] on a device; each of `rows` there already, or in this machine's memory."""
+        bytes_ = out if raw else torch.empty(*out.shape[:2], *out.shape[3:], 3, device=out.device, dtype=torch.uint8)
+        host = [i for i, frames in enumerate(rows) if not isinstance(frames, torch.Tensor)]
+        if host:  # through pinned memory, all at once
+            pinned = torch.empty(len(host), *bytes_.shape[1:], dtype=torch.uint8, pin_memory=True)
+            for slot, i in enumerate(host):
+                np.take(rows[i], picks[i], axis=0, out=pinned[slot, : len(picks[i])].numpy())
+            moved = pinned.to(out.device, non_blocking=True)
+            for slot, i in enumerate(host):
+                bytes_[i] = moved[slot]
+        for i, frames in enumerate(rows):
+            if isinstance(frames, torch.Tensor):
+                bytes_[i, : len(picks[i])] = frames[torch.from_numpy(picks[i]).to(frames.device)]
+        if not raw:
+            out.copy_(self.on_device(bytes_))
+        for i, pick in enumerate(picks):
+            if len(pick) < out.shape[1]:
+                out[i, len(pick) :] = 0
+
     def on_device(self, frames: torch.Tensor) -> torch.Tensor:
         """frames uint8 [..., H, W, 3] on any device, normalised, [..., 3, H, W]."""
         scale, offset = (torch.from_numpy(a).to(frames.device) for a in (self._scale, self._offset))

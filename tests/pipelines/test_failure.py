@@ -56,7 +56,9 @@ def test_clips_that_the_graph_rejects_are_found_and_replaced(numbered, monkeypat
                 assert torch.equal(after.frames[row], before.frames[row])
 
 
-def test_exactly_the_bad_clips_are_named(numbered, monkeypatch):
+@pytest.mark.parametrize("at_once", [1, 3, 12])
+def test_exactly_the_bad_clips_are_named(numbered, monkeypatch, at_once):
+    monkeypatch.setattr("pipelines.lane._BYTES_A_THREAD", at_once * SMALL.num_frames * SMALL.image_size**2 * 3)
     undecodable(monkeypatch, ["short", "mpegts", "hevc_ntsc"])
     lane = Lane(numbered.intra, SMALL, torch.device("cpu"), 12)
     requests = [Request(numbered.intra.video(i), np.array([0])) for i in range(12)]
@@ -67,6 +69,8 @@ def test_exactly_the_bad_clips_are_named(numbered, monkeypatch):
     good = [i for i in range(12) if i not in caught.value.rows]
     frames, mask = lane.decode([requests[i] for i in good], [sources[i] for i in good])
     assert mask[:, 0].all() and frames.shape[0] == 9, "and the lane goes on"
+    for request, source, clip in zip([requests[i] for i in good], [sources[i] for i in good], frames, strict=True):
+        assert torch.equal(lane.decode([request], [source])[0][0], clip), "whatever is decoded with it"
     lane.close()
 
 
