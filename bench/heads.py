@@ -1,8 +1,9 @@
 """Train several heads on the demo set and compare them where only order or direction tells videos apart.
 
-    python bench/heads.py [--heads meanP seqTransf] [--seeds 0] [key=value ...]
+    python bench/heads.py [--heads meanP seqTransf] [--seeds 42] [key=value ...]
 
-Needs data/demo (python -m c4c.shard demo --out data/demo). Writes bench/results/heads.json.
+Needs data/demo (python -m c4c.shard demo --out data/demo). Writes bench/results/heads.json after every run; rows that are
+there already, of other heads and seeds with the same settings, stay.
 """
 
 import argparse
@@ -24,14 +25,21 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=ROOT / "bench/results/heads.json")
     parser.add_argument("overrides", nargs="*", help="settings for launch/train.py, key=value")
     args = parser.parse_intermixed_args()
-    rows = [measure(head, seed, args.overrides) for head in args.heads for seed in args.seeds]
+    rows = [r for r in read(args.json) if r["settings"] == args.overrides]
+    for head in args.heads:
+        for seed in args.seeds:
+            rows = [r for r in rows if (r["head"], r["seed"]) != (head, seed)] + [measure(head, seed, args.overrides)]
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps(rows, indent=2) + "\n")
     table = Table("head", "seed", "t2v R@1 %", "in pairs, t2v R@1 %", "others, t2v R@1 %")
     for row in rows:
         table.add_row(row["head"], str(row["seed"]), *(f"{row[k]:.1f}" for k in ("R1", "R1_pairs", "R1_others")))
     Console().print(table)
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(rows, indent=2) + "\n")
     return 0
+
+
+def read(path: Path) -> list[dict]:
+    return json.loads(path.read_text()) if path.exists() else []
 
 
 def measure(head: str, seed: int, overrides: list[str]) -> dict:
@@ -45,7 +53,13 @@ def measure(head: str, seed: int, overrides: list[str]) -> dict:
     others = [t for t in texts if not t["meta"].get("pair")]
     share = {name: 100 * sum(t["rank"] == 1 for t in part) / max(1, len(part))
              for name, part in (("R1", texts), ("R1_pairs", pairs), ("R1_others", others))}  # fmt: skip
-    return {"head": head, "seed": seed, "texts": len(texts), "texts_in_pairs": len(pairs)} | share
+    return {
+        "head": head,
+        "seed": seed,
+        "settings": overrides,
+        "texts": len(texts),
+        "texts_in_pairs": len(pairs),
+    } | share
 
 
 if __name__ == "__main__":
