@@ -76,6 +76,8 @@ def expected(way: str, head: str) -> tuple[float, dict[str, Tensor]]:
 class Engine:
     """As much of a DeepSpeed engine as a step asks for: gradients add up in the weights."""
 
+    optimizer = None
+
     def __init__(self, module: Learner):
         self.module = module
 

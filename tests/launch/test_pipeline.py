@@ -47,6 +47,14 @@ stages:
 """
 
 
+EARLY = """
+  - name: early
+    cfg: demo_small.yaml
+    from: pretrain
+    set: {<<: *set, run.dir: FOLDER/early, data.train: DATA/train, train.lr: 0, train.eval_every_steps: 2, train.patience: 2}
+"""
+
+
 class Scripts:
     """Runs the commands of a pipeline in forks of a process that has imported everything, and kills one if asked to."""
 
@@ -107,8 +115,9 @@ def folders(launcher, pipeline, tmp_path_factory) -> dict[str, Path]:
     videos = demo_narrated.generate(data / "source/narrated", videos=10, workers=2)
     pack(videos, data / "narrated", dataset="demo", split="narrated", profile=Profile(short_side=64), workers=2)
     out = {name: tmp_path_factory.mktemp(name) for name in ("unbroken", "killed")}
-    for folder in out.values():
-        (folder / "stages.yaml").write_text(FILE.replace("FOLDER", str(folder)).replace("DATA", str(data)))
+    for name, folder in out.items():
+        text = FILE + (EARLY if name == "unbroken" else "")
+        (folder / "stages.yaml").write_text(text.replace("FOLDER", str(folder)).replace("DATA", str(data)))
     assert pipeline(out["unbroken"]) == 0
     for run in ("one", "two"):
         assert pipeline(out["killed"], kill=out["killed"] / run) == 1
@@ -146,6 +155,14 @@ def test_a_frozen_tower_stands_still_until_its_epoch(folders):
     text, video = "clip.token_embedding.weight", "clip.visual.conv1.weight"
     assert (states[0][text] == states[1][text]).all() and (states[1][text] != states[2][text]).any()
     assert (states[0][video] != states[1][video]).any()
+
+
+def test_a_run_that_gets_no_better_ends(folders, pipeline):
+    """At a learning rate of 0 the second and third validation are no better than the first."""
+    run = folders["unbroken"] / "early"
+    assert [line["step"] for line in lines(run / "eval.jsonl")] == [2, 4, 6]
+    assert len({line["val/t2v_R1"] for line in lines(run / "eval.jsonl")}) == 1
+    assert read_done(run)["step"] == checkpoint.step_of(checkpoint.latest(run)) == 6
 
 
 def test_what_is_done_is_not_done_again(folders, pipeline, capsys):
