@@ -293,7 +293,7 @@ def _try(settings: dict, config: EngineConfig, extra: dict) -> None:
     for precision, supported in (("bf16", device.is_bf16_supported), ("fp16", device.is_fp16_supported)):
         if config.precision == precision and not supported():
             raise ValueError(
-                f"engine.precision={precision}: {device.device_name()} cannot compute in it here; use fp32"
+                f"engine.precision={precision}: {device.device_name()} cannot compute in it here: choose another of {', '.join(PRECISIONS)}"
             )
     try:
         DeepSpeedConfig(settings)

@@ -17,7 +17,7 @@ from c4c.model import CLIP4Clip
 from c4c.optim import TrainConfig
 from c4c.run import save_description
 
-ROWS, FRAMES, STEPS = 8, 3, 5
+ROWS, FRAMES, STEPS = 8, 3, 4
 SPEC = {
     "embed_dim": 64,
     "quick_gelu": True,

@@ -9,7 +9,7 @@ import pytest
 from tests.launch.continues import AGAIN, BF16, COMMON, FP16, HALF, SAVED, TWO
 
 pytestmark = pytest.mark.timeout(1200)  # the first launch in a new environment compiles DeepSpeed's optimizer
-ROUNDING = 2e-5  # relative, after six steps in fp32
+ROUNDING = 2e-5  # relative, in fp32
 HALF_ROUNDING = 2e-2  # relative or absolute, in 16 bits
 ONE_RANK = "ZeRO 0"
 
@@ -41,7 +41,7 @@ def test_they_are_losses_of_something_that_learns(found):
 @pytest.mark.parametrize("way", [way for way in TWO if not way.startswith(("bad", "search", "frozen"))])
 def test_precision_and_where_things_are_kept_change_only_rounding(way, found):
     half = way in BF16 | FP16
-    assert_same(found[2][way][: HALF if half else None], found[2]["ZeRO 1"][: HALF if half else None], half)
+    assert_same(found[2][way], found[2]["ZeRO 1"], half)
 
 
 @pytest.mark.parametrize("way", [way for way in TWO if "bad" in way])

@@ -12,7 +12,7 @@ from subprocess import Popen
 import pytest
 
 from tests.launch.kills import curve, validations
-from tests.launch.runs import free_port, ranks_of, wait_for_step
+from tests.launch.runs import free_port, ranks_of, step_in, wait_for_step
 
 pytestmark = pytest.mark.timeout(1200)
 SCRIPT, HOSTS = "launch/train.py", ("127.0.0.1", "127.0.0.2")
@@ -33,7 +33,7 @@ class Stages:
         agents = self._start([[*command, "--local_addr", host, SCRIPT, *self.words] for host in HOSTS])
         self._reach(2, agents)
         ranks_of(agents[1])[0].send_signal(signal.SIGKILL)
-        self._reach(5, agents)
+        self._reach(4, agents)
         ranks_of(agents[0])[0].send_signal(signal.SIGTERM)
         self._finish("torchrun", agents)
 
@@ -45,7 +45,7 @@ class Stages:
         command = [str(Path(sys.executable).parent / "deepspeed"), *meet]
         words = [SCRIPT, *self.words, "run.resume=auto"]
         nodes = self._start([[*command, "--node_rank", str(i), *words] for i in range(2)])
-        self._reach(7, nodes)
+        self._reach(step_in(self.run / "metrics.jsonl") + 1, nodes)
         ranks_of(nodes[1])[0].send_signal(signal.SIGINT)
         self._finish("hostfile", nodes)
 
