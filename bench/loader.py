@@ -62,7 +62,7 @@ from shards.pack import pack  # noqa: E402
 from shards.profiles import Profile  # noqa: E402
 
 SECONDS = 2.0  # a round of a way lasts about so long at least
-BATCH = 16
+BATCH = 8
 STORED = {
     "intra": Profile(name="intra", short_side=224),
     "intra256": Profile(name="intra", short_side=256),
@@ -121,6 +121,8 @@ def main() -> int:
     parser.add_argument("--png", type=Path, default=ROOT / "bench/results/loader.png")
     args = parser.parse_args()
     chosen = partial(_chosen, args.only)
+    if args.clips % BATCH:
+        parser.error(f"--clips must be a multiple of {BATCH}")
     clips = make_clips(args.folder / "packing", args.clips, os.cpu_count())
     with tempfile.TemporaryDirectory(dir=args.cache) as cache:
         ways = [*bare(args.folder, clips, chosen), *ours(args.folder, clips, chosen, Path(cache)),

@@ -178,26 +178,29 @@ class Lane:
     # -- decoding
 
     def decode(
-        self, requests: list[Request], sources: list[Source], raw: bool = False
+        self, requests: list[Request], sources: list[Source], raw: bool = False, rows: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Frames [clips, num_frames, 3, image_size, image_size] on the device, and mask bool [clips, num_frames].
 
         Slots that a clip does not fill are 0 and False. `sources` is what `read` gave, none of it bad. `raw`: uint8
-        [clips, num_frames, image_size, image_size, 3], not normalised. Raises Undecodable.
+        [clips, num_frames, image_size, image_size, 3], not normalised. `rows`: so many clips at least come out, the
+        last ones empty. Raises Undecodable.
         """
         config, clips, side = self._config, len(requests), self._config.image_size
-        mask = torch.zeros(clips, config.num_frames, dtype=torch.bool)
+        rows = max(rows, clips)
+        mask = torch.zeros(rows, config.num_frames, dtype=torch.bool)
         for i, request in enumerate(requests):
             mask[i, : len(request.positions)] = True
         shape = (side, side, 3) if raw else (3, side, side)
         dtype = torch.uint8 if raw else self._normalise.dtype
-        frames, bad = self._buffers.take((clips, config.num_frames, *shape), dtype), {}
-        for rows in bounded(range(clips), [len(s.pieces) for s in sources], self._graph.units) if clips else []:
-            part = slice(rows[0], rows[-1] + 1)
+        frames, bad = self._buffers.take((rows, config.num_frames, *shape), dtype), {}
+        frames[clips:] = 0
+        for group in bounded(range(clips), [len(s.pieces) for s in sources], self._graph.units) if clips else []:
+            part = slice(group[0], group[-1] + 1)
             try:
                 self._decode_into(frames[part], requests[part], sources[part], raw)
             except Undecodable as error:
-                bad |= {rows[i]: reason for i, reason in error.rows.items()}
+                bad |= {group[i]: reason for i, reason in error.rows.items()}
         if bad:
             raise Undecodable(bad)
         self._count(requests, sources)

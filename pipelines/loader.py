@@ -240,7 +240,7 @@ class Loader:
         self, epoch: int, step: int, pairs: np.ndarray, requests: list[Request], sources: list[Source]
     ) -> Batch:
         rows = self._rows.stop - self._rows.start
-        frames, mask = self._lane.decode(requests, sources, self._raw)
+        frames, mask = self._lane.decode(requests, sources, self._raw, rows)
         started = time.perf_counter()
         texts = [self._texts(request, int(c)) for request, c in zip(requests, pairs[:, 1], strict=True)]
         tokens = self._tokens(texts)
@@ -252,8 +252,8 @@ class Loader:
         return Batch(
             epoch=epoch,
             step=step,
-            frames=_pad(frames, rows),
-            frame_mask=_pad(mask, rows),
+            frames=frames,
+            frame_mask=mask,
             tokens=_pad(tokens, rows).to(device),
             valid=(torch.arange(rows) < len(pairs)).to(device),
             frame_numbers=numbers,

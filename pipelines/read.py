@@ -10,6 +10,7 @@ from crc32c import crc32c
 from shards import ShardError
 from shards.dataset import Split
 from shards.joined import Joined
+from shards.pieces import Full
 from shards.remote import Unreachable
 from shards.schema import Video
 from shards.video import VideoError, pick_frames
@@ -37,8 +38,8 @@ class Source:
 
 
 class Reader:
-    """Fetches frames of one split. Safe to use from several threads. Raises BadSample, and Unreachable where the split is
-    on a server that is gone. Bytes of a remote split that fail their checksum are fetched once more."""
+    """Fetches frames of one split. Safe to use from several threads. Raises BadSample, and Unreachable
+    or Full where it is not the sample's fault. Bytes of a remote split that fail their checksum are fetched once more."""
 
     def __init__(self, split: Split | Joined):
         self._split = split
@@ -114,7 +115,7 @@ class Reader:
     def _bytes(self, video: Video, offset: int, size: int) -> bytes:
         try:
             return self._split.read(video, offset, size)
-        except Unreachable:
+        except (Unreachable, Full):  # no fault of the video
             raise
         except (OSError, ShardError) as error:
             raise BadSample(str(error)) from error

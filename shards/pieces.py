@@ -24,6 +24,10 @@ _TOUCH = 5.0  # seconds since the last use after which another one is noted
 _FULL_WAIT = 60.0  # seconds until a folder full of what is in use is an error
 
 
+class Full(ShardError):
+    """The folder, or its disk, has no room for what has to be in it at once."""
+
+
 class Pieces:
     """At most `max_bytes` of pieces in `folder`. Names may hold one folder: set/piece. Safe to use from several threads."""
 
@@ -46,7 +50,7 @@ class Pieces:
     def bring(self, name: str, fetch: Callable[[], bytes]) -> bytes | None:
         """Have the piece here. Returns its bytes if they had to be fetched, None if it is there, from another process say.
 
-        Raises ShardError if it is larger than the folder may be, or if everything in the folder stays in use."""
+        Raises Full if it is larger than the folder may be, if everything in the folder stays in use, or on a full disk."""
         target = self.folder / name
         part = target.with_name(target.name + _PART)
         target.parent.mkdir(exist_ok=True)
@@ -54,7 +58,10 @@ class Pieces:
             descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)  # whoever else fetches it comes first
-                if target.exists() or not _is(descriptor, part):
+                ours = _is(descriptor, part)
+                if target.exists() or not ours:
+                    if ours:
+                        part.unlink()
                     continue
                 data = fetch()
                 self._reserve(descriptor, len(data), name)
@@ -102,7 +109,9 @@ class Pieces:
         """Make the open file `size` bytes long once there is room for them."""
         need = _taken(size)
         if need > self.max_bytes:
-            raise ShardError(f"{name} takes {need} bytes, more than {self.folder} may hold ({self.max_bytes})")
+            raise Full(
+                f"{name} takes {need} bytes, more than {self.folder} may hold ({self.max_bytes}): raise data.local_gb"
+            )
         deadline = time.monotonic() + _FULL_WAIT
         while True:
             with self._locked() as counter:
@@ -116,9 +125,9 @@ class Pieces:
                     return
                 os.pwrite(counter, struct.pack("<q", used), 0)
             if time.monotonic() > deadline:
-                raise ShardError(
+                raise Full(
                     f"{self.folder} is full of what running processes use ({used} of {self.max_bytes} bytes): give it more "
-                    "room"
+                    "room (data.local_gb)"
                 )
             time.sleep(0.02)
 
@@ -195,5 +204,7 @@ def _write(descriptor: int, data: bytes) -> None:
             done += os.pwrite(descriptor, view[done:], done)
     except OSError as error:
         if error.errno in DISK_FULL:
-            raise ShardError(f"the disk is full ({error}): give remote shards less room, or another folder") from error
+            raise Full(
+                f"the disk is full ({error}): give it less than there is (data.local_gb), or another folder (data.local_dir)"
+            ) from error
         raise

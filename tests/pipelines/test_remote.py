@@ -18,7 +18,7 @@ from pipelines.loader import Loader, VideoReader
 from shards import ShardError, remote
 from shards.dataset import Split
 from shards.joined import Joined, open_splits
-from shards.pieces import Pieces
+from shards.pieces import Full, Pieces
 from shards.remote import Local, RemoteFiles, Unreachable, patiently
 from tests.pipelines.test_loader import SMALL, run
 
@@ -46,7 +46,7 @@ def test_the_longest_unused_piece_makes_way_and_the_bound_holds(tmp_path):
     assert sorted(p.name for p in tmp_path.glob("set/*")) == ["0", "3", "4"] or not (tmp_path / "set/1").exists()
     assert (tmp_path / "set/0").exists() and held(tmp_path) <= 100_000
     assert fetched == [0, 1, 2, 3, 4]
-    with pytest.raises(ShardError, match="more than"):
+    with pytest.raises(Full, match=r"more than .* raise data\.local_gb"):
         pieces.bring("set/large", lambda: bytes(200_000))
     assert not list(tmp_path.glob("set/*.part"))
 
@@ -59,7 +59,7 @@ def test_what_is_in_use_stays(tmp_path, monkeypatch):
     with open(tmp_path / "set/0", "rb") as first, open(tmp_path / "set/1", "rb") as second:
         fcntl.flock(first, fcntl.LOCK_SH)
         fcntl.flock(second, fcntl.LOCK_SH)
-        with pytest.raises(ShardError, match="full of what running processes use"):
+        with pytest.raises(Full, match="full of what running processes use"):
             pieces.bring("set/2", lambda: bytes(20_000))
         fcntl.flock(second, fcntl.LOCK_UN)
         pieces.bring("set/2", lambda: bytes(20_000))
@@ -293,6 +293,11 @@ def test_a_server_that_stays_away_ends_the_run(url, tmp_path, monkeypatch):
     monkeypatch.setattr(split.remote._fs, "cat_file", gone)
     with pytest.raises(Unreachable, match=r"cannot be reached, for \d+ s now \(connection refused\).*server_timeout_s"):
         run(split, 2)
+
+
+def test_a_folder_that_is_too_small_ends_the_run_and_blames_no_video(url, tmp_path):
+    with pytest.raises(Full, match=r"000000\.tar takes \d+ bytes, more than"):
+        run(at(url["intra"], tmp_path, gb=0.00005), 2, config=replace(SMALL, local_gb=0.00005))
 
 
 def test_what_can_never_succeed_is_said_at_once(url, tmp_path, store):
