@@ -2,8 +2,11 @@
 
     python bench/heads.py [--heads meanP seqTransf] [--seeds 42] [key=value ...]
 
-Needs data/demo (python -m c4c.shard demo --out data/demo). Writes bench/results/heads.json after every run; rows that are
-there already, of other heads and seeds with the same settings, stay.
+Segment sampling (data.sampling=segment) with an even number of frames is the fair setting: of one frame a second from
+the start on, a few more show what was first, and even an average tells that.
+
+Needs data/demo (python -m c4c.shard demo --out data/demo). Writes bench/results/heads.json after every run; rows that
+are there already, of other heads and seeds with the same settings, stay.
 """
 
 import argparse

@@ -154,7 +154,7 @@ def test_video_lane_pixels_are_those_of_pil_and_torchvision(moving, resize):
         reference = np.stack([resized_and_cropped(exact[key][n], resize, 96) for n in (0, 25, 50)])
         found = psnr(levels, reference)
         print(f"video lane, {key}, short side {resize}: {found:.1f} dB")
-        assert found >= 45
+        assert found >= 50
         assert found - psnr(levels[:, :, 1:], reference[:, :, :-1]) > 15, "one pixel aside would be far worse"
 
 
