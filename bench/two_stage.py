@@ -115,4 +115,7 @@ def _write(path: Path, found: dict, overrides: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        sys.exit(main())
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -154,7 +154,7 @@ class Trainer:
             )
         best = checkpoint.best(self.folder) if self.rank == 0 else None
         tag = f" --tag {best}" if best and best != checkpoint.tag_of(done) else ""
-        if self.rank == 0:
+        if self.rank == 0 and last_validation(self.folder) == done:  # a signal at the last step leaves that to do
             mark_done(self.folder, done, best or checkpoint.tag_of(done))
         if done < self.total:
             self.report.say(f"{self.patience.most} validations in a row were no better: that is all (train.patience)")

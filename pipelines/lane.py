@@ -55,11 +55,12 @@ class Request:
     """The frames of one clip: positions in the video's frame table, int64 [frames], in clip order, any of them twice.
 
     `draw`, (seed, epoch, video, caption), decides its view where training augments; without it the clip looks as the
-    recipe says."""
+    recipe says. `texts`: what is said of it, in training."""
 
     video: Video
     positions: np.ndarray
     draw: tuple[int, int, int, int] | None = None
+    texts: tuple[str, ...] = ()
 
 
 def lane_name(split: Split | Joined, config: DataConfig) -> str:

@@ -13,7 +13,7 @@ import torch
 
 from pipelines import clips as narration
 from pipelines.ahead import Ahead, share_of
-from pipelines.clips import Clip, clip_of_pair, stored_between
+from pipelines.clips import clip_of_pair, stored_between
 from pipelines.config import CacheConfig, ClipsConfig, DataConfig
 from pipelines.lane import BadSample, Lane, Request, Source, Undecodable
 from pipelines.mixture import order_of
@@ -26,7 +26,6 @@ from pipelines.workers import Job
 from shards import ShardError
 from shards.dataset import Split
 from shards.joined import Joined
-from shards.schema import Video
 
 _REPLACEMENT_TRIES = 64  # batches looked through for a replacement
 
@@ -242,7 +241,7 @@ class Loader:
         rows = self._rows.stop - self._rows.start
         frames, mask = self._lane.decode(requests, sources, self._raw, rows)
         started = time.perf_counter()
-        texts = [self._texts(request, int(c)) for request, c in zip(requests, pairs[:, 1], strict=True)]
+        texts = [request.texts for request in requests]
         tokens = self._tokens(texts)
         self._lane.stats.order_s += time.perf_counter() - started
         numbers = np.full((rows, self.config.num_frames), -1, np.int32)
@@ -262,12 +261,6 @@ class Loader:
             captions=[bag[0] for bag in texts],
         )
 
-    def _texts(self, request: Request, caption: int) -> tuple[str, ...]:
-        """The texts of a pair: its caption, and in a bag its neighbours."""
-        if self.clips.cut:
-            return self._clip(request.video, caption).texts
-        return (texts_of(self.split, request.video.index, self.config)[caption],)
-
     def _tokens(self, texts: list[tuple[str, ...]]) -> torch.Tensor:
         """int64 [pairs, max_words], or [pairs, bag, max_words] with zeros where a bag is smaller."""
         flat = tokenize([text for bag in texts for text in bag], self.config.max_words)
@@ -278,20 +271,18 @@ class Loader:
         tokens[torch.arange(self.clips.bag) < sizes[:, None]] = flat
         return tokens
 
-    def _clip(self, video: Video, caption: int) -> Clip:
-        return clip_of_pair(self.split.captions(video.index), caption, video.duration, self.clips)
-
     def _request(self, pair: np.ndarray, epoch: int) -> Request:
         video, config = self.split.video(int(pair[0])), self.config
         draw = (self.seed, epoch, int(pair[0]), int(pair[1]))
         drawn = draws(config.sampling) or config.frame_order == "random"
         random, among = generator(*draw) if drawn else None, self._lane.candidates(video)
-        between = None
         if self.clips.cut:
-            clip = self._clip(video, int(pair[1]))
-            between = stored_between(video, clip.start, clip.end)
+            clip = clip_of_pair(self.split.captions(video.index), int(pair[1]), video.duration, self.clips)
+            between, texts = stored_between(video, clip.start, clip.end), clip.texts
+        else:
+            between, texts = None, (texts_of(self.split, video.index, config)[int(pair[1])],)
         positions = choose(video, config.sampling, config.num_frames, config.fps, random, among, between)
-        return Request(video, ordered(positions, config.frame_order, random), draw)
+        return Request(video, ordered(positions, config.frame_order, random), draw, texts)
 
     def _replace(self, epoch: int, spares: Iterator[np.ndarray]) -> tuple[np.ndarray, Request, Source] | None:
         """Another pair of the epoch for a row of the global batch; None, for padding, if there is none to spare."""
