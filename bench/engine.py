@@ -1,6 +1,6 @@
 """What the engine costs over a bare loop: the real training loop, beside plain PyTorch on tensors that are already there.
 
-    python bench/engine.py [--ranks 1] [--rounds 6] [--block 8] [--json bench/results/engine.json] [key=value ...]
+    python bench/engine.py [--ranks 1] [--rounds 4] [--block 8] [--json bench/results/engine.json] [key=value ...]
 
 Both train the same model with the same loss, precision and AdamW, in the same process and in turn: a block of steps of
 c4c/train.py (shards read and decoded, DeepSpeed, metrics, screen), a block of the bare loop (one set of random tensors,
@@ -30,7 +30,7 @@ from types import SimpleNamespace
 ROOT = Path(__file__).parents[1]
 VIDEOS, WARM = 64, 3
 SETTINGS = [
-    "model.backbone=ViT-S-32-alt", "model.init_from=scratch", "train.batch_size=16", "data.num_frames=4", "data.max_words=32",
+    "model.backbone=ViT-S-32-alt", "model.init_from=scratch", "train.batch_size=8", "data.num_frames=2", "data.max_words=32",
     "checkpoint.every_steps=0", "train.epochs=100",
 ]  # fmt: skip
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "reduce_scatter_tensor", "reduce",
@@ -40,7 +40,7 @@ COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument(
         "--block", type=int, default=8, help=f"steps of each in a round; the first {WARM} are not counted"
     )
