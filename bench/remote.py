@@ -1,6 +1,6 @@
 """Training from an object store that is slow, fails at times and is restarted once: does the step wait?
 
-    python bench/remote.py [--shards 1000] [--steps 240] [--latency 0.05] [--failures 0.01] [--step-seconds 0.5] [--json OUT]
+    python bench/remote.py [--shards 1000] [--steps 160] [--latency 0.05] [--failures 0.01] [--step-seconds 0.5] [--json OUT]
 
 Packs SHARDS shards of 8 small videos (once, in data/bench), puts them on an S3 server (moto) on this machine, and reads them
 through a proxy that answers LATENCY seconds late and fails that share of the requests: half of those with status 503, half by
@@ -45,7 +45,7 @@ ALLOWED = 0.05
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--latency", type=float, default=0.05, help="seconds (default: %(default)s)")
     parser.add_argument("--failures", type=float, default=0.01, help="share of the requests (default: %(default)s)")
     parser.add_argument("--step-seconds", type=float, default=0.5, help="of computing (default: %(default)s)")

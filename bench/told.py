@@ -169,7 +169,7 @@ def chart(rows: dict[str, dict], path: Path) -> None:
     bars = axes.barh(order, values, color=[colours[rows[name]["group"]] for name in order])
     axes.bar_label(bars, [f"{v:.1f}" if v < 100 else f"{v:.0f}" for v in values], padding=3, fontsize=8)
     axes.set_xscale("log")
-    axes.set_xlim(right=max(values) * 2)
+    axes.set_xlim(1, 2 * max(values))
     axes.set_xlabel(f"clips of 12 frames a second, {os.cpu_count()} CPU cores (logarithmic)")
     names = {"ours": "c4c", "others": "others", "bare": "decoding JPEGs alone"}
     axes.legend([pyplot.Rectangle((0, 0), 1, 1, color=c) for c in colours.values()], names.values(), loc="lower right")
