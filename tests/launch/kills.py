@@ -60,7 +60,7 @@ def kill_and_go_on(
             kill_all(process)
             process.communicate()
             how = "all"
-        seen.append(curve(run, whole=False))
+        seen.append(curve(run))
         latest = run / "checkpoints" / "latest"
         there = latest.read_text() if latest.exists() else "no checkpoint"
         say(f"kill {number}: {how}, after {len(seen[-1])} steps, with {there}")
