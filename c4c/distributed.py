@@ -5,6 +5,8 @@ import os
 import re
 import shlex
 import sys
+import time
+import uuid
 from collections.abc import MutableMapping
 from datetime import timedelta
 from pathlib import Path
@@ -38,9 +40,44 @@ def start_distributed(timeout_s: float = 1800.0) -> tuple[int, int, torch.device
     backend = get_accelerator().communication_backend_name()
     # its exchange in shared memory serves inference alone, and each rank leaves 66 MiB in /dev/shm for good at every start
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(seconds=timeout_s))
+    timeout = timedelta(seconds=timeout_s)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = dist.TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout
+        )
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store = dist.PrefixStore(common_word(store, rank, world, timeout_s), store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def common_word(store: dist.Store, rank: int, world: int, timeout_s: float) -> str:
+    """A word that the ranks of this start have in common, and no earlier start had.
+
+    torchrun's agents keep one store for all restarts (torch 2.15), where ranks find the addresses of dead ones and wait for
+    them for good; and agents count restarts differently. So the first rank offers a word, every other answers with one of
+    its own, and believes the offer only when it gets that back. Raises ValueError after `timeout_s`.
+    """
+    mine, until = uuid.uuid4().hex, time.monotonic() + timeout_s
+    if rank == 0:
+        store.set("c4c/offer", mine)
+    left = set(range(1, world)) if rank == 0 else {rank}
+    while left:
+        if rank == 0:
+            for other in [r for r in left if store.check([f"c4c/{mine}/answer/{r}"])]:
+                store.set(f"c4c/{mine}/heard/{other}", store.get(f"c4c/{mine}/answer/{other}"))
+                left.discard(other)
+        elif store.check(["c4c/offer"]):
+            offer = store.get("c4c/offer").decode()
+            store.set(f"c4c/{offer}/answer/{rank}", mine)
+            if store.check([heard := f"c4c/{offer}/heard/{rank}"]) and store.get(heard).decode() == mine:
+                return offer
+        if time.monotonic() > until:
+            raise ValueError(f"rank {rank} waited {timeout_s:g} s for rank {min(left) if rank == 0 else 0} to start")
+        time.sleep(0.02)
+    return mine
 
 
 def _name_ranks(env: MutableMapping[str, str]) -> None:

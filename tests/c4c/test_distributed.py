@@ -1,9 +1,13 @@
 """Who is which rank, from what launchers put into the environment."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
+import torch.distributed as dist
 
 from c4c import distributed
-from c4c.distributed import _name_ranks, command_again
+from c4c.distributed import _name_ranks, command_again, common_word
 
 
 def named(**env) -> dict:
@@ -81,3 +85,24 @@ def test_the_command_that_goes_on(env, command, monkeypatch):
     assert again.startswith(command)
     assert again.count("run.resume=auto") == 1
     assert "local_rank" not in again
+
+
+def test_ranks_that_start_again_do_not_meet_the_dead():
+    """Three starts on one store; of the second only the first rank comes, and of the third the last is late."""
+    store = dist.HashStore()
+    said = [_words(store, ranks=(0, 1, 2))]
+    with pytest.raises(ValueError, match=r"rank 0 waited 0\.2 s for rank 1 to start"):
+        common_word(store, 0, 3, 0.2)
+    said.append(_words(store, ranks=(1, 2, 0)))
+    for words in said:
+        assert len(set(words)) == 1
+    assert said[0][0] != said[1][0]
+
+
+def _words(store, ranks) -> list[str]:
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        waiting = []
+        for rank in ranks:
+            waiting.append(pool.submit(common_word, store, rank, len(ranks), 20))
+            time.sleep(0.1)
+        return [w.result() for w in waiting]
