@@ -103,9 +103,14 @@ def _name_ranks(env: MutableMapping[str, str]) -> None:
         env["MASTER_PORT"] = str(_free_port())
 
 
-def restarted() -> bool:
-    """Whether torchrun (--max-restarts) or Slurm (--requeue) has started this run before."""
-    return any(int(os.environ.get(name) or 0) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+def restarted(device: torch.device | str = "cpu") -> bool:
+    """Whether torchrun (--max-restarts) or Slurm (--requeue) has started this run before, as any of the ranks was told:
+    an agent of torchrun counts only the restarts that began with it."""
+    told = [int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")]
+    most = torch.tensor(max(told), device=device)
+    if dist.is_initialized():
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return most.item() > 0
 
 
 def command_again(*words: str) -> str:

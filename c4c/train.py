@@ -37,7 +37,7 @@ class Trainer:
     def __init__(self, config: Config, rank: int, world: int, device: torch.device):
         self.config, self.rank, self.world, self.device = config, rank, world, device
         self.folder = Path(config.run.dir)
-        resume = "auto" if restarted() else config.run.resume
+        resume = "auto" if restarted(device) else config.run.resume
         resuming = resume == "auto" and (self.folder / checkpoint.FOLDER / "latest").exists()
         self.session = Session(
             config, rank, world, device, resume=self.folder if resuming else None,
