@@ -3,7 +3,8 @@
     python bench/heads.py [--heads meanP seqTransf] [--seeds 42] [key=value ...]
 
 Segment sampling (data.sampling=segment) with an even number of frames is the fair setting: of one frame a second from
-the start on, a few more show what was first, and even an average tells that.
+the start on, a few more show what was first, and even an average tells that. Each run's best validated checkpoint is
+scored, since heads overfit at different times. A run in runs/heads that is done is only scored.
 
 Needs data/demo (python -m c4c.shard demo --out data/demo). Writes bench/results/heads.json after every run; rows that
 are there already, of other heads and seeds with the same settings, stay.
@@ -17,6 +18,8 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+from c4c.run import read_done
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,10 +50,18 @@ def read(path: Path) -> list[dict]:
 
 def measure(head: str, seed: int, overrides: list[str]) -> dict:
     run = ROOT / f"runs/heads/{head}-{seed}"
-    words = [f"model.head={head}", f"run.seed={seed}", f"run.dir={run.relative_to(ROOT)}", *overrides]
+    words = [
+        f"model.head={head}",
+        f"run.seed={seed}",
+        f"run.dir={run.relative_to(ROOT)}",
+        "run.resume=auto",
+        *overrides,
+    ]
     subprocess.run(["deepspeed", "launch/train.py", "--cfg", "demo.yaml", *words], cwd=ROOT, check=True)
-    ranks = run / "ranks.jsonl"
-    subprocess.run([sys.executable, "launch/eval.py", "--ckpt", run, "--ranks", ranks], cwd=ROOT, check=True)
+    ranks, best = run / "ranks.jsonl", read_done(run)["best"]
+    subprocess.run(
+        [sys.executable, "launch/eval.py", "--ckpt", run, "--tag", best, "--ranks", ranks], cwd=ROOT, check=True
+    )
     texts = [json.loads(line) for line in ranks.read_text().splitlines()]
     pairs = [t for t in texts if t["meta"].get("pair")]
     others = [t for t in texts if not t["meta"].get("pair")]
@@ -60,6 +71,7 @@ def measure(head: str, seed: int, overrides: list[str]) -> dict:
         "head": head,
         "seed": seed,
         "settings": overrides,
+        "best": best,
         "texts": len(texts),
         "texts_in_pairs": len(pairs),
     } | share
