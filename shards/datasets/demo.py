@@ -230,7 +230,7 @@ def generate(
     done = total - len(todo)
     if progress:
         progress(done, total)
-    for (path, _), data in zip(todo, _encoded([scene for _, scene in todo], workers), strict=True):
+    for (path, _), data in zip(todo, encoded([scene for _, scene in todo], encode, workers), strict=True):
         _write(path, data)
         done += 1
         if progress:
@@ -258,8 +258,8 @@ def _claim(path: Path, recipe: str) -> None:
         )
 
 
-def _encoded(todo: Sequence[Scene], workers: int | None) -> Iterator[bytes]:
-    """The files of the scenes, in order, made by `workers` processes; only the caller's process writes."""
+def encoded(todo: Sequence, encode: Callable[[Any], bytes], workers: int | None) -> Iterator[bytes]:
+    """The files that `encode` makes of each, in order, made by `workers` processes; only the caller's process writes."""
     workers = min(workers or len(os.sched_getaffinity(0)), len(todo))
     if workers <= 1:
         yield from map(encode, todo)

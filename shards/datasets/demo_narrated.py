@@ -10,11 +10,8 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import multiprocessing
-import os
 import random
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -22,7 +19,7 @@ from pathlib import Path
 import av
 
 from shards.datasets import Caption, Item
-from shards.datasets.demo import _claim, _end_with_parent, _write, render
+from shards.datasets.demo import _claim, _write, encoded, render
 from shards.datasets.demo_scenes import VERSION as SCENES_VERSION
 from shards.datasets.demo_scenes import Scene, scenes
 
@@ -78,7 +75,7 @@ def generate(
     found = narrated(seed, videos, small)
     todo = [video for video in found if not (out / f"{video.key}.mp4").exists()]
     done = len(found) - len(todo)
-    for video, data in zip(todo, _encoded(todo, workers), strict=True):
+    for video, data in zip(todo, encoded(todo, encode, workers), strict=True):
         _write(out / f"{video.key}.mp4", data)
         done += 1
         if progress:
@@ -138,17 +135,3 @@ def encode(video: Narrated) -> bytes:
             file.mux(stream.encode(frame))
         file.mux(stream.encode(None))
     return target.getvalue()
-
-
-def _encoded(todo: list[Narrated], workers: int | None) -> Iterator[bytes]:
-    """The files of the videos, in order, made by `workers` processes; only the caller's process writes."""
-    workers = min(workers or len(os.sched_getaffinity(0)), len(todo))
-    if workers <= 1:
-        yield from map(encode, todo)
-        return
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_end_with_parent) as pool:
-        try:
-            yield from pool.map(encode, todo, chunksize=2)
-        finally:
-            pool.shutdown(cancel_futures=True)
