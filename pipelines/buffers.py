@@ -5,6 +5,8 @@ import sys
 import numpy as np
 import torch
 
+_ALIGNED = 64  # bytes; normalise.c writes past the caches where they begin at such a place
+
 
 class Buffers:
     """Tensors on `device`. On a CPU the last `keep` allocations are reused: fresh memory costs as much as filling it."""
@@ -18,7 +20,9 @@ class Buffers:
         if self._device.type != "cpu" or 0 in shape:
             return torch.empty(shape, dtype=dtype, device=self._device)
         size = torch.empty(0, dtype=dtype).element_size() * int(np.prod(shape))
-        return torch.from_numpy(self._free(size)[:size]).view(dtype).view(shape)
+        held = self._free(size + _ALIGNED)
+        start = -held.ctypes.data % _ALIGNED
+        return torch.from_numpy(held[start : start + size]).view(dtype).view(shape)
 
     def _free(self, size: int) -> np.ndarray:
         # a tensor, and every view of it, holds a reference to the array its memory came from

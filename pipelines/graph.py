@@ -1,5 +1,6 @@
 """The DALI graph: stored frames to uint8 frames of the recipe's size."""
 
+import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +9,11 @@ from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
 
 from pipelines.augment import View
+
+DEPTH = int(os.environ.get("DEPTH", "2"))
+
+
+_QUEUE = 2  # runs that DALI has under way: one begins when the one before it ends, whether or not anybody asked
 
 
 class GraphError(Exception):
@@ -42,11 +48,12 @@ class Graph:
             batch_size=units,
             num_threads=threads,
             device_id=device.index or 0 if self._gpu else None,
-            prefetch_queue_depth=1,
+            prefetch_queue_depth=_QUEUE,
         )
         with self._pipeline:
             self._pipeline.set_outputs(self._define())
         self._pipeline.build()
+        self._fresh = True
 
     def _define(self):
         plan, device = self.plan, "gpu" if self._gpu else "cpu"
@@ -87,21 +94,34 @@ class Graph:
         ends = {f"roi_{n}": fn.external_source(name=n, ndim=1, dtype=types.FLOAT) for n in ("start", "end")}
         return {"size": [self._side, self._side], **ends}
 
-    def run(
+    def start(
         self,
         pieces: list[np.ndarray],
         views: list[View],
         sizes: list[tuple[int, int]] | None = None,
         positions: list[np.ndarray] | None = None,
-    ) -> list[np.ndarray] | np.ndarray | torch.Tensor:
+    ) -> None:
+        """Begin to make frames; `result` hands over what came of each call in turn. One view a unit; `sizes` (width,
+        height) only where the plan is `whole`. Raises GraphError, after which nothing that was begun comes any more."""
+        try:
+            for _ in range(_QUEUE if self._fresh else 1):
+                self._feed(pieces, views, sizes, positions)
+            self._pipeline.schedule_run()
+            if self._fresh:  # DALI fills its queue at once: with the same
+                for _ in range(_QUEUE - 1):
+                    self._pipeline.outputs()
+            self._fresh = False
+        except RuntimeError as error:
+            raise GraphError(_reason(error)) from error
+
+    def result(self) -> list[np.ndarray] | np.ndarray | torch.Tensor:
         """uint8 frames [n, side, side, 3], on the device; `whole`: a list of pictures [height, width, 3] in memory.
 
-        One view a unit; `sizes` (width, height) only where the plan is `whole`. On the CPU they are DALI's own memory,
-        good until the next run. Raises GraphError.
+        On the CPU they are DALI's own memory, good until the next `result`. Raises GraphError as `start` does.
         """
         try:
-            self._feed(pieces, views, sizes, positions)
-            (output,) = self._pipeline.run()
+            stream = torch.cuda.current_stream() if self._gpu else None  # in whose order DALI may write over them
+            (output,) = self._pipeline.outputs(stream)
         except RuntimeError as error:
             raise GraphError(_reason(error)) from error
         if self.plan.whole:

@@ -11,23 +11,24 @@ decoded frames may stand between the two. Sizes are given exactly as PIL/torchvi
 
 import os
 import time
-from dataclasses import dataclass
-from itertools import accumulate
+from collections import deque
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 
 from pipelines.ahead import span
-from pipelines.augment import View, augments, view
+from pipelines.augment import augments
 from pipelines.buffers import Buffers
 from pipelines.cache import FrameCache
 from pipelines.config import CacheConfig, DataConfig
-from pipelines.graph import Graph, GraphError, Plan, bounded, copied
+from pipelines.decode import Decoder, Started
+from pipelines.graph import Plan
 from pipelines.normalise import Normalise
-from pipelines.read import BadSample, Reader, Source
-from pipelines.sampling import candidates, choose, distinct, draws, generator
+from pipelines.read import BadSample, Reader, Request, Source
+from pipelines.sampling import candidates, choose, distinct, draws
 from pipelines.stats import Stats
-from pipelines.workers import Hung, Job, Workers
+from pipelines.workers import Hung, Job, Work, Workers
 from shards.dataset import Split
 from shards.joined import Joined
 from shards.schema import Video
@@ -36,9 +37,8 @@ from shards.video import scaled_size
 __all__ = ["BadSample", "Lane", "Request", "Source", "Undecodable", "lane_name"]
 
 
-_BYTES_A_THREAD = (
-    4 << 20
-)  # of frames that the graph makes at once on a CPU: more fall out of its caches before they are used
+_BYTES_A_THREAD = 8 << 20  # of frames that a CPU makes at once: more fall out of its caches before they are used
+_UNDER_WAY = 2  # groups of so many clips, the one that is waited for included
 _UNITS_TO_CACHE = 1024  # frames the graph takes at once where all frames of a video may be kept
 
 
@@ -48,19 +48,6 @@ class Undecodable(Exception):
     def __init__(self, rows: dict[int, BadSample]):
         super().__init__(f"{len(rows)} clips do not decode")
         self.rows = rows
-
-
-@dataclass(frozen=True)
-class Request:
-    """The frames of one clip: positions in the video's frame table, int64 [frames], in clip order, any of them twice.
-
-    `draw`, (seed, epoch, video, caption), decides its view where training augments; without it the clip looks as the
-    recipe says. `texts`: what is said of it, in training."""
-
-    video: Video
-    positions: np.ndarray
-    draw: tuple[int, int, int, int] | None = None
-    texts: tuple[str, ...] = ()
 
 
 def lane_name(split: Split | Joined, config: DataConfig) -> str:
@@ -102,11 +89,11 @@ class Lane:
         self._draws = training and draws(config.sampling)
         self._pool = cache.frames if cache is not None else 0  # stored frames to draw from; 0: all
         self.cache = self._open_cache(cache) if cache is not None and cache.dir else None
-        self._graph, self._second = self._make_graph(), self._make_second()
+        self.stats = Stats()
+        self._decoder, self._second = self._make_decoder(), self._make_second()
         self._readers = Workers(self.threads, "c4c-read")
         self._workers = Workers(self.threads, "c4c-pixels")
         self._buffers = Buffers(self._device, config.prefetch + 3)
-        self.stats = Stats()
 
     # -- what a clip consists of
 
@@ -114,12 +101,11 @@ class Lane:
         """The stored frames that training may draw from; None: all."""
         return candidates(video, self._pool) if self._draws and self._pool else None
 
-    def _cacheable(self, video: Video) -> np.ndarray:
-        """The frames of a video that the cache keeps; increasing."""
-        config = self._config
+    def _cacheable(self, request: Request) -> np.ndarray:
+        """The frames of its video that the cache keeps, increasing: those of any clip, unless clips draw theirs."""
         if self._draws:
-            return candidates(video, self._pool or len(video.frames))
-        return distinct(choose(video, config.sampling, config.num_frames, config.fps))
+            return candidates(request.video, self._pool or len(request.video.frames))
+        return distinct(request.positions)
 
     # -- reading
 
@@ -149,43 +135,48 @@ class Lane:
 
     def bytes_of(self, request: Request) -> tuple[int, int]:
         """Bytes [low, high) of the stored file that making the clip reads: none where it is cached."""
-        if self._cached(request.video) is not None:
+        if self._cached(request) is not None:
             return 0, 0
         return span(request.video, None if self._nvdec else self._to_decode(request))
 
     def _fetch(self, request: Request) -> Source:
         video = request.video
-        if (cached := self._cached(video)) is not None:
+        if (cached := self._cached(request)) is not None:
             return cached
         wanted = self._to_decode(request)
         if self.name == "intra":
             return self._reader.jpegs(video, wanted)
         return self._reader.file(video, wanted) if self._nvdec else self._reader.pictures(video, wanted)
 
-    def _cached(self, video: Video) -> Source | None:
+    def _cached(self, request: Request) -> Source | None:
         if self.cache is None:
             return None
-        keep, clip = self._cacheable(video), self.cache.get(video.index)
+        keep, clip = self._cacheable(request), self.cache.get(request.video.index)
         return Source([clip], keep, cached=True) if clip is not None and len(clip) == len(keep) else None
 
     def _to_decode(self, request: Request) -> np.ndarray:
         """The stored frames of a clip that is not cached; all that the cache keeps of its video, if that takes more."""
         if self.cache is not None and self.cache.has_room:
-            keep = self._cacheable(request.video)
-            if len(keep) <= self._graph.units:
+            keep = self._cacheable(request)
+            if len(keep) <= self._decoder.units:
                 return keep
         return distinct(request.positions)
 
     # -- decoding
 
     def decode(
-        self, requests: list[Request], sources: list[Source], raw: bool = False, rows: int = 0
+        self,
+        requests: list[Request],
+        sources: list[Source],
+        raw: bool = False,
+        rows: int = 0,
+        meanwhile: Callable[[], None] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Frames [clips, num_frames, 3, image_size, image_size] on the device, and mask bool [clips, num_frames].
 
         Slots that a clip does not fill are 0 and False. `sources` is what `read` gave, none of it bad. `raw`: uint8
         [clips, num_frames, image_size, image_size, 3], not normalised. `rows`: so many clips at least come out, the
-        last ones empty. Raises Undecodable.
+        last ones empty. `meanwhile` is called once the graph is at work. Raises Undecodable.
         """
         config, clips, side = self._config, len(requests), self._config.image_size
         rows = max(rows, clips)
@@ -196,28 +187,82 @@ class Lane:
         dtype = torch.uint8 if raw else self._normalise.dtype
         frames, bad = self._buffers.take((rows, config.num_frames, *shape), dtype), {}
         frames[clips:] = 0
-        for group in bounded(range(clips), [len(s.pieces) for s in sources], self._graph.units) if clips else []:
-            part = slice(group[0], group[-1] + 1)
-            try:
-                self._decode_into(frames[part], requests[part], sources[part], raw)
-            except Undecodable as error:
-                bad |= {group[i]: reason for i, reason in error.rows.items()}
+        done = {i: s.pieces[0] for i, s in enumerate(sources) if s.cached and self._second is None}
+        filling = self._fill(frames, requests, sources, done, raw)
+        others = [i for i in range(clips) if i not in done]
+        for pictures, rejected in self._in_turn(others, requests, sources, meanwhile):
+            bad |= rejected
+            if not bad:
+                self._filled(self._fill(frames, requests, sources, pictures, raw))
+        self._filled(filling)
         if bad:
             raise Undecodable(bad)
         self._count(requests, sources)
         return frames, mask.to(self._device)
 
-    def _decode_into(self, frames: torch.Tensor, requests: list[Request], sources: list[Source], raw: bool) -> None:
-        """As many clips as the graph takes at once; its output is used while it is in the processor's caches."""
-        pictures, positions = self._decoded(requests, sources)
+    def _in_turn(
+        self, rows: list[int], requests: list[Request], sources: list[Source], meanwhile: Callable[[], None] | None
+    ) -> Iterator[tuple[dict, dict[int, BadSample]]]:
+        """{row: pictures} of some clips at a time, good until the next, and {row: why} of those that do not decode.
+
+        The graph makes the next ones while the last are used, when these are still in the processor's caches."""
+        left = iter(self._decoder.groups([i for i in rows if not sources[i].cached], sources))
+        under_way: deque[Started] = deque()
+        try:
+            while True:
+                while len(under_way) < _UNDER_WAY and (group := next(left, None)) is not None:
+                    under_way.append(self._decoder.start(group, requests, sources))
+                if meanwhile is not None:
+                    meanwhile, _ = None, meanwhile()
+                if not under_way:
+                    break
+                pictures, rejected = self._decoder.finish(under_way.popleft())
+                if self.cache is not None:
+                    self._keep(requests, sources, pictures)
+                if self._second is None:
+                    yield pictures, rejected
+                else:
+                    yield {}, rejected
+                    yield from self._augmented(requests, sources, pictures)
+        finally:
+            if under_way:  # whoever asked for them wants them no more
+                self._decoder.drop()
+        if cached := {i: sources[i].pieces[0] for i in rows if sources[i].cached}:
+            yield from self._augmented(requests, sources, cached)
+
+    def _augmented(
+        self, requests: list[Request], sources: list[Source], pictures: dict
+    ) -> Iterator[tuple[dict, dict[int, BadSample]]]:
+        """As `_in_turn`: of all that is cached of videos, the pictures that the clips show, as training sees them."""
+        shown = {}
+        for i, whole in pictures.items():
+            wanted = distinct(requests[i].positions)
+            shown[i] = Source([whole[k] for k in np.searchsorted(sources[i].positions, wanted)], wanted)
+        for group in self._second.groups(list(shown), shown):
+            yield self._second.finish(self._second.start(group, requests, shown))
+
+    def _fill(
+        self, frames: torch.Tensor, requests: list[Request], sources: list[Source], pictures: dict, raw: bool
+    ) -> Work:
+        """Begin to write pictures into their rows of a batch; `_filled` waits for that."""
+        started, picks = time.perf_counter(), {}
+        for i in pictures:
+            wanted = requests[i].positions
+            picks[i] = _places(sources[i].positions if self._second is None else distinct(wanted), wanted)
+        on_host = list(picks)
+        if self._device.type == "cuda" and picks:
+            rows = torch.tensor(on_host, device=self._device)
+            made = frames.new_empty(len(rows), *frames.shape[1:])
+            self._normalise.fill_on_device(made, list(pictures.values()), list(picks.values()), raw)
+            frames[rows] = made
+            on_host = []
+        work = self._workers.share(lambda i: self._normalise.fill(frames[i], pictures[i], picks[i], raw), on_host)
+        self.stats.normalise_s += time.perf_counter() - started
+        return work
+
+    def _filled(self, work: Work) -> None:
         started = time.perf_counter()
-        picks = [_places(p, r.positions) for p, r in zip(positions, requests, strict=True)]
-        if self._device.type == "cuda":
-            self._normalise.fill_on_device(frames, pictures, picks, raw)
-        else:
-            self._workers.map(
-                lambda i: self._normalise.fill(frames[i], pictures[i], picks[i], raw), range(len(requests))
-            )
+        work.finish()
         self.stats.normalise_s += time.perf_counter() - started
 
     def close(self) -> None:
@@ -238,86 +283,23 @@ class Lane:
             )
         )
 
-    def _decoded(self, requests: list[Request], sources: list[Source]) -> tuple[list, list[np.ndarray]]:
-        """For each clip uint8 [n, side, side, 3], and which stored frames these are, increasing [n]."""
-        new = [i for i, s in enumerate(sources) if not s.cached]
-        stored = self._run(self._graph, requests, sources, new)
-        stored |= {i: s.pieces[0] for i, s in enumerate(sources) if s.cached}
-        if self.cache is not None and new:
-            self._keep(requests, sources, stored, new)
-        every = range(len(sources))
-        if self._second is not None:
-            sources = [self._shown(requests[i], sources[i], stored[i]) for i in every]
-            stored = self._run(self._second, requests, sources, list(every))
-        return [stored[i] for i in every], [s.positions for s in sources]
-
-    def _shown(self, request: Request, source: Source, pictures: list | np.ndarray) -> Source:
-        """Of all that is cached of a video, the pictures that the clip shows."""
-        wanted = distinct(request.positions)
-        return Source([pictures[k] for k in np.searchsorted(source.positions, wanted)], wanted)
-
-    def _keep(self, requests: list[Request], sources: list[Source], stored: dict, new: list[int]) -> None:
+    def _keep(self, requests: list[Request], sources: list[Source], pictures: dict) -> None:
         started = time.perf_counter()
 
         def keep(i: int) -> None:
-            video = requests[i].video
-            if np.array_equal(sources[i].positions, self._cacheable(video)):
-                clip = stored[i].cpu().numpy() if isinstance(stored[i], torch.Tensor) else np.asarray(stored[i])
-                self.cache.put(video.index, clip)
+            clip = pictures[i]
+            if np.array_equal(sources[i].positions, self._cacheable(requests[i])):
+                self.cache.put(
+                    requests[i].video.index, clip.cpu().numpy() if isinstance(clip, torch.Tensor) else np.asarray(clip)
+                )
 
         if self.cache.has_room:
-            self._workers.map(keep, new)
+            self._workers.map(keep, list(pictures))
         self.stats.copy_s += time.perf_counter() - started
-
-    def _run(self, graph: Graph, requests: list[Request], sources: list[Source], rows: list[int]) -> dict:
-        """{row: frames} of these rows. A graph that fails is made anew and the rows halved until the bad ones are found."""
-        started, bad, out = time.perf_counter(), {}, {}
-        batches = bounded(rows, [len(sources[i].pieces) for i in rows], graph.units)
-        many = len(batches) > 1
-        while batches:
-            part = batches.pop()
-            try:
-                found = self._run_once(graph, [requests[i] for i in part], [sources[i] for i in part])
-            except GraphError as error:
-                graph = self._rebuild(graph)
-                if len(part) == 1:
-                    bad[part[0]] = BadSample(f"the decoder rejects it: {error}")
-                else:
-                    batches += [part[: len(part) // 2], part[len(part) // 2 :]]
-                many = True
-                continue
-            out |= zip(part, [copied(f) for f in found] if many else found, strict=True)
-        if bad:
-            raise Undecodable(bad)
-        stage = "decode_s" if graph.plan.source != "pictures" else "resize_s"
-        setattr(self.stats, stage, getattr(self.stats, stage) + time.perf_counter() - started)
-        return out
-
-    def _run_once(self, graph: Graph, requests: list[Request], sources: list[Source]) -> list:
-        if not requests:
-            return []
-        files = graph.plan.source == "files"
-        pieces = [piece for source in sources for piece in source.pieces]
-        views, sizes = [], []
-        for request, source in zip(requests, sources, strict=True):
-            size = self._picture_size(request.video, graph)
-            random = generator(*request.draw, view=True) if graph.plan.augment and request.draw else None
-            seen = View(0, 0, *size) if graph.plan.whole else view(size, self._config, random)
-            count = 1 if files else len(source.pieces)
-            views += [seen] * count
-            sizes += [scaled_size(*size, self._config.short_side)] * count
-        output = graph.run(pieces, views, sizes, [s.positions for s in sources] if files else None)
-        ends = list(accumulate(len(s.positions) for s in sources))
-        return [output[a:b] for a, b in zip([0, *ends], ends, strict=False)]
-
-    def _picture_size(self, video: Video, graph: Graph) -> tuple[int, int]:
-        """Width and height of what the graph is given."""
-        size = (video.width, video.height)
-        return scaled_size(*size, self._config.short_side) if graph is self._second else size
 
     # -- graphs
 
-    def _make_graph(self) -> Graph:
+    def _make_decoder(self) -> Decoder:
         config = self._config
         source = "files" if self._nvdec else "jpegs" if self.name == "intra" else "pictures"
         whole = self.cache is not None and self._augments
@@ -334,21 +316,15 @@ class Lane:
             units = min(units, max(config.num_frames, held))
         if self.cache is not None and not self._nvdec and self._draws:
             units = max(units, _UNITS_TO_CACHE)
-        return Graph(plan, config.image_size, units, self._device, self.threads)
+        return Decoder(plan, config, units, self._device, self.threads, self.stats)
 
-    def _make_second(self) -> Graph | None:
+    def _make_second(self) -> Decoder | None:
         """From cached pictures to frames, where training augments them."""
         if self.cache is None or not self._augments:
             return None
         config, plan = self._config, Plan("pictures", self._config.random_crop > 0, augment=True)
-        return Graph(plan, config.image_size, self._max_clips * config.num_frames, self._device, self.threads)
-
-    def _rebuild(self, graph: Graph) -> Graph:
-        if graph is self._second:
-            self._second = self._make_second()
-            return self._second
-        self._graph = self._make_graph()
-        return self._graph
+        units = self._max_clips * config.num_frames
+        return Decoder(plan, config, units, self._device, self.threads, self.stats, scaled=True)
 
     def _open_cache(self, cache: CacheConfig) -> FrameCache:
         config, split = self._config, self._split
@@ -368,9 +344,10 @@ class Lane:
             "crop": 0 if self._augments else config.image_size,
         }
         first = split.video(0)
+        request = Request(first, choose(first, config.sampling, config.num_frames, config.fps))
         width, height = scaled_size(first.width, first.height, config.short_side)
         area = width * height if self._augments else config.image_size**2
-        return FrameCache(cache, what, len(split), len(self._cacheable(first)) * area * 3)
+        return FrameCache(cache, what, len(split), len(self._cacheable(request)) * area * 3)
 
 
 def _places(among: np.ndarray, wanted: np.ndarray) -> np.ndarray:

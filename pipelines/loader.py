@@ -60,13 +60,13 @@ class Batch:
 
 
 @dataclass
-class _Ahead:
-    """A batch whose clips are being read."""
+class _Plan:
+    """What a batch will consist of; with a `job`, its clips are being read."""
 
     whole: int  # pairs of the global batch
     pairs: list[np.ndarray]
     requests: list[Request]
-    job: Job
+    job: Job | None = None
 
 
 class Loader:
@@ -101,7 +101,8 @@ class Loader:
         rows = self._rows.stop - self._rows.start
         self._lane = Lane(split, config, torch.device(device), rows, cache=cache, training=True)
         self._quarantine = Quarantine(split.path, quarantine, config.max_bad_fraction)
-        self._raw, self._ahead, self._last = raw, {}, None
+        self._raw, self._last = raw, None
+        self._plans: dict[int, _Plan] = {}  # by place, counted through all epochs
         self._fetching = Ahead(self._to_fetch, config.ahead, share_of(config.local_gb)) if split.remote else None
         self._stop = threading.Event()
         self._queue: queue.Queue = queue.Queue(maxsize=config.prefetch)
@@ -182,12 +183,10 @@ class Loader:
                 continue
 
     def _make(self, epoch: int, step: int) -> Batch:
-        before = replace(self._lane.stats)
-        ahead = self._ahead.pop((epoch, step), None) or self._begin(epoch, step)
-        after = (epoch, step + 1) if step + 1 < self.steps_per_epoch else (epoch + 1, 0)
-        if self._last is None or self._place(*after) <= self._last:
-            self._ahead[after] = self._begin(*after)  # its clips are read while these are decoded
-        rows = list(zip(ahead.pairs, ahead.requests, self._lane.finish(ahead.job), strict=True))
+        before, place = replace(self._lane.stats), self._place(epoch, step)
+        plan = self._started(place)
+        rows = list(zip(plan.pairs, plan.requests, self._lane.finish(plan.job), strict=True))
+        del self._plans[place]
         self._quarantine.read += len(rows)
         spares: dict[int, Iterator] = {}
         bad = {i: source for i, (_, _, source) in enumerate(rows) if isinstance(source, BadSample)}
@@ -197,7 +196,7 @@ class Loader:
                 self._lane.stats.bad += 1
                 rows[i] = self._replace(epoch, spares.setdefault(i, self._spares(epoch, step, self._rows.start + i)))
             kept = [i for i, row in enumerate(rows) if row is not None]
-            if not kept and len(rows) == ahead.whole:
+            if not kept and len(rows) == plan.whole:
                 raise ShardError(
                     f"step {step} of epoch {epoch}: no video of {self.split.path} is readable. Verify the shards"
                 )
@@ -212,15 +211,26 @@ class Loader:
                 batch.stats = self._lane.stats.minus(before)
                 return batch
 
-    def _begin(self, epoch: int, step: int) -> _Ahead:
-        started = time.perf_counter()
-        if self._fetching is not None:
-            self._fetching.reach(self._place(epoch, step), self._last)
-        whole = self.order.batch(epoch, step)
-        pairs = list(whole[self._rows])
-        requests = [self._request(pair, epoch) for pair in pairs]
-        self._lane.stats.order_s += time.perf_counter() - started
-        return _Ahead(len(whole), pairs, requests, self._lane.start(requests))
+    def _wanted(self, place: int) -> bool:
+        return self._last is None or place <= self._last
+
+    def _planned(self, place: int) -> _Plan:
+        if place not in self._plans:
+            started = time.perf_counter()
+            epoch, step = divmod(place, self.steps_per_epoch)
+            whole = self.order.batch(epoch, step)
+            pairs = list(whole[self._rows])
+            self._plans[place] = _Plan(len(whole), pairs, [self._request(pair, epoch) for pair in pairs])
+            self._lane.stats.order_s += time.perf_counter() - started
+        return self._plans[place]
+
+    def _started(self, place: int) -> _Plan:
+        plan = self._planned(place)
+        if plan.job is None:
+            if self._fetching is not None:
+                self._fetching.reach(place, self._last)
+            plan.job = self._lane.start(plan.requests)
+        return plan
 
     def _to_fetch(self, place: int) -> list[Callable[[], int]]:
         """For each clip of the batch at `place` a function that brings its bytes to this machine and says how many."""
@@ -238,8 +248,15 @@ class Loader:
     def _assemble(
         self, epoch: int, step: int, pairs: np.ndarray, requests: list[Request], sources: list[Source]
     ) -> Batch:
-        rows = self._rows.stop - self._rows.start
-        frames, mask = self._lane.decode(requests, sources, self._raw, rows)
+        rows, place = self._rows.stop - self._rows.start, self._place(epoch, step)
+
+        def go_on() -> None:
+            if self._wanted(place + 1):
+                self._started(place + 1)  # its clips are read while these are decoded
+            if self._wanted(place + 2):
+                self._planned(place + 2)
+
+        frames, mask = self._lane.decode(requests, sources, self._raw, rows, go_on)
         started = time.perf_counter()
         texts = [request.texts for request in requests]
         tokens = self._tokens(texts)

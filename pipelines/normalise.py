@@ -57,7 +57,7 @@ class Normalise:
         """frames[picks] into the first slots of a clip; zeros into the others."""
         n = len(picks)
         if n < len(out):
-            out[n:] = 0
+            out[n:].numpy()[:] = 0  # torch would wake threads for it, which then spin
         a = int(picks[0]) if n else 0
         if not np.array_equal(picks, np.arange(a, a + n)):
             if raw:

@@ -148,6 +148,6 @@ def ordered(positions: np.ndarray, order: str, random: np.random.Generator | Non
 
 def nearest(stored: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """For each wanted frame number the position of the nearest stored one (sorted, not empty); the earlier of two."""
-    right = np.searchsorted(stored, wanted).clip(0, len(stored) - 1)
-    left = (right - 1).clip(0)
+    right = np.minimum(stored.searchsorted(wanted), len(stored) - 1)
+    left = np.maximum(right - 1, 0)
     return np.where(np.abs(stored[left] - wanted) <= np.abs(stored[right] - wanted), left, right)

@@ -3,6 +3,7 @@
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,8 @@ class Workers:
     """`count` threads. They are daemons: one that hangs in the kernel does not keep the process alive."""
 
     def __init__(self, count: int, name: str):
-        self._name, self._tasks, self._made, self._closed = name, queue.SimpleQueue(), 0, False
+        self._name, self._count, self._made, self._closed = name, count, 0, False
+        self._tasks: queue.SimpleQueue = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._busy: dict[tuple[Job, int], float] = {}  # what is worked on, and since when
         self._add(count)
@@ -29,11 +31,14 @@ class Workers:
 
     def map(self, function: Callable[[Any], Any], items: Sequence) -> list:
         """What `function` gives for each item; raises what it raises."""
-        results = self.start(function, items).results()
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
-        return results
+        return self.share(function, items).finish()
+
+    def share(self, function: Callable[[Any], Any], items: Sequence) -> "Work":
+        """Begin `function(item)` for every item, and leave to the thread that calls `finish` what is not begun by then."""
+        work = Work(function, items)
+        for _ in range(min(self._count, len(items))):
+            self.start(Work.help, [work])
+        return work
 
     def give_up(self, seconds: float) -> None:
         """Report every item that has been worked on for so long, of whatever job, as Hung, and replace its thread."""
@@ -71,6 +76,38 @@ class Workers:
                     return  # it was given up, and another thread does this one's work
             job.done.put((i, result))
             del task, job, result  # an idle thread must not keep a batch alive
+
+
+class Work:
+    """Items that several threads take from. Who needs them done takes part: on a busy machine it is through with most
+    before another thread wakes up."""
+
+    def __init__(self, function: Callable[[Any], Any], items: Sequence):
+        self._function, self._results = function, [None] * len(items)
+        self._left = deque(enumerate(items))
+        self._done: queue.SimpleQueue = queue.SimpleQueue()
+
+    def help(self) -> None:
+        while self._left:
+            try:
+                i, item = self._left.popleft()
+            except IndexError:  # another thread was faster
+                return
+            try:
+                self._results[i] = self._function(item)
+            except BaseException as error:
+                self._results[i] = error
+            self._done.put(i)
+
+    def finish(self) -> list:
+        """One result an item; raises what `function` raised."""
+        self.help()
+        for _ in self._results:
+            self._done.get()
+        for result in self._results:
+            if isinstance(result, BaseException):
+                raise result
+        return self._results
 
 
 class Job:

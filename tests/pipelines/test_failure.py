@@ -127,6 +127,29 @@ def test_hung_items_do_not_take_the_others_along():
 
 
 @pytest.mark.timeout(60)
+def test_shared_work_is_done_by_who_waits_for_it_and_raises_there():
+    release = threading.Event()
+    workers = Workers(2, "test-share")
+    held = workers.start(lambda _: release.wait(), [0, 1])  # no worker is free
+    caller, did = threading.current_thread(), []
+    assert workers.share(lambda i: did.append(threading.current_thread()) or i * i, range(5)).finish() == [
+        0,
+        1,
+        4,
+        9,
+        16,
+    ]
+    assert did == [caller] * 5
+    with pytest.raises(ZeroDivisionError):
+        workers.map(lambda i: 1 // i, [1, 0, 2])
+    release.set()
+    held.results()
+    both = threading.Barrier(2, timeout=10)  # needs two threads at once
+    workers.map(lambda i: both.wait(), range(2))
+    workers.close()
+
+
+@pytest.mark.timeout(60)
 def test_a_loader_thread_that_dies_is_not_waited_for(numbered, monkeypatch):
     monkeypatch.setattr(Loader, "_produce", lambda self, *at: None)
     loader = Loader(numbered.intra, SMALL, batch_size=4, seed=0)
