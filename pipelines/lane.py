@@ -3,9 +3,9 @@
 `intra`  each frame's JPEG is sliced out of the shard and decoded alone (libjpeg-turbo, or nvJPEG on a GPU), and of it
          only the crop; nothing is resized where the stored short side is the recipe's
 `video`  the wanted frames are decoded out of the stored video (NVDEC on a GPU; without one, PyAV goes by the frame
-         table to the keyframe before and hands pictures to the same graph: DALI's CPU decoder has no H.264)
+         table to the keyframe before, as DALI's CPU decoder has no H.264, and torch resizes, see pipelines/resize.py)
 
-In every lane DALI decodes, resizes and crops to uint8, pipelines/normalise.py makes numbers of that, and a cache of
+Apart from that DALI decodes, resizes and crops to uint8; pipelines/normalise.py makes numbers of that, and a cache of
 decoded frames may stand between the two. Sizes are given exactly as PIL/torchvision compute them.
 """
 
@@ -13,6 +13,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from pipelines.decode import Decoder, Started
 from pipelines.graph import Plan
 from pipelines.normalise import Normalise
 from pipelines.read import BadSample, Reader, Request, Source
+from pipelines.resize import resized
 from pipelines.sampling import candidates, choose, distinct, draws
 from pipelines.stats import Stats
 from pipelines.workers import Hung, Job, Work, Workers
@@ -88,10 +90,16 @@ class Lane:
         self._nvdec = device.type == "cuda" and self.name == "video"
         self._draws = training and draws(config.sampling)
         self._pool = cache.frames if cache is not None else 0  # stored frames to draw from; 0: all
+        self._whole = self._augments and cache is not None and bool(cache.dir)  # what is cached is augmented afterwards
+        self._shape = None  # what makes frames of pictures, where no graph does
+        if self.name == "video" and not self._nvdec and (self._whole or not self._augments):
+            self._shape = partial(resized, config=config, whole=self._whole)
         self.cache = self._open_cache(cache) if cache is not None and cache.dir else None
         self.stats = Stats()
         self._decoder, self._second = self._make_decoder(), self._make_second()
-        self._readers = Workers(self.threads, "c4c-read")
+        # a thread that decodes waits for the interpreter's lock at every packet: another one's turn
+        readers = self.threads * (2 if self.name == "video" and not self._nvdec else 1)
+        self._readers = Workers(readers, "c4c-read")
         self._workers = Workers(self.threads, "c4c-pixels")
         self._buffers = Buffers(self._device, config.prefetch + 3)
 
@@ -110,7 +118,7 @@ class Lane:
     # -- reading
 
     def start(self, requests: list[Request]) -> Job:
-        """Begin to fetch what the graph needs of each clip, in the background; `finish` waits for it."""
+        """Begin to fetch what `decode` needs of each clip, in the background; `finish` waits for it."""
         return self._readers.start(self._fetch, requests)
 
     def finish(self, job: Job) -> list[Source | BadSample]:
@@ -146,13 +154,13 @@ class Lane:
         wanted = self._to_decode(request)
         if self.name == "intra":
             return self._reader.jpegs(video, wanted)
-        return self._reader.file(video, wanted) if self._nvdec else self._reader.pictures(video, wanted)
+        return self._reader.file(video, wanted) if self._nvdec else self._reader.pictures(video, wanted, self._shape)
 
     def _cached(self, request: Request) -> Source | None:
         if self.cache is None:
             return None
         keep, clip = self._cacheable(request), self.cache.get(request.video.index)
-        return Source([clip], keep, cached=True) if clip is not None and len(clip) == len(keep) else None
+        return Source([clip], keep, ready=True, cached=True) if clip is not None and len(clip) == len(keep) else None
 
     def _to_decode(self, request: Request) -> np.ndarray:
         """The stored frames of a clip that is not cached; all that the cache keeps of its video, if that takes more."""
@@ -187,7 +195,10 @@ class Lane:
         dtype = torch.uint8 if raw else self._normalise.dtype
         frames, bad = self._buffers.take((rows, config.num_frames, *shape), dtype), {}
         frames[clips:] = 0
-        done = {i: s.pieces[0] for i, s in enumerate(sources) if s.cached and self._second is None}
+        ready = {i: s.pieces[0] for i, s in enumerate(sources) if s.ready}
+        if self.cache is not None:
+            self._keep(requests, sources, {i: p for i, p in ready.items() if not sources[i].cached})
+        done = ready if self._second is None else {}
         filling = self._fill(frames, requests, sources, done, raw)
         others = [i for i in range(clips) if i not in done]
         for pictures, rejected in self._in_turn(others, requests, sources, meanwhile):
@@ -206,7 +217,8 @@ class Lane:
         """{row: pictures} of some clips at a time, good until the next, and {row: why} of those that do not decode.
 
         The graph makes the next ones while the last are used, when these are still in the processor's caches."""
-        left = iter(self._decoder.groups([i for i in rows if not sources[i].cached], sources))
+        raw = [i for i in rows if not sources[i].ready]
+        left = iter(self._decoder.groups(raw, sources) if raw else [])
         under_way: deque[Started] = deque()
         try:
             while True:
@@ -227,8 +239,8 @@ class Lane:
         finally:
             if under_way:  # whoever asked for them wants them no more
                 self._decoder.drop()
-        if cached := {i: sources[i].pieces[0] for i in rows if sources[i].cached}:
-            yield from self._augmented(requests, sources, cached)
+        if ready := {i: sources[i].pieces[0] for i in rows if sources[i].ready}:
+            yield from self._augmented(requests, sources, ready)
 
     def _augmented(
         self, requests: list[Request], sources: list[Source], pictures: dict
@@ -302,14 +314,13 @@ class Lane:
     def _make_decoder(self) -> Decoder:
         config = self._config
         source = "files" if self._nvdec else "jpegs" if self.name == "intra" else "pictures"
-        whole = self.cache is not None and self._augments
         splits = getattr(self._split, "splits", [self._split])
         stored = {split.info["profile"].get("short_side") for split in splits}
         resize = not (self.name == "intra" and stored == {config.short_side})
-        if self._augments and not whole:
+        if self._augments and not self._whole:
             plan = Plan(source, resize or config.random_crop > 0, augment=True)
         else:
-            plan = Plan(source, resize, whole)
+            plan = Plan(source, resize, self._whole)
         units = self._max_clips * (1 if self._nvdec else config.num_frames)
         if self._device.type == "cpu":
             held = self.threads * _BYTES_A_THREAD // (config.image_size**2 * 3)
@@ -320,7 +331,7 @@ class Lane:
 
     def _make_second(self) -> Decoder | None:
         """From cached pictures to frames, where training augments them."""
-        if self.cache is None or not self._augments:
+        if not self._whole:
             return None
         config, plan = self._config, Plan("pictures", self._config.random_crop > 0, augment=True)
         units = self._max_clips * config.num_frames
@@ -337,6 +348,7 @@ class Lane:
             "digest": split.digest,
             "lane": self.name,
             "decoder": self._device.type,
+            "resized by": "DALI" if self._shape is None else "torch",
             "rule": "evenly spread" if self._draws else config.sampling,
             "frames": self._pool if self._draws else config.num_frames,
             "fps": 0 if self._draws else config.fps,

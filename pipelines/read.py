@@ -37,12 +37,14 @@ class Request:
 class Source:
     """What was fetched of one clip.
 
-    pieces    JPEGs, pictures uint8 [H, W, 3] or a whole file; of a cached clip one array uint8 [frames, H, W, 3]
+    pieces    JPEGs, pictures uint8 [H, W, 3] or a whole file; of a clip that is `ready` one array uint8 [n, H, W, 3],
+              as a graph would make it
     positions int64 [n], which stored frames these are, increasing
     """
 
     pieces: list[np.ndarray]
     positions: np.ndarray
+    ready: bool = False
     cached: bool = False
     bytes_read: int = 0
     decoded: int = 0
@@ -61,9 +63,16 @@ class Reader:
         """The encoded frames, and nothing else of the file."""
         return self._twice(video, positions, self._jpegs)
 
-    def pictures(self, video: Video, positions: np.ndarray) -> Source:
-        """The frames, decoded from the keyframe before each."""
-        return self._twice(video, positions, self._pictures)
+    def pictures(
+        self, video: Video, positions: np.ndarray, shape: Callable[[list[np.ndarray]], np.ndarray] | None = None
+    ) -> Source:
+        """The frames, decoded from the keyframe before each; with `shape`, which makes one array of them, ready."""
+        source = self._twice(video, positions, self._pictures)
+        if shape is not None:
+            started = time.perf_counter()
+            source.pieces, source.ready = [shape(source.pieces)], True
+            source.decode_s += time.perf_counter() - started
+        return source
 
     def file(self, video: Video, positions: np.ndarray) -> Source:
         """The whole stored file, of which a GPU decodes the frames."""
