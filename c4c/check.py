@@ -71,7 +71,7 @@ def _describe(say, config: Config, session: Session, steps: list[float], folder:
     engine, world = config.engine, session.world
     trained = sum(getattr(p, "ds_numel", p.numel()) for p in session.engine.module.parameters() if p.requires_grad)
     device, host = memory_per_rank_gib(
-        session.weights, trained, engine.precision, engine.zero_stage, world, engine.offload
+        session.weights, trained, engine.precision, session.engine.zero_optimization_stage(), world, engine.offload
     )
     remaining = max(0, session.total - session.done + 2)
     last = steps[-1] if steps else 0.0

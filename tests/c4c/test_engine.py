@@ -30,6 +30,20 @@ def test_what_is_derived():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("stage", "how"),
+    [
+        (0, {"world": 1}),
+        (1, {"world": 2}),
+        (1, {"world": 1, "precision": "bf16"}),
+        (1, {"world": 1, "offload": "optimizer"}),
+        (1, {"world": 1, "extra": {"zero_optimization": {"stage": 1}}}),
+    ],
+)
+def test_a_rank_that_has_nobody_to_share_with_does_not(stage, how):
+    assert derived(**{"precision": "fp32", "zero_stage": 1} | how)["zero_optimization"]["stage"] == stage
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 def test_precision(precision):
     config = derived(precision=precision)
