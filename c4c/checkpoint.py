@@ -23,6 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from c4c.run import SCORE
+
 FOLDER = "checkpoints"
 STATE = "state.json"
 
@@ -184,7 +186,7 @@ def validated(run: Path) -> dict[str, float]:
     for line in file.read_text().splitlines() if file.exists() else []:
         try:
             row = json.loads(line)
-            found[tag_of(row["step"])] = row["val/t2v_R1"]
+            found[tag_of(row["step"])] = row[SCORE]
         except (ValueError, KeyError):  # a killed run may leave half a line
             continue
     return found

@@ -15,6 +15,7 @@ import yaml
 
 RESUME = ("never", "auto")
 DONE = "done.json"
+SCORE = "val/t2v_R1_pct"  # by which the best checkpoint is found
 _PACKAGES = (
     "torch",
     "nvidia-dali-cuda130",
@@ -146,7 +147,7 @@ def validations(folder: Path, last: float = float("inf")) -> list[float]:
     path, found = folder / "eval.jsonl", []
     for line in path.read_text().splitlines() if path.exists() else []:
         if _step_of(line) != float("inf") and _step_of(line) <= last:
-            found.append(json.loads(line)["val/t2v_R1"])
+            found.append(json.loads(line)[SCORE])
     return found
 
 
@@ -170,7 +171,8 @@ class Metrics:
         self._write(self._steps, step, values)
 
     def validation(self, step: int, values: dict) -> None:
-        flat = {f"val/{way}_{name}": v for way in ("t2v", "v2t") for name, v in values[way].items()}
+        units = {"MdR": "rank", "MnR": "rank"}  # the others are per cent
+        flat = {f"val/{way}_{k}_{units.get(k, 'pct')}": v for way in ("t2v", "v2t") for k, v in values[way].items()}
         self._write(self._evals, step, flat | {"val/n_texts": values["n_texts"], "val/n_videos": values["n_videos"]})
 
     def close(self) -> None:

@@ -40,8 +40,8 @@ class Stats:
             "data/frames_used": self.frames_used,
             "data/frames_decoded_per_used": self.frames_decoded / used,
             "data/cached_pct": 100 * self.frames_cached / used,
-            "data/bad": self.bad,
-            "data/queued": self.queued,
+            "data/bad_samples": self.bad,
+            "data/queued_batches": self.queued,
         }
         return out | {f"data/{name}": round(getattr(self, name), 6) for name in STAGES}
 

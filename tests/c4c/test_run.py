@@ -89,16 +89,16 @@ def test_metrics_go_to_jsonl_and_tensorboard(tmp_path):
     (validation,) = lines(tmp_path / "eval.jsonl")
     expected = {
         "step": 2,
-        "val/t2v_R1": 10.0,
-        "val/t2v_MdR": 3.0,
-        "val/v2t_R1": 20.0,
+        "val/t2v_R1_pct": 10.0,
+        "val/t2v_MdR_rank": 3.0,
+        "val/v2t_R1_pct": 20.0,
         "val/n_texts": 5,
         "val/n_videos": 4,
     }
     assert validation.items() >= expected.items()
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in board.Scalars("train/loss")] == [(1, 3.5), (2, 2.5)]
-    assert [(e.step, e.value) for e in board.Scalars("val/t2v_R1")] == [(2, 10.0)]
+    assert [(e.step, e.value) for e in board.Scalars("val/t2v_R1_pct")] == [(2, 10.0)]
 
 
 def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path):

@@ -36,7 +36,8 @@ def evaluate(monkeypatch, capsys):
 def validated(run, step: int) -> dict:
     """What the run itself wrote after `step`, in the shape that eval.py writes."""
     (line,) = (line for line in lines(run / "eval.jsonl") if line["step"] == step)
-    result = {way: {k: line[f"val/{way}_{k}"] for k in ("R1", "R5", "R10", "MdR", "MnR")} for way in ("t2v", "v2t")}
+    units = {"R1": "pct", "R5": "pct", "R10": "pct", "MdR": "rank", "MnR": "rank"}
+    result = {way: {k: line[f"val/{way}_{k}_{unit}"] for k, unit in units.items()} for way in ("t2v", "v2t")}
     return result | {"n_texts": line["val/n_texts"], "n_videos": line["val/n_videos"]}
 
 

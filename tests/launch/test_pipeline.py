@@ -132,7 +132,7 @@ def test_either_stage_killed_and_continued_is_the_unbroken_one(folders, run):
     for name in ("train/loss", "train/grad_norm"):
         columns = [[line[name] for line in lines(folder / "metrics.jsonl")] for folder in (unbroken, killed)]
         assert len(columns[0]) == STEPS and columns[0] == columns[1]
-    found = [[(v["step"], v["val/t2v_R1"]) for v in lines(folder / "eval.jsonl")] for folder in (unbroken, killed)]
+    found = [[(v["step"], v["val/t2v_R1_pct"]) for v in lines(folder / "eval.jsonl")] for folder in (unbroken, killed)]
     assert found[0] == found[1] and {8, STEPS} <= {step for step, _ in found[0]}
     ends = [{k: v for k, v in read_done(folder).items() if k != "time_unix_s"} for folder in (unbroken, killed)]
     assert ends[0] == ends[1] and ends[0]["step"] == STEPS
@@ -161,7 +161,7 @@ def test_a_run_that_gets_no_better_ends(folders, pipeline):
     """At a learning rate of 0 the second and third validation are no better than the first."""
     run = folders["unbroken"] / "early"
     assert [line["step"] for line in lines(run / "eval.jsonl")] == [2, 4, 6]
-    assert len({line["val/t2v_R1"] for line in lines(run / "eval.jsonl")}) == 1
+    assert len({line["val/t2v_R1_pct"] for line in lines(run / "eval.jsonl")}) == 1
     assert read_done(run)["step"] == checkpoint.step_of(checkpoint.latest(run)) == 6
 
 
