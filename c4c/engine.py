@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -371,8 +371,18 @@ def compile_towers(model: CLIP4Clip, stage: int) -> bool:
         return False
     torch._dynamo.config.suppress_errors = True  # what one part cannot compile is no reason to stop
     for tower in (model.clip.visual, model.clip.transformer):
-        tower.compile()
+        tower.compile(backend=_compiled)
     return True
+
+
+def _compiled(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
+    """What inductor makes of a part of a tower; where it fails, the part as it is, and one line instead of dynamo's pages."""
+    try:
+        return torch._dynamo.lookup_backend("inductor")(graph, inputs)
+    except Exception as error:
+        said = str(error).strip().partition("\n")[0][:200]
+        warnings.warn(f"engine.compile: a part of a tower runs uncompiled ({said})", stacklevel=2)
+        return graph.forward
 
 
 def _cannot_compile(device: torch.device) -> str:

@@ -1,6 +1,7 @@
 """DeepSpeed's configuration, derived from ours; the module that it wraps."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -196,3 +197,23 @@ def test_passes_of_gradient_caching_are_deepspeeds_accumulation():
         ]
         == 1
     )
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_part_that_inductor_rejects_runs_as_it_is(works, monkeypatch):
+    def inductor(graph, inputs):
+        if works:
+            return graph.forward
+        raise ImportError("a6.so: file too short\nlong story")
+
+    real = torch._dynamo.lookup_backend
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: inductor if name == "inductor" else real(name))
+    layer, x = torch.nn.Linear(3, 2), torch.ones(4, 3)
+    expected = layer(x)
+    layer.compile(backend=engine._compiled)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert torch.equal(layer(x), expected)
+    assert [str(w.message) for w in said if "engine.compile" in str(w.message)] == [
+        "engine.compile: a part of a tower runs uncompiled (a6.so: file too short)"
+    ][works:]
