@@ -206,6 +206,7 @@ def test_a_part_that_inductor_rejects_runs_as_it_is(works, monkeypatch):
             return graph.forward
         raise ImportError("a6.so: file too short\nlong story")
 
+    torch._dynamo.reset()
     real = torch._dynamo.lookup_backend
     monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: inductor if name == "inductor" else real(name))
     layer, x = torch.nn.Linear(3, 2), torch.ones(4, 3)
