@@ -24,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -190,13 +191,13 @@ def _pass(way: Way, split: Split, config: DataConfig, how: str, cache: CacheConf
     with Loader(split, config, batch_size=gcd(len(split), BATCH), seed=0, cache=cache, raw="raw" in how) as loader:
         # memory for batches is taken once and used again; the first epoch of a cold cache is what is measured of it
         first = 0 if "cold" in how else 1 if way.name.startswith("video") else config.prefetch + 4
-        began, cpu, held = time.perf_counter(), time.process_time(), None
+        began, cpu, held = time.perf_counter(), time.process_time(), deque(maxlen=2)
         for i, batch in enumerate(loader.batches(count=first + passes * loader.steps_per_epoch)):
             if i < first:
-                held = batch  # until the next has come: as many are about at once as there will ever be
+                held.append(batch)  # for a while, so that as many are about at once as there will ever be
                 began, cpu = time.perf_counter(), time.process_time()
                 continue
-            held = None  # noqa: F841
+            held.clear()
             clips += len(batch.keys)
             bytes_read += batch.stats.bytes_read
             used, decoded = used + batch.stats.frames_used, decoded + batch.stats.frames_decoded
