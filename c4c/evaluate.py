@@ -13,8 +13,9 @@ from c4c.loss import world_size
 from c4c.metrics import ranks, report
 from c4c.model import CLIP4Clip
 from pipelines.config import DataConfig
-from pipelines.loader import VideoReader, texts_of
+from pipelines.loader import texts_of
 from pipelines.tokens import tokenize
+from pipelines.videos import VideoReader
 from shards.dataset import Split
 
 Encode = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # frames, mask, tokens -> texts, videos

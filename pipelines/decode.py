@@ -37,7 +37,7 @@ class Decoder:
     ):  # fmt: skip
         self.units, self._plan, self._config, self._scaled, self._stats = units, plan, config, scaled, stats
         self._make: Callable[[], Graph] = lambda: Graph(plan, config.image_size, units, device, threads)
-        self._graph = self._make()
+        self._graph: Graph | None = None  # made when there is something for it to do
 
     def groups(self, rows: Sequence[int], sources: Sequence[Source]) -> list[list[int]]:
         """Rows of a batch, as many at a time as are taken at once."""
@@ -45,11 +45,10 @@ class Decoder:
 
     def start(self, rows: list[int], requests: list[Request], sources: list[Source]) -> Started:
         """Begin with these rows of a batch. Several groups may be under way; they are finished in the same order."""
-        part = Started(rows, [requests[i] for i in rows], [sources[i] for i in rows], self._graph)
+        part = Started(rows, [requests[i] for i in rows], [sources[i] for i in rows], None)
         try:
-            self._feed(part.requests, part.sources)
+            part.graph = self._feed(part.requests, part.sources)
         except GraphError:
-            part.graph = None
             self.drop()
         return part
 
@@ -57,7 +56,9 @@ class Decoder:
         """{row: uint8 frames [n, side, side, 3]}, good until the next call, and {row: why} of clips that do not decode."""
         began, bad = time.perf_counter(), {}
         try:
-            if part.graph is not self._graph:  # it failed meanwhile, and everything that was under way is lost
+            if (
+                part.graph is None or part.graph is not self._graph
+            ):  # with one that fails, all that is under way is lost
                 raise GraphError("given up")
             out = self._taken(part.rows, part.sources)
         except GraphError:
@@ -70,7 +71,7 @@ class Decoder:
 
     def drop(self) -> None:
         """Give up what is under way."""
-        self._graph = self._make()
+        self._graph = None
 
     def _bisected(self, part: Started) -> tuple[dict, dict[int, BadSample]]:
         """As `finish`; groups that the graph fails at are halved until the bad ones are found."""
@@ -93,7 +94,7 @@ class Decoder:
                 out |= {row: copied(frames) for row, frames in found.items()}
         return out, bad
 
-    def _feed(self, requests: list[Request], sources: list[Source]) -> None:
+    def _feed(self, requests: list[Request], sources: list[Source]) -> Graph:
         files, whole = self._plan.source == "files", self._plan.whole
         pieces = [piece for source in sources for piece in source.pieces]
         views, sizes = [], []
@@ -103,7 +104,9 @@ class Decoder:
             count = 1 if files else len(source.pieces)
             views += [View(0, 0, *size) if whole else view(size, self._config, random)] * count
             sizes += [scaled] * count
+        self._graph = self._graph or self._make()
         self._graph.start(pieces, views, sizes, [s.positions for s in sources] if files else None)
+        return self._graph
 
     def _sizes(self, video: Video) -> tuple[tuple[int, int], tuple[int, int]]:
         """Width and height of what the graph is given, and of it scaled to the recipe's short side."""

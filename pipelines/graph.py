@@ -1,6 +1,5 @@
 """The DALI graph: stored frames to uint8 frames of the recipe's size."""
 
-import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,9 +8,6 @@ from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
 
 from pipelines.augment import View
-
-DEPTH = int(os.environ.get("DEPTH", "2"))
-
 
 _QUEUE = 2  # runs that DALI has under way: one begins when the one before it ends, whether or not anybody asked
 

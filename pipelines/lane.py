@@ -217,8 +217,7 @@ class Lane:
         """{row: pictures} of some clips at a time, good until the next, and {row: why} of those that do not decode.
 
         The graph makes the next ones while the last are used, when these are still in the processor's caches."""
-        raw = [i for i in rows if not sources[i].ready]
-        left = iter(self._decoder.groups(raw, sources) if raw else [])
+        left = iter(self._decoder.groups([i for i in rows if not sources[i].ready], sources))
         under_way: deque[Started] = deque()
         try:
             while True:

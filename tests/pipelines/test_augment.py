@@ -8,8 +8,9 @@ import torch
 
 from pipelines.augment import view
 from pipelines.config import DataConfig
-from pipelines.loader import Loader, VideoReader
+from pipelines.loader import Loader
 from pipelines.sampling import candidates, choose, generator, ordered
+from pipelines.videos import VideoReader
 from tests.pipelines.conftest import SIDE
 from tests.pipelines.test_lanes import number_shown, pixels
 from tests.pipelines.test_loader import run, same

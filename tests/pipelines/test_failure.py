@@ -13,8 +13,9 @@ from crc32c import crc32c
 
 from pipelines.config import CacheConfig, DataConfig
 from pipelines.lane import Lane, Request, Undecodable
-from pipelines.loader import Loader, VideoReader
+from pipelines.loader import Loader
 from pipelines.read import Reader
+from pipelines.videos import VideoReader
 from pipelines.workers import Hung, Workers
 from shards import ShardError
 from shards.dataset import Split

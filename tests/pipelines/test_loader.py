@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from pipelines.config import DataConfig
-from pipelines.loader import Batch, Loader, VideoReader
+from pipelines.loader import Batch, Loader
 from pipelines.tokens import tokenize
+from pipelines.videos import VideoReader
 from shards import ShardError
 from shards.dataset import Split
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from pipelines.ahead import Ahead
-from pipelines.loader import Loader, VideoReader
+from pipelines.loader import Loader
+from pipelines.videos import VideoReader
 from shards import ShardError, remote
 from shards.dataset import Split
 from shards.joined import Joined, open_splits
@@ -265,13 +266,16 @@ def restart(server, host: str, port: int) -> None:
     threading.Thread(target=server._server.serve_forever, daemon=True).start()
 
 
-def test_evaluation_reads_it_too(numbered, url, tmp_path):
-    found = {}
-    for name, split in (("here", numbered.intra), ("there", at(url["intra"], tmp_path))):
+def test_evaluation_reads_it_too_and_ahead(numbered, url, tmp_path, monkeypatch):
+    found, remote, by = {}, at(url["intra"], tmp_path), set()
+    fetch = remote.fetch
+    monkeypatch.setattr(remote, "fetch", lambda *at: (by.add(threading.current_thread().name), fetch(*at))[1])
+    for name, split in (("here", numbered.intra), ("there", remote)):
         reader = VideoReader(split, SMALL)
         found[name] = [frames for _, frames, _ in reader]
         reader.close()
     assert all(map(torch.equal, found["here"], found["there"])) and len(found["here"]) > 0
+    assert by and all(name.startswith("c4c-fetch") for name in by)
 
 
 def test_a_local_copy_that_is_damaged_is_fetched_again(numbered, url, tmp_path):

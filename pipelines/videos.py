@@ -1,0 +1,82 @@
+"""Every video of a split, for evaluation."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import numpy as np
+import torch
+
+from pipelines.ahead import Ahead, share_of
+from pipelines.config import DataConfig
+from pipelines.lane import BadSample, Lane, Request, Undecodable
+from pipelines.sampling import choose, ordered
+from pipelines.workers import Job
+from shards import ShardError
+from shards.dataset import Split
+
+
+class VideoReader:
+    """Every video of a split once, in order, for evaluation; ranks take turns.
+
+    Each rank gets the same number of batches (collectives need that); a rank without videos left gets empty ones.
+    """
+
+    def __init__(self, split: Split, config: DataConfig, *, rank: int = 0, world: int = 1, device="cpu"):
+        self.split, self.config = split, config
+        self._mine = np.arange(rank, len(split), world)
+        size = config.eval_batch_size
+        most = -(-len(split) // world)  # videos of a rank
+        self.batches = -(-most // size)
+        self._lane = Lane(split, config, torch.device(device), size)
+        self._fetching = Ahead(self._to_fetch, config.ahead, share_of(config.local_gb)) if split.remote else None
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor]]:
+        """(video indices [n], frames [n, num_frames, 3, H, W], mask [n, num_frames]), n <= eval_batch_size, n may be 0.
+
+        Raises ShardError for a video that cannot be decoded: a score over fewer videos would not be the score.
+        """
+        job, requests = None, []
+        for i in range(self.batches):
+            requests, job = (requests, job) if job is not None else self._begin(i)
+            now, sources = requests, self._lane.finish(job)
+            requests, job = self._begin(i + 1) if i + 1 < self.batches else ([], None)
+            for request, source in zip(now, sources, strict=True):
+                if isinstance(source, BadSample):
+                    raise self._refusal(request, source)
+            try:
+                yield np.array([r.video.index for r in now], np.int64), *self._lane.decode(now, sources)
+            except Undecodable as error:
+                row, reason = next(iter(error.rows.items()))
+                raise self._refusal(now[row], reason) from error
+
+    def _begin(self, i: int) -> tuple[list[Request], Job]:
+        if self._fetching is not None:
+            self._fetching.reach(i, self.batches - 1)
+        requests = [self._request(int(index)) for index in self._part(i)]
+        return requests, self._lane.start(requests)
+
+    def _part(self, i: int) -> np.ndarray:
+        size = self.config.eval_batch_size
+        return self._mine[i * size : (i + 1) * size]
+
+    def _request(self, index: int) -> Request:
+        video, config = self.split.video(index), self.config
+        positions = choose(video, config.sampling, config.num_frames, config.fps)
+        return Request(video, ordered(positions, config.frame_order))
+
+    def _to_fetch(self, i: int) -> list[Callable[[], int]]:
+        def fetch(index: int) -> int:
+            request = self._request(index)
+            return self.split.fetch(request.video, *self._lane.bytes_of(request))
+
+        return [partial(fetch, int(index)) for index in self._part(i)]
+
+    def _refusal(self, request: Request, reason: BadSample) -> ShardError:
+        return ShardError(
+            f"{self.split.path}: {request.video.key} cannot be evaluated: {reason}. Pack the split again."
+        )
+
+    def close(self) -> None:
+        if self._fetching is not None:
+            self._fetching.close()
+        self._lane.close()
