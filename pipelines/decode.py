@@ -56,10 +56,8 @@ class Decoder:
         """{row: uint8 frames [n, side, side, 3]}, good until the next call, and {row: why} of clips that do not decode."""
         began, bad = time.perf_counter(), {}
         try:
-            if (
-                part.graph is None or part.graph is not self._graph
-            ):  # with one that fails, all that is under way is lost
-                raise GraphError("given up")
+            if part.graph is None or part.graph is not self._graph:
+                raise GraphError("what is under way is lost with the first that fails")
             out = self._taken(part.rows, part.sources)
         except GraphError:
             if part.graph is self._graph:

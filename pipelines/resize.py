@@ -12,8 +12,8 @@ from shards.video import scaled_size
 
 
 def resized(pictures: list[np.ndarray], config: DataConfig, whole: bool) -> np.ndarray:
-    """uint8 [n, H, W, 3] of pictures [h, w, 3], all of one size: the short side at the recipe's, as PIL and torchvision
-    do it (bicubic, antialiased), then, unless they are wanted `whole`, the centre."""
+    """uint8 [n, H, W, 3] of pictures [h, w, 3]: the short side at the recipe's, as PIL and torchvision do it (bicubic,
+    antialiased), then, unless they are wanted `whole`, the centre. One that is not as large as the first is made to fit."""
     height, width = pictures[0].shape[:2]
     scaled, crop = scaled_size(width, height, config.short_side), config.image_size
     left, top, width_out, height_out = 0, 0, *scaled
@@ -21,7 +21,7 @@ def resized(pictures: list[np.ndarray], config: DataConfig, whole: bool) -> np.n
         left, top, width_out, height_out = *(round((n - crop) / 2) for n in scaled), crop, crop
     out = np.empty((len(pictures), height_out, width_out, 3), np.uint8)
     for k, picture in enumerate(pictures):
-        if (width, height) != scaled:
+        if picture.shape[1::-1] != scaled:
             planes = torch.from_numpy(picture).permute(2, 0, 1)[None]
             picture = interpolate(planes, scaled[::-1], mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
         out[k] = picture[top : top + height_out, left : left + width_out]
