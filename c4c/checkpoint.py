@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from c4c.run import SCORE
+from c4c.run import score
 
 FOLDER = "checkpoints"
 STATE = "state.json"
@@ -186,7 +186,7 @@ def validated(run: Path) -> dict[str, float]:
     for line in file.read_text().splitlines() if file.exists() else []:
         try:
             row = json.loads(line)
-            found[tag_of(row["step"])] = row[SCORE]
+            found[tag_of(row["step"])] = score(row)
         except (ValueError, KeyError):  # a killed run may leave half a line
             continue
     return found

@@ -1,8 +1,7 @@
 """The model inside a DeepSpeed engine: one place derives DeepSpeed's configuration from ours."""
 
 import math
-import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from c4c import zero
+from c4c.compiled import compile_towers
 from c4c.distributed import compile_ops, quiet_libraries, start_distributed, stop_distributed  # noqa: F401
 from c4c.loss import LOSSES, world_size
 from c4c.model import MAX_SCALE, CLIP4Clip
@@ -361,37 +361,6 @@ class _Powers:
     def adam_update(self, which: int, step: int, *rest) -> None:
         self._kernel.adam_update(which, _FAR, *rest[:-4], *self._nothing)
         self._kernel.adam_update(which, step, *rest)
-
-
-def compile_towers(model: CLIP4Clip, stage: int) -> bool:
-    """torch.compile both towers in place; where that is not possible, say so in one warning and go on without."""
-    why = "ZeRO 3 fetches weights inside them" if stage == 3 else _cannot_compile(model.clip.logit_scale.device)
-    if why:
-        warnings.warn(f"engine.compile: the towers run uncompiled ({why})", stacklevel=2)
-        return False
-    torch._dynamo.config.suppress_errors = True  # what one part cannot compile is no reason to stop
-    for tower in (model.clip.visual, model.clip.transformer):
-        tower.compile(backend=_compiled)
-    return True
-
-
-def _compiled(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
-    """What inductor makes of a part of a tower; where it fails, the part as it is, and one line instead of dynamo's pages."""
-    try:
-        return torch._dynamo.lookup_backend("inductor")(graph, inputs)
-    except Exception as error:
-        said = str(error).strip().partition("\n")[0][:200]
-        warnings.warn(f"engine.compile: a part of a tower runs uncompiled ({said})", stacklevel=2)
-        return graph.forward
-
-
-def _cannot_compile(device: torch.device) -> str:
-    """Why not, by trying; empty if it works."""
-    try:
-        torch.compile(lambda x: torch.nn.functional.gelu(x) + 1, fullgraph=True)(torch.zeros(8, device=device))
-    except Exception as error:  # a missing compiler, an unsupported device, ...: any of dynamo's and inductor's errors
-        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
-    return ""
 
 
 def _at(tree: dict, path: str):

@@ -15,7 +15,7 @@ import yaml
 
 RESUME = ("never", "auto")
 DONE = "done.json"
-SCORE = "val/t2v_R1_pct"  # by which the best checkpoint is found
+SCORE = "val/t2v_R1_pct"
 _PACKAGES = (
     "torch",
     "nvidia-dali-cuda130",
@@ -142,12 +142,17 @@ def last_validation(folder: Path) -> int | None:
     return max((int(step) for step in steps if step != float("inf")), default=None)
 
 
+def score(row: dict) -> float:
+    """Text-to-video R@1 of a line of eval.jsonl, by which the best checkpoint is found. Raises KeyError."""
+    return row[SCORE] if SCORE in row else row["val/t2v_R1"]  # before names said units
+
+
 def validations(folder: Path, last: float = float("inf")) -> list[float]:
     """Text-to-video R@1 of all validations so far, up to that after step `last`."""
     path, found = folder / "eval.jsonl", []
     for line in path.read_text().splitlines() if path.exists() else []:
         if _step_of(line) != float("inf") and _step_of(line) <= last:
-            found.append(json.loads(line)[SCORE])
+            found.append(score(json.loads(line)))
     return found
 
 
