@@ -1,6 +1,7 @@
 """Stored frames of many clips to frames of the recipe's size, whatever single clips do to the graph."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -38,6 +39,7 @@ class Decoder:
         self.units, self._plan, self._config, self._scaled, self._stats = units, plan, config, scaled, stats
         self._make: Callable[[], Graph] = lambda: Graph(plan, config.image_size, units, device, threads)
         self._graph: Graph | None = None  # made when there is something for it to do
+        self._under_way: deque[Started] = deque()
 
     def groups(self, rows: Sequence[int], sources: Sequence[Source]) -> list[list[int]]:
         """Rows of a batch, as many at a time as are taken at once."""
@@ -46,22 +48,26 @@ class Decoder:
     def start(self, rows: list[int], requests: list[Request], sources: list[Source]) -> Started:
         """Begin with these rows of a batch. Several groups may be under way; they are finished in the same order."""
         part = Started(rows, [requests[i] for i in rows], [sources[i] for i in rows], None)
-        try:
-            part.graph = self._feed(part.requests, part.sources)
-        except GraphError:
-            self.drop()
+        # behind groups that were lost with their graph: it has to wait, or their results would be mistaken for its own
+        if all(p.graph is not None and p.graph is self._graph for p in self._under_way):
+            try:
+                part.graph = self._feed(part.requests, part.sources)
+            except GraphError:
+                self._graph = None
+        self._under_way.append(part)
         return part
 
     def finish(self, part: Started) -> tuple[dict, dict[int, BadSample]]:
         """{row: uint8 frames [n, side, side, 3]}, good until the next call, and {row: why} of clips that do not decode."""
         began, bad = time.perf_counter(), {}
+        self._under_way.popleft()
         try:
             if part.graph is None or part.graph is not self._graph:
                 raise GraphError("what is under way is lost with the first that fails")
             out = self._taken(part.rows, part.sources)
         except GraphError:
             if part.graph is self._graph:
-                self.drop()
+                self._graph = None
             out, bad = self._bisected(part)
         stage = "resize_s" if self._plan.source == "pictures" else "decode_s"
         setattr(self._stats, stage, getattr(self._stats, stage) + time.perf_counter() - began)
@@ -70,6 +76,7 @@ class Decoder:
     def drop(self) -> None:
         """Give up what is under way."""
         self._graph = None
+        self._under_way.clear()
 
     def _bisected(self, part: Started) -> tuple[dict, dict[int, BadSample]]:
         """As `finish`; groups that the graph fails at are halved until the bad ones are found."""
@@ -83,7 +90,7 @@ class Decoder:
                 self._feed([part.requests[i] for i in group], sources)
                 found = self._taken(rows, sources)
             except GraphError as error:
-                self.drop()
+                self._graph = None
                 if len(group) == 1:
                     bad[rows[0]] = BadSample(f"the decoder rejects it: {error}")
                 else:

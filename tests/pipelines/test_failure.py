@@ -223,3 +223,21 @@ def test_a_job_behind_one_that_hangs_gets_done():
     assert isinstance(result, Hung)
     release.set()
     workers.close()
+
+
+def test_a_graph_that_fails_puts_no_other_clip_into_the_cache(numbered, tmp_path, monkeypatch):
+    """Groups that were under way when it failed come out as their own."""
+    monkeypatch.setattr("pipelines.lane._BYTES_A_THREAD", SMALL.num_frames * SMALL.image_size**2 * 3)
+    config = replace(SMALL, threads=1)  # a clip at a time
+    requests = [Request(video, np.arange(2)) for video in map(numbered.intra.video, range(6))]
+    plain = Lane(numbered.intra, config, torch.device("cpu"), 6)
+    expected, _ = plain.decode(requests, plain.read(requests), raw=True)
+    lane = Lane(numbered.intra, config, torch.device("cpu"), 6, cache=CacheConfig(dir=str(tmp_path)))
+    sources = lane.read(requests)
+    sources[0].pieces[0] = np.frombuffer(b"no picture", np.uint8)
+    with pytest.raises(Undecodable) as error:
+        lane.decode(requests, sources, raw=True)
+    assert list(error.value.rows) == [0] and lane.cache.get(0) is None
+    for i in range(1, 6):
+        assert np.array_equal(lane.cache.get(i), expected[i, :2].numpy())
+    plain.close(), lane.close()
