@@ -1,6 +1,7 @@
 """What comes out of the lanes: the frames that were asked for, and their pixels."""
 
 import io
+from contextlib import closing
 from dataclasses import replace
 
 import av
@@ -191,10 +192,9 @@ def test_frames_stored_at_the_recipes_size_are_not_resized(numbered, monkeypatch
     monkeypatch.setattr("pipelines.resize.interpolate", refuse)
 
     def shown(split: Split, config: DataConfig) -> None:
-        lane, video = Lane(split, config, torch.device("cpu"), 1), split.video(0)
-        request = Request(video, np.arange(2))
-        lane.decode([request], lane.read([request]))
-        lane.close()
+        request = Request(split.video(0), np.arange(2))
+        with closing(Lane(split, config, torch.device("cpu"), 1)) as lane:
+            lane.decode([request], lane.read([request]))
 
     shown(numbered.intra, CLIP)
     for split, side in ((numbered.intra, SIDE // 2), (numbered.copy, SIDE)):
