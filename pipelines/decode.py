@@ -41,6 +41,11 @@ class Decoder:
         self._graph: Graph | None = None  # made when there is something for it to do
         self._under_way: deque[Started] = deque()
 
+    @property
+    def under_way(self) -> int:
+        """Groups that were begun and are not finished."""
+        return len(self._under_way)
+
     def groups(self, rows: Sequence[int], sources: Sequence[Source]) -> list[list[int]]:
         """Rows of a batch, as many at a time as are taken at once."""
         return bounded(rows, [len(sources[i].pieces) for i in rows], self.units) if rows else []

@@ -13,7 +13,9 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
+from operator import is_
 
 import numpy as np
 import torch
@@ -36,12 +38,33 @@ from shards.joined import Joined
 from shards.schema import Video
 from shards.video import scaled_size
 
-__all__ = ["BadSample", "Lane", "Request", "Source", "Undecodable", "lane_name"]
+__all__ = ["BadSample", "Lane", "Reading", "Request", "Source", "Undecodable", "lane_name"]
 
 
 _BYTES_A_THREAD = 8 << 20  # of frames that a CPU makes at once: more fall out of its caches before they are used
 _UNDER_WAY = 2  # groups of so many clips, the one that is waited for included
 _UNITS_TO_CACHE = 1024  # frames the graph takes at once where all frames of a video may be kept
+
+
+@dataclass
+class Reading:
+    """Clips that are being fetched, and what came of each once that was waited for."""
+
+    requests: list[Request]
+    job: Job
+    found: list[Source | BaseException] | None = None
+
+
+class _Clips:
+    """Clips of a batch on their way through the graph, some at a time."""
+
+    def __init__(self, requests: list[Request], sources: list[Source], groups: list[list[int]]):
+        self.requests, self.sources = requests, sources
+        self.left, self.begun = deque(groups), deque[Started]()
+
+    def are(self, requests: list[Request], sources: list[Source]) -> bool:
+        pairs = ((self.requests, requests), (self.sources, sources))
+        return all(len(a) == len(b) and all(map(is_, a, b)) for a, b in pairs)
 
 
 class Undecodable(Exception):
@@ -97,6 +120,7 @@ class Lane:
         self.cache = self._open_cache(cache) if cache is not None and cache.dir else None
         self.stats = Stats()
         self._decoder, self._second = self._make_decoder(), self._make_second()
+        self._ahead: _Clips | None = None  # the next call's, begun already
         # a thread that decodes waits for the interpreter's lock at every packet: another one's turn
         readers = self.threads * (2 if self.name == "video" and not self._nvdec else 1)
         self._readers = Workers(readers, "c4c-read")
@@ -117,26 +141,37 @@ class Lane:
 
     # -- reading
 
-    def start(self, requests: list[Request]) -> Job:
+    def start(self, requests: list[Request]) -> Reading:
         """Begin to fetch what `decode` needs of each clip, in the background; `finish` waits for it."""
-        return self._readers.start(self._fetch, requests)
+        return Reading(requests, self._readers.start(self._fetch, requests))
 
-    def finish(self, job: Job) -> list[Source | BadSample]:
+    def finish(self, reading: Reading) -> list[Source | BadSample]:
         """What was fetched, checked against the crc32c of packing. Bad ones come as such."""
+        if reading.found is None:
+            self._wait(reading)
+        for found in reading.found:
+            if not isinstance(found, Source | BadSample):
+                raise found
+        return reading.found
+
+    def good(self, reading: Reading) -> tuple[list[Request], list[Source]] | None:
+        """What `decode` takes, if all of it was fetched by now and none is bad."""
+        if reading.found is None:
+            if not reading.job.ready:
+                return None
+            self._wait(reading)
+        return (reading.requests, reading.found) if all(isinstance(s, Source) for s in reading.found) else None
+
+    def _wait(self, reading: Reading) -> None:
         started = time.perf_counter()
-        out = []
-        for result in job.results(self._patience):
-            if isinstance(result, Hung):
-                result = BadSample(f"reading hangs: {result} (data.read_timeout_s)")
-            elif isinstance(result, BaseException) and not isinstance(result, BadSample):
-                raise result
-            out.append(result)
-        sources = [s for s in out if isinstance(s, Source)]
+        found = reading.job.results(self._patience)
+        hung = "reading hangs: {} (data.read_timeout_s)"
+        reading.found = [BadSample(hung.format(f)) if isinstance(f, Hung) else f for f in found]
+        sources = [s for s in reading.found if isinstance(s, Source)]
         read, decode = sum(s.read_s for s in sources), sum(s.decode_s for s in sources)
         waited = time.perf_counter() - started
         share = decode / max(read + decode, 1e-9)
         self.stats.add(Stats(read_s=waited * (1 - share), decode_s=waited * share))
-        return out
 
     def read(self, requests: list[Request]) -> list[Source | BadSample]:
         return self.finish(self.start(requests))
@@ -178,30 +213,33 @@ class Lane:
         sources: list[Source],
         raw: bool = False,
         rows: int = 0,
-        meanwhile: Callable[[], None] | None = None,
+        coming: Callable[[], tuple[list[Request], list[Source]] | None] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Frames [clips, num_frames, 3, image_size, image_size] on the device, and mask bool [clips, num_frames].
 
         Slots that a clip does not fill are 0 and False. `sources` is what `read` gave, none of it bad. `raw`: uint8
         [clips, num_frames, image_size, image_size, 3], not normalised. `rows`: so many clips at least come out, the
-        last ones empty. `meanwhile` is called once the graph is at work. Raises Undecodable.
+        last ones empty. Raises Undecodable.
+
+        `coming` is called whenever the graph has got work, and says what the next call will be asked for, once that is
+        read: it is begun as soon as these clips leave the graph room.
         """
-        config, clips, side = self._config, len(requests), self._config.image_size
-        rows = max(rows, clips)
+        config, side = self._config, self._config.image_size
+        rows = max(rows, len(requests))
+        clips = self._taken(requests, sources)
         mask = torch.zeros(rows, config.num_frames, dtype=torch.bool)
         for i, request in enumerate(requests):
             mask[i, : len(request.positions)] = True
         shape = (side, side, 3) if raw else (3, side, side)
         dtype = torch.uint8 if raw else self._normalise.dtype
         frames, bad = self._buffers.take((rows, config.num_frames, *shape), dtype), {}
-        frames[clips:] = 0
+        frames[len(requests) :] = 0
         ready = {i: s.pieces[0] for i, s in enumerate(sources) if s.ready}
         if self.cache is not None:
             self._keep(requests, sources, {i: p for i, p in ready.items() if not sources[i].cached})
         done = ready if self._second is None else {}
         filling = self._fill(frames, requests, sources, done, raw)
-        others = [i for i in range(clips) if i not in done]
-        for pictures, rejected in self._in_turn(others, requests, sources, meanwhile):
+        for pictures, rejected in self._in_turn(clips, coming):
             bad |= rejected
             if not bad:
                 self._filled(self._fill(frames, requests, sources, pictures, raw))
@@ -211,23 +249,33 @@ class Lane:
         self._count(requests, sources)
         return frames, mask.to(self._device)
 
-    def _in_turn(
-        self, rows: list[int], requests: list[Request], sources: list[Source], meanwhile: Callable[[], None] | None
-    ) -> Iterator[tuple[dict, dict[int, BadSample]]]:
+    def _taken(self, requests: list[Request], sources: list[Source]) -> _Clips:
+        """Those that the last call began already, if it is them; otherwise what was begun is given up."""
+        clips, self._ahead = self._ahead, None
+        if clips is None or not clips.are(requests, sources):
+            if clips is not None and clips.begun:
+                self._decoder.drop()
+            clips = self._clips(requests, sources)
+        return clips
+
+    def _clips(self, requests: list[Request], sources: list[Source]) -> _Clips:
+        rows = [i for i, source in enumerate(sources) if not source.ready]
+        return _Clips(requests, sources, self._decoder.groups(rows, sources))
+
+    def _in_turn(self, clips: _Clips, coming: Callable | None) -> Iterator[tuple[dict, dict[int, BadSample]]]:
         """{row: pictures} of some clips at a time, good until the next, and {row: why} of those that do not decode.
 
         The graph makes the next ones while the last are used, when these are still in the processor's caches."""
-        left = iter(self._decoder.groups([i for i in rows if not sources[i].ready], sources))
-        under_way: deque[Started] = deque()
+        requests, sources = clips.requests, clips.sources
         try:
             while True:
-                while len(under_way) < _UNDER_WAY and (group := next(left, None)) is not None:
-                    under_way.append(self._decoder.start(group, requests, sources))
-                if meanwhile is not None:
-                    meanwhile, _ = None, meanwhile()
-                if not under_way:
+                self._begin(clips)
+                if coming is not None and (found := coming()) is not None and not clips.left:
+                    self._ahead = self._ahead or self._clips(*found)
+                    self._begin(self._ahead)
+                if not clips.begun:
                     break
-                pictures, rejected = self._decoder.finish(under_way.popleft())
+                pictures, rejected = self._decoder.finish(clips.begun.popleft())
                 if self.cache is not None:
                     self._keep(requests, sources, pictures)
                 if self._second is None:
@@ -235,11 +283,16 @@ class Lane:
                 else:
                     yield {}, rejected
                     yield from self._augmented(requests, sources, pictures)
-        finally:
-            if under_way:  # whoever asked for them wants them no more
-                self._decoder.drop()
-        if ready := {i: sources[i].pieces[0] for i in rows if sources[i].ready}:
+        except BaseException:  # GeneratorExit too: whoever asked for them wants them no more
+            self._decoder.drop()
+            self._ahead = None
+            raise
+        if self._second is not None and (ready := {i: s.pieces[0] for i, s in enumerate(sources) if s.ready}):
             yield from self._augmented(requests, sources, ready)
+
+    def _begin(self, clips: _Clips) -> None:
+        while clips.left and self._decoder.under_way < _UNDER_WAY:
+            clips.begun.append(self._decoder.start(clips.left.popleft(), clips.requests, clips.sources))
 
     def _augmented(
         self, requests: list[Request], sources: list[Source], pictures: dict
@@ -277,6 +330,8 @@ class Lane:
         self.stats.normalise_s += time.perf_counter() - started
 
     def close(self) -> None:
+        self._decoder.drop()
+        self._ahead = None
         self._readers.close()
         self._workers.close()
         if self.cache is not None:

@@ -15,14 +15,13 @@ from pipelines import clips as narration
 from pipelines.ahead import Ahead, share_of
 from pipelines.clips import clip_of_pair, stored_between
 from pipelines.config import CacheConfig, ClipsConfig, DataConfig
-from pipelines.lane import BadSample, Lane, Request, Source, Undecodable
+from pipelines.lane import BadSample, Lane, Reading, Request, Source, Undecodable
 from pipelines.mixture import order_of
 from pipelines.order import rank_rows
 from pipelines.quarantine import Quarantine
 from pipelines.sampling import choose, draws, generator, ordered
 from pipelines.stats import Stats
 from pipelines.tokens import tokenize
-from pipelines.workers import Job
 from shards import ShardError
 from shards.dataset import Split
 from shards.joined import Joined
@@ -61,12 +60,12 @@ class Batch:
 
 @dataclass
 class _Plan:
-    """What a batch will consist of; with a `job`, its clips are being read."""
+    """What a batch will consist of; with a `reading`, its clips are being read."""
 
     whole: int  # pairs of the global batch
     pairs: list[np.ndarray]
     requests: list[Request]
-    job: Job | None = None
+    reading: Reading | None = None
 
 
 class Loader:
@@ -185,7 +184,7 @@ class Loader:
     def _make(self, epoch: int, step: int) -> Batch:
         before, place = replace(self._lane.stats), self._place(epoch, step)
         plan = self._started(place)
-        rows = list(zip(plan.pairs, plan.requests, self._lane.finish(plan.job), strict=True))
+        rows = list(zip(plan.pairs, plan.requests, self._lane.finish(plan.reading), strict=True))
         del self._plans[place]
         self._quarantine.read += len(rows)
         spares: dict[int, Iterator] = {}
@@ -226,11 +225,20 @@ class Loader:
 
     def _started(self, place: int) -> _Plan:
         plan = self._planned(place)
-        if plan.job is None:
+        if plan.reading is None:
             if self._fetching is not None:
                 self._fetching.reach(place, self._last)
-            plan.job = self._lane.start(plan.requests)
+            plan.reading = self._lane.start(plan.requests)
         return plan
+
+    def _coming(self, place: int) -> tuple[list[Request], list[Source]] | None:
+        """The clips of the batch at `place`, if they are read and good: their reading is begun here."""
+        if not self._wanted(place):
+            return None
+        plan = self._started(place)
+        if self._wanted(place + 1):
+            self._planned(place + 1)
+        return self._lane.good(plan.reading)
 
     def _to_fetch(self, place: int) -> list[Callable[[], int]]:
         """For each clip of the batch at `place` a function that brings its bytes to this machine and says how many."""
@@ -249,14 +257,7 @@ class Loader:
         self, epoch: int, step: int, pairs: np.ndarray, requests: list[Request], sources: list[Source]
     ) -> Batch:
         rows, place = self._rows.stop - self._rows.start, self._place(epoch, step)
-
-        def go_on() -> None:
-            if self._wanted(place + 1):
-                self._started(place + 1)  # its clips are read while these are decoded
-            if self._wanted(place + 2):
-                self._planned(place + 2)
-
-        frames, mask = self._lane.decode(requests, sources, self._raw, rows, go_on)
+        frames, mask = self._lane.decode(requests, sources, self._raw, rows, partial(self._coming, place + 1))
         started = time.perf_counter()
         texts = [request.texts for request in requests]
         tokens = self._tokens(texts)

@@ -8,9 +8,8 @@ import torch
 
 from pipelines.ahead import Ahead, share_of
 from pipelines.config import DataConfig
-from pipelines.lane import BadSample, Lane, Request, Undecodable
+from pipelines.lane import BadSample, Lane, Reading, Request, Source, Undecodable
 from pipelines.sampling import choose, ordered
-from pipelines.workers import Job
 from shards import ShardError
 from shards.dataset import Split
 
@@ -35,25 +34,29 @@ class VideoReader:
 
         Raises ShardError for a video that cannot be decoded: a score over fewer videos would not be the score.
         """
-        job, requests = None, []
+        ahead: Reading | None = None
+
+        def coming() -> tuple[list[Request], list[Source]] | None:
+            return None if ahead is None else self._lane.good(ahead)
+
         for i in range(self.batches):
-            requests, job = (requests, job) if job is not None else self._begin(i)
-            now, sources = requests, self._lane.finish(job)
-            requests, job = self._begin(i + 1) if i + 1 < self.batches else ([], None)
-            for request, source in zip(now, sources, strict=True):
+            now = ahead or self._begin(i)
+            sources = self._lane.finish(now)
+            ahead = self._begin(i + 1) if i + 1 < self.batches else None
+            for request, source in zip(now.requests, sources, strict=True):
                 if isinstance(source, BadSample):
                     raise self._refusal(request, source)
             try:
-                yield np.array([r.video.index for r in now], np.int64), *self._lane.decode(now, sources)
+                frames, mask = self._lane.decode(now.requests, sources, coming=coming)
             except Undecodable as error:
                 row, reason = next(iter(error.rows.items()))
-                raise self._refusal(now[row], reason) from error
+                raise self._refusal(now.requests[row], reason) from error
+            yield np.array([r.video.index for r in now.requests], np.int64), frames, mask
 
-    def _begin(self, i: int) -> tuple[list[Request], Job]:
+    def _begin(self, i: int) -> Reading:
         if self._fetching is not None:
             self._fetching.reach(i, self.batches - 1)
-        requests = [self._request(int(index)) for index in self._part(i)]
-        return requests, self._lane.start(requests)
+        return self._lane.start([self._request(int(index)) for index in self._part(i)])
 
     def _part(self, i: int) -> np.ndarray:
         size = self.config.eval_batch_size

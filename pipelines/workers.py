@@ -117,6 +117,11 @@ class Job:
         self._workers, self.function, self.items = workers, function, items
         self.done: queue.SimpleQueue = queue.SimpleQueue()
 
+    @property
+    def ready(self) -> bool:
+        """Whether `results` would not have to wait."""
+        return self.done.qsize() == len(self.items)
+
     def results(self, timeout: float | None = None) -> list:
         """One result an item, in order; what it raised where it raised, and Hung where it took `timeout` seconds."""
         out: list = [None] * len(self.items)

@@ -38,10 +38,12 @@ def undecodable(monkeypatch, keys: list[str]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*cannot be used and is replaced")
-@pytest.mark.parametrize("cached", [False, True])
-def test_clips_that_the_graph_rejects_are_found_and_replaced(numbered, monkeypatch, tmp_path, cached):
+@pytest.mark.parametrize(("cached", "at_once"), [(False, 100), (False, 1), (False, 3), (True, 1)])
+def test_clips_that_the_graph_rejects_are_found_and_replaced(numbered, monkeypatch, tmp_path, cached, at_once):
     bad = ["long_25", "wide_30"]
     healthy = run(numbered.intra, 6)
+    # of few at a time, some of the batch after are under way when one fails
+    monkeypatch.setattr("pipelines.lane._BYTES_A_THREAD", at_once * SMALL.num_frames * SMALL.image_size**2 * 3)
     undecodable(monkeypatch, bad)
     listed = tmp_path / "quarantine.jsonl"
     settings = CacheConfig(dir=str(tmp_path / "cache") if cached else "", max_gb=1)
@@ -102,6 +104,37 @@ def test_a_read_that_hangs_is_given_up(numbered, monkeypatch, tmp_path):
     assert entry["key"] == "short" and "reading hangs: no answer for 0.3 s (data.read_timeout_s)" in entry["reason"]
     assert not any("short" in batch.keys for batch in batches)
     release.set()
+
+
+def test_a_batch_is_handed_over_before_the_error_that_the_next_one_meets(numbered, monkeypatch):
+    config = replace(SMALL, prefetch=1)
+    with Loader(numbered.intra, config, batch_size=4, seed=0) as loader:
+        keys = [batch.keys for batch in loader.batches(count=3)]
+    fetch, broken = Lane._fetch, keys[2][0]
+
+    def unreachable(self, request):
+        if request.video.key == broken:
+            raise Unreachable("no answer")
+        return fetch(self, request)
+
+    monkeypatch.setattr(Lane, "_fetch", unreachable)
+    monkeypatch.setattr(Lane, "good", waiting(Lane.good))
+    with Loader(numbered.intra, config, batch_size=4, seed=0) as loader:
+        found = loader.batches(count=3)
+        assert [next(found).keys for _ in range(2)] == keys[:2]
+        with pytest.raises(Unreachable, match="no answer"):
+            next(found)
+
+
+def waiting(good):
+    """Lane.good once all is fetched, whatever else the machine does."""
+
+    def waited(self, reading):
+        while reading.found is None and not reading.job.ready:
+            time.sleep(0.001)
+        return good(self, reading)
+
+    return waited
 
 
 def test_hung_items_do_not_take_the_others_along():
