@@ -39,16 +39,23 @@ def undecodable(monkeypatch, keys: list[str]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*cannot be used and is replaced")
-@pytest.mark.parametrize(("cached", "at_once"), [(False, 100), (False, 1), (False, 3), (True, 1)])
-def test_clips_that_the_graph_rejects_are_found_and_replaced(numbered, monkeypatch, tmp_path, cached, at_once):
+@pytest.mark.parametrize(
+    ("cached", "at_once", "device"),
+    [
+        *((False, at_once, "cpu") for at_once in (100, 1, 3)),
+        (True, 1, "cpu"),
+        pytest.param(False, 100, "cuda", marks=pytest.mark.gpu),
+    ],
+)
+def test_clips_that_the_graph_rejects_are_found_and_replaced(numbered, monkeypatch, tmp_path, cached, at_once, device):
     bad = ["long_25", "wide_30"]
-    healthy = run(numbered.intra, 6)
+    healthy = run(numbered.intra, 6, device=device)
     # of few at a time, some of the batch after are under way when one fails
     monkeypatch.setattr("pipelines.lane._BYTES_A_THREAD", at_once * SMALL.num_frames * SMALL.image_size**2 * 3)
     undecodable(monkeypatch, bad)
     listed = tmp_path / "quarantine.jsonl"
     settings = CacheConfig(dir=str(tmp_path / "cache") if cached else "", max_gb=1)
-    found = run(numbered.intra, 6, quarantine=listed, cache=settings)
+    found = run(numbered.intra, 6, quarantine=listed, cache=settings, device=device)
     entries = [json.loads(line) for line in listed.read_text().splitlines()]
     assert {entry["key"] for entry in entries} == set(bad) and len(entries) == 2
     assert all("the decoder rejects it" in entry["reason"] for entry in entries)
