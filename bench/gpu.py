@@ -27,7 +27,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
@@ -43,6 +42,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # also when it is started as a script
 
 from bench.packing import make_clips  # noqa: E402
+from bench.smi import Busy, asked, has_nvdec  # noqa: E402
 from pipelines import bench as loading  # noqa: E402
 from pipelines.augment import view  # noqa: E402
 from pipelines.config import CacheConfig, DataConfig  # noqa: E402
@@ -130,24 +130,6 @@ def machine() -> dict:
     }
 
 
-def has_nvdec() -> bool:
-    import ctypes
-
-    try:
-        ctypes.CDLL("libnvcuvid.so.1")
-    except OSError:
-        return False
-    return True
-
-
-def asked(fields: str) -> str | None:
-    """What nvidia-smi says of the first GPU."""
-    with suppress(OSError, subprocess.SubprocessError):
-        command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.splitlines()[0]
-    return None
-
-
 def run(part: str, args: argparse.Namespace) -> dict:
     """A part, in a process of its own, and how busy it kept the GPU."""
     with tempfile.TemporaryDirectory(prefix="gpu-") as folder:
@@ -168,56 +150,21 @@ def started(command: list, found: Path, **env: str) -> dict:
     if process.returncode or not found.exists():
         lines = (process.stderr or process.stdout).strip().splitlines() or [f"exit code {process.returncode}"]
         return {"error": lines[-1][:500]}
-    return json.loads(found.read_text()) | busy.means()
+    return json.loads(found.read_text()) | busy.most()
 
 
 def run_losses(command: list, found: Path) -> dict:
     here = started([*command, "engine.precision=bf16"], found)
-    if "error" in here:
-        return here
     exact = started([*command, "engine.precision=fp32"], found, CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
-    if "error" in exact:
-        return exact
+    for failed in (run for run in (here, exact) if "error" in run):
+        return failed
     pairs = zip(here["losses"], exact["losses"], strict=True)
     return {"losses": here["losses"], "fp32_on_cpu": exact["losses"], "differ_by_pct": [100 * abs(a / b - 1) for a, b in pairs]}  # fmt: skip
 
 
-class Busy:
-    """How busy the GPU is, in percent, asked twice a second."""
-
-    FIELDS = ("utilization.gpu", "utilization.decoder", "utilization.jpeg")
-
-    def __enter__(self) -> "Busy":
-        self._found, self._over = [], threading.Event()
-        self._thread = threading.Thread(target=self._ask, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._over.set()
-        self._thread.join(timeout=15)
-
-    def _ask(self) -> None:
-        while not self._over.wait(0.5):
-            if (told := asked(",".join(self.FIELDS))) is None:
-                return
-            self._found.append([float(n) if n.strip().isdigit() else math.nan for n in told.split(",")])
-
-    def means(self) -> dict:
-        if not self._found:
-            return {}
-        rows = np.array(self._found)
-        return {f"{n.replace('.', '_')}_max_pct": float(np.nanmax(c)) for n, c in zip(self.FIELDS, rows.T, strict=True) if not np.isnan(c).all()}  # fmt: skip
-
-
 def measured(args: argparse.Namespace) -> dict:
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    if args.part == "raw":
-        return raw(args, device)
-    if args.part == "lanes":
-        return lanes(args, device)
-    if args.part == "equal":
-        return equal(args, device)
+    if args.part in (alone := {"raw": raw, "lanes": lanes, "equal": equal}):
+        return alone[args.part](args, torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
     return training(args)
 
 
@@ -411,6 +358,7 @@ def attention(part: str):
 
 def show(report: dict) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(
@@ -423,7 +371,7 @@ def show(report: dict) -> None:
 
     for part, found in report["parts"].items():
         if "error" in found:
-            table.add_row(part, f"[red]{found['error'][:80]}[/]")
+            table.add_row(part, f"[red]{escape(found['error'][:80])}[/]")
         elif part == "raw":
             for name, frames in found["frames_per_s"].items():
                 table.add_row(name, "", number(frames))

@@ -52,11 +52,11 @@ def keep_freed_memory() -> None:
     """Have malloc keep what is freed for the next to ask, up to 64 MiB in each of its arenas.
 
     DALI asks for every picture it decodes and for each run's frames anew, and what glibc gives back to the system in
-    between comes back a page fault at a time, a tenth of the decoding. Nothing is changed where the environment tunes
+    between comes back a page fault at a time (7 % of the decoding of 224-pixel JPEGs). Nothing is changed where the environment tunes
     malloc (MALLOC_TOP_PAD_ and so on), or without glibc.
     """
-    if not any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        for parameter, value in _MALLOPT.items():
-            if mallopt is not None:
-                mallopt(parameter, value)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        return
+    for parameter, value in _MALLOPT.items():
+        mallopt(parameter, value)

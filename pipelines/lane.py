@@ -226,7 +226,7 @@ class Lane:
         """
         config, side = self._config, self._config.image_size
         rows = max(rows, len(requests))
-        clips = self._taken(requests, sources)
+        clips = self._begun(requests, sources)
         mask = torch.zeros(rows, config.num_frames, dtype=torch.bool)
         for i, request in enumerate(requests):
             mask[i, : len(request.positions)] = True
@@ -249,7 +249,7 @@ class Lane:
         self._count(requests, sources)
         return frames, mask.to(self._device)
 
-    def _taken(self, requests: list[Request], sources: list[Source]) -> _Clips:
+    def _begun(self, requests: list[Request], sources: list[Source]) -> _Clips:
         """Those that the last call began already, if it is them; otherwise what was begun is given up."""
         clips, self._ahead = self._ahead, None
         if clips is None or not clips.are(requests, sources):
