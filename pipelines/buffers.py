@@ -60,3 +60,9 @@ def keep_freed_memory() -> None:
         return
     for parameter, value in _MALLOPT.items():
         mallopt(parameter, value)
+
+
+def give_back_freed_memory() -> None:
+    """The other way round, once nothing is decoded any more."""
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)

@@ -81,6 +81,11 @@ class Decoder:
             part.graph = None  # before the sources: it waits for the run that reads them
         self._under_way.clear()
 
+    def close(self) -> None:
+        """Give up what is under way, and the graphs with their threads and memory."""
+        self.drop()
+        self._resting.clear()
+
     def _bisected(self, part: Started) -> tuple[dict, dict[int, BadSample]]:
         """As `finish`; groups that the graph fails at are halved until the bad ones are found."""
         bad, out = {}, {}

@@ -22,7 +22,7 @@ import torch
 
 from pipelines.ahead import span
 from pipelines.augment import augments
-from pipelines.buffers import Buffers
+from pipelines.buffers import Buffers, give_back_freed_memory
 from pipelines.cache import FrameCache
 from pipelines.config import CacheConfig, DataConfig
 from pipelines.decode import Decoder, Started
@@ -330,8 +330,11 @@ class Lane:
         self.stats.normalise_s += time.perf_counter() - started
 
     def close(self) -> None:
-        self._decoder.drop()
+        self._decoder.close()
+        if self._second is not None:
+            self._second.close()
         self._ahead = None
+        give_back_freed_memory()
         self._readers.close()
         self._workers.close()
         if self.cache is not None:
