@@ -85,7 +85,6 @@ def main() -> int:
     parser.add_argument("--batch-size", type=int, default=128, help="clips (%(default)s)")
     parser.add_argument("--json", type=Path, help="default: bench/results/gpu-NAME-DATE.json")
     parser.add_argument("--part", help=argparse.SUPPRESS)  # in a process of its own
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
     args.folder = ROOT / "data/bench/gpu"
@@ -156,8 +155,8 @@ def started(command: list, found: Path, **env: str) -> dict:
 def run_losses(command: list, found: Path) -> dict:
     here = started([*command, "engine.precision=bf16"], found)
     exact = started([*command, "engine.precision=fp32"], found, CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
-    for failed in (run for run in (here, exact) if "error" in run):
-        return failed
+    if failed := [found for found in (here, exact) if "error" in found]:
+        return failed[0]
     pairs = zip(here["losses"], exact["losses"], strict=True)
     return {"losses": here["losses"], "fp32_on_cpu": exact["losses"], "differ_by_pct": [100 * abs(a / b - 1) for a, b in pairs]}  # fmt: skip
 

@@ -52,8 +52,8 @@ def keep_freed_memory() -> None:
     """Have malloc keep what is freed for the next to ask, up to 64 MiB in each of its arenas.
 
     DALI asks for every picture it decodes and for each run's frames anew, and what glibc gives back to the system in
-    between comes back a page fault at a time (7 % of the decoding of 224-pixel JPEGs). Nothing is changed where the environment tunes
-    malloc (MALLOC_TOP_PAD_ and so on), or without glibc.
+    between comes back a page fault at a time (7 % of the decoding of 224-pixel JPEGs). Nothing is changed where the
+    environment tunes malloc (MALLOC_TOP_PAD_ and so on), or without glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
@@ -63,6 +63,6 @@ def keep_freed_memory() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """The other way round, once nothing is decoded any more."""
+    """Return to the system what malloc keeps, once nothing is decoded any more."""
     if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)
