@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
+from operator import is_
 
 import torch
 
@@ -19,6 +20,8 @@ from pipelines.stats import Stats
 from shards.schema import Video
 from shards.video import scaled_size
 
+_UNDER_WAY = 2  # groups of clips at once, the one that is waited for included
+
 
 @dataclass(eq=False)
 class Started:
@@ -28,6 +31,18 @@ class Started:
     requests: list[Request]
     sources: list[Source]
     graph: Graph | None = None  # None: one failed at them, or they were given up
+
+
+class Clips:
+    """Clips of a batch on their way through the graph, some at a time."""
+
+    def __init__(self, requests: list[Request], sources: list[Source], groups: list[list[int]]):
+        self.requests, self.sources = requests, sources
+        self.left, self.begun = deque(groups), deque[Started]()
+
+    def are(self, requests: list[Request], sources: list[Source]) -> bool:
+        pairs = ((self.requests, requests), (self.sources, sources))
+        return all(len(a) == len(b) and all(map(is_, a, b)) for a, b in pairs)
 
 
 class Decoder:
@@ -46,10 +61,15 @@ class Decoder:
         if device.type == "cpu":
             keep_freed_memory()
 
-    @property
-    def under_way(self) -> int:
-        """Groups that were begun and are not finished."""
-        return len(self._under_way)
+    def clips(self, requests: list[Request], sources: list[Source]) -> Clips:
+        """Those that are not ready yet, as many at a time as are taken at once."""
+        rows = [i for i, source in enumerate(sources) if not source.ready]
+        return Clips(requests, sources, self.groups(rows, sources))
+
+    def begin(self, clips: Clips) -> None:
+        """Begin with as many of them as there is room for."""
+        while clips.left and len(self._under_way) < _UNDER_WAY:
+            clips.begun.append(self.start(clips.left.popleft(), clips.requests, clips.sources))
 
     def groups(self, rows: Sequence[int], sources: Sequence[Source]) -> list[list[int]]:
         """Rows of a batch, as many at a time as are taken at once."""

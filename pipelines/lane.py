@@ -11,11 +11,9 @@ decoded frames may stand between the two. Sizes are given exactly as PIL/torchvi
 
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from operator import is_
 
 import numpy as np
 import torch
@@ -25,7 +23,7 @@ from pipelines.augment import augments
 from pipelines.buffers import Buffers, give_back_freed_memory
 from pipelines.cache import FrameCache
 from pipelines.config import CacheConfig, DataConfig
-from pipelines.decode import Decoder, Started
+from pipelines.decode import Clips, Decoder
 from pipelines.graph import Plan
 from pipelines.normalise import Normalise
 from pipelines.read import BadSample, Reader, Request, Source
@@ -40,9 +38,7 @@ from shards.video import scaled_size
 
 __all__ = ["BadSample", "Lane", "Reading", "Request", "Source", "Undecodable", "lane_name"]
 
-
 _BYTES_A_THREAD = 8 << 20  # of frames that a CPU makes at once: more fall out of its caches before they are used
-_UNDER_WAY = 2  # groups of so many clips, the one that is waited for included
 _UNITS_TO_CACHE = 1024  # frames the graph takes at once where all frames of a video may be kept
 
 
@@ -53,18 +49,6 @@ class Reading:
     requests: list[Request]
     job: Job
     found: list[Source | BaseException] | None = None
-
-
-class _Clips:
-    """Clips of a batch on their way through the graph, some at a time."""
-
-    def __init__(self, requests: list[Request], sources: list[Source], groups: list[list[int]]):
-        self.requests, self.sources = requests, sources
-        self.left, self.begun = deque(groups), deque[Started]()
-
-    def are(self, requests: list[Request], sources: list[Source]) -> bool:
-        pairs = ((self.requests, requests), (self.sources, sources))
-        return all(len(a) == len(b) and all(map(is_, a, b)) for a, b in pairs)
 
 
 class Undecodable(Exception):
@@ -120,7 +104,7 @@ class Lane:
         self.cache = self._open_cache(cache) if cache is not None and cache.dir else None
         self.stats = Stats()
         self._decoder, self._second = self._make_decoder(), self._make_second()
-        self._ahead: _Clips | None = None  # the next call's, begun already
+        self._ahead: Clips | None = None  # the next call's, begun already
         # a thread that decodes waits for the interpreter's lock at every packet: another one's turn
         readers = self.threads * (2 if self.name == "video" and not self._nvdec else 1)
         self._readers = Workers(readers, "c4c-read")
@@ -249,30 +233,26 @@ class Lane:
         self._count(requests, sources)
         return frames, mask.to(self._device)
 
-    def _begun(self, requests: list[Request], sources: list[Source]) -> _Clips:
+    def _begun(self, requests: list[Request], sources: list[Source]) -> Clips:
         """Those that the last call began already, if it is them; otherwise what was begun is given up."""
         clips, self._ahead = self._ahead, None
         if clips is None or not clips.are(requests, sources):
             if clips is not None and clips.begun:
                 self._decoder.drop()
-            clips = self._clips(requests, sources)
+            clips = self._decoder.clips(requests, sources)
         return clips
 
-    def _clips(self, requests: list[Request], sources: list[Source]) -> _Clips:
-        rows = [i for i, source in enumerate(sources) if not source.ready]
-        return _Clips(requests, sources, self._decoder.groups(rows, sources))
-
-    def _in_turn(self, clips: _Clips, coming: Callable | None) -> Iterator[tuple[dict, dict[int, BadSample]]]:
+    def _in_turn(self, clips: Clips, coming: Callable | None) -> Iterator[tuple[dict, dict[int, BadSample]]]:
         """{row: pictures} of some clips at a time, good until the next, and {row: why} of those that do not decode.
 
         The graph makes the next ones while the last are used, when these are still in the processor's caches."""
         requests, sources = clips.requests, clips.sources
         try:
             while True:
-                self._begin(clips)
+                self._decoder.begin(clips)
                 if coming is not None and (found := coming()) is not None and not clips.left:
-                    self._ahead = self._ahead or self._clips(*found)
-                    self._begin(self._ahead)
+                    self._ahead = self._ahead or self._decoder.clips(*found)
+                    self._decoder.begin(self._ahead)
                 if not clips.begun:
                     break
                 pictures, rejected = self._decoder.finish(clips.begun.popleft())
@@ -289,10 +269,6 @@ class Lane:
             raise
         if self._second is not None and (ready := {i: s.pieces[0] for i, s in enumerate(sources) if s.ready}):
             yield from self._augmented(requests, sources, ready)
-
-    def _begin(self, clips: _Clips) -> None:
-        while clips.left and self._decoder.under_way < _UNDER_WAY:
-            clips.begun.append(self._decoder.start(clips.left.popleft(), clips.requests, clips.sources))
 
     def _augmented(
         self, requests: list[Request], sources: list[Source], pictures: dict
