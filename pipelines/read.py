@@ -116,7 +116,7 @@ class Reader:
             return data
 
         try:
-            found = pick_frames(video.codec, video.extradata, video.frames, video.rotation, read, positions)
+            found = pick_frames(video, read, positions)
         except VideoError as error:
             raise BadSample(str(error)) from error
         out.pieces = [found[int(p)] for p in positions]

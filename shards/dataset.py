@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from shards import ShardError, storage
 from shards.remote import Local, RemoteFiles, Unreachable
-from shards.schema import CAPTION_COUNTS, FORMAT_VERSION, FRAME_COLUMNS, FrameTable, Video
+from shards.schema import CAPTION_COUNTS, FRAME_COLUMNS, READABLE, Coding, FrameTable, Video
 
 _TABLES_IN_MEMORY = 512  # shards whose sample table stays decoded; a table of 256 videos takes about 3 MB
 _OPEN_FILES = 256  # tars; a process may often open 1024 files in all
@@ -48,6 +48,8 @@ class Table:
     def video(self, row: int) -> Video:
         c = {name: values[row] for name, values in self._columns.items()}
         fps = Fraction(c.pop("fps_num"), c.pop("fps_den"))
+        if coding := c.get("coding"):
+            c["coding"] = Coding(**coding)
         low, high = self._bounds[row], self._bounds[row + 1]
         frames = FrameTable(**{name.removeprefix("frame_"): v[low:high] for name, v in self._frames.items()})
         return Video(index=self.first + row, shard=self.name, fps=fps, frames=frames, **c)
@@ -295,6 +297,7 @@ def _read_info(path: Path) -> dict:
 
 
 def _checked(info: dict, path) -> dict:
-    if info.get("format") != FORMAT_VERSION:
-        raise ShardError(f"{path} has format {info.get('format')}; this version reads {FORMAT_VERSION}. Pack it again.")
+    if info.get("format") not in READABLE:
+        known = " and ".join(map(str, READABLE))
+        raise ShardError(f"{path} has format {info.get('format')}; this version reads {known}. Pack it again.")
     return info

@@ -1,86 +1,48 @@
-"""One pass over the frames of a video file: all of them, or a cut, decoding no more than what is wanted needs.
+"""A pass over the frames of a video file: all of them, or a cut, decoding no more than what is wanted needs.
 
-Two ways. The exact one starts at the beginning, decodes everything and counts what comes out. The thrifty one goes to
-the keyframe before the cut, reads each packet's number off the stamps of the packets around it, and leaves out
-packets that nobody wants and no other frame refers to; whatever it meets that it did not expect makes it give up with
-`Unpredictable`, and the exact way decides.
+When each frame is shown is known before the first is decoded. There are three ways to know it, from the cheapest on; each
+gives up with `Unpredictable` where it meets what it did not expect, and the next one decides.
+
+    stamps    by the packets' time stamps. A cut begins at the keyframe before it; packets that nobody wants and no other
+              frame refers to are not decoded
+    all       the same, and every packet is decoded (interlaced video)
+    order     of containers without time stamps: what the decoder gives are the packets' places in the file, in order
+    decoding  the whole file is decoded once to see what comes out, and a second time for the pictures
 """
 
-import heapq
 import math
 from array import array
-from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import BinaryIO
 
 import av
+import numpy as np
 
-from shards.frames import VideoError, short
+from shards.frames import Shape, VideoError, grid, shape_of, short
+from shards.probe import (
+    JUMP, UNKNOWN, Packets, Timeline, clock_zero, has_jumps, increasing, nearest, open_video, refuse_cut_short,
+    stores_no_stamps, timeline,
+)  # fmt: skip
 
-av.logging.set_level(av.logging.PANIC)  # libav's own lines say nothing that our errors do not
-
-UNKNOWN = -(2**63)  # a packet without stamp or place
-_LOOK_AHEAD = 300  # packets held back while their number is not certain; codecs reorder by 16 at most
-_BUFFER = 1 << 18  # bytes a read
+WAYS = ("stamps", "all", "order", "decoding")
+_MARGIN = 1.0  # seconds read beyond the end of a cut
+_REORDERED = 17  # frames that a decoder holds back at most, and the one it was given
 
 
 class Unpredictable(Exception):
-    """The thrifty way cannot be sure of this file: decode it the exact way."""
+    """This way cannot be sure of the file: another one has to decide."""
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A frame of the cut: its number and its time in seconds, both from the first frame of the cut on."""
+    """A frame of the cut: its number, counted from the first frame of the cut, and its time in seconds (see Timeline)."""
 
     number: int
     time: float
     frame: av.VideoFrame
-
-
-class Packets:
-    """Stamp, place in the file, size, keyframe and crc32c of packets, in decode order; 29 bytes each."""
-
-    def __init__(self):
-        self.pts, self.place, self.size = array("q"), array("q"), array("i")
-        self.key, self.crc = array("b"), array("I")
-
-    def __len__(self) -> int:
-        return len(self.pts)
-
-    def add(self, packet: av.Packet, crc: int = 0) -> None:
-        self.pts.append(UNKNOWN if packet.pts is None else packet.pts)
-        self.place.append(-1 if packet.pos is None else packet.pos)
-        self.size.append(packet.size)
-        self.key.append(packet.is_keyframe)
-        self.crc.append(crc)
-
-
-def open_video(file: BinaryIO) -> tuple[av.container.InputContainer, av.VideoStream]:
-    """Open an encoded video at the beginning of a seekable file; it is read as far as needed, never all into memory.
-
-    The stream is the first that is a video and not a cover picture. Raises VideoError if there is none.
-    """
-    file.seek(0)
-    if not file.read(1):
-        raise VideoError("the file is empty (0 bytes)")
-    file.seek(0)
-    try:
-        container = av.open(file, "r", metadata_errors="ignore", buffer_size=_BUFFER)
-    except (av.FFmpegError, ValueError) as error:
-        raise VideoError(f"not a readable video file ({short(error)})") from error
-    streams = [s for s in container.streams.video if "attached_pic" not in str(s.disposition).lower()]
-    if not streams:
-        kinds = sorted({s.type for s in container.streams}) or ["none"]
-        container.close()
-        raise VideoError(f"no video stream in the file (streams: {', '.join(kinds)})")
-    stream = streams[0]
-    if stream.codec_context is None:
-        container.close()
-        raise VideoError("no decoder for its video stream")
-    stream.codec_context.thread_count = 1  # the packer runs one process a core
-    return container, stream
 
 
 def decode(context: av.VideoCodecContext, packet: av.Packet | None) -> list[av.VideoFrame]:
@@ -89,29 +51,39 @@ def decode(context: av.VideoCodecContext, packet: av.Packet | None) -> list[av.V
 
 
 class Pass:
-    """A pass over the frames with start <= time < end, seconds from the file's first frame.
+    """A pass over the frames with start <= time < end, in seconds of the clock that a player shows.
 
-    `wanted(number)`, where given, says which frames `frames()` hands over. Afterwards `times` holds the seconds of all
-    frames of the cut, shown or not, and `packets` what was read. Use it as a context manager.
+    `timeline` says when each is shown. `packets` are those that were read for it, `ranks` their frames' numbers in the cut
+    (-1: outside; only by stamps). After `frames` has given the first frame, `shape` is how frames are shown. Use it as a
+    context manager. Raises VideoError for a file that cannot be used, Unpredictable if another way has to decide.
     """
 
-    def __init__(self, file: BinaryIO, start: float = 0.0, end: float = math.inf, on_packet: Callable | None = None):
-        self.container, self.stream = open_video(file)
-        self.context = self.stream.codec_context
-        self.start, self.end = start, end
-        base = self.stream.time_base
-        self._tick = base.numerator, base.denominator  # a stamp's unit, seconds; in integers, since packets are many
-        # the cut in stamps from the first frame on; -inf and inf where it is open
-        self._from = math.ceil(_decimal(start) / base) if start > 0 else -math.inf
-        self._to = math.ceil(_decimal(end) / base) if end < math.inf else math.inf
-        self.packets, self.times = Packets(), array("d")
-        self.stamps = array("q")
-        self.first: av.VideoFrame | None = None
+    def __init__(
+        self, file: BinaryIO, start: float = 0.0, end: float = math.inf, way: str = "stamps",
+        on_packet: Callable[[Packets, av.Packet], None] = Packets.add,
+    ):  # fmt: skip
+        self._file, self.start, self.end, self._way = file, start, end, way
         self._on_packet = on_packet
-        self.fps: Fraction = self.stream.average_rate or self.stream.guessed_rate or self.stream.base_rate
-        if not self.fps or self.fps <= 0:
+        self.container, self.stream = open_video(file)
+        self.packets, self.ranks = Packets(), np.zeros(0, np.int32)
+        self.shape: Shape | None = None
+        self._zero = 0  # stamp of the first frame shown
+        self._range = 0, 0  # of all frames those of the cut, where all are decoded
+        try:
+            with _library_errors(Unpredictable if way != "decoding" else None):
+                plans = {"order": self._by_order, "decoding": self._by_decoding}
+                self.timeline: Timeline = plans.get(way, self._by_stamps)()
+        except BaseException:
             self.container.close()
-            raise VideoError("the file states no frame rate")
+            raise
+
+    @property
+    def context(self) -> av.VideoCodecContext:
+        return self.stream.codec_context
+
+    @property
+    def whole(self) -> bool:
+        return self.start <= 0 and self.end == math.inf
 
     def __enter__(self) -> "Pass":
         return self
@@ -119,189 +91,115 @@ class Pass:
     def __exit__(self, *_) -> None:
         self.container.close()
 
-    def frames(self, wanted: Callable[[int], bool] | None = None, *, thrifty: bool = False) -> Iterator[Shown]:
+    def frames(self, wanted: Callable[[int], bool] = lambda number: True) -> Iterator[Shown]:
         """The wanted frames in display order. Raises VideoError at the first that does not decode."""
-        if thrifty:
-            try:
-                yield from self._thrifty(wanted or (lambda number: True))
-            except (av.FFmpegError, ValueError) as error:
-                raise Unpredictable(str(error)) from error
-        else:
-            try:
-                yield from self._exact(wanted or (lambda number: True))
-            except VideoError:
-                raise
-            except (av.FFmpegError, ValueError) as error:
-                raise VideoError(f"decoding fails after frame {len(self.times)} ({short(error)})") from error
-        if not self.times:
-            raise VideoError(
-                "not one frame decodes" if (self.start, self.end) == (0.0, math.inf)
-                else f"no frame between {self.start:g} and {self.end:g} s"
-            )  # fmt: skip
+        with _library_errors(Unpredictable if self._way != "decoding" else None):
+            yield from self._decode_all(wanted) if self._way in ("order", "decoding") else self._decode_stamped(wanted)
 
-    # ---- the exact way ----
+    def _note_shape(self, frame: av.VideoFrame) -> None:
+        if self.shape is None:
+            self.shape = shape_of(frame, self.stream.sample_aspect_ratio)
 
-    def _exact(self, wanted: Callable[[int], bool]) -> Iterator[Shown]:
-        seen, zero, origin = 0, None, 0.0
-        for packet in self.container.demux(self.stream):
-            if packet.size:
-                self._on_packet(self.packets, packet) if self._on_packet else self.packets.add(packet)
-                if packet.is_corrupt:
-                    raise VideoError(f"packet {len(self.packets) - 1} is damaged")
-            for frame in decode(self.context, packet if packet.size else None):
-                if frame.is_corrupt:
-                    raise VideoError(f"frame {seen} is damaged")
-                if seen == 0:
-                    self.first, zero = frame, frame.pts
-                if frame.pts is not None and zero is not None:
-                    time, before = self._seconds(frame.pts - zero), frame.pts - zero < self._from
-                    after = frame.pts - zero >= self._to
-                else:
-                    time = float(seen / self.fps)
-                    before, after = time < self.start - 1e-6, time >= self.end - 1e-6
-                seen += 1
-                if before:
-                    continue
-                if after:
-                    return
-                if not self.times:
-                    origin = time
-                number = len(self.times)
-                self.times.append(time - origin)
-                self.stamps.append(UNKNOWN if frame.pts is None else frame.pts)
-                if wanted(number):
-                    yield Shown(number, self.times[-1], frame)
-        if seen:
-            self._refuse_cut_short()
+    # ---- by stamps ----
 
-    def _seconds(self, stamp: int) -> float:
-        return stamp * self._tick[0] / self._tick[1]
-
-    def _refuse_cut_short(self) -> None:
-        known, found = self.stream.frames, len(self.packets)
-        if found < known:
-            raise VideoError(f"the file is cut short: its header promises {known} frames, {found} are there")
-
-    # ---- the thrifty way ----
-
-    def _thrifty(self, wanted: Callable[[int], bool]) -> Iterator[Shown]:
-        context, intra_only = self.context, self.context.codec.intra_only
-        skips, skipping = _skips_exactly(context), False
-        due: dict[int, int] = {}  # {stamp: number} of frames to come
-        last = -math.inf
-        for packet, number in self.numbered():
-            use = number is not None and wanted(number)
-            if use:
-                due[packet.pts] = number
-            elif intra_only and packet is not None:
-                continue
-            if skips and skipping == use:
-                skipping = not use
-                context.skip_frame = "NONREF" if skipping else "DEFAULT"
-            for frame in decode(context, packet):
-                pts = frame.pts
-                if pts is None or pts <= last or frame.is_corrupt or frame.interlaced_frame:
-                    raise Unpredictable("frames do not come as their packets promise")
-                last = pts
-                if self.first is None:
-                    self.first = frame
-                if pts in due:
-                    found = due.pop(pts)
-                    yield Shown(found, self.times[found], frame)
-        if due:
-            raise Unpredictable(f"{len(due)} packets gave no frame")
-
-    def numbered(self) -> Iterator[tuple[av.Packet | None, int | None]]:
-        """Packets in decode order, each with its frame's number in the cut (None: outside), and (None, None) at the end.
-
-        A decode stamp is never above the presentation stamps that are still to come, so the number of a packet is
-        certain once a decode stamp has reached its presentation stamp.
-        """
-        origin: int | None = None
-        waiting: deque[av.Packet] = deque()
-        pending: list[int] = []  # heap of stamps without number
-        numbers: dict[int, int | None] = {}
-        zero = self._zero() if self.start > 0 else None  # else the first stamp that settles
-        settled, count = -math.inf, 0
-
-        def settle(below: float) -> None:
-            nonlocal zero, settled, count, origin
-            while pending and pending[0] <= below:
-                pts = heapq.heappop(pending)
-                if pts <= settled:
-                    raise Unpredictable("two packets with one stamp, or stamps out of order")
-                settled = pts
-                zero = pts if zero is None else zero
-                if not self._from <= pts - zero < self._to:
-                    numbers[pts] = None
-                    continue
-                origin = pts if origin is None else origin
-                self.times.append(self._seconds(pts - origin))
-                self.stamps.append(pts)
-                numbers[pts], count = count, count + 1
-
+    def _by_stamps(self) -> Timeline:
+        zero = None if self.whole else self._first_shown()
         for packet in self._from_keyframe(zero):
-            if packet.pts is None or packet.is_corrupt or packet.is_discard:
-                raise Unpredictable("packets without stamp, damaged, or not to be shown")
-            reached = -math.inf if packet.dts is None else packet.dts  # who gets the packet may change it
-            self.packets.add(packet)
-            waiting.append(packet)
-            heapq.heappush(pending, packet.pts)
-            settle(reached)
-            while waiting and waiting[0].pts in numbers:
-                first = waiting.popleft()
-                yield first, numbers.pop(first.pts)
-            if len(waiting) > _LOOK_AHEAD:
-                raise Unpredictable("stamps do not say in which order frames are shown")
-            if zero is not None and reached - zero >= self._to:
+            if packet.pts is None or packet.is_corrupt:
+                raise Unpredictable("packets without stamp, or damaged")
+            self._on_packet(self.packets, packet)
+            if zero is not None and packet.dts is not None and packet.dts >= self._stamp(zero, self.end):
                 break
-        else:
-            if self.start <= 0:
-                self._expect_all()
-        settle(math.inf)
-        rest = list(waiting)
-        while rest and numbers[rest[-1].pts] is None:
-            rest.pop()  # shown at or after the end, and nothing that is wanted comes after it
-        for packet in rest:
-            yield packet, numbers[packet.pts]
-        yield None, None
+        packets = self.packets
+        if self.whole:
+            refuse_cut_short(self._file, self.container, self.stream, packets)
+        if not packets:
+            raise Unpredictable("no packets")
+        pts, dts = np.asarray(packets.pts), np.asarray(packets.dts)
+        self._refuse_odd(pts, dts)
+        order = np.argsort(pts, kind="stable")
+        if (np.diff(pts[order]) == 0).any():
+            raise Unpredictable("two packets with one stamp")
+        shown = order[np.asarray(packets.discard)[order] == 0]
+        if not len(shown):
+            raise VideoError("not one frame is shown: its edit list hides all of them")
+        zero = self._zero = int(pts[shown[0]]) if zero is None else zero
+        # compared as integers: a frame at exactly the start or the end of the cut must not fall on the wrong side
+        inside = shown[(pts[shown] >= self._stamp(zero, self.start)) & (pts[shown] < self._stamp(zero, self.end))]
+        if not len(inside):
+            self._refuse_empty()
+        self.ranks = np.full(len(packets), -1, np.int32)
+        self.ranks[inside] = np.arange(len(inside))
+        times = np.maximum(self.seconds(pts[inside]), 0.0)  # what is rounded must not fall before the cut
+        told = [packets.duration[i] * self._tick for i in inside[-2:]]
+        return timeline(times, (told[0], told[-1]), self._claimed, self._tick)
 
-    def _expect_all(self) -> None:
-        if len(self.packets) < self.stream.frames:
-            raise Unpredictable("fewer packets than the header promises")
+    def _refuse_odd(self, pts: np.ndarray, dts: np.ndarray) -> None:
+        known = dts[dts != UNKNOWN]
+        if (np.diff(known) < 0).any() or (pts < dts).any():
+            raise Unpredictable("stamps out of order")
+        if self.start <= 0 and (pts < pts[0]).any():
+            raise Unpredictable("frames are shown before the first keyframe")
+        if stores_no_stamps(self.container) and not np.array_equal(pts, dts):
+            raise Unpredictable("the container stores no time of presentation")
+        if has_jumps(self.container) and len(known) > 1 and np.diff(known).max() * self._tick > JUMP:
+            raise Unpredictable("stamps jump")
+
+    @property
+    def _tick(self) -> float:
+        return float(self.stream.time_base)
+
+    @property
+    def _claimed(self) -> Fraction | None:
+        return self.stream.average_rate or self.stream.guessed_rate or self.stream.base_rate
+
+    def _stamp(self, first: int, seconds: float) -> float:
+        """The first stamp at or after a player's clock shows `seconds`; `first` is that of the first frame shown."""
+        if math.isinf(seconds) or seconds <= 0:
+            return math.inf if seconds > 0 else -math.inf
+        base = self.stream.time_base
+        return math.ceil((_decimal(seconds) + clock_zero(self.container, first * base)) / base)
+
+    def seconds(self, stamps: np.ndarray) -> np.ndarray:
+        """Stamps as seconds of the player's clock, from the start of the cut on. Only by stamps."""
+        base = self.stream.time_base
+        origin = clock_zero(self.container, self._zero * base) + _decimal(max(0.0, self.start))
+        whole = math.floor(origin / base)  # in ticks; so only a rest is rounded
+        return (stamps - whole) * base.numerator / base.denominator - float(origin - whole * base)
+
+    def _first_shown(self) -> int:
+        """The stamp of the first frame shown."""
+        stamps: list[int] = []
+        for place, packet in enumerate(self.container.demux(self.stream)):
+            if packet.pts is None or (place == 0 and not packet.is_keyframe):  # among them the empty one at the end
+                break
+            if not packet.is_discard:
+                stamps.append(packet.pts)
+            if len(stamps) > 1 and packet.dts is not None and packet.dts >= min(stamps):
+                return min(stamps)
+        if not stamps or place == 0:
+            raise Unpredictable("the file does not say when it starts")
+        return min(stamps)
 
     def _from_keyframe(self, zero: int | None) -> Iterator[av.Packet]:
-        """Packets from the last keyframe on that is shown no later than the start of the cut."""
+        """Packets from the last keyframe on that is shown no later than the start of the cut; `zero`: of the first frame."""
         key: int | None = None
-        for packet in self.container.demux(self.stream) if zero is None else self._seek(zero):
+        if zero is not None and self.start <= 0:
+            self._reopen()
+        for packet in self._seek(zero) if self.start > 0 else self.container.demux(self.stream):
             if not packet.size:
                 continue
             if key is None:
                 key = packet.pts
                 if key is None or not packet.is_keyframe:
                     raise Unpredictable("it does not begin with a keyframe")
-            if packet.pts is not None and packet.pts < key:
-                if self.start <= 0:
-                    raise Unpredictable("frames are shown before the first keyframe")
+            if self.start > 0 and packet.pts is not None and packet.pts < key:
                 continue  # refers to what is before the keyframe, and is shown before the cut
             yield packet
 
-    def _zero(self) -> int:
-        """The stamp of the first frame shown."""
-        stamps: list[int] = []
-        for packet in self.container.demux(self.stream):
-            if packet.pts is None or packet.is_discard:  # among them the empty one at the end
-                break
-            stamps.append(packet.pts)
-            if len(stamps) > 1 and packet.dts is not None and packet.dts >= min(stamps):
-                break
-        if not stamps:
-            raise Unpredictable("the file does not say when it starts")
-        return min(stamps)
-
     def _seek(self, zero: int) -> Iterator[av.Packet]:
         base = self.stream.time_base
-        target = zero + self._from
+        target = self._stamp(zero, self.start)
         back = Fraction(0)
         while True:
             aim = target - int(back / base)
@@ -313,7 +211,7 @@ class Pass:
                     break
             else:
                 raise Unpredictable("no keyframe behind the place it was sought at")
-            if packet.pts <= target:
+            if packet.pts <= max(target, zero):
                 yield packet
                 yield from packets
                 return
@@ -321,13 +219,242 @@ class Pass:
                 raise Unpredictable("no keyframe before the start of the cut")
             back = back * 3 or Fraction(1)  # seconds
 
+    def again(self) -> Iterator[tuple[av.Packet | None, int]]:
+        """The packets that a decoder needs, each with its frame's number in the cut (-1: outside), and (None, -1) at the end."""
+        last = int(np.flatnonzero(self.ranks >= 0)[-1]) if not self.whole else len(self.packets) - 1
+        place = 0
+        for packet in self._rewound():
+            if place > last:
+                break
+            if packet.pts is None or packet.pts != self.packets.pts[place]:
+                if packet.pts is not None and place and packet.pts < self.packets.pts[0]:
+                    continue  # as in _from_keyframe
+                raise Unpredictable("the second reading differs from the first")
+            yield packet, int(self.ranks[place])
+            place += 1
+        if place <= last:
+            raise Unpredictable("the second reading ends before the first")
+        yield None, -1
+
+    def _rewound(self) -> Iterator[av.Packet]:
+        first = self.packets
+        if first.place[0] >= 0:
+            packets: Iterator[av.Packet] = iter(())
+            with suppress(av.FFmpegError):
+                self.container.seek(first.pts[0], stream=self.stream, backward=True)
+                packets = (p for p in self.container.demux(self.stream) if p.size)
+            self.context.flush_buffers()
+            packet = next(packets, None)
+            if packet is not None and (packet.pos, packet.pts) == (first.place[0], first.pts[0]):
+                yield packet
+                yield from packets
+                return
+        self._reopen()
+        found = False
+        for packet in self.container.demux(self.stream):
+            found = found or (packet.size > 0 and (packet.pos, packet.pts) == (first.place[0], first.pts[0]))
+            if found and packet.size:
+                yield packet
+
+    def _reopen(self) -> None:
+        self.container.close()
+        self.container, self.stream = open_video(self._file)
+
+    def _decode_stamped(self, wanted: Callable[[int], bool]) -> Iterator[Shown]:
+        context, intra_only = self.context, self.context.codec.intra_only
+        skips, skipping, changed = self._way == "stamps" and skips_exactly(context), False, context
+        due: dict[int, int] = {}  # {stamp: number} of frames to come
+        last = -math.inf
+        for packet, number in self.again():
+            if changed is not self.context:  # reopened
+                context = changed = self.context
+                skipping = False
+            use = number >= 0 and wanted(number)
+            if use:
+                due[packet.pts] = number
+            elif intra_only and packet is not None:
+                continue
+            if skips and skipping == use:
+                skipping = not use
+                context.skip_frame = "NONREF" if skipping else "DEFAULT"
+            for frame in decode(context, packet):
+                pts = frame.pts
+                interlaced = frame.interlaced_frame and self._way == "stamps"
+                if pts is None or pts <= last or frame.is_corrupt or interlaced:
+                    raise Unpredictable("frames do not come as their packets promise")
+                last = pts
+                self._note_shape(frame)
+                if pts in due:
+                    found = due.pop(pts)
+                    yield Shown(found, float(self.timeline.times[found]), frame)
+        if due:
+            raise Unpredictable(f"{len(due)} packets gave no frame")
+
+    # ---- in order ----
+
+    def _by_order(self) -> Timeline:
+        if not stores_no_stamps(self.container):
+            raise Unpredictable("the container stores times of presentation")
+        tick, claimed = self._tick, self._claimed
+        packets = self.packets
+        for packet in self.container.demux(self.stream):
+            if packet.size:
+                if packet.is_corrupt:
+                    raise VideoError(f"packet {len(packets)} is damaged")
+                self._on_packet(packets, packet)
+                if packet.dts is not None and packet.dts * tick > self.end + _MARGIN:
+                    break
+        else:
+            refuse_cut_short(self._file, self.container, self.stream, packets)
+        if not packets:
+            raise VideoError("not one frame decodes")
+        dts = np.asarray(packets.dts)
+        if (dts == UNKNOWN).all() and claimed:
+            at, tick = np.arange(len(dts)) / float(claimed), float(1 / claimed)
+            every, told = at - at[0], (tick, tick)
+        elif (dts == UNKNOWN).any() or (np.diff(dts) <= 0).any():
+            raise Unpredictable("stamps out of order")
+        else:
+            every = dts * tick - float(clock_zero(self.container, Fraction(int(dts[0])) * self.stream.time_base))
+            told = (packets.duration[-2] * tick if len(dts) > 1 else 0.0, packets.duration[-1] * tick)
+        return self._cut(every, told, tick)
+
+    def _cut(self, every: np.ndarray, told: tuple[float, float], tick: float) -> Timeline:
+        """Of the times of all frames those of the cut, from its start on; `_range` is which they are."""
+        eps = min(1e-6, tick / 4)
+        low, high = np.searchsorted(every, [self.start - eps, self.end - eps]) if not self.whole else (0, len(every))
+        self._range = int(low), int(high)
+        if low >= high:
+            self._refuse_empty()
+        told = told if high == len(every) else (0.0, 0.0)
+        return timeline(np.maximum(every[low:high] - max(0.0, self.start), 0.0), told, self._claimed, tick)
+
+    def _refuse_empty(self) -> None:
+        raise VideoError(
+            "not one frame decodes" if self.whole else f"no frame between {self.start:g} and {self.end:g} s"
+        )
+
+    def _decode_all(self, wanted: Callable[[int], bool]) -> Iterator[Shown]:
+        """The wanted frames of the range, decoding from the beginning of the file."""
+        self._reopen()
+        low, high = self._range
+        given = seen = 0
+        for packet in self.container.demux(self.stream):
+            given += packet.size > 0
+            for frame in self._frames_of(packet, seen):
+                self._note_shape(frame)
+                number, seen = seen - low, seen + 1
+                if 0 <= number < high - low and wanted(number):
+                    yield Shown(number, float(self.timeline.times[number]), frame)
+            if seen >= high and not self.whole:
+                if self._way == "order" and given - seen > _REORDERED:
+                    raise Unpredictable("packets without a frame of their own")
+                return
+        if self._way == "order" and seen != len(self.packets):
+            raise Unpredictable(f"{seen} frames of {len(self.packets)} packets")
+        if seen < high:
+            raise VideoError(f"{high} frames decode the first time, {seen} the second")
+
+    def _frames_of(self, packet: av.Packet, seen: int) -> list[av.VideoFrame]:
+        if packet.is_corrupt:
+            raise VideoError(f"packet {seen} is damaged")
+        try:
+            frames = decode(self.context, packet if packet.size else None)
+        except (av.FFmpegError, ValueError) as error:
+            raise VideoError(f"decoding fails after frame {seen} ({short(error)})") from error
+        if any(frame.is_corrupt for frame in frames):
+            raise VideoError(f"frame {seen + [f.is_corrupt for f in frames].index(True)} is damaged")
+        return frames
+
+    # ---- by decoding ----
+
+    def _by_decoding(self) -> Timeline:
+        packets, stamps, came = self.packets, array("q"), array("q")  # of each frame: its stamp, and the packet it came at
+        durations, clock = array("q"), 0.0
+        for packet in self.container.demux(self.stream):
+            if packet.size:
+                self._on_packet(packets, packet)
+            for frame in self._frames_of(packet, len(stamps)):
+                if frame.pts is not None and stamps and 0 < (frame.pts - stamps[-1]) * self._tick < JUMP:
+                    clock += (frame.pts - stamps[-1]) * self._tick
+                stamps.append(UNKNOWN if frame.pts is None else frame.pts)
+                durations.append(frame.duration or 0)
+                came.append(len(packets) - 1 if packet.size else len(packets) + len(stamps))
+            if clock > self.end + _MARGIN:
+                break
+        else:
+            refuse_cut_short(self._file, self.container, self.stream, packets)
+        if not stamps:
+            raise VideoError("not one frame decodes")
+        at = np.asarray(stamps)
+        if stores_no_stamps(self.container):
+            at = self._places(np.asarray(came))
+        known = np.flatnonzero(at != UNKNOWN)
+        interval = self._interval(at[known])
+        if len(known):  # what has no stamp follows the one before
+            before = np.maximum.accumulate(np.where(at != UNKNOWN, np.arange(len(at)), -1))
+            back = np.where(before < 0, known[0], before)
+            at = at[back] + np.rint((np.arange(len(at)) - back) * interval / self._tick).astype(np.int64)
+        else:
+            at = np.rint(np.arange(len(at)) * interval / self._tick).astype(np.int64)
+        every = increasing(at * self._tick, interval, self._tick, has_jumps(self.container))
+        zero = clock_zero(self.container, Fraction(int(at[0])) * self.stream.time_base)
+        told = (durations[-2] * self._tick if len(durations) > 1 else 0.0, durations[-1] * self._tick)
+        return self._cut(every - float(zero), told, self._tick)
+
+    def _places(self, came: np.ndarray) -> np.ndarray:
+        """Stamps of frames by the packets they came at, less those that the decoder holds back; -2**63: not known."""
+        dts = np.asarray(self.packets.dts)
+        if (dts == UNKNOWN).any():
+            return np.full(len(came), UNKNOWN)
+        flushed = came >= len(dts)
+        places = came - came[0] if not flushed.all() else np.arange(len(came))
+        if flushed.any() and not flushed.all():
+            first = int(np.flatnonzero(flushed)[0])
+            places[first:] = places[first - 1] + 1 + np.arange(len(came) - first)
+        if len(dts) == len(came):
+            places = np.arange(len(came))
+        return np.where(places < len(dts), dts[np.minimum(places, len(dts) - 1)], UNKNOWN)
+
+    def _interval(self, stamps: np.ndarray) -> float:
+        """Seconds between two frames, most of the time."""
+        steps = np.diff(stamps)
+        steps = steps[steps > 0]
+        return float(np.median(steps)) * self._tick if len(steps) else float(1 / (self._claimed or 25))
+
+
+@contextmanager
+def _library_errors(kind: type[Exception] | None) -> Iterator[None]:
+    """Turns libav's errors into `kind`; without one into VideoError, since no other way is left."""
+    try:
+        yield
+    except VideoError:
+        raise
+    except (av.FFmpegError, ValueError) as error:
+        if kind:
+            raise kind(str(error)) from error
+        raise VideoError(f"it cannot be decoded ({short(error)})") from error
+
+
+def on_grid(when: Timeline, rate: int) -> Callable[[int], bool]:
+    """Which frames are stored at `rate` frames a second: those of the official extractor's grid; where frames are not all
+    shown for as long, the nearest to each of `rate` moments of a second, so that no part of the video goes without."""
+    if when.steady:
+        second = [grid(number, when.fps, rate) for number in range(max(1, int(when.fps)))]
+        return lambda number: second[number % len(second)]
+    first, last = float(when.times[0]), float(when.times[-1])
+    moments = first + np.arange(int((last - first) * rate + 1e-6) + 1) / rate
+    chosen = np.zeros(len(when.times), bool)
+    chosen[nearest(when.times, moments)] = True
+    return lambda number: bool(chosen[number])
+
 
 def _decimal(seconds: float) -> Fraction:
     """What was meant: 0.4 is 2/5 and not the float next to it, or the frame at 10/25 s would fall out of the cut."""
     return Fraction(seconds).limit_denominator(1_000_000)
 
 
-def _skips_exactly(context: av.VideoCodecContext) -> bool:
+def skips_exactly(context: av.VideoCodecContext) -> bool:
     """Whether libav leaves out just the frames to which no other refers when it is told to skip those."""
     if context.codec.canonical_name == "hevc":  # with temporal layers, higher ones may refer to them
         extra = context.extradata or b""

@@ -11,8 +11,8 @@ from typing import BinaryIO
 import av
 import numpy as np
 
-from shards.decode import Pass, Unpredictable
-from shards.frames import VideoError, grid, short
+from shards.decode import WAYS, Pass, Unpredictable, on_grid
+from shards.frames import VideoError, short
 from shards.video import Source, describe, scan, unsliced
 from shards.writer import Layout, Writer, Written, spool
 
@@ -71,26 +71,22 @@ def to_gops(
     if len(stored.frames) != len(made.frames):
         raise VideoError(f"{len(made.frames)} frames were encoded and {len(stored.frames)} decode: a defect of {name}")
     frames = replace(stored.frames, number=made.frames.number, time=made.frames.time)
-    return source, replace(made, frames=frames, codec=stored.codec, extradata=stored.extradata)
+    return source, replace(made, frames=frames, codec=stored.codec, extradata=stored.extradata, coding=stored.coding)
 
 
 def _transcode(file: BinaryIO, rate: int, start: float, end: float, begin: Callable) -> tuple[Source, Written]:
-    for thrifty in (True, False):
-        with Pass(file, start, end) as source, begin() as writer:
-            try:
-                for shown in source.frames(_on_grid(source.fps, rate), thrifty=thrifty):
-                    writer.add(shown.frame, shown.number, shown.time, min(Fraction(rate), source.fps))
-                return describe(source, unsliced(source.times)), writer.finish()
-            except Unpredictable:
-                continue
-            except av.FFmpegError as error:  # the decoder's own are VideoErrors by now
-                raise VideoError(f"its frames cannot be encoded ({short(error)})") from error
-    raise AssertionError("the exact way has no second try")
-
-
-def _on_grid(fps: Fraction, rate: int) -> Callable[[int], bool]:
-    second = [grid(number, fps, rate) for number in range(max(1, int(fps)))]
-    return lambda number: second[number % len(second)]
+    for way in WAYS:
+        try:
+            with Pass(file, start, end, way) as source, begin() as writer:
+                when = source.timeline
+                for shown in source.frames(on_grid(when, rate)):
+                    writer.add(shown.frame, source.shape, shown.number, shown.time, min(Fraction(rate), when.fps))
+                return describe(source, unsliced(when.times)), writer.finish()
+        except Unpredictable:
+            continue
+        except av.FFmpegError as error:  # the decoder's own are VideoErrors by now
+            raise VideoError(f"its frames cannot be encoded ({short(error)})") from error
+    raise AssertionError("decoding decides")
 
 
 @cache
@@ -115,50 +111,49 @@ def cut_copy(file: BinaryIO, start: float, end: float) -> tuple[Source, Written]
     number of frames of the cut. Raises VideoError if that cannot be done with this file.
     """
     out = spool()
-    with Pass(file, start, end) as cut:
-        codec = av.Codec(cut.context.name, "r").canonical_name
-        extension, kind = ("mp4", "mp4") if codec in _MP4 else ("mkv", "matroska")
-        try:
+    codec = "video"
+    try:
+        with Pass(file, start, end, "all") as cut:
+            codec = av.Codec(cut.context.name, "r").canonical_name
+            extension, kind = ("mp4", "mp4") if codec in _MP4 else ("mkv", "matroska")
             before, packets = _remux(cut, out, kind)
-        except (Unpredictable, av.FFmpegError, ValueError) as error:
-            raise VideoError(
-                f"this {codec} file cannot be cut without re-encoding ({short(error)}): use another profile than copy"
-            ) from error
-        times, fps = cut.times, Fraction(cut.fps).limit_denominator(100_000)
-    if not times:
-        raise VideoError(f"no frame between {start:g} and {end:g} s")
+            when, fps = cut.timeline, cut.timeline.fps
+            times = cut.seconds(np.sort(np.asarray(cut.packets.pts)[:packets]))
+            shape = next(cut.frames()).frame and cut.shape  # what is written may have lost how it is shown
+    except (Unpredictable, av.FFmpegError, ValueError) as error:
+        if isinstance(error, VideoError):
+            raise
+        raise VideoError(
+            f"this {codec} file cannot be cut without re-encoding ({short(error)}): use another profile than copy"
+        ) from error
     stored = scan(out)
     out.seek(0)
-    if len(stored.frames) != packets:
+    if len(stored.times) != packets:
         raise VideoError(
-            f"of {packets} frames cut out of this {codec} file without re-encoding, {len(stored.frames)} decode: "
+            f"of {packets} frames cut out of this {codec} file without re-encoding, {len(stored.times)} decode: "
             "use another profile than copy"
         )
+    look = {"width": shape.width, "height": shape.height, "rotation": shape.rotation, "mirrored": shape.mirrored}
+    source = replace(stored, fps=fps, duration=when.duration, drift=when.drift, times=when.times, **look)
     number = np.arange(packets, dtype=np.int32) - before
-    time = stored.frames.time - stored.frames.time[before]
-    duration = times[-1] + float(1 / fps)
-    source = replace(stored, fps=fps, duration=duration, frames=unsliced(times))
-    frames = replace(stored.frames, number=number, time=time)
-    return source, Written(
-        out, frames, stored.codec, extension, stored.extradata, stored.rotation, stored.width, stored.height
-    )
+    frames = replace(stored.frames, number=number, time=times)
+    return source, Written(out, frames, stored.codec, extension, stored.extradata, coding=stored.coding, **look)
 
 
 def _remux(cut: Pass, out: BinaryIO, kind: str) -> tuple[int, int]:
     """Write the packets of a cut. Returns how many of its frames are shown before it, and how many there are."""
     stamps: list[int] = []
-    inside: list[int] = []
+    first = math.inf
     with av.open(out, "w", format=kind, options={"fflags": "+bitexact"}) as target:
         stream = target.add_stream_from_template(cut.stream, opaque=True)
-        for packet, number in cut.numbered():
+        for packet, number in cut.again():
             if packet is None:
                 break
             stamps.append(packet.pts)
-            if number is not None:
-                inside.append(packet.pts)
+            if number >= 0:
+                first = min(first, packet.pts)
             packet.pts -= stamps[0]
             packet.dts = None if packet.dts is None else packet.dts - stamps[0]
             packet.stream = stream
             target.mux(packet)
-    first = min(inside, default=0)
     return sum(stamp < first for stamp in stamps), len(stamps)

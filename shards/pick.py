@@ -1,17 +1,36 @@
-"""Picking single frames out of a stored video by its frame table, decoding no more than they need."""
+"""Single frames out of a stored video: by its frame table, decoding no more than they need.
+
+This is how a stored video is decoded, by whoever reads it: the loader, `verify`, `preview`, `frames`, and the packer before
+it commits a video. What the container told the decoder stands in the row of the sample table.
+"""
 
 import io
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import av
 import numpy as np
 from crc32c import crc32c
 
-from shards.decode import open_video
-from shards.frames import VideoError, short, upright
-from shards.schema import FrameTable
+from shards.decode import WAYS, Pass, Unpredictable
+from shards.frames import Shape, VideoError, short, upright
+from shards.schema import Coding, FrameTable
 
 _DECODERS = {"av1": "libdav1d"}  # libav's own "av1" decodes on a GPU only; files opened by libav get this one
+_SKIPPING = ("h264", "hevc", "vp9", "vp8", "mpeg4", "mpeg2video", "mpeg1video")  # tell which frames no other refers to
+
+
+class StoredVideo(Protocol):
+    """What decoding needs to know of a stored video: a row of the sample table."""
+
+    codec: str
+    extradata: bytes
+    coding: Coding | None
+    frames: FrameTable
+    width: int
+    height: int
+    rotation: int
+    mirrored: bool
 
 
 class Picked(dict[int, np.ndarray]):
@@ -20,45 +39,83 @@ class Picked(dict[int, np.ndarray]):
     decoded = 0
 
 
-def pick_frames(
-    codec: str,
-    extradata: bytes,
-    frames: FrameTable,
-    rotation: int,
-    read: Callable[[int, int], bytes],
-    wanted: Sequence[int],
-) -> Picked:
-    """Decode the stored frames `wanted` (positions in the frame table) and no GOP that holds none of them.
+def pick_frames(video: StoredVideo, read: Callable[[int, int], bytes], wanted: Sequence[int]) -> Picked:
+    """The stored frames `wanted` (positions in the frame table) as a player shows them.
 
-    Of the others in those GOPs only frames that some frame refers to are decoded, where the codec tells (H.264, HEVC).
-    `read(offset, size)` returns bytes of the stored file. Raises VideoError if a frame does not come out or its bytes have changed since packing.
+    No GOP is decoded that holds none of them; of the others in it only frames that some frame refers to, where the codec
+    tells (H.264, HEVC). `read(offset, size)` returns bytes of the stored file; size -1 means to its end. Raises
+    VideoError if a frame does not come out or its bytes have changed since packing.
     """
-    if not frames.sliceable:
-        return _pick_through_container(read(0, -1), rotation, wanted)
+    out, shape = Picked(), shape_of_stored(video)
+    for position, frame in decode_stored(video, read, wanted, out):
+        out[position] = upright(frame, shape)
+    return out
+
+
+def shape_of_stored(video: StoredVideo) -> Shape:
+    return Shape(video.width, video.height, video.rotation % 360, video.mirrored)
+
+
+def decode_stored(
+    video: StoredVideo, read: Callable[[int, int], bytes], wanted: Sequence[int], count: Picked | None = None
+) -> Iterator[tuple[int, av.VideoFrame]]:
+    """(position, frame as decoded) of each of the stored frames `wanted`, once. As `pick_frames`; `count.decoded` grows."""
+    count = Picked() if count is None else count
+    left = set(map(int, wanted))
+    if not left:
+        return
+    if video.frames.sliceable:
+        for position, frame in _decode_packets(video, read, sorted(left), count):
+            left.discard(position)
+            yield position, frame
+    if left:  # among them "keyframes" of intra refresh: a decoder that starts there shows nothing until the picture is whole
+        yield from _decode_container(video, read(0, -1), left, count)
+
+
+def stored_decoder(video: StoredVideo) -> av.VideoCodecContext:
+    """A decoder for packets of the stored video, told all that the container knew."""
+    decoder = av.CodecContext.create(_DECODERS.get(video.codec, video.codec), "r")
+    decoder.extradata = video.extradata or None
+    decoder.thread_count = 1
+    if video.coding is not None:
+        video.coding.tell(decoder)
+    return decoder
+
+
+def packet_of(data: bytes | memoryview, position: int, key: bool) -> av.Packet:
+    """A packet whose stamp is the frame's position, which is carried through reordering."""
+    packet = av.Packet(len(data))  # av.Packet(data) lacks the zeros after it that libav's decoders read
+    packet.update(data)
+    packet.pts = position
+    packet.is_keyframe = key
+    return packet
+
+
+def _decode_packets(
+    video: StoredVideo, read: Callable[[int, int], bytes], wanted: Sequence[int], count: Picked
+) -> Iterator[tuple[int, av.VideoFrame]]:
+    frames = video.frames
     decode_order = np.argsort(frames.offset, kind="stable")
     place = np.empty_like(decode_order)
     place[decode_order] = np.arange(len(decode_order))
-    out = Picked()
-    decoder = av.CodecContext.create(_DECODERS.get(codec, codec), "r")
-    decoder.extradata = extradata or None
-    decoder.thread_count = 1
+    decoder, skips = stored_decoder(video), video.codec in _SKIPPING
+
+    def kept(pictures: list[av.VideoFrame], group: set[int]) -> Iterator[tuple[int, av.VideoFrame]]:
+        count.decoded += len(pictures)
+        return ((int(picture.pts), picture) for picture in pictures if picture.pts in group)
+
     try:
         for first, last, group in _gops(frames, place, wanted):
             for packet in _packets(frames, decode_order[first : last + 1], read):
-                decoder.skip_frame = "DEFAULT" if packet.pts in group else "NONREF"
-                _collect(out, decoder.decode(packet), group, rotation)
-            _collect(out, decoder.decode(None), group, rotation)
+                if skips:
+                    decoder.skip_frame = "DEFAULT" if packet.pts in group else "NONREF"
+                yield from kept(decoder.decode(packet), group)
+            yield from kept(decoder.decode(None), group)
             decoder.flush_buffers()
     except (av.FFmpegError, ValueError) as error:
         if isinstance(error, VideoError):
             raise
-        raise VideoError(f"stored frames {list(wanted)} do not decode ({short(error)})") from error
-    missing = sorted(set(map(int, wanted)) - set(out))
-    if missing:  # "keyframes" of intra refresh: a decoder that starts there shows nothing until the picture is whole
-        rest = _pick_through_container(read(0, -1), rotation, missing)
-        out.update(rest)
-        out.decoded += rest.decoded
-    return out
+        raise VideoError(f"stored frames {_some(wanted)} do not decode ({short(error)})") from error
 
 
 def _gops(frames: FrameTable, place: np.ndarray, wanted: Sequence[int]) -> Iterator[tuple[int, int, set[int]]]:
@@ -66,7 +123,9 @@ def _gops(frames: FrameTable, place: np.ndarray, wanted: Sequence[int]) -> Itera
     # A frame shown before a keyframe may refer to the GOP before it (open GOP): start at a keyframe shown no later.
     keys = np.flatnonzero(frames.key)
     groups: dict[int, set[int]] = {}
-    for w in sorted(set(map(int, wanted))):
+    for w in wanted:
+        if w >= len(frames):
+            raise VideoError(f"there is no stored frame {w}: the video has {len(frames)}")
         usable = keys[(keys <= w) & (place[keys] <= place[w])]
         if len(usable) == 0:
             raise VideoError(f"no keyframe at or before stored frame {w}")
@@ -84,28 +143,47 @@ def _packets(frames: FrameTable, positions: np.ndarray, read: Callable[[int, int
         piece = data[at : at + int(frames.size[position])]
         if crc32c(piece) != frames.crc32c[position]:
             raise VideoError(f"crc32c of stored frame {position} differs from the sample table: the shard is damaged")
-        packet = av.Packet(len(piece))  # av.Packet(piece) lacks the zeros after it that libav's decoders read
-        packet.update(piece)
-        packet.pts = int(position)  # carried through reordering, so a decoded frame says which one it is
-        yield packet
+        yield packet_of(piece, int(position), bool(frames.key[position]))
 
 
-def _collect(out: Picked, frames: list[av.VideoFrame], group: set[int], rotation: int) -> None:
-    out.decoded += len(frames)
-    for frame in frames:
-        if frame.pts in group:
-            out[int(frame.pts)] = upright(frame, rotation)
+def _decode_container(
+    video: StoredVideo, data: bytes, wanted: set[int], count: Picked
+) -> Iterator[tuple[int, av.VideoFrame]]:
+    """Through the container, from its beginning: the same passes as in packing, so the same frames have the same numbers."""
+    left = set(wanted)
+    last = max(left)
+    for way in WAYS:
+        try:
+            with Pass(io.BytesIO(data), way=way) as whole:
+                places = _positions(whole, len(video.frames))
+                if places is None and way != WAYS[-1]:
+                    continue
+                places = np.arange(len(whole.timeline.times)) if places is None else places
+                for shown in whole.frames(lambda number: int(places[number]) in left):
+                    count.decoded += 1
+                    position = int(places[shown.number])
+                    if position in left:
+                        left.discard(position)
+                        yield position, shown.frame
+                    if position >= last:
+                        break
+            break
+        except Unpredictable:
+            continue
+    if left:
+        raise VideoError(f"stored frames {_some(sorted(left))} did not come out of the decoder")
 
 
-def _pick_through_container(data: bytes, rotation: int, wanted: Sequence[int]) -> Picked:
-    group, last = set(map(int, wanted)), max(map(int, wanted))
-    out = Picked()
-    container, stream = open_video(io.BytesIO(data))
-    with container:
-        for number, frame in enumerate(container.decode(stream)):
-            out.decoded += 1
-            if number in group:
-                out[number] = upright(frame, rotation)
-            if number >= last:
-                return out
-    raise VideoError(f"stored frames {sorted(group - set(out))} did not come out of the decoder")
+def _positions(whole: Pass, stored: int) -> np.ndarray | None:
+    """int64 [frames shown]: their positions in a frame table of `stored` rows, which lists those that an edit list hides, too.
+    None if the table was made another way."""
+    packets, shown = whole.packets, len(whole.timeline.times)
+    if len(whole.ranks) == stored:
+        order = np.argsort(np.asarray(packets.pts), kind="stable")
+        return np.flatnonzero(np.asarray(packets.discard)[order] == 0)
+    return np.arange(shown) if shown == stored else None
+
+
+def _some(positions: Sequence[int]) -> str:
+    shown = ", ".join(map(str, list(positions)[:5]))
+    return f"{shown}, … ({len(positions)})" if len(positions) > 5 else shown

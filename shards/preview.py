@@ -83,17 +83,10 @@ def _choose(videos: int, count: int, seed: int | None) -> list[int]:
 
 def _pictures(split: Split, video: Video, count: int, width: int) -> tuple[list[tuple[float, str]], str | None]:
     """(seconds, data URI) of some stored frames, and why there are none if they cannot be had."""
-    stored = len(video.frames)
-    wanted = sorted({(2 * i + 1) * stored // (2 * count) for i in range(count)})
+    low, high = video.inside
+    wanted = sorted({low + (2 * i + 1) * (high - low) // (2 * count) for i in range(count)})
     try:
-        found = pick_frames(
-            video.codec,
-            video.extradata,
-            video.frames,
-            video.rotation,
-            lambda at, size: split.read(video, at, size),
-            wanted,
-        )
+        found = pick_frames(video, lambda at, size: split.read(video, at, size), wanted)
     except (VideoError, ShardError) as error:
         return [], str(error)
     return [(float(video.frames.time[i]), _data_uri(found[i], width)) for i in wanted], None

@@ -10,7 +10,7 @@ from crc32c import crc32c
 from shards import ShardError
 from shards.encode import cut_copy, nvenc_opens, to_gops, to_intra
 from shards.frames import VideoError
-from shards.schema import FrameTable
+from shards.schema import Coding, FrameTable
 from shards.tar import safe_extension
 from shards.video import Source, scan
 
@@ -94,8 +94,8 @@ class Profile:
 @dataclass(frozen=True)
 class Stored:
     """A video in its stored form. `file` is seekable, stands at its beginning and holds `size` bytes; `crc32c` is of
-    all of them. Width and height are as displayed; `rotation` is what is left to turn decoded frames by. `source` and
-    `frames` count from the first frame of the cut."""
+    all of them. Width and height are as displayed; `rotation` and `mirrored` are what is left to be done to decoded frames.
+    Numbers in `frames` count from the first frame of the cut."""
 
     source: Source
     file: BinaryIO
@@ -105,22 +105,24 @@ class Stored:
     codec: str
     extension: str
     extradata: bytes
-    rotation: int
     width: int
     height: int
+    rotation: int = 0
+    mirrored: bool = False
+    coding: Coding | None = None
 
 
 def store(file: BinaryIO, name: str, profile: Profile, start: float | None = None, end: float | None = None) -> Stored:
     """The stored form of the video in `file` (seekable; `name` is what it is called), cut to the frames with
-    start <= time < end, in seconds from the first frame of the file.
+    start <= time < end, in seconds as a player's clock shows them.
 
-    Memory does not grow with the video, and the work with the cut, not with what is around it. Frame numbers and times
-    count from the first kept frame on, as if the cut were a video of its own; a cut with `copy` begins at the keyframe
+    Memory does not grow with the video, and the work with the cut, not with what is around it. Frame numbers count from
+    the first kept frame on and times from the start of the cut, as if it were a video of its own; a cut with `copy` begins at the keyframe
     before, so its table holds frames of negative numbers. Raises VideoError if any of it does not decode.
     """
     begin, stop = 0.0 if start is None else max(0.0, start), math.inf if end is None else end
     if not begin < stop:
-        raise VideoError(f"it is to be cut from {begin:g} to {stop:g} s, which is nothing")
+        raise VideoError(f"the cut is empty: it starts at {begin:g} s and ends at {stop:g} s")
     if profile.name == "copy" and (begin, stop) == (0.0, math.inf):
         return _untouched(file, name)
     if profile.name == "copy":
@@ -135,14 +137,14 @@ def store(file: BinaryIO, name: str, profile: Profile, start: float | None = Non
             source, written = to_gops(file, codec=profile.name, gop=profile.gop, encoder=encoder, **common)
     size, crc = _measure(written.file)
     return Stored(source, written.file, size, crc, written.frames, written.codec, written.extension, written.extradata,
-                  written.rotation, written.width, written.height)  # fmt: skip
+                  written.width, written.height, written.rotation, written.mirrored, written.coding)  # fmt: skip
 
 
 def _untouched(file: BinaryIO, name: str) -> Stored:
     source = scan(file)
     size, crc = _measure(file)
     return Stored(source, file, size, crc, source.frames, source.codec, safe_extension(name), source.extradata,
-                  source.rotation, source.width, source.height)  # fmt: skip
+                  source.width, source.height, source.rotation, source.mirrored, source.coding)  # fmt: skip
 
 
 def _measure(file: BinaryIO) -> tuple[int, int]:

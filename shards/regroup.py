@@ -17,7 +17,7 @@ from crc32c import crc32c
 from shards import ShardError
 from shards.dataset import Split
 from shards.pack import finish, write_table
-from shards.schema import FORMAT_VERSION, JSON_CRCS, REJECTS, SCHEMA
+from shards.schema import FORMAT_VERSION, JSON_CRCS, REJECTS, SCHEMA, upgraded
 from shards.tar import commit, read_index, safe_key, write_atomic
 from shards.tarcopy import TarCopier, link_or_copy
 
@@ -128,7 +128,7 @@ def _rewrite(target: Path, sources: Sequence[Source], pieces: Sequence[Piece]) -
 def _copy_piece(copier: TarCopier, source: Source, piece: Piece) -> tuple[pa.Table, list[dict], list[int]]:
     """Append the samples; returns their rows with the new places, their rejects and the crc32c of their JSONs."""
     base = source.split.path / source.split.shards[piece.shard]
-    whole = pq.read_table(base.with_suffix(".parquet"), page_checksum_verification=True)
+    whole = upgraded(pq.read_table(base.with_suffix(".parquet"), page_checksum_verification=True))
     rows = np.arange(whole.num_rows) if piece.rows is None else piece.rows
     index = read_index(base.with_suffix(".idx"))
     old_crcs = json.loads(whole.schema.metadata[JSON_CRCS])

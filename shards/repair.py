@@ -6,7 +6,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from multiprocessing import get_context
 from pathlib import Path
@@ -367,16 +367,20 @@ def _row(sample: _Sample, described: dict, file: BinaryIO) -> tuple[dict, int]:
     data = _pread(file, offset, size)
     source = scan(data)
     fps = Fraction(described["fps"])
+    profile = described["profile"]["name"]
     row = {
         "key": sample.key,
         "ext": extension,
         "offset": offset,
         "size": size,
         "crc32c": crc32c(data),
-        "rotation": source.rotation,
+        # what the stored file says of it, unless it was cut out of one that said more
+        "rotation": described.get("rotation", source.rotation),
+        "mirrored": described.get("mirrored", source.mirrored),
         "fps_num": fps.numerator,
         "fps_den": fps.denominator,
-        "extradata": b"" if described["profile"]["name"] == "intra" else source.extradata,
+        "extradata": b"" if profile == "intra" else source.extradata,
+        "coding": None if profile == "intra" else asdict(source.coding),
     }
     row |= {k: described[k] for k in ("id", "captions", "codec", "width", "height", "duration", "source_frames")}
     json_crc = crc32c(_pread(file, *sample.members["json"]))

@@ -3,13 +3,14 @@
 The table is Arrow/Parquet, one file a shard. Lists over frames are parallel and in display order.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 
 import numpy as np
 import pyarrow as pa
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had neither `mirrored` nor `coding`, and its times counted from the first frame
+READABLE = (1, 2)
 CAPTION_COUNTS = "captions.npy"  # beside dataset.json: captions of each video, so that no table is read to count them
 
 # keys of the parquet's metadata: what belongs to a shard but to no row commits together with the rows
@@ -18,12 +19,42 @@ JSON_CRCS = b"c4c.json_crc32c"  # JSON: crc32c of each row's .json member
 
 FRAME_COLUMNS = {
     "frame_number": (pa.int32(), "frame number in the source video, counted from 0 in display order"),
-    "frame_time": (pa.float64(), "presentation time in the source video, seconds"),
+    "frame_time": (pa.float64(), "seconds that a player's clock shows; of a cut, from its start on"),
     "frame_offset": (pa.int64(), "first byte of the frame's packet in the stored file; -1: cannot be sliced"),
     "frame_size": (pa.int32(), "bytes of the packet; -1: cannot be sliced"),
     "frame_key": (pa.bool_(), "a decoder can start at this packet"),
     "frame_crc32c": (pa.uint32(), "crc32c of the packet; 0 where it cannot be sliced"),
 }
+
+@dataclass(frozen=True)
+class Coding:
+    """What a decoder has to be told beside its extradata, as the container had it; libav's numbers and names."""
+
+    codec_tag: str = ""
+    bits_per_coded_sample: int = 0
+    pix_fmt: str = ""
+    width: int = 0
+    height: int = 0
+    colorspace: int = 2  # not specified
+    color_range: int = 0
+    color_trc: int = 2
+    color_primaries: int = 2
+
+    @classmethod
+    def of(cls, decoder) -> "Coding":
+        """What an opened container told its decoder (`av.VideoCodecContext`)."""
+        found = {f.name: getattr(decoder, f.name) for f in fields(cls)}
+        return cls(**{name: (str(value or "") if cls.__annotations__[name] is str else int(value or 0))
+                      for name, value in found.items()})  # fmt: skip
+
+    def tell(self, decoder) -> None:
+        """Tell it to a decoder (`av.VideoCodecContext`) that is not open yet."""
+        for name, value in asdict(self).items():
+            if value:
+                setattr(decoder, name, value)
+
+
+_ARROW = {str: pa.string(), int: pa.int32()}
 
 SCHEMA = pa.schema(
     [
@@ -34,19 +65,30 @@ SCHEMA = pa.schema(
         ("size", pa.int64()),
         ("crc32c", pa.uint32()),  # of the whole stored file
         ("codec", pa.string()),
-        ("width", pa.int32()),  # as displayed, after rotation
+        ("width", pa.int32()),  # as displayed: after rotation, in square pixels
         ("height", pa.int32()),
         ("rotation", pa.int16()),  # degrees counter-clockwise to turn decoded frames by
+        ("mirrored", pa.bool_()),  # whether they are mirrored left to right after that
         ("fps_num", pa.int32()),  # of the source
         ("fps_den", pa.int32()),
         ("source_frames", pa.int32()),
-        ("duration", pa.float64()),  # of the source, seconds
+        ("duration", pa.float64()),  # seconds from 0 to the end of the source's last frame
         ("extradata", pa.binary()),  # codec configuration, so that packets can be decoded without opening the container
+        ("coding", pa.struct([(f.name, _ARROW[f.type]) for f in fields(Coding)])),
         # of a video that was cut: seconds of the clip, from 0 to its duration; else as the annotations say
         ("captions", pa.list_(pa.struct([("text", pa.string()), ("start", pa.float64()), ("end", pa.float64())]))),
         *((name, pa.list_(kind)) for name, (kind, _) in FRAME_COLUMNS.items()),
     ]
 )
+
+
+def upgraded(table: pa.Table) -> pa.Table:
+    """A sample table of any readable format with the columns of this one, in their order."""
+    for place, field in enumerate(SCHEMA):
+        if field.name not in table.schema.names:
+            value = pa.array([False] * table.num_rows) if field.name == "mirrored" else pa.nulls(table.num_rows, field.type)
+            table = table.add_column(place, field, value)
+    return table.select(SCHEMA.names)
 
 
 @dataclass(frozen=True)
@@ -90,3 +132,11 @@ class Video:
     duration: float
     extradata: bytes
     frames: FrameTable
+    mirrored: bool = False
+    coding: Coding | None = None  # None: nothing but the extradata is known, or needed
+
+    @property
+    def inside(self) -> tuple[int, int]:
+        """Positions [low, high) of the frames that are shown. Those around them are stored because others refer to them."""
+        low, high = np.searchsorted(self.frames.number, [0, self.source_frames])
+        return int(low), int(high)

@@ -1,7 +1,7 @@
 """What a video file holds: its codec, size and times, and where in the file the bytes of each frame are."""
 
 import io
-import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import BinaryIO
@@ -10,44 +10,62 @@ import av
 import numpy as np
 from crc32c import crc32c
 
-from shards.decode import UNKNOWN, Packets, Pass, open_video
-from shards.frames import VideoError, grid, scaled_size, upright
-from shards.pick import pick_frames
-from shards.schema import FrameTable
+from shards.decode import WAYS, Pass, Unpredictable
+from shards.frames import Shape, VideoError, grid, scaled_size, upright
+from shards.pick import decode_stored, packet_of, pick_frames, stored_decoder
+from shards.probe import Packets, Timeline, open_video
+from shards.schema import Coding, FrameTable
 
 __all__ = [
-    "Source", "VideoError", "describe", "grid", "open_video", "pick_frames", "scaled_size", "scan", "unsliced",
-    "upright",
+    "Source", "VideoError", "decode_stored", "describe", "grid", "open_video", "pick_frames", "scaled_size", "scan",
+    "unsliced", "upright",
 ]  # fmt: skip
 
 _HEADER = 64  # bytes that may stand between where a container says a packet is and where its data begins
+# decoders that need nothing of the container but the extradata, as every player relies on
+_USUAL = {"h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mpeg2video", "mpeg1video", "mjpeg"}
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a video file holds, or a cut of it: `frames` are those of the cut. Width and height are as displayed,
-    `duration` is in seconds, and `rotation` is what is to be done to decoded frames."""
+    """What a video file holds, or a cut of it: `times` are those of the frames of the cut (see Timeline), and `frames`
+    the table of what is in the file. Width and height are as displayed, `duration` is in seconds; `rotation` and
+    `mirrored` say what is to be done to decoded frames (see Shape)."""
 
     codec: str
     width: int
     height: int
     rotation: int
+    mirrored: bool
     fps: Fraction
     duration: float
+    drift: float  # seconds between a frame's time and where counting frames puts it, at most
+    times: np.ndarray
     extradata: bytes
+    coding: Coding
     frames: FrameTable
 
 
 def scan(file: BinaryIO | bytes) -> Source:
     """Decode the whole file once and describe it, with the place of every frame's bytes.
 
-    Raises VideoError at the first frame that does not decode, and where the file ends before its header says.
+    Packets are decoded as readers of the shard will do it; where that shows other pictures than the container does, or not
+    all, the table says that they cannot be sliced. Raises VideoError at the first frame that does not decode, and where
+    the file ends before its header says.
     """
     file = as_file(file)
-    with Pass(file, on_packet=lambda packets, packet: packets.add(packet, crc32c(packet))) as whole:
-        for _ in whole.frames():
-            pass
-        return describe(whole, _frame_table(file, whole))
+    for way in WAYS[1:]:  # all of it is decoded
+        try:
+            with Pass(file, way=way, on_packet=lambda packets, packet: packets.add(packet, crc32c(packet))) as whole:
+                if way == "all":
+                    return _sliced(file, whole)
+                for _ in whole.frames():
+                    if way == "decoding":  # once has been enough; this tells the shape
+                        break
+                return describe(whole, unsliced(whole.timeline.times))
+        except Unpredictable:
+            continue
+    raise AssertionError("decoding decides")
 
 
 def as_file(file: BinaryIO | bytes) -> BinaryIO:
@@ -56,23 +74,20 @@ def as_file(file: BinaryIO | bytes) -> BinaryIO:
 
 
 def describe(done: Pass, frames: FrameTable) -> Source:
-    """What a finished pass has seen of its file."""
-    stream, first = done.stream, done.first
-    turned = first.rotation % 180 != 0
-    if (done.start, done.end) != (0.0, math.inf):
-        duration = done.times[-1] + float(1 / done.fps)  # the last frame is shown for as long as any
-    elif stream.duration:
-        duration = float(stream.duration * stream.time_base)
-    else:
-        duration = len(done.times) / float(done.fps)
+    """What a pass has seen of its file, once a frame has been decoded."""
+    shape, when = done.shape or Shape(0, 0), done.timeline
     return Source(
         codec=av.Codec(done.context.name, "r").canonical_name,
-        width=first.height if turned else first.width,
-        height=first.width if turned else first.height,
-        rotation=first.rotation,
-        fps=Fraction(done.fps).limit_denominator(100_000),
-        duration=duration,
+        width=shape.width,
+        height=shape.height,
+        rotation=shape.rotation,
+        mirrored=shape.mirrored,
+        fps=when.fps,
+        duration=when.duration,
+        drift=when.drift,
+        times=when.times,
         extradata=bytes(done.context.extradata or b""),
+        coding=Coding.of(done.context),
         frames=frames,
     )
 
@@ -91,27 +106,63 @@ def unsliced(times) -> FrameTable:
     )
 
 
-def _frame_table(file: BinaryIO, done: Pass) -> FrameTable:
-    """Join frames and packets by presentation stamp. Where that is not one to one, or packets are not in the file in
-    decode order and one piece, offsets are -1."""
-    packets, stamps = done.packets, np.asarray(done.stamps)
-    pts = np.asarray(packets.pts)
-    order, shown = np.argsort(pts, kind="stable"), np.argsort(stamps, kind="stable")
-    if (
-        len(pts) != len(stamps)
-        or UNKNOWN in pts
-        or (np.diff(pts[order]) == 0).any()
-        or not np.array_equal(pts[order], stamps[shown])
-    ):
-        return unsliced(done.times)
-    offsets = _locate(file, packets)
+def _sliced(file: BinaryIO, whole: Pass) -> Source:
+    """What is in a file whose packets can be decoded out of their place. Raises Unpredictable if they cannot."""
+    usual, expected = av.Codec(whole.context.name, "r").canonical_name in _USUAL, []
+    for shown in whole.frames():
+        expected.append(_checksum(shown.frame))
+        if usual:  # it tells the shape
+            break
+    offsets = _locate(file, whole.packets)
     if offsets is None:
-        return unsliced(done.times)
-    rows = np.empty(len(pts), np.int64)  # frame -> packet
-    rows[shown] = order
+        raise Unpredictable("the packets do not stand in the file in one piece")
+    found = describe(whole, _frame_table(whole, offsets))
+    try:
+        came = [_checksum(frame) if i < len(expected) else 0 for i, frame in enumerate(_decoded_alone(file, found))]
+    except (av.FFmpegError, ValueError) as error:
+        raise Unpredictable(str(error)) from error
+    if len(came) != len(found.times) or came[: len(expected)] != expected:
+        raise Unpredictable("packets alone give other pictures than the container")
+    return found
+
+
+def _decoded_alone(file: BinaryIO, found: Source) -> Iterator[av.VideoFrame]:
+    """The frames that are shown, decoded from their packets without the container."""
+    frames, last = found.frames, -1
+    decoder = stored_decoder(found)
+    for position in [*np.argsort(frames.offset).tolist(), None]:
+        for frame in decoder.decode(None if position is None else _stored_packet(file, frames, position)):
+            if frame.pts is None or frame.pts <= last or frame.is_corrupt:
+                raise Unpredictable("frames do not come as their packets promise")
+            last = frame.pts
+            if 0 <= frames.number[last] < len(found.times):
+                yield frame
+
+
+def _checksum(frame: av.VideoFrame) -> int:
+    value = frame.width * 100_003 + frame.height
+    for plane in frame.planes:
+        value = crc32c(plane, value & 0xFFFFFFFF)
+    return value
+
+
+def _stored_packet(file: BinaryIO, frames: FrameTable, position: int) -> av.Packet:
+    file.seek(int(frames.offset[position]))
+    return packet_of(file.read(int(frames.size[position])), position, bool(frames.key[position]))
+
+
+def _frame_table(whole: Pass, offsets: np.ndarray) -> FrameTable:
+    """All packets in display order; those that are not shown have numbers outside [0, frames)."""
+    packets = whole.packets
+    rows = np.argsort(np.asarray(packets.pts), kind="stable")  # frame -> packet
+    ranks = whole.ranks[rows]
+    first = int(np.flatnonzero(ranks >= 0)[0])
+    if (np.diff(np.flatnonzero(ranks >= 0)) != 1).any():
+        raise Unpredictable("frames between others are not shown")
+    number = np.arange(len(rows), dtype=np.int32) - first
     return FrameTable(
-        number=np.arange(len(pts), dtype=np.int32),
-        time=np.asarray(done.times, np.float64),
+        number=number,
+        time=whole.seconds(np.asarray(packets.pts)[rows]),
         offset=offsets[rows],
         size=np.asarray(packets.size, np.int32)[rows],
         key=np.asarray(packets.key, bool)[rows],
@@ -123,6 +174,7 @@ def _locate(file: BinaryIO, packets: Packets) -> np.ndarray | None:
     """Offsets of the packets' bytes, int64 [packets]; None if they do not stand in the file in order and one piece.
 
     MP4 states the offset; Matroska states where the block begins, a few bytes before; MPEG-TS cuts packets up.
+    Whoever reads the file goes on elsewhere afterwards.
     """
     offsets, shift, last = np.empty(len(packets), np.int64), 0, -1
     for i in range(len(packets)):

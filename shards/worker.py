@@ -188,11 +188,13 @@ def _row(item: Item, key: str, captions: list[Caption], stored: Stored) -> dict:
         "width": stored.width,
         "height": stored.height,
         "rotation": stored.rotation,
+        "mirrored": stored.mirrored,
         "fps_num": source.fps.numerator,
         "fps_den": source.fps.denominator,
-        "source_frames": len(source.frames),
+        "source_frames": len(source.times),
         "duration": source.duration,
         "extradata": stored.extradata,
+        "coding": None if stored.coding is None else asdict(stored.coding),
         "captions": [asdict(_in_clip(c, item, source.duration)) for c in captions],
     }
 
@@ -218,6 +220,8 @@ def _description(item: Item, row: dict, stored: Stored, profile: Profile) -> byt
         "frame_number": stored.frames.number.tolist() if told else None,
         "frame_time": stored.frames.time.tolist() if told else None,
         "cut": [item.start, item.end] if cut else None,
+        "rotation": stored.rotation,
+        "mirrored": stored.mirrored,
         "profile": profile.describe(),
         "meta": item.meta,
     }

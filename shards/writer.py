@@ -16,18 +16,16 @@ from typing import BinaryIO
 import av
 import numpy as np
 from av.codec.context import Flags
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
+from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from crc32c import crc32c
 from PIL import Image
 
-from shards.decode import Packets
-from shards.frames import VideoError, scaled_size, short, upright
-from shards.schema import FrameTable
+from shards.frames import BICUBIC, Shape, VideoError, exact_rgb, scaled_size, short, standard_range
+from shards.probe import Packets
+from shards.schema import Coding, FrameTable
 from shards.video import unsliced
 
 _IN_MEMORY = 32 << 20  # bytes of a stored video before it goes to a temporary file
-_BICUBIC = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT  # the same on every processor
-_HDR = (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)  # PQ and HLG
 
 
 @dataclass(frozen=True)
@@ -39,9 +37,11 @@ class Written:
     codec: str
     extension: str
     extradata: bytes
-    rotation: int
     width: int
     height: int
+    rotation: int = 0
+    mirrored: bool = False
+    coding: Coding | None = None
 
 
 def spool() -> BinaryIO:
@@ -73,10 +73,8 @@ class Layout:
     even: bool
     exact: bool
 
-    def size(self, frame: av.VideoFrame) -> tuple[int, int]:
-        turned = frame.rotation % 180 != 0
-        width, height = (frame.height, frame.width) if turned else (frame.width, frame.height)
-        width, height = scaled_size(width, height, self.short_side)
+    def size(self, shape: Shape) -> tuple[int, int]:
+        width, height = scaled_size(shape.width, shape.height, self.short_side)
         return (width - width % 2, height - height % 2) if self.even else (width, height)
 
 
@@ -100,11 +98,11 @@ class Writer:
             self._container.close()
             self._container = None
 
-    def add(self, frame: av.VideoFrame, number: int, time: float, rate: Fraction) -> None:
-        """Encode a frame of the source; `rate` is the frame rate of the file that is written."""
+    def add(self, frame: av.VideoFrame, shape: Shape, number: int, time: float, rate: Fraction) -> None:
+        """Encode a frame of the source as it is shown; `rate` is the frame rate of the file that is written."""
         if self._container is None:
-            self._open(frame, rate)
-        picture = self._convert(frame)
+            self._open(shape, rate)
+        picture = self._convert(frame, shape)
         picture.pts, picture.time_base = len(self._numbers), 1 / rate
         picture.pict_type = 0
         self._write(self._stream.encode(picture))
@@ -128,13 +126,13 @@ class Writer:
         )  # fmt: skip
         self._file.seek(0)
         extradata = b"" if self._codec == "mjpeg" else extradata
-        return Written(self._file, frames, self._codec, "mp4", extradata, 0, width, height)
+        return Written(self._file, frames, self._codec, "mp4", extradata, width, height)
 
-    def _open(self, frame: av.VideoFrame, rate: Fraction) -> None:
+    def _open(self, shape: Shape, rate: Fraction) -> None:
         # bitexact: no library version in the file
         self._container = av.open(self._file, "w", format="mp4", options={"fflags": "+bitexact"})
         stream = self._stream = self._container.add_stream(self._codec, rate=rate, options=self._options)
-        stream.width, stream.height = self._layout.size(frame)
+        stream.width, stream.height = self._layout.size(shape)
         stream.pix_fmt = self._layout.pix_fmt
         context = stream.codec_context
         for name, value in self._attributes.items():
@@ -155,20 +153,24 @@ class Writer:
             self._packets.add(packet, crc32c(packet) if self._codec == "mjpeg" else 0)
             self._container.mux(packet)
 
-    def _convert(self, frame: av.VideoFrame) -> av.VideoFrame:
-        frame = _standard_range(frame)
+    def _convert(self, frame: av.VideoFrame, shape: Shape) -> av.VideoFrame:
+        frame = standard_range(frame)
         width, height = self._stream.width, self._stream.height
+        full = self._codec == "mjpeg"  # JPEG is BT.601 in full range, and what is small is BT.601
         if self._layout.exact:
-            picture = Image.fromarray(upright(frame)).resize((width, height), Image.Resampling.BICUBIC)
-            frame = av.VideoFrame.from_ndarray(np.asarray(picture), format="rgb24")
-        elif frame.rotation:
-            frame = av.VideoFrame.from_ndarray(upright(frame), format="rgb24")
-        # JPEG is BT.601 in full range, and what is small is BT.601
-        return self._scaler.reformat(
-            frame, width, height, self._layout.pix_fmt, interpolation=_BICUBIC,
-            dst_colorspace=Colorspace.ITU601, threads=1,
-            dst_color_range=ColorRange.JPEG if self._codec == "mjpeg" else ColorRange.MPEG,
+            picture = Image.fromarray(exact_rgb(frame, shape).to_ndarray())
+            frame = av.VideoFrame.from_ndarray(
+                np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC)), format="rgb24"
+            )
+        elif shape.rotation or shape.mirrored:
+            frame = exact_rgb(frame, shape)
+        weights = _WEIGHTS.get(frame.colorspace) if self._layout.pix_fmt.endswith("420p") else None
+        picture = self._scaler.reformat(
+            frame, width, height, self._layout.pix_fmt, interpolation=BICUBIC,
+            dst_colorspace=Colorspace.ITU601 if weights is None else frame.colorspace, threads=1,
+            dst_color_range=ColorRange.JPEG if full else ColorRange.MPEG,
         )  # fmt: skip
+        return picture if weights is None else to_bt601(picture, weights, full)
 
     def _in_a_row(self) -> FrameTable:
         """Where the packets stand: an mp4 of one stream holds them one after another in its mdat box."""
@@ -201,18 +203,51 @@ def _media_data(file: BinaryIO) -> tuple[int, int]:
         at += size
 
 
-def _standard_range(frame: av.VideoFrame) -> av.VideoFrame:
-    """PQ and HLG (BT.2100) brought to BT.709 by libswscale, white at 203 cd/m² (ITU-R BT.2408); others as they are."""
-    if frame.color_trc not in _HDR:
-        return frame
-    scaler = _hdr_scaler(frame.width, frame.height, frame.format.name, frame.color_trc, frame.color_primaries)
-    rotation = frame.rotation
-    out = scaler.reformat(
-        frame, format="rgb24", dst_color_trc=ColorTrc.BT709, dst_color_primaries=ColorPrimaries.BT709, threads=1
+# red's and blue's share of luma (ITU-T H.273, table 4), by libav's number of the matrix
+_WEIGHTS = {
+    1: (0.2126, 0.0722),  # BT.709
+    4: (0.30, 0.11),  # FCC
+    7: (0.212, 0.087),  # SMPTE 240M
+    9: (0.2627, 0.0593),  # BT.2020
+}
+
+
+def to_bt601(frame: av.VideoFrame, weights: tuple[float, float], full: bool) -> av.VideoFrame:
+    """A 4:2:0 frame whose luma has these `weights` of red and blue, as one of BT.601's; `full` range or limited.
+
+    libswscale changes the matrix by way of 8-bit RGB, which costs two levels of a grey; here each value is rounded once.
+    """
+    luma, (cb, cr) = _plane(frame, 0), (_plane(frame, i).astype(np.float32) - 128 for i in (1, 2))
+    to_y, to_cb, to_cr = _change_of_matrix(*weights)
+    scale = 1 if full else 219 / 224
+    more = (to_y[0] * cb + to_y[1] * cr) * scale
+    height, width = luma.shape
+    more = more.repeat(2, axis=0).repeat(2, axis=1)[:height, :width]
+    low, high = (0, 255) if full else (16, 235)
+    planes = (
+        np.clip(np.rint(luma + more), low, high),
+        *(np.clip(np.rint(128 + a * cb + b * cr), 0 if full else 16, 255 if full else 240) for a, b in (to_cb, to_cr)),
     )
-    return out if not rotation else av.VideoFrame.from_ndarray(upright(out, rotation), format="rgb24")
+    for plane, values in zip(frame.planes, planes, strict=True):
+        rows = np.zeros((plane.height, plane.line_size), np.uint8)
+        rows[:, : plane.width] = values
+        plane.update(rows)
+    frame.colorspace = Colorspace.ITU601
+    return frame
 
 
-@lru_cache(maxsize=2)
-def _hdr_scaler(*_) -> VideoReformatter:
-    return VideoReformatter()  # making its table takes seconds: kept for the next video of the same kind
+def _plane(frame: av.VideoFrame, i: int) -> np.ndarray:
+    plane = frame.planes[i]
+    return np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]
+
+
+@lru_cache
+def _change_of_matrix(kr: float, kb: float) -> tuple[tuple[float, float], ...]:
+    """What Cb and Cr of one matrix add to BT.601's Y, and what BT.601's Cb and Cr take of each; Y itself adds only to Y."""
+    kg = 1 - kr - kb
+    # Y, Cb, Cr -> R, G, B -> BT.601's Y, Cb, Cr (ITU-R BT.601, 2.5)
+    to_rgb = np.array([[1, 0, 2 * (1 - kr)], [1, -2 * kb * (1 - kb) / kg, -2 * kr * (1 - kr) / kg], [1, 2 * (1 - kb), 0]])
+    y = np.array([0.299, 0.587, 0.114])
+    from_rgb = np.stack([y, (np.array([0, 0, 1]) - y) / 1.772, (np.array([1, 0, 0]) - y) / 1.402])
+    change = from_rgb @ to_rgb
+    return tuple((float(a), float(b)) for _, a, b in change)
