@@ -250,7 +250,7 @@ def stored_frames(profile: str, clip: Path) -> list[tuple[int, np.ndarray]]:
         stored = store(source, clip.name, Profile(name=profile, fps=RATE, short_side=SHORT_SIDE))
         data, frames = stored.file.read(), stored.frames
     read = lambda offset, size: data[offset : offset + size]  # noqa: E731
-    pictures = pick_frames(stored.codec, stored.extradata, frames, stored.rotation, read, range(len(frames)))
+    pictures = pick_frames(stored, read, range(len(frames)))
     return [(int(number), pictures[i]) for i, number in enumerate(frames.number)]
 
 

@@ -67,6 +67,7 @@ class Pass:
         self.container, self.stream = open_video(file)
         self.packets, self.ranks = Packets(), np.zeros(0, np.int32)
         self.shape: Shape | None = None
+        self._inside_gop = False  # whether the file begins with frames that cannot be decoded
         self._zero = 0  # stamp of the first frame shown
         self._range = 0, 0  # of all frames those of the cut, where all are decoded
         try:
@@ -162,8 +163,12 @@ class Pass:
 
     def seconds(self, stamps: np.ndarray) -> np.ndarray:
         """Stamps as seconds of the player's clock, from the start of the cut on. Only by stamps."""
+        return self._clock(stamps, self._zero, _decimal(max(0.0, self.start)))
+
+    def _clock(self, stamps: np.ndarray, first: int, start: Fraction | int = 0) -> np.ndarray:
+        """Stamps as seconds of the player's clock since `start`; `first` is the stamp of the first frame shown."""
         base = self.stream.time_base
-        origin = clock_zero(self.container, self._zero * base) + _decimal(max(0.0, self.start))
+        origin = clock_zero(self.container, first * base) + start
         whole = math.floor(origin / base)  # in ticks; so only a rest is rounded
         return (stamps - whole) * base.numerator / base.denominator - float(origin - whole * base)
 
@@ -171,29 +176,53 @@ class Pass:
         """The stamp of the first frame shown."""
         stamps: list[int] = []
         for place, packet in enumerate(self.container.demux(self.stream)):
-            if packet.pts is None or (place == 0 and not packet.is_keyframe):  # among them the empty one at the end
+            if packet.pts is None:  # among them the empty one at the end
                 break
+            if place == 0 and not packet.is_keyframe:
+                self._reopen()
+                return self._first_decoded()
             if not packet.is_discard:
                 stamps.append(packet.pts)
             if len(stamps) > 1 and packet.dts is not None and packet.dts >= min(stamps):
-                return min(stamps)
-        if not stamps or place == 0:
+                break
+        if not stamps:
             raise Unpredictable("the file does not say when it starts")
         return min(stamps)
+
+    def _first_decoded(self) -> int:
+        """The stamp of the first frame shown, of a file that begins inside a GOP: its first keyframe, or another way decides."""
+        key = None
+        for packet in self.container.demux(self.stream):
+            if packet.is_keyframe and key is None:
+                key = packet.pts
+            for frame in decode(self.context, packet if packet.size else None):
+                if frame.pts is None or frame.pts != key:
+                    raise Unpredictable("frames are shown before the first keyframe")
+                self._inside_gop = True
+                return key
+        raise Unpredictable("not one frame decodes")
 
     def _from_keyframe(self, zero: int | None) -> Iterator[av.Packet]:
         """Packets from the last keyframe on that is shown no later than the start of the cut; `zero`: of the first frame."""
         key: int | None = None
         if zero is not None and self.start <= 0:
-            self._reopen()
+            self._reopen()  # to go back
         for packet in self._seek(zero) if self.start > 0 else self.container.demux(self.stream):
             if not packet.size:
                 continue
+            if key is None and self._inside_gop and not packet.is_keyframe:
+                continue
+            if key is None and self.whole and not self._inside_gop and not packet.is_keyframe:
+                self._reopen()
+                self._first_decoded()
+                self._reopen()
+                yield from self._from_keyframe(None)
+                return
             if key is None:
                 key = packet.pts
                 if key is None or not packet.is_keyframe:
                     raise Unpredictable("it does not begin with a keyframe")
-            if self.start > 0 and packet.pts is not None and packet.pts < key:
+            if (self.start > 0 or self._inside_gop) and packet.pts is not None and packet.pts < key:
                 continue  # refers to what is before the keyframe, and is shown before the cut
             yield packet
 
@@ -215,8 +244,10 @@ class Pass:
                 yield packet
                 yield from packets
                 return
-            if aim <= zero:
-                raise Unpredictable("no keyframe before the start of the cut")
+            if aim <= zero:  # where seeking is not exact
+                self._reopen()
+                yield from self.container.demux(self.stream)
+                return
             back = back * 3 or Fraction(1)  # seconds
 
     def again(self) -> Iterator[tuple[av.Packet | None, int]]:
@@ -315,7 +346,7 @@ class Pass:
         elif (dts == UNKNOWN).any() or (np.diff(dts) <= 0).any():
             raise Unpredictable("stamps out of order")
         else:
-            every = dts * tick - float(clock_zero(self.container, Fraction(int(dts[0])) * self.stream.time_base))
+            every = self._clock(dts, int(dts[0]))
             told = (packets.duration[-2] * tick if len(dts) > 1 else 0.0, packets.duration[-1] * tick)
         return self._cut(every, told, tick)
 
@@ -397,10 +428,10 @@ class Pass:
             at = at[back] + np.rint((np.arange(len(at)) - back) * interval / self._tick).astype(np.int64)
         else:
             at = np.rint(np.arange(len(at)) * interval / self._tick).astype(np.int64)
-        every = increasing(at * self._tick, interval, self._tick, has_jumps(self.container))
-        zero = clock_zero(self.container, Fraction(int(at[0])) * self.stream.time_base)
+        longest = JUMP / self._tick if has_jumps(self.container) else math.inf
+        at = increasing(at, max(1, round(interval / self._tick)), longest)
         told = (durations[-2] * self._tick if len(durations) > 1 else 0.0, durations[-1] * self._tick)
-        return self._cut(every - float(zero), told, self._tick)
+        return self._cut(self._clock(at, int(at[0])), told, self._tick)
 
     def _places(self, came: np.ndarray) -> np.ndarray:
         """Stamps of frames by the packets they came at, less those that the decoder holds back; -2**63: not known."""

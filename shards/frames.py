@@ -9,7 +9,6 @@ import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorTrc, Interpolation, VideoReformatter
 
 BICUBIC = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT  # the same on every processor
-_EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.BITEXACT | Interpolation.FULL_CHR_H_INT
 _HDR = (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)  # PQ and HLG
 _WIDEST = 20  # a pixel this many times as wide as high, or as high as wide, is a mistake of the file
 
@@ -78,10 +77,9 @@ def upright(frame: av.VideoFrame, shape: Shape | None = None) -> np.ndarray:
     return _turned(frame.to_ndarray(), shape)
 
 
-def exact_rgb(frame: av.VideoFrame, shape: Shape) -> av.VideoFrame:
-    """The frame as an RGB frame, turned and mirrored but in its own pixels, each channel to the nearest level."""
-    picture = frame.reformat(format="rgb24", interpolation=_EXACT, threads=1).to_ndarray()
-    return av.VideoFrame.from_ndarray(_turned(picture, shape), format="rgb24")
+def turned_rgb(frame: av.VideoFrame, shape: Shape) -> av.VideoFrame:
+    """The frame as an RGB frame, turned and mirrored but in its own pixels."""
+    return av.VideoFrame.from_ndarray(_turned(frame.to_ndarray(format="rgb24"), shape), format="rgb24")
 
 
 def _turned(picture: np.ndarray, shape: Shape) -> np.ndarray:

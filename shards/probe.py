@@ -179,22 +179,19 @@ def nearest(times: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     return np.where(wanted - times[left] <= times[right] - wanted, left, right)
 
 
-def increasing(times: np.ndarray, interval: float, tick: float, jumps: bool) -> np.ndarray:
-    """The times as a player's clock goes through them: without leaps back or, where stamps may jump, over gaps.
+def increasing(stamps: np.ndarray, interval: int, longest: float) -> np.ndarray:
+    """Stamps (int64, in ticks) as a player's clock goes through them: without leaps back, or over more than `longest`.
 
     A frame that is stamped a little early follows the one before by a tick; one that is far off begins a new count, as
     players and ffmpeg do (its `-dts_delta_threshold` of 10 s).
     """
-    out = np.array(times, np.float64)
-    shift = 0.0
+    out, shift = stamps.tolist(), 0
     for i in range(1, len(out)):
         step = out[i] + shift - out[i - 1]
-        if step < -2 * interval or (jumps and step > JUMP):
+        if step < -2 * interval or step > longest:
             shift += interval - step
-        out[i] += shift
-        if out[i] <= out[i - 1]:
-            out[i] = out[i - 1] + tick
-    return out
+        out[i] = max(out[i] + shift, out[i - 1] + 1)
+    return np.asarray(out, np.int64)
 
 
 JUMP = 10.0  # seconds between two frames that are no pause

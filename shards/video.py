@@ -110,18 +110,18 @@ def _sliced(file: BinaryIO, whole: Pass) -> Source:
     """What is in a file whose packets can be decoded out of their place. Raises Unpredictable if they cannot."""
     usual, expected = av.Codec(whole.context.name, "r").canonical_name in _USUAL, []
     for shown in whole.frames():
-        expected.append(_checksum(shown.frame))
-        if usual:  # it tells the shape
+        if usual:  # the first tells the shape
             break
+        expected.append(crc32c(upright(shown.frame)))
     offsets = _locate(file, whole.packets)
     if offsets is None:
         raise Unpredictable("the packets do not stand in the file in one piece")
     found = describe(whole, _frame_table(whole, offsets))
     try:
-        came = [_checksum(frame) if i < len(expected) else 0 for i, frame in enumerate(_decoded_alone(file, found))]
+        came = [0 if usual else crc32c(upright(frame)) for frame in _decoded_alone(file, found)]
     except (av.FFmpegError, ValueError) as error:
         raise Unpredictable(str(error)) from error
-    if len(came) != len(found.times) or came[: len(expected)] != expected:
+    if len(came) != len(found.times) or (not usual and came != expected):
         raise Unpredictable("packets alone give other pictures than the container")
     return found
 
@@ -137,13 +137,6 @@ def _decoded_alone(file: BinaryIO, found: Source) -> Iterator[av.VideoFrame]:
             last = frame.pts
             if 0 <= frames.number[last] < len(found.times):
                 yield frame
-
-
-def _checksum(frame: av.VideoFrame) -> int:
-    value = frame.width * 100_003 + frame.height
-    for plane in frame.planes:
-        value = crc32c(plane, value & 0xFFFFFFFF)
-    return value
 
 
 def _stored_packet(file: BinaryIO, frames: FrameTable, position: int) -> av.Packet:

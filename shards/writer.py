@@ -20,7 +20,7 @@ from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from crc32c import crc32c
 from PIL import Image
 
-from shards.frames import BICUBIC, Shape, VideoError, exact_rgb, scaled_size, short, standard_range
+from shards.frames import BICUBIC, Shape, VideoError, turned_rgb, scaled_size, short, standard_range
 from shards.probe import Packets
 from shards.schema import Coding, FrameTable
 from shards.video import unsliced
@@ -158,12 +158,12 @@ class Writer:
         width, height = self._stream.width, self._stream.height
         full = self._codec == "mjpeg"  # JPEG is BT.601 in full range, and what is small is BT.601
         if self._layout.exact:
-            picture = Image.fromarray(exact_rgb(frame, shape).to_ndarray())
+            picture = Image.fromarray(turned_rgb(frame, shape).to_ndarray())
             frame = av.VideoFrame.from_ndarray(
                 np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC)), format="rgb24"
             )
         elif shape.rotation or shape.mirrored:
-            frame = exact_rgb(frame, shape)
+            frame = turned_rgb(frame, shape)
         weights = _WEIGHTS.get(frame.colorspace) if self._layout.pix_fmt.endswith("420p") else None
         picture = self._scaler.reformat(
             frame, width, height, self._layout.pix_fmt, interpolation=BICUBIC,
@@ -228,12 +228,13 @@ def to_bt601(frame: av.VideoFrame, weights: tuple[float, float], full: bool) -> 
         np.clip(np.rint(luma + more), low, high),
         *(np.clip(np.rint(128 + a * cb + b * cr), 0 if full else 16, 255 if full else 240) for a, b in (to_cb, to_cr)),
     )
-    for plane, values in zip(frame.planes, planes, strict=True):
+    out = av.VideoFrame(frame.width, frame.height, frame.format.name)  # the decoder may still refer to the other
+    for plane, values in zip(out.planes, planes, strict=True):
         rows = np.zeros((plane.height, plane.line_size), np.uint8)
         rows[:, : plane.width] = values
         plane.update(rows)
-    frame.colorspace = Colorspace.ITU601
-    return frame
+    out.colorspace, out.color_range = Colorspace.ITU601, frame.color_range
+    return out
 
 
 def _plane(frame: av.VideoFrame, i: int) -> np.ndarray:

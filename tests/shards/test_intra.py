@@ -54,7 +54,7 @@ def test_stores_the_frames_of_the_grid(fps, size, how) -> None:
     whole = scan(data)
     assert frames.time.tolist() == whole.frames.time[numbers].tolist()  # times of the source, not of the copy
     assert (source.codec, source.fps, source.duration) == (whole.codec, whole.fps, whole.duration)
-    assert len(source.frames) == 70
+    assert len(source.times) == 70
     short_long = (64, int(64 * max(size) / min(size)))
     assert {p.shape[:2] for p in pictures} == {short_long if size[0] > size[1] else short_long[::-1]}
     for o, s, c in zip(frames.offset, frames.size, frames.crc32c, strict=True):

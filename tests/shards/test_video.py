@@ -65,7 +65,7 @@ def pick(data: bytes, source: Source, wanted: list[int], reads: list[tuple[int, 
             reads.append((offset, size))
         return data[offset : offset + size]
 
-    return pick_frames(source.codec, source.extradata, source.frames, source.rotation, read, wanted)
+    return pick_frames(source, read, wanted)
 
 
 # ---- scan ----
@@ -96,12 +96,12 @@ def test_scan_finds_keyframes_and_b_frames() -> None:
     assert (np.diff(ordered.offset) > 0).all()
 
 
-@pytest.mark.parametrize("thrifty", [False, True])
-def test_a_pass_hands_over_each_frame_once_and_in_order(thrifty: bool) -> None:
+@pytest.mark.parametrize("way", ["stamps", "all", "decoding"])
+def test_a_pass_hands_over_each_frame_once_and_in_order(way: str) -> None:
     data = encode(FRAMES, NTSC, options=SHORT_GOP)
-    with Pass(io.BytesIO(data)) as whole:
-        seen = [(s.number, s.time, number_in(upright(s.frame))) for s in whole.frames(thrifty=thrifty)]
-        assert whole.fps == NTSC
+    with Pass(io.BytesIO(data), way=way) as whole:
+        seen = [(s.number, s.time, number_in(upright(s.frame))) for s in whole.frames()]
+        assert whole.timeline.fps == NTSC and whole.timeline.steady
     assert [(i, n) for i, _, n in seen] == [(i, i) for i in range(FRAMES)]
     assert [t for _, t, _ in seen] == scan(data).frames.time.tolist()
 
