@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Column, Table
 
 from shards import ShardError
-from shards.dataset import find_splits
+from shards.dataset import Split, find_splits
 from shards.dedup import Group, Report, dedup
 from shards.info import count, describe, measure
 from shards.merge import Part, merge, split
@@ -49,6 +49,15 @@ def add_commands(commands) -> None:
     one.add_argument("--seed", type=int, default=None, help="draw them at random (default: the first ones)")
     one.add_argument("--frames", type=int, default=4, help="pictures of each video (%(default)s)")
     one.add_argument("--width", type=int, default=240, metavar="PX", help="of a picture at most (%(default)s)")
+
+    one = add("frames", _frames, "write frames of one video as PNGs, as the loader decodes them, before any resize")
+    one.add_argument("path", type=str, help="a split: a folder or a URL")
+    one.add_argument("--key", required=True, help="the video: its id, or its key in the tar")
+    one.add_argument("--rule", default="uniform", help="frames that data.sampling=RULE shows in testing (%(default)s)")
+    one.add_argument("--num-frames", type=int, default=12, help="at most so many, as data.num_frames (%(default)s)")
+    one.add_argument("--fps", type=int, default=1, help="frames a second to choose from, as data.fps (%(default)s)")
+    one.add_argument("--positions", type=_positions, metavar="0,5,9", help="these rows of the frame table instead")
+    one.add_argument("--out", type=Path, required=True, help="the folder to write NUMBER_SECONDS.png into")
 
     one = add("repair", _repair, "rebuild index, sample table and dataset.json from the tars", "a split")
     one.add_argument("--all", action="store_true", help="rebuild shards that look well, too (decodes every video)")
@@ -128,6 +137,35 @@ def _preview(args) -> int:
     trouble = f", {count(bad, 'video')} could not be shown" if bad else ""
     say(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB{trouble}")
     return 1 if bad else 0
+
+
+def _positions(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",") if word.strip()]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text}: must be numbers with commas between, such as 0,5,9") from error
+
+
+def _frames(args) -> int:
+    from pipelines.frames import write_frames  # here: it loads torch and DALI, which no other command needs
+
+    split = Split(args.path)
+    written = write_frames(
+        split, args.key, args.out, rule=args.rule, num_frames=args.num_frames, fps=args.fps, positions=args.positions
+    )
+    video = split.find(args.key)
+    table = Table(
+        *(Column(name, justify="right") for name in ("position", "source frame", "seconds", "offset", "bytes", "keyframe")),
+        "file", title=plain(f"{video.id}: {video.codec}, {video.width}x{video.height}, {len(video.frames)} stored frames"),
+    )  # fmt: skip
+    for one in written:
+        at = one.position
+        where = (video.frames.offset[at], video.frames.size[at]) if video.frames.sliceable else ("whole file", "")
+        cells = (at, one.number, f"{one.seconds:.3f}", *where, "yes" if video.frames.key[at] else "")
+        table.add_row(*map(str, cells), one.file.name)
+    Console().print(table)
+    say(f"{count(len(written), 'picture')} in {args.out}")
+    return 0
 
 
 def _repair(args) -> int:

@@ -107,10 +107,11 @@ def _neighbours(captions: list[dict], first: int, last: int, bag: int) -> list[i
 
 def stored_between(video: Video, start: float, end: float) -> tuple[int, int]:
     """Positions [low, high) in the frame table of the frames shown in [start, end) seconds; the nearest one if none is."""
-    times = video.frames.time
+    first, last = video.inside
+    times = video.frames.time[first:last]
     low, high = (int(i) for i in np.searchsorted(times, [start, end]))
     if low < high:
-        return low, high
+        return first + low, first + high
     middle = (start + end) / 2
-    nearest = int(np.abs(times - middle).argmin())
+    nearest = first + int(np.abs(times - middle).argmin())
     return nearest, nearest + 1

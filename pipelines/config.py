@@ -60,7 +60,8 @@ class DataConfig:
     ahead: int = 16  # batches whose bytes are fetched from URLs ahead of the one in the making, up to half of local_gb
     server_timeout_s: float = 300.0  # a server that gives nothing right for so long ends the run
     num_frames: int = 12  # frames a video
-    # uniform, head, tail (CLIP4Clip's rules over `fps` frames a second), segment (mmaction2's), random (any, in training)
+    # uniform, head, tail (CLIP4Clip's rules over `fps` frames a second), segment (mmaction2's), random (any, in training).
+    # Where a video's frame rate varies, they go by seconds; uniform_by_frame and so on count frames there as the originals do
     sampling: str = "uniform"
     fps: int = 1  # frames a second that uniform, head and tail choose from
     frame_order: str = "forward"  # or reverse, or random (in training)
@@ -85,7 +86,7 @@ class DataConfig:
 
     def __post_init__(self):
         if self.sampling not in RULES:
-            raise ValueError(f"data.sampling={self.sampling}: there are {', '.join(RULES)}")
+            raise ValueError(f"data.sampling must be one of {', '.join(RULES)}; got {self.sampling!r}")
         if self.lane not in LANES:
             raise ValueError(f"data.lane={self.lane}: there are {', '.join(LANES)}")
         for name in ("num_frames", "fps", "image_size", "prefetch", "eval_batch_size"):

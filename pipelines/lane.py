@@ -120,7 +120,8 @@ class Lane:
     def _cacheable(self, request: Request) -> np.ndarray:
         """The frames of its video that the cache keeps, increasing: those of any clip, unless clips draw theirs."""
         if self._draws:
-            return candidates(request.video, self._pool or len(request.video.frames))
+            low, high = request.video.inside
+            return candidates(request.video, self._pool or high - low)
         return distinct(request.positions)
 
     # -- reading
@@ -383,6 +384,7 @@ class Lane:
             "decoder": self._device.type,
             "resized by": "DALI" if self._shape is None else "torch",
             "rule": "evenly spread" if self._draws else config.sampling,
+            "variable rate": "by time",  # caches of before counted frames there
             "frames": self._pool if self._draws else config.num_frames,
             "fps": 0 if self._draws else config.fps,
             "resize": config.short_side,

@@ -3,15 +3,22 @@
 Rules speak of frame numbers in the source video; `choose` turns them into positions in the frame table of what is
 stored, by the nearest stored frame. On an unabridged video that is the very frame; an `intra` shard keeps the frames
 of the extractor's grid, so the official rules find theirs there too.
+
+Where the frame rate varies, numbers do not tell times: a screen recording may have 120 frames in its first 4 seconds and
+9 in the next 8. There the rules go by seconds instead, unless they are asked to count (`uniform_by_frame`).
 """
 
 from fractions import Fraction
 
 import numpy as np
 
+from shards.probe import nearest as nearest_time
+from shards.probe import steady
 from shards.schema import Video
 
-RULES = ("uniform", "head", "tail", "segment", "random")
+_BY_FRAME = "_by_frame"
+_COUNTING = ("uniform", "head", "tail", "segment")
+RULES = (*_COUNTING, "random", *(rule + _BY_FRAME for rule in _COUNTING))
 ORDERS = ("forward", "reverse", "random")
 _FRAMES, _VIEW = 1, 2  # what a generator draws; numbers of their own keep the draws apart
 
@@ -43,16 +50,18 @@ def extractor_frames(
     seconds = _seconds(-(-source_frames // whole), start, end) * whole
     candidates = (seconds[:, None] + offsets).ravel()
     candidates = candidates[candidates < source_frames]
-    if len(candidates) > max_frames:
-        if position == "head":
-            candidates = candidates[:max_frames]
-        elif position == "tail":
-            candidates = candidates[-max_frames:]
-        elif position == "uniform":
-            candidates = candidates[np.linspace(0, len(candidates) - 1, num=max_frames, dtype=int)]
-        else:
-            raise ValueError(f"position {position!r}: there are head, tail and uniform")
-    return candidates.astype(np.int32)
+    return _few(candidates, max_frames, position).astype(np.int32)
+
+
+def _few(candidates: np.ndarray, most: int, position: str) -> np.ndarray:
+    """At most so many of the candidates: the first, the last, or evenly spread ones."""
+    if position not in ("head", "tail", "uniform"):
+        raise ValueError(f"the position must be head, tail or uniform; got {position!r}")
+    if len(candidates) <= most:
+        return candidates
+    if position == "uniform":
+        return candidates[np.linspace(0, len(candidates) - 1, num=most, dtype=int)]
+    return candidates[:most] if position == "head" else candidates[-most:]
 
 
 def _seconds(length: int, start: int | None, end: int | None) -> np.ndarray:
@@ -93,7 +102,7 @@ def generator(seed: int, epoch: int, video: int, caption: int, view: bool = Fals
 
 def draws(rule: str) -> bool:
     """Whether the rule takes other frames every time in training."""
-    return rule in ("segment", "random")
+    return rule.removesuffix(_BY_FRAME) in ("segment", "random")
 
 
 def choose(
@@ -111,27 +120,54 @@ def choose(
     empty and masked. `random` makes `segment` and `random` draw (training) where without it the middles of the segments
     and uniform frames are taken (testing). `among`: positions, increasing; no others are taken.
     `between`: positions [low, high) of a clip, which the rule then takes for a whole video.
+
+    On a video whose frame rate varies, uniform, head, tail and segment go by time; with `_by_frame` after their name they
+    count frames there too, as the official code does.
     """
+    frames, counting = video.frames, rule.endswith(_BY_FRAME)
+    rule = rule.removesuffix(_BY_FRAME)
+    inside = video.inside
+    low, high = inside if between is None else between
+    if among is None or between is not None:
+        among = np.arange(low, high)
+    if rule == "random" and random is not None:
+        return among[random_frames(len(among), num_frames, random)]
+    rule = "uniform" if rule == "random" else rule
+    if not counting and not steady(frames.time[slice(*inside)], frames.number[slice(*inside)]):
+        return among[_by_time(frames.time[among], rule, num_frames, rate, random)]
     first, source_frames = 0, video.source_frames
     if between is not None:
-        low, high = between
-        first = video.frames.number[low]
-        source_frames, among = int(video.frames.number[high - 1] - first) + 1, np.arange(low, high)
+        first = frames.number[low]
+        source_frames = int(frames.number[high - 1] - first) + 1
     if rule == "segment":
         wanted = segment_frames(source_frames, num_frames, random)
-    elif rule == "random" and random is not None:
-        among = np.arange(len(video.frames.number)) if among is None else among
-        return among[random_frames(len(among), num_frames, random)]
     else:
-        position = "uniform" if rule == "random" else rule
-        wanted = extractor_frames(source_frames, video.fps, num_frames, position, rate)
-    numbers, wanted = video.frames.number, wanted + first
-    return nearest(numbers, wanted) if among is None else among[nearest(numbers[among], wanted)]
+        wanted = extractor_frames(source_frames, video.fps, num_frames, rule, rate)
+    return among[nearest(frames.number[among], wanted + first)]
+
+
+def _by_time(
+    times: np.ndarray, rule: str, num_frames: int, rate: int, random: np.random.Generator | None
+) -> np.ndarray:
+    """Places among `times` (seconds, increasing), int64 [at most num_frames]: the rules with seconds in place of numbers.
+
+    Candidates of uniform, head and tail are the frames nearest to `rate` moments of each second before the last frame,
+    each once. Segments are equal spans of time from the first frame to the last; their middles, or a draw from each.
+    """
+    first, last = float(times[0]), float(times[-1])
+    if rule == "segment":
+        step = (last - first) / num_frames
+        edges = first + step * np.arange(num_frames + 1)
+        moments = edges[:-1] + step / 2 if random is None else random.uniform(edges[:-1], edges[1:])
+        return nearest_time(times, moments)
+    moments = first + np.arange(max(1, int(np.ceil((last - first) * rate - 1e-6)))) / rate
+    return _few(np.unique(nearest_time(times, moments)), num_frames, rule)
 
 
 def candidates(video: Video, count: int) -> np.ndarray:
-    """Positions of at most `count` stored frames, evenly spread: int64, increasing."""
-    return np.unique(np.linspace(0, len(video.frames.number) - 1, count).round().astype(np.int64))
+    """Positions of at most `count` stored frames that are shown, evenly spread: int64, increasing."""
+    low, high = video.inside
+    return np.unique(np.linspace(low, high - 1, count).round().astype(np.int64))
 
 
 def distinct(positions: np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Reading a packed split: rows of the sample table, captions, and bytes of stored files."""
 
+import difflib
 import io
 import json
 import os
@@ -54,6 +55,10 @@ class Table:
         frames = FrameTable(**{name.removeprefix("frame_"): v[low:high] for name, v in self._frames.items()})
         return Video(index=self.first + row, shard=self.name, fps=fps, frames=frames, **c)
 
+    def column(self, name: str) -> list:
+        """The values of a column that is no list, a row each."""
+        return self._columns[name]
+
     def captions(self, row: int) -> list[dict]:
         low, high = self.caption_bounds[row], self.caption_bounds[row + 1]
         return self._captions.slice(low, high - low).to_pylist()
@@ -97,6 +102,18 @@ class Split:
         """Row `index` of the sample table. Raises IndexError outside [0, len)."""
         table, row = self._find(index)
         return table.video(row)
+
+    def find(self, name: str) -> Video:
+        """The video whose id or key is `name`. Raises ShardError if there is none, and names some that are alike."""
+        near: list[str] = []
+        for shard, first in enumerate(self._starts[:-1]):
+            table = self._table(shard)
+            for row, names in enumerate(zip(table.column("id"), table.column("key"), strict=True)):
+                if name in names:
+                    return self.video(int(first) + row)
+            near = difflib.get_close_matches(name, [*near, *table.column("id")], 3, 0.5)
+        hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"It holds {len(self)} videos."
+        raise ShardError(f"{self.path} holds no video called {name!r}. {hint}")
 
     def captions(self, index: int) -> list[dict]:
         """Captions of a video: dicts with `text`, and `start`, `end` in seconds or None."""

@@ -387,8 +387,6 @@ class Pass:
             raise VideoError(f"{high} frames decode the first time, {seen} the second")
 
     def _frames_of(self, packet: av.Packet, seen: int) -> list[av.VideoFrame]:
-        if packet.is_corrupt:
-            raise VideoError(f"packet {seen} is damaged")
         try:
             frames = decode(self.context, packet if packet.size else None)
         except (av.FFmpegError, ValueError) as error:
@@ -401,8 +399,11 @@ class Pass:
 
     def _by_decoding(self) -> Timeline:
         packets, stamps, came = self.packets, array("q"), array("q")  # of each frame: its stamp, and the packet it came at
-        durations, clock = array("q"), 0.0
+        durations, clock, suspect = array("q"), 0.0, None
         for packet in self.container.demux(self.stream):
+            if suspect is not None and not self._jumps(suspect, packet):
+                raise VideoError(f"packet {len(packets) - 1} is damaged")
+            suspect = packet if packet.is_corrupt else None
             if packet.size:
                 self._on_packet(packets, packet)
             for frame in self._frames_of(packet, len(stamps)):
@@ -432,6 +433,13 @@ class Pass:
         at = increasing(at, max(1, round(interval / self._tick)), longest)
         told = (durations[-2] * self._tick if len(durations) > 1 else 0.0, durations[-1] * self._tick)
         return self._cut(self._clock(at, int(at[0])), told, self._tick)
+
+    def _jumps(self, packet: av.Packet, after: av.Packet) -> bool:
+        """Whether stamps jump between two packets, as where two recordings were joined. The last of the first is then marked
+        as damaged, since counters do not go on, and is whole; whether its picture is, the decoder says."""
+        if not has_jumps(self.container) or packet.dts is None or after.dts is None:
+            return False
+        return not 0 < (after.dts - packet.dts) * self._tick < JUMP
 
     def _places(self, came: np.ndarray) -> np.ndarray:
         """Stamps of frames by the packets they came at, less those that the decoder holds back; -2**63: not known."""
@@ -477,6 +485,7 @@ def on_grid(when: Timeline, rate: int) -> Callable[[int], bool]:
     moments = first + np.arange(int((last - first) * rate + 1e-6) + 1) / rate
     chosen = np.zeros(len(when.times), bool)
     chosen[nearest(when.times, moments)] = True
+    chosen[-1] = True  # by which the sampling rules know where the video ends
     return lambda number: bool(chosen[number])
 
 

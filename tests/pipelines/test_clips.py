@@ -62,8 +62,11 @@ def test_captions_without_times_mark_no_clip():
 
 
 def test_stored_frames_of_a_clip():
-    video = SimpleNamespace(frames=SimpleNamespace(time=np.arange(10) / 2))
+    video = SimpleNamespace(frames=SimpleNamespace(time=np.arange(10) / 2), inside=(0, 10))
     assert stored_between(video, 1.0, 2.0) == (2, 4)  # 1.0 and 1.5; 2.0 is the next clip's
     assert stored_between(video, 1.1, 1.2) == (2, 3)  # none inside: the nearest
     assert stored_between(video, 40, 50) == (9, 10)
     assert stored_between(video, 0, 99) == (0, 10)
+    video.inside = (2, 8)  # frames around a cut, which others refer to, are never shown
+    assert stored_between(video, 0, 99) == (2, 8)
+    assert stored_between(video, 40, 50) == (7, 8)

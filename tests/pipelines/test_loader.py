@@ -323,7 +323,7 @@ def test_a_healthy_run_warns_of_nothing(numbered, tmp_path):
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        ({"sampling": "middle"}, "data.sampling=middle: there are uniform, head, tail, segment, random"),
+        ({"sampling": "middle"}, "data.sampling must be one of uniform, head, tail, segment, random, .*; got 'middle'"),
         ({"lane": "fast"}, "data.lane=fast"),
         ({"num_frames": 0}, "data.num_frames=0: must be at least 1"),
         ({"prefetch": 0}, "data.prefetch=0"),

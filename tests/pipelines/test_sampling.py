@@ -5,7 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pipelines.sampling import choose, extractor_frames, nearest, segment_frames
+from pipelines.sampling import candidates, choose, extractor_frames, nearest, segment_frames
+from shards.decode import on_grid
+from shards.probe import timeline
 from shards.video import grid
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -14,7 +16,9 @@ RATES = [Fraction(24), Fraction(25), Fraction(30000, 1001), Fraction(30)]
 
 def stored(numbers, source_frames: int, fps) -> SimpleNamespace:
     """What `choose` looks at of a row of the sample table."""
-    return SimpleNamespace(source_frames=source_frames, fps=fps, frames=SimpleNamespace(number=np.asarray(numbers)))
+    number = np.asarray(numbers)
+    frames = SimpleNamespace(number=number, time=number / float(fps))
+    return SimpleNamespace(source_frames=source_frames, fps=fps, frames=frames, inside=(0, len(number)))
 
 
 def test_the_extractor_rule_gives_every_row_of_the_reference():
@@ -65,7 +69,7 @@ def test_a_frame_rate_below_one_counts_as_one():
 
 
 def test_an_unknown_position_is_refused():
-    with pytest.raises(ValueError, match="'middle': there are head, tail and uniform"):
+    with pytest.raises(ValueError, match="must be head, tail or uniform; got 'middle'"):
         extractor_frames(500, 25, 12, "middle")
 
 
@@ -121,3 +125,77 @@ def test_choose_takes_the_nearest_stored_frame_for_other_rules():
     wanted = segment_frames(250, 12)
     assert (np.abs(found - wanted) == np.abs(table[:, None] - wanted).min(axis=0)).all()
     assert found.tolist() == [8, 33, 50, 75, 91, 116, 133, 158, 175, 200, 216, 241]
+
+
+# ---- where the frame rate varies ----
+
+
+def shown_at(times, source_frames=None, fps=None) -> SimpleNamespace:
+    """A video whose frames are shown at these seconds, all of them stored."""
+    times = np.asarray(times, float)
+    count = len(times)
+    frames = SimpleNamespace(number=np.arange(count), time=times)
+    rate = fps or (count - 1) / (times[-1] - times[0])
+    return SimpleNamespace(source_frames=source_frames or count, fps=rate, frames=frames, inside=(0, count))
+
+
+SCREEN = shown_at([*np.arange(120) / 30, *range(4, 13)])  # a screen recording: 4 s of movement, 8 s of slides
+
+
+def test_a_variable_frame_rate_is_sampled_by_time():
+    seconds = SCREEN.frames.time[choose(SCREEN, "uniform", 12)]
+    assert seconds.tolist() == list(range(12))
+    assert SCREEN.frames.time[choose(SCREEN, "head", 3)].tolist() == [0, 1, 2]
+    assert SCREEN.frames.time[choose(SCREEN, "tail", 3)].tolist() == [9, 10, 11]
+    assert SCREEN.frames.time[choose(SCREEN, "uniform", 99, rate=2)].tolist() == pytest.approx(
+        [*np.arange(9) / 2, *range(5, 12)], abs=0.02
+    )
+    middles = SCREEN.frames.time[choose(SCREEN, "segment", 4)]
+    assert middles == pytest.approx([1.5, 4.5, 7.5, 10.5], abs=0.51)
+
+
+def test_counting_frames_remains_an_option():
+    """The official code counts: of 129 frames at 10.7 a second it takes every tenth, and few of the last 8 seconds."""
+    wanted = extractor_frames(129, SCREEN.fps, 12, "uniform")
+    assert choose(SCREEN, "uniform_by_frame", 12).tolist() == wanted.tolist()
+    assert (SCREEN.frames.time[wanted] > 4).sum() <= 1
+    assert choose(SCREEN, "segment_by_frame", 12).tolist() == segment_frames(129, 12).tolist()
+
+
+def test_draws_from_segments_of_time_stay_in_them():
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        drawn = SCREEN.frames.time[choose(SCREEN, "segment", 4, random=random)]
+        edges = 12 * np.arange(5) / 4
+        assert ((drawn >= edges[:-1] - 0.51) & (drawn <= edges[1:] + 0.51)).all()
+
+
+def test_a_dropped_frame_or_jitter_is_no_variable_rate():
+    jitter = np.random.default_rng(1).uniform(-0.01, 0.01, 300)
+    for times in (np.arange(300) / 25 + jitter, np.delete(np.arange(300) / 25, 150)):
+        video = shown_at(times, fps=25)
+        for rule in ("uniform", "head", "tail", "segment"):
+            assert np.array_equal(choose(video, rule, 12), choose(video, f"{rule}_by_frame", 12))
+
+
+def test_frames_around_a_cut_are_never_drawn():
+    frames = SimpleNamespace(number=np.arange(-10, 30), time=np.arange(-10, 30) / 25)
+    video = SimpleNamespace(source_frames=20, fps=25, frames=frames, inside=(10, 30))
+    random = np.random.default_rng(0)
+    for rule in ("uniform", "head", "tail", "segment", "random"):
+        for draw in (None, random):
+            assert all(10 <= p < 30 for _ in range(20) for p in choose(video, rule, 12, random=draw))
+    assert candidates(video, 5).tolist() == [10, 15, 20, 24, 29]
+
+
+def test_what_intra_stores_of_a_variable_rate_is_what_the_rules_ask_for():
+    """At 3 frames a second, the frames that are stored give the same clips as all of them."""
+    random = np.random.default_rng(7)
+    for _ in range(50):
+        times = np.cumsum(np.where(random.random(200) < 0.8, 0.04, random.uniform(0.04, 1.5, 200)))
+        whole = shown_at(times)
+        keep = np.array([on_grid(timeline(times, (0, 0), None, 1e-3), 3)(n) for n in range(200)])
+        kept = SimpleNamespace(number=np.flatnonzero(keep), time=times[keep])
+        stored = SimpleNamespace(source_frames=200, fps=whole.fps, frames=kept, inside=(0, int(keep.sum())))
+        for rule, rate in (("uniform", 1), ("head", 1), ("tail", 1), ("uniform", 3)):
+            assert kept.number[choose(stored, rule, 12, rate)].tolist() == choose(whole, rule, 12, rate).tolist()
