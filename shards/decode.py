@@ -29,6 +29,7 @@ from shards.probe import (
 
 WAYS = ("stamps", "all", "order", "decoding")
 _MARGIN = 1.0  # seconds read beyond the end of a cut
+_LAST_OF_A_RECORDING = 2  # packets that the end of a joined recording may mark as damaged
 _REORDERED = 17  # frames that a decoder holds back at most, and the one it was given
 
 
@@ -399,11 +400,14 @@ class Pass:
 
     def _by_decoding(self) -> Timeline:
         packets, stamps, came = self.packets, array("q"), array("q")  # of each frame: its stamp, and the packet it came at
-        durations, clock, suspect = array("q"), 0.0, None
+        durations, clock, suspect = array("q"), 0.0, None  # place of a packet that is marked as damaged
         for packet in self.container.demux(self.stream):
-            if suspect is not None and not self._jumps(suspect, packet):
-                raise VideoError(f"packet {len(packets) - 1} is damaged")
-            suspect = packet if packet.is_corrupt else None
+            if suspect is not None and self._jumps(packets, packet):
+                suspect = None
+            if suspect is not None and (not packet.size or len(packets) - suspect > _LAST_OF_A_RECORDING):
+                raise VideoError(f"packet {suspect} is damaged")
+            if packet.is_corrupt:
+                suspect = len(packets)
             if packet.size:
                 self._on_packet(packets, packet)
             for frame in self._frames_of(packet, len(stamps)):
@@ -434,12 +438,12 @@ class Pass:
         told = (durations[-2] * self._tick if len(durations) > 1 else 0.0, durations[-1] * self._tick)
         return self._cut(self._clock(at, int(at[0])), told, self._tick)
 
-    def _jumps(self, packet: av.Packet, after: av.Packet) -> bool:
-        """Whether stamps jump between two packets, as where two recordings were joined. The last of the first is then marked
-        as damaged, since counters do not go on, and is whole; whether its picture is, the decoder says."""
-        if not has_jumps(self.container) or packet.dts is None or after.dts is None:
+    def _jumps(self, before: Packets, packet: av.Packet) -> bool:
+        """Whether stamps jump, as where two recordings were joined. The last packets of the first are then marked as damaged,
+        since counters do not go on, and are whole; whether their pictures are, the decoder says."""
+        if not has_jumps(self.container) or packet.dts is None or not before or before.dts[-1] == UNKNOWN:
             return False
-        return not 0 < (after.dts - packet.dts) * self._tick < JUMP
+        return not 0 <= (packet.dts - before.dts[-1]) * self._tick < JUMP
 
     def _places(self, came: np.ndarray) -> np.ndarray:
         """Stamps of frames by the packets they came at, less those that the decoder holds back; -2**63: not known."""

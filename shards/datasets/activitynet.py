@@ -9,7 +9,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from shards import ShardError
-from shards.datasets import Caption, Counts, Item, Reading, conclude, examples
+from shards.datasets import Caption, Counts, Item, Reading, conclude, examples, unique
 from shards.datasets.annotations import expect, published, read_json, seconds
 
 PUBLISHED = {
@@ -28,10 +28,13 @@ def add_arguments(parser: ArgumentParser) -> None:
 def read(args: Namespace) -> Reading:
     data = expect(read_json(args.annotations), dict, args.annotations, "an object of videos")
     ids, warnings = list(data), []
+    known: dict[str, str] = {}
+    for id in data:
+        if known.setdefault(_bare(id), id) != id:
+            raise ShardError(f"{args.annotations}: {known[_bare(id)]!r} and {id!r} are one video. Join the two")
     if args.split:
         named = expect(read_json(args.split), list, args.split, "a list of video ids")
-        known = {_bare(id): id for id in data}
-        ids = list(dict.fromkeys(known.get(_bare(str(id)), str(id)) for id in named))
+        ids, warnings = unique((known.get(_bare(str(id)), str(id)) for id in named), args.split.name)
         if unknown := [id for id in ids if id not in data]:
             warnings.append(f"{examples(unknown, 'video')} of {args.split.name} not in {args.annotations.name}")
     items = []

@@ -9,7 +9,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from shards import ShardError
-from shards.datasets import Caption, Counts, Item, Reading, conclude, examples
+from shards.datasets import Caption, Counts, Item, Reading, conclude, examples, unique
 from shards.datasets.annotations import expect, published, read_json, read_lines
 
 CHUNK = 5.0  # seconds: annotators marked whole chunks of this length
@@ -42,7 +42,7 @@ def read(args: Namespace) -> Reading:
         captions.setdefault(name, []).append(caption)
     ids, warnings = list(captions), []
     if args.split:
-        ids = list(dict.fromkeys(read_lines(args.split)))
+        ids, warnings = unique(read_lines(args.split), args.split.name)
         if unknown := [id for id in ids if id not in captions]:
             warnings.append(f"{examples(unknown, 'video')} of {args.split.name} not in {args.annotations.name}")
     items = [

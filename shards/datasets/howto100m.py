@@ -35,40 +35,67 @@ def read(args: Namespace) -> Reading:
         raise ShardError("--category is looked up in --list: give --list HowTo100M_v1.csv")
     if not args.min_duration > 0:
         raise ShardError(f"--min-duration {args.min_duration}: must be above 0")
-    wanted = _wanted(args.list, args.category) if args.list else None
+    wanted, warnings = _wanted(args.list, args.category) if args.list else (None, [])
     found: dict[str, tuple[Caption, ...]] = {}
     for id, entry in _stream(args.annotations):
         if wanted is None or id in wanted:
-            found[id] = _captions(entry, f"{args.annotations}: {id}")
-    ids, warnings = list(found if wanted is None else wanted), []
+            captions = _captions(entry, f"{args.annotations}: {id}")
+            found[id] = found[id] + captions if id in found else captions
+    ids = list(found if wanted is None else wanted)
     if unknown := [id for id in ids if id not in found]:
         warnings.append(f"{examples(unknown, 'video')} of {args.list.name} not in {args.annotations.name}")
     items: list[Item] = []
+    untimed: list[str] = []
     for id in ids:
         meta, captions = (wanted or {}).get(id, {}), found.pop(id, ())
         path = args.videos.find(id)
-        if args.clips and captions and id not in args.videos.absent:
+        if args.clips and captions and not args.videos.lacks(id):
+            timed = _timed(captions)
+            if len(timed) < len(captions):
+                untimed.append(id)
+            if not timed:
+                items.append(Item(id, path, captions, meta, problem="no caption has both text and times to cut at"))
             items += (
                 Item(f"{id}_{start * 1000:.0f}_{end * 1000:.0f}", path, (caption,), {**meta, "video": id}, start, end)
                 for start, end, caption in clips(captions, args.min_duration)
             )
         else:
             items.append(Item(id, path, captions, meta))
+    if untimed:
+        warnings.append(
+            f"{examples(untimed, 'video')} with captions left out by --clips: no text, no times, or said twice"
+        )
     return conclude(items, args.videos, warnings=warnings)
 
 
-def _wanted(path: Path, category: str | None) -> dict[str, dict]:
-    """{video id: the other columns} of the list, in its order."""
+def _wanted(path: Path, category: str | None) -> tuple[dict[str, dict], list[str]]:
+    """{video id: the other columns} of the list, in its order, and a note of videos that it has several times."""
     columns = ("video_id", "category_1", "category_2", "rank", "task_id")
-    wanted, others = {}, Counter()
+    wanted: dict[str, dict] = {}
+    others, again = Counter(), []
     for row in read_csv(path, columns):
         others[row["category_1"]] += 1
+        id = row["video_id"].strip()
+        if not id:
+            raise ShardError(f"{path}, line {row['line']}: the video is not named")
         if category in (None, row["category_1"]):
-            wanted[row["video_id"]] = {name: row[name] for name in columns[1:]}
+            meta = {name: row[name] for name in columns[1:]}
+            if wanted.setdefault(id, meta) is not meta:
+                again.append(id)
     if not wanted:
         there = ", ".join(repr(name) for name, _ in others.most_common(20))
         raise ShardError(f"{path}: no video has the category_1 {category!r}; there are {there or 'no rows'}")
-    return wanted
+    return wanted, [f"{examples(again, 'row')} of {path.name} repeat a video: the first is used"] if again else []
+
+
+class _Entry(dict):
+    """A dict that remembers a key that was set twice: ijson cannot be stopped from inside."""
+
+    twice = ""
+
+    def __setitem__(self, key: str, value: object) -> None:
+        self.twice = key if key in self else self.twice
+        super().__setitem__(key, value)
 
 
 def _stream(path: Path) -> Iterator[tuple[str, dict]]:
@@ -76,7 +103,10 @@ def _stream(path: Path) -> Iterator[tuple[str, dict]]:
 
     try:
         with open(path, "rb") as file:
-            yield from ijson.kvitems(file, "", use_float=True)
+            for id, entry in ijson.kvitems(file, "", use_float=True, map_type=_Entry):
+                if isinstance(entry, _Entry) and entry.twice:
+                    raise ShardError(f"{path}: {id} holds the key {entry.twice!r} twice. Join the two")
+                yield id, entry
     except FileNotFoundError as error:
         raise ShardError(f"{path}: there is no such file") from error
     except ijson.JSONError as error:
@@ -101,13 +131,13 @@ def clips(captions: tuple[Caption, ...], shortest: float) -> Iterator[tuple[floa
 
     A caption is joined to those after it until the clip is long enough. Silence longer than `shortest` is not bridged:
     a clip that ends there too early is widened around its middle instead. Empty captions and those without times are
-    passed over.
+    passed over, as are those that are there twice.
     """
-    timed = [c for c in captions if c.text and c.start is not None and c.end is not None and c.end >= c.start >= 0]
-    timed.sort(key=lambda c: (c.start, c.end))
+    timed = _timed(captions)
     group: list[Caption] = []
-    before = None
-    for caption, after in zip(timed, [*timed[1:], None], strict=True):
+    waiting: tuple[float, float, Caption] | None = None  # another group may come to the same seconds
+    for nth, caption in enumerate(timed, 1):
+        after = timed[nth] if nth < len(timed) else None
         group.append(caption)
         start, end = group[0].start, max(c.end for c in group)
         if end - start < shortest and after and after.start - end <= shortest:
@@ -115,6 +145,20 @@ def clips(captions: tuple[Caption, ...], shortest: float) -> Iterator[tuple[floa
         if end - start < shortest:
             start = max(0.0, (start + end - shortest) / 2)
             end = start + shortest
-        if (start, end) != before:  # the speech recogniser now and then says one thing twice
-            yield start, end, Caption(" ".join(c.text for c in group), group[0].start, max(c.end for c in group))
-        before, group = (start, end), []
+        if waiting and waiting[:2] == (start, end):
+            group.insert(0, waiting[2])
+        elif waiting:
+            yield waiting
+        text = " ".join(c.text for c in group)
+        waiting = start, end, Caption(text, group[0].start, max(c.end for c in group))
+        group = []
+    if waiting:
+        yield waiting
+
+
+def _timed(captions: tuple[Caption, ...]) -> list[Caption]:
+    """The captions with text and times, in order of time, each once: the speech recogniser says some things twice."""
+    timed = {
+        c: None for c in captions if c.text and c.start is not None and c.end is not None and c.end >= c.start >= 0
+    }
+    return sorted(timed, key=lambda c: (c.start, c.end))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from shards import ShardError
 from shards.datasets import Caption, Counts, Item, Reading, conclude
-from shards.datasets.annotations import published, read_lines
+from shards.datasets.annotations import numbered_lines, published
 
 PUBLISHED = {
     "annos.training": Counts(captions=101_079),
@@ -29,13 +29,13 @@ def add_arguments(parser: ArgumentParser) -> None:
 def read(args: Namespace) -> Reading:
     captions: dict[str, list[Caption]] = {}
     times: dict[str, list[dict]] = {}
-    for number, line in enumerate(read_lines(args.annotations), 1):
+    for number, line in numbered_lines(args.annotations):
         fields = [field.strip() for field in line.split("\t")]
         if len(fields) == 5:  # an empty sentence, cut off with the tab before it
             fields.append("")
         if len(fields) != 6 or not fields[0]:
             raise ShardError(
-                f"{args.annotations}, line {number} with text: {len(fields)} fields between tabs instead of 6 "
+                f"{args.annotations}, line {number}: {len(fields)} fields between tabs instead of 6 "
                 "(clip, start and end aligned, start and end extracted, sentence)"
             )
         clip, *when, sentence = fields

@@ -9,7 +9,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from shards import ShardError
-from shards.datasets import Caption, Counts, Item, Reading, conclude, examples
+from shards.datasets import Caption, Counts, Item, Reading, conclude, examples, unique
 from shards.datasets.annotations import expect, published, read_csv, read_json, sentences
 
 OWN = {"train": Counts(6513, 130_260), "validate": Counts(497, 9940), "test": Counts(2990, 59_800)}
@@ -44,14 +44,16 @@ def read(args: Namespace) -> Reading:
         ids = [id for id in captions if own.get(id) == args.split]
         if not ids:
             raise ShardError(f"{args.annotations} names no video of its split {args.split!r}")
+        if others := [id for id in captions if own.get(id) not in OWN]:
+            warnings.append(f"{examples(others, 'video')} of {args.annotations.name} in no split, left out")
     else:
         if not Path(args.split).exists():
             raise ShardError(f"--split {args.split}: there is no such file, and the json's own are {', '.join(OWN)}")
-        told = _split(Path(args.split))
+        told, spoken, warnings = _split(Path(args.split))
         ids = list(told)
         if unknown := [id for id in ids if args.annotations and id not in captions]:
             warnings.append(f"{examples(unknown, 'video')} of {Path(args.split).name} not in {args.annotations.name}")
-        captions = {id: told[id] or captions.get(id, ()) for id in ids}
+        captions = told if spoken else {id: captions.get(id, ()) for id in ids}
         if not any(captions.values()):
             raise ShardError(f"{args.split} has no column sentence: give --annotations MSRVTT_data.json with it")
     items = [Item(id, args.videos.find(id), captions[id], meta.get(id, {})) for id in ids]
@@ -63,9 +65,15 @@ def _annotations(path: Path) -> tuple[dict[str, tuple[Caption, ...]], dict[str, 
     """Captions, meta and split by video id."""
     data = expect(read_json(path), dict, path, "an object with videos and sentences, or of lists of captions")
     if "sentences" not in data:
-        return {_stem(name): sentences(texts, f"{path}: {name}") for name, texts in data.items()}, {}, {}
+        plain: dict[str, tuple[Caption, ...]] = {}
+        for name, texts in data.items():  # with and without .mp4 it is one video
+            plain[_stem(name)] = plain.get(_stem(name), ()) + sentences(texts, f"{path}: {name}")
+        return plain, {}, {}
     try:
-        videos = {str(video["video_id"]): video for video in data["videos"]}
+        videos: dict[str, dict] = {}
+        for video in data["videos"]:
+            if videos.setdefault(str(video["video_id"]), video) != video:
+                raise ShardError(f"{path}: the video_id {video['video_id']!r} stands there twice, and differs")
         captions: dict[str, list[Caption]] = {id: [] for id in videos}
         for sentence in data["sentences"]:
             captions.setdefault(str(sentence["video_id"]), []).extend(sentences(sentence["caption"], str(path)))
@@ -78,14 +86,19 @@ def _annotations(path: Path) -> tuple[dict[str, tuple[Caption, ...]], dict[str, 
     return {id: tuple(said) for id, said in captions.items()}, meta, own
 
 
-def _split(path: Path) -> dict[str, tuple[Caption, ...]]:
-    """The videos of a csv, with their captions where it has a column `sentence`. `vid_key` (msr9770) is no video_id."""
+def _split(path: Path) -> tuple[dict[str, tuple[Caption, ...]], bool, list[str]]:
+    """The videos of a csv, with their captions; whether it has a column `sentence` for these; and what the user should
+    know. `vid_key` (msr9770) is no video_id."""
     found: dict[str, tuple[Caption, ...]] = {}
+    ids, spoken = [], False
     for row in read_csv(path, ["video_id"]):
-        said = sentences(row["sentence"], str(path)) if row.get("sentence") else ()
         id = _stem(row["video_id"].strip())
-        found[id] = found.get(id, ()) + said
-    return found
+        if not id:
+            raise ShardError(f"{path}, line {row['line']}: the video is not named")
+        spoken = "sentence" in row
+        found[id] = found.get(id, ()) + (sentences(row["sentence"], str(path)) if spoken else ())
+        ids.append(id)
+    return found, spoken, [] if spoken else unique(ids, path.name)[1]
 
 
 def _stem(name: str) -> str:

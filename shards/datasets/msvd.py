@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shards import ShardError
-from shards.datasets import Caption, Counts, Item, Reading, conclude, examples
+from shards.datasets import Caption, Counts, Item, Reading, conclude, examples, unique
 from shards.datasets.annotations import expect, published, read_json, read_lines, sentences
 
 PUBLISHED = {
@@ -30,12 +30,15 @@ def add_arguments(parser: ArgumentParser) -> None:
 def read(args: Namespace) -> Reading:
     if args.annotations.suffix == ".json":
         data = expect(read_json(args.annotations), dict, args.annotations, "an object of lists of captions")
-        captions = {name.removesuffix(".avi"): sentences(said, f"{name}") for name, said in data.items()}
+        captions = {}
+        for name, texts in data.items():  # with and without .avi it is one video
+            id = name.removesuffix(".avi")
+            captions[id] = captions.get(id, ()) + sentences(texts, f"{args.annotations}: {name}")
     else:
         captions = _pickled(args.annotations)
-    ids = [name.removesuffix(".avi") for name in read_lines(args.split)] if args.split else list(captions)
-    ids = list(dict.fromkeys(ids))
-    warnings = []
+    ids, warnings = list(captions), []
+    if args.split:
+        ids, warnings = unique((name.removesuffix(".avi") for name in read_lines(args.split)), args.split.name)
     if unknown := [id for id in ids if id not in captions]:
         warnings.append(f"{examples(unknown, 'video')} of {args.split.name} not in {args.annotations.name}")
     items = [Item(id, args.videos.find(id), captions.get(id, ())) for id in ids]
@@ -59,7 +62,11 @@ def _pickled(path: Path) -> dict[str, tuple[Caption, ...]]:
     except Exception as error:  # a damaged pickle raises nearly anything
         raise ShardError(f"{path} is not a plain pickle of captions ({error})") from error
     expect(data, dict, path, "a dict of lists of sentences")
-    return {_text(id, path): tuple(_sentence(words, path) for words in _list(said, path)) for id, said in data.items()}
+    captions: dict[str, tuple[Caption, ...]] = {}
+    for key, texts in data.items():
+        id = _text(key, path)
+        captions[id] = captions.get(id, ()) + tuple(_sentence(words, path) for words in _list(texts, path))
+    return captions
 
 
 def _sentence(words: object, path: Path) -> Caption:

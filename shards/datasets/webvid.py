@@ -8,7 +8,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from shards import ShardError
-from shards.datasets import Caption, Item, Reading, conclude
+from shards.datasets import Caption, Item, Reading, conclude, examples
 from shards.datasets.annotations import read_csv
 
 COLUMNS = ("videoid", "contentUrl", "duration", "page_dir", "name")
@@ -20,6 +20,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def read(args: Namespace) -> Reading:
     items: dict[str, Item] = {}
+    repeated: list[str] = []
     for row in read_csv(args.annotations, COLUMNS):
         id, folder = row["videoid"].strip(), row["page_dir"].strip().strip("/")
         if not id:
@@ -31,4 +32,7 @@ def read(args: Namespace) -> Reading:
             items[id] = Item(id, path, (caption,), meta)
         elif caption not in known.captions:
             items[id] = Item(id, known.path, (*known.captions, caption), known.meta)
-    return conclude(list(items.values()), args.videos)
+        else:
+            repeated.append(id)
+    warnings = [f"{examples(repeated, 'row')} with the caption of an earlier row left out"] if repeated else []
+    return conclude(list(items.values()), args.videos, warnings=warnings)

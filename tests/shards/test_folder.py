@@ -88,7 +88,7 @@ def test_times_and_other_columns(videos: Path) -> None:
     ("text", "words"),
     [
         ("file,text\na,1\n", r"no column caption and video in its header \['file', 'text'\].*video,caption"),
-        ("video;caption\na;1\n", "no column caption and video"),
+        ("video|caption\na|1\n", "no column caption and video.*semicolons or tabs"),
         ("video,caption,start\na,1,soon\n", "line 2: start is 'soon', not a number of seconds"),
         ("video,caption,end\na,1,nan\n", "line 2: end is 'nan'"),
         ("video,caption\na,1\n,2\n", "line 3: the video is not named"),

@@ -258,7 +258,7 @@ def test_lsmdc(tmp_path: Path) -> None:
     test = tmp_path / "LSMDC16_challenge_1000_publictect.csv"
     test.write_bytes(file.read_bytes())
     assert reading("lsmdc", tmp_path / "videos", "--annotations", test).published == Counts(1000, 1000)
-    with pytest.raises(ShardError, match="line 1 with text: 1 fields between tabs instead of 6"):
+    with pytest.raises(ShardError, match="line 1: 1 fields between tabs instead of 6"):
         reading("lsmdc", tmp_path / "videos", "--annotations", write(tmp_path / "x.csv", "clip,a,b,c,d,text\n"))
 
 
@@ -427,5 +427,80 @@ def test_webvid(tmp_path: Path, extra: str) -> None:
             folder / "videos/000001_000050/1066674784.mp4", folder / "videos/000051_000100/21179416.mp4",
         ]  # fmt: skip
         assert read.items[0].meta["duration"] == "PT00H00M10S" and read.missing == Counts(1, 1)
+        assert read.warnings == ("1 row ('21179416') with the caption of an earlier row left out",)
     with pytest.raises(ShardError, match="line 2: more cells than the header has"):
         reading("webvid", folder, "--annotations", write(tmp_path / "x.csv", "videoid,contentUrl,duration,page_dir,name\n1,u,d,p,a, b\n"))  # fmt: skip
+
+
+# ---- annotations that say a thing twice ----
+
+
+def test_annotations_that_say_a_thing_twice_lose_nothing(tmp_path: Path) -> None:
+    root = videos(tmp_path / "videos", "video0.mp4", "video1.mp4", "x.avi", "-4wsuPCjDBc.mp4")
+
+    def read(name: str, content: object, *more: object, suffix: str = ".json"):
+        return reading(name, root, "--annotations", write(tmp_path / f"a{suffix}", content), *more)
+
+    # mmaction2's form and MSVD: one video with and without its extension
+    assert texts(read("msrvtt", {"video0.mp4": ["a"], "video0": ["b"]})) == {"video0": ["a", "b"]}
+    assert texts(read("msvd", {"x": ["a"], "x.avi": ["b"]})) == {"x": ["a", "b"]}
+    pickled = tmp_path / "a.pkl"
+    pickled.write_bytes(pickle.dumps({"x": [["a"]], b"x": [["b"]]}))
+    assert texts(reading("msvd", root, "--annotations", pickled)) == {"x": ["a", "b"]}
+    for name, content in (
+        ("msrvtt", '{"video0": ["a"], "video0": ["b"]}'),
+        ("msvd", '{"x": ["a"], "x": ["b"]}'),
+        ("didemo", '[{"video": "x.avi", "description": "a", "description": "b"}]'),
+        ("activitynet", '{"v_a": {}, "v_a": {}}'),
+    ):
+        with pytest.raises(ShardError, match=r"a\.json is not JSON .*twice: join the two"):
+            read(name, content)
+    with pytest.raises(ShardError, match=r"-4wsuPCjDBc holds the key 'text' twice"):
+        read("howto100m", '{"-4wsuPCjDBc": {"text": ["a"], "text": ["b"], "start": [0], "end": [1]}}')
+    spoken = '"-4wsuPCjDBc": {"text": ["a"], "start": [0], "end": [1]}'
+    assert texts(read("howto100m", f"{{{spoken}, {spoken}}}")) == {"-4wsuPCjDBc": ["a", "a"]}
+    event = {"sentences": ["a"], "timestamps": [[0, 1]]}
+    with pytest.raises(ShardError, match="'-4wsuPCjDBc' and 'v_-4wsuPCjDBc' are one video"):
+        read("activitynet", {"-4wsuPCjDBc": event, "v_-4wsuPCjDBc": event})
+    video = {"video_id": "video0", "split": "train"}
+    data = {"videos": [video, video], "sentences": [{"video_id": "video0", "caption": "a"}, {"video_id": "video1", "caption": "b"}]}  # fmt: skip
+    own = read("msrvtt", data, "--split", "train")
+    assert texts(own) == {"video0": ["a"]} and "1 video ('video1') of a.json in no split, left out" in own.warnings
+    with pytest.raises(ShardError, match="the video_id 'video0' stands there twice, and differs"):
+        read("msrvtt", data | {"videos": [video, {**video, "split": "test"}]})
+
+
+def test_a_list_that_names_a_video_twice_is_noted(tmp_path: Path) -> None:
+    root = videos(tmp_path / "videos", "video0.mp4", "x.avi")
+    split = write(tmp_path / "list.txt", "x.avi\nx.avi\n")
+    said = write(tmp_path / "a.json", {"x": ["a"]})
+    note = "1 video ('x') listed more than once in list.txt: packed once"
+    assert note in reading("msvd", root, "--annotations", said, "--split", split).warnings
+    said = write(tmp_path / "b.json", [{"video": "x.avi", "description": "a"}, {"video": "x.mov", "description": "b"}])
+    assert note.replace("'x'", "'x.avi'") in reading("didemo", root, "--annotations", said, "--split", split).warnings
+    assert "1 video ('x.mov') with the file of an earlier video" in " ".join(
+        reading("didemo", root, "--annotations", said).warnings
+    )
+    split = write(tmp_path / "list.csv", "video_id\nvideo0\nvideo0\n")
+    said = write(tmp_path / "c.json", {"video0": ["a"]})
+    read = reading("msrvtt", root, "--annotations", said, "--split", split)
+    assert "1 video ('video0') listed more than once in list.csv: packed once" in read.warnings
+    split = write(tmp_path / "list.csv", "video_id,sentence\nvideo0,one\nvideo0,\n")
+    read = reading("msrvtt", root, "--annotations", said, "--split", split)
+    assert texts(read) == {"video0": ["one", ""]}  # the empty one is for packing to reject
+    with pytest.raises(ShardError, match=r"list\.csv, line 3: the video is not named"):
+        reading("msrvtt", root, "--split", write(split, "video_id,sentence\nvideo0,one\n ,two\n"))
+
+
+def test_howto100m_clips_name_what_they_leave_out(howto: Path) -> None:
+    said = {
+        "nVbIUDjzWY4": {"text": ["a", "", "b"], "start": [1, 1, 1], "end": [9, 9, 9]},
+        "JTMC9ypFtZ0": {"text": ["no times"], "start": [None], "end": [None]},
+    }
+    file = write(howto / "caption.json", said)
+    read = reading("howto100m", howto / "videos", "--annotations", file, "--clips")
+    assert [(i.id, [c.text for c in i.captions]) for i in read.items] == [
+        ("nVbIUDjzWY4_1000_9000", ["a b"]), ("JTMC9ypFtZ0", ["no times"]),
+    ]  # fmt: skip
+    assert [i.problem for i in read.items] == ["", "no caption has both text and times to cut at"]
+    assert "2 videos ('nVbIUDjzWY4', 'JTMC9ypFtZ0') with captions left out by --clips" in read.warnings[0]

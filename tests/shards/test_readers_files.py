@@ -253,7 +253,10 @@ def test_captions_beside_videos_and_in_a_jsonl(tmp_path: Path) -> None:
     item = read.items[2]
     assert (item.captions[1].start, item.captions[1].end, item.meta) == (1.0, 2.5, {"k": 1})
     assert (item.start, item.end) == (1.0, 5.0)
-    assert read.warnings == ("1 video ('d') without a caption in the annotations",)
+    assert read.warnings == (
+        "1 caption file ('unrelated.json') without a video of the same name beside",
+        "1 video ('d') without a caption in the annotations",
+    )
     lines = [
         {"video": "a.mp4", "caption": "one", "start": 0, "end": 1},
         {"video": "sub/b", "captions": ["x", {"text": "y", "end": 2}], "meta": {"k": 2}},
@@ -266,8 +269,8 @@ def test_captions_beside_videos_and_in_a_jsonl(tmp_path: Path) -> None:
     assert paths(read, root) == ["a.mp4", "sub/b.mkv", "a.mp4"]
     assert (read.items[2].start, read.items[2].end, read.items[1].meta) == (0.5, 2.0, {"k": 2})
     for line, words in (
-        ("{", "line 1 with text is not JSON"),
-        ("[1]", "line 1 with text: expected an object"),
+        ("{", "line 1 is not JSON"),
+        ("[1]", "line 1: expected an object"),
         ('{"caption": "x"}', "the video is not named"),
         ('{"video": "a", "caption": 1}', "caption: expected text, found int"),
         ('{"video": "a", "caption": "x", "start": "soon"}', "start is 'soon'"),
@@ -298,7 +301,7 @@ def test_a_name_cannot_read_outside(tmp_path: Path, name: str) -> None:
         "folder": ("--captions", write(tmp_path / "e.jsonl", folder)),
     }
     for reader, options in tried.items():
-        with pytest.raises(ShardError, match=r"leads out of|is not named"):
+        with pytest.raises(ShardError, match=r"leads out of|is not named|a NUL character"):
             reading(reader, root, *options)
 
 
