@@ -21,6 +21,8 @@ from shards.pack import finish_parts, missing, pack, some
 from shards.profiles import ENCODERS, PROFILES, Profile
 from shards.storage import is_remote, place
 
+_REJECTS_SHOWN, _NOTES_SHOWN = 20, 5  # lines on the screen; a list with missing files may have thousands
+
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
@@ -103,6 +105,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     packing.add_argument(
         "--retry-rejects", action="store_true", help="pack the shards again in which videos were rejected"
+    )
+    packing.add_argument(
+        "--update",
+        action="store_true",
+        help="make --out, if it was packed from another list of videos, captions or meta, what this one says. Only new "
+        "videos and those whose source file changed are decoded; rejected ones are tried again; one whose source file is "
+        "gone stays while the list names it. Needs disk space for the changed shards twice; not for a split that a "
+        "run is reading",
     )
 
     one = commands.add_parser("demo", parents=[packing], help="generate a small data set of moving shapes and pack it")
@@ -213,16 +223,22 @@ def _pack(
         name=args.profile, fps=args.fps, short_side=short_side if args.short_side is None else args.short_side,
         quality=args.quality, chroma=args.chroma, gop=args.gop, encoder=args.encoder,
     ).resolved()  # fmt: skip
-    started, read, rejects = time.monotonic(), 0, 0
+    started, read, stored, rejects, notes = time.monotonic(), 0, 0, 0, 0
     with _bar() as progress:
         task = progress.add_task(title(dataset, split), total=len(items), note="")
 
         def on_progress(event) -> None:
-            nonlocal read, rejects
+            nonlocal read, stored, rejects, notes
             read += event.bytes
+            stored += event.stored
             if event.rejected:
                 rejects += 1
-                progress.console.print(f"[yellow]rejected[/] {_plain(event.rejected)}", highlight=False, soft_wrap=True)
+                if rejects <= _REJECTS_SHOWN:
+                    _told(progress, "rejected", event.rejected)
+            if event.note:
+                notes += 1
+                if notes <= _NOTES_SHOWN:
+                    _told(progress, "note", event.note)
             seconds = max(1e-9, time.monotonic() - started)
             done = progress.tasks[0].completed + 1 - resumed
             note = f"{_rate(done / seconds)} videos/s {_rate(read / 1e6 / seconds)} MB/s {rejects} rejects"
@@ -238,8 +254,19 @@ def _pack(
         info = pack(
             items, out, dataset=dataset, split=split, profile=profile, shard_videos=args.shard_videos,
             workers=args.workers, part=args.part, cluster=args.scheduler, timeout=args.timeout,
-            retry_rejects=args.retry_rejects, on_start=on_start, on_progress=on_progress,
+            retry_rejects=args.retry_rejects, update=args.update, on_start=on_start, on_progress=on_progress,
             reconciliation=reconciliation,
+        )  # fmt: skip
+    if rejects > _REJECTS_SHOWN:
+        where = f": see {out / 'rejects.jsonl'}" if info else ""
+        console.print(
+            f"[yellow]rejected[/] {rejects - _REJECTS_SHOWN} more{_plain(where)}", highlight=False, soft_wrap=True
+        )
+    if notes:
+        console.print(
+            f"[yellow]note[/] {count(notes, 'video')} of variable frame rate: frames are sampled by time, not by counting "
+            "frames as the official code does (data.sampling=uniform_by_frame counts)",
+            highlight=False, soft_wrap=True,
         )  # fmt: skip
     if info is None:
         lacking = missing(out)
@@ -255,14 +282,19 @@ def _pack(
         "; all of it was there already" if resumed == len(items) else f"; {resumed} were done before" if resumed else ""
     )
     console.print(
-        f"{out}: {info['videos']} videos, {info['captions']} captions in {count(len(info['shards']), 'shard')}{before}",
+        f"{out}: {info['videos']} videos, {info['captions']} captions in {count(len(info['shards']), 'shard')}{before}"
+        + (f"; {stored} were taken from the shards there" if stored else ""),
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     if (lost := rejected(info)) != "nothing":
         console.print(f"[yellow]{lost} rejected:[/] see {out / 'rejects.jsonl'}", highlight=False, soft_wrap=True)
-    if reconciliation:
+    if reconciliation and "reconciliation" in info:
         _reconcile(info["reconciliation"])
     return 0
+
+
+def _told(progress, kind: str, text: str) -> None:
+    progress.console.print(f"[yellow]{kind}[/] {_plain(text)}", highlight=False, soft_wrap=True)
 
 
 def _finish(args) -> int:

@@ -23,8 +23,18 @@ import numpy as np
 
 from shards.frames import Shape, VideoError, grid, shape_of, short
 from shards.probe import (
-    JUMP, UNKNOWN, Packets, Timeline, clock_zero, has_jumps, increasing, nearest, open_video, refuse_cut_short,
-    stores_no_stamps, timeline,
+    JUMP,
+    UNKNOWN,
+    Packets,
+    Timeline,
+    clock_zero,
+    has_jumps,
+    increasing,
+    nearest,
+    open_video,
+    refuse_cut_short,
+    stores_no_stamps,
+    timeline,
 )  # fmt: skip
 
 WAYS = ("stamps", "all", "order", "decoding")
@@ -399,7 +409,11 @@ class Pass:
     # ---- by decoding ----
 
     def _by_decoding(self) -> Timeline:
-        packets, stamps, came = self.packets, array("q"), array("q")  # of each frame: its stamp, and the packet it came at
+        packets, stamps, came = (
+            self.packets,
+            array("q"),
+            array("q"),
+        )  # of each frame: its stamp, and the packet it came at
         durations, clock, suspect = array("q"), 0.0, None  # place of a packet that is marked as damaged
         for packet in self.container.demux(self.stream):
             if suspect is not None and self._jumps(packets, packet):

@@ -16,7 +16,7 @@ _EXAMPLES = 20  # repeated captions that the report spells out
 
 # of a sample's JSON: what it is called, what is said of it, and how it is stored
 _NOT_THE_SOURCE = {
-    "id", "captions", "meta", "profile", "codec", "width", "height", "frame_number", "frame_time",
+    "id", "captions", "meta", "profile", "codec", "width", "height", "frame_number", "frame_time", "rotation", "mirrored",
 }  # fmt: skip
 
 
@@ -165,6 +165,8 @@ def _source(every: _Every, index: int) -> str | None:
     split, row = every.find(index)
     described = split.json(split.video(row))
     told = {k: v for k, v in described.items() if k not in _NOT_THE_SOURCE}
+    if "source" in told:  # packed before, it has no size
+        told["source"] = {k: v for k, v in told["source"].items() if k != "bytes"}
     return json.dumps(told, sort_keys=True) if described.get("source", {}).get("file") else None
 
 

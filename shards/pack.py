@@ -1,7 +1,7 @@
 """Packing: from a list of videos to committed shards, on all cores or many machines, resumable after a kill at any moment.
 
 A shard is a fixed run of the input list, so what goes where does not depend on who packs it or on what was rejected.
-Its parquet is put into place last; a shard with a parquet is never touched again.
+Its parquet is put into place last; a shard with a parquet is never touched again, unless an update replaces it whole.
 """
 
 import hashlib
@@ -11,22 +11,26 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards import ShardError, scheduler, storage
+from shards import update as updating
 from shards.datasets import Item
 from shards.profiles import Profile
-from shards.schema import CAPTION_COUNTS, FORMAT_VERSION, REJECTS
+from shards.schema import CAPTION_COUNTS, FORMAT_VERSION, REJECTS, SCHEMA
 from shards.storage import Bucket, Folder
 from shards.tar import DISK_FULL
+from shards.update import SUFFIXES
 from shards.worker import Job, Progress, frame_columns, write_table
 
 __all__ = ["Progress", "finish", "finish_parts", "frame_columns", "input_digest", "missing", "pack", "write_table"]
 
-_SUFFIXES = ("tar", "idx", "parquet")
 _READERS = 8  # parquets read at once; an object store answers slowly, but many
 
 
@@ -43,6 +47,7 @@ def pack(
     cluster: str | None = None,
     timeout: float = Job.timeout,
     retry_rejects: bool = False,
+    update: bool = False,
     reconciliation: dict | None = None,
     on_start: Callable[[int, int], None] = lambda done, total: None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
@@ -51,57 +56,213 @@ def pack(
 
     `part` (i, n) packs only shards i-1, i-1+n, i-1+2n, ...; while other parts lack shards, None is returned. `cluster`
     is the address of a Dask scheduler. `timeout` is seconds for a video, in proportion above 100 MB. `retry_rejects`
-    packs shards again that hold rejected videos. `reconciliation` holds the counts of the annotations, which
-    `dataset.json` keeps beside those of what was packed and rejected. `on_start(done, total)` says how many videos earlier runs have dealt
-    with. Raises ShardError if `out` holds something else, if two items share a name, or if nothing could be packed.
+    packs shards again that hold rejected videos. `update` makes a split that was packed from another list of videos the
+    one that `items` give, and decodes only what is new; its shards keep their number of videos unless `shard_videos` is
+    given. `reconciliation` holds the counts of the annotations, which `dataset.json` keeps beside those of what was
+    packed and rejected. `on_start(done, total)` says how many videos earlier runs have dealt with.
+
+    Raises ShardError if `out` holds something else, if two items share a name, or if nothing could be packed.
     """
     if not items:
         raise ShardError("there is nothing to pack: the annotations name no video")
     _refuse_duplicates(items)
-    shard_videos = shard_videos or min(256, max(16, -(-len(items) // 32)))
-    count = -(-len(items) // shard_videos)
-    plan = {
-        "format": FORMAT_VERSION,
-        "name": dataset,
-        "split": split,
-        "profile": profile.describe(),
-        "input": input_digest(items),
-        "shards": count,
-        "shard_videos": shard_videos,
-    }
+    if update:
+        _refuse_update(out, part)
     index, parts = part or (1, 1)
     tag = f"p{index}of{parts}-" if part else ""
-    mine = range(index - 1, count, parts)
     target = storage.output(out)
     target.create()
     with target.locked(part):
+        _end_update(target, part)
         target.sweep(tag)
         there = target.listing()
-        finished = _refuse_other(target, there, plan)
+        known, finished = _recorded(target, there)
+        if update and known is not None:
+            shard_videos = shard_videos or known.get("shard_videos")
+        shard_videos = shard_videos or min(256, max(16, -(-len(items) // 32)))
+        count = -(-len(items) // shard_videos)
+        plan = {
+            "format": FORMAT_VERSION,
+            "name": dataset,
+            "split": split,
+            "profile": profile.describe(),
+            "input": input_digest(items),
+            "shards": count,
+            "shard_videos": shard_videos,
+        }
+        runs = [tuple(items[i * shard_videos : (i + 1) * shard_videos]) for i in range(count)]
+        run = partial(_run, cluster=cluster, workers=workers, on_progress=on_progress)
+        bring_up_to_date = partial(_update, target, plan, runs, Job("", (), out, profile, timeout), run, reconciliation)
+        if update and known is not None and (finished or known != plan):
+            return bring_up_to_date(on_start, known, finished)
+        if known is not None:
+            _refuse_other(target, there, known, finished, plan, items)
+        mine = range(index - 1, count, parts)
         packed = {shard["name"]: shard["bytes"] for shard in finished["shards"]} if finished else {}
         todo = [i for i in mine if not _is_committed(there, _name(i), packed.get(_name(i)))]
         if retry_rejects:
             todo = sorted({*todo, *_with_rejects(target, [i for i in mine if i not in set(todo)])})
         jobs = [
-            Job(
-                _name(i), tuple(items[i * shard_videos : (i + 1) * shard_videos]), out, profile, timeout, tag,
-                {} if retry_rejects else _lost(target, there, _name(i)),
-            )
+            Job(_name(i), runs[i], out, profile, timeout, tag, {} if retry_rejects else _lost(target, there, _name(i)))
             for i in todo
-        ]  # fmt: skip
-        total = sum(min(shard_videos, len(items) - i * shard_videos) for i in mine)
+        ]
+        total = sum(len(runs[i]) for i in mine)
         on_start(total - sum(len(job.items) for job in jobs), total)
         if finished and not jobs:
             if "packing.json" in there:  # left by a kill between the last two steps
                 target.delete("packing.json")
             return finished
         _prepare(target, there, plan | _optional(reconciliation), jobs)
-        _run(jobs, cluster, workers, on_progress)
+        run(jobs)
         target.sweep(tag)  # what was killed on the way
-        return None if part and missing(out) else finish(out, plan, list(map(_name, range(count))), reconciliation)
+        if part and missing(out):
+            return None
+        info = finish(out, plan, list(map(_name, range(count))), reconciliation)
+        if update and known is not None:  # sources may have changed since the shards were packed that were there
+            return bring_up_to_date(lambda done, total: None, plan, info, {job.name for job in jobs})
+        return info
 
 
-def _run(jobs: list[Job], cluster: str | None, workers: int | None, on_progress: Callable[[Progress], None]) -> None:
+def _update(
+    target: Folder,
+    plan: dict,
+    runs: list[tuple[Item, ...]],
+    template: Job,
+    run: Callable[[list[Job]], None],
+    reconciliation: dict | None,
+    on_start: Callable[[int, int], None],
+    known: dict,
+    finished: dict | None,
+    fresh: Iterable[str] = (),
+) -> dict:
+    """Make the split what `plan` says, its shards holding `runs`. Rejects of the shards `fresh` are not tried again."""
+    _refuse_other_set(target, known, plan)
+    listing, sizes = target.listing(), {s["name"]: s["bytes"] for s in finished["shards"]} if finished else {}
+    names = list(sizes) if finished else list(map(_name, range(known["shards"])))
+    old = updating.survey(target.path, [n for n in names if _is_committed(listing, n, sizes.get(n))])
+    if damaged := [name for name in sizes if name not in old and f"{name}.tar" in listing]:
+        raise ShardError(
+            f"--update: shard {damaged[0]} of {target} is damaged. Mend it (python -m c4c.shard repair {target}), or delete "
+            f"{target}/{damaged[0]}.tar to pack its videos again; then run the update again."
+        )
+    samples = {id: sample for shard in old.values() for id, sample in shard.samples.items()}
+    if samples and samples.keys().isdisjoint(item.id for items in runs for item in items):
+        raise ShardError(
+            f"--update: not one of the {len(samples)} videos in {target} is asked for (it holds {next(iter(samples))!r}, ..., "
+            f"asked for are {runs[0][0].id!r}, ...). Choose another --out."
+        )
+    staging = Folder(target.path / updating.STAGING)
+    staging.create()
+    staging.sweep("")
+    made = staging.listing()
+    if "packing.json" in made and json.loads(staging.read("packing.json")) != plan:
+        for file in (file for file in made if file.endswith(".lost.json")):  # it speaks of another list
+            staging.delete(file)
+    staged = updating.survey(staging.path, [_name(i) for i in range(len(runs)) if _is_committed(made, _name(i), None)])
+
+    def look(i: int) -> tuple[str, dict[int, str]]:
+        how, reasons = updating.state(runs[i], old.get(_name(i)), _name(i) not in fresh)
+        if how == "changed" and updating.state(runs[i], staged.get(_name(i)), retry=False)[0] == "same":
+            return "staged", {}
+        return how, reasons
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        states = list(pool.map(look, range(len(runs))))
+    jobs: list[Job] = []
+    for i, (how, reasons) in enumerate(states):
+        if how != "staged":
+            for file in (f"{_name(i)}.{suffix}" for suffix in reversed(SUFFIXES)):
+                if file in made:
+                    staging.delete(file)
+        if how in ("table", "changed"):
+            jobs.append(_update_job(template, _name(i), runs[i], target, staging, samples, reasons, how == "table"))
+    moved = [_name(i) for i, (how, _) in enumerate(states) if how != "same"]
+    surplus = [name for name in names if name not in {_name(i) for i in range(len(runs))}]
+    total = sum(map(len, runs))
+    on_start(total - sum(len(job.items) for job in jobs), total)
+    if not moved and not surplus and finished and _says_so(finished, plan, reconciliation):
+        updating.clear(target)
+        return finished
+    storage.write(staging, "packing.json", json.dumps(plan) + "\n")
+    run(jobs)
+    staging.sweep("")
+    _refuse_emptied(target, staging, moved, [old[_name(i)] for i, (how, _) in enumerate(states) if how == "same"])
+    updating.write_journal(target, plan, reconciliation, moved, surplus)
+    return _end_update(target)
+
+
+def _update_job(
+    template: Job, name: str, items: tuple[Item, ...], target: Folder, staging: Folder,
+    samples: dict[str, updating.Sample], reasons: dict[int, str], table_only: bool,
+) -> Job:  # fmt: skip
+    before = ((number, samples.get(item.id)) for number, item in enumerate(items))
+    stored = {n: sample.place for n, sample in before if sample and updating.is_of(sample, items[n])}
+    lost = reasons if table_only else _lost(staging, staging.listing(), name)
+    return replace(
+        template, name=name, items=items, out=staging.path, lost=lost, stored=stored, source=target.path,
+        table_only=table_only,
+    )  # fmt: skip
+
+
+def _end_update(target: Folder | Bucket, part: tuple[int, int] | None = None) -> dict | None:
+    """Put the shards of an update into place, if all of them are made; returns what dataset.json then says."""
+    if not isinstance(target, Folder) or updating.JOURNAL not in target.listing():
+        return None
+    if part:
+        raise ShardError(
+            f"an update of {target} was stopped at its last step. Run the command once without --part to end it."
+        )
+    journal = updating.move(target)
+    plan = journal["plan"]
+    info = finish(target.path, plan, list(map(_name, range(plan["shards"]))), journal["reconciliation"])
+    updating.clear(target)
+    return info
+
+
+def _says_so(finished: dict, plan: dict, reconciliation: dict | None) -> bool:
+    """Whether dataset.json already says what it is to say."""
+    counts = finished.get("reconciliation") or {}
+    asked = {what: n for what, n in (reconciliation or {}).items() if what != "missing"}
+    same = all(counts.get(what) == n for what, n in asked.items()) and bool(counts) == bool(asked)
+    return same and finished["plan"] == plan and finished["format"] == FORMAT_VERSION
+
+
+def _refuse_update(out: Path, part: tuple[int, int] | None) -> None:
+    if part:
+        raise ShardError("--update and --part exclude each other: an update is made by one command")
+    if storage.is_remote(out):
+        raise ShardError(f"--update needs a folder: {out} cannot be changed in place. Pack into another --out.")
+
+
+def _refuse_other_set(target: Folder, known: dict, plan: dict) -> None:
+    """Raises ShardError if an update would have to replace everything."""
+    if differing := updating.name_differences(known, plan):
+        raise ShardError(f"--update: {target} holds another data set ({'; '.join(differing)}). Choose another --out.")
+    if differing := updating.profile_differences(known.get("profile", {}), plan["profile"]):
+        raise ShardError(
+            f"--update keeps the profile: {'; '.join(differing)}, so every video in {target} would be transcoded again. "
+            "Choose another --out, or the options that it was packed with."
+        )
+
+
+def _refuse_emptied(target: Folder, staging: Folder, moved: list[str], same: list[updating.Shard]) -> None:
+    """Raises ShardError if not one video would be left."""
+    if any(shard.samples for shard in same):
+        return
+    schemas = []
+    for name in moved:
+        if pq.read_metadata(staging.path / f"{name}.parquet").num_rows:
+            return
+        schemas.append(pq.read_schema(staging.path / f"{name}.parquet"))
+    rejects = [r for schema in schemas for r in json.loads(schema.metadata[REJECTS])]
+    first = next((r for r in rejects if "caption" not in r), {"id": "?", "reason": "?"})
+    updating.clear(target)
+    raise ShardError(
+        f"--update: not one of the videos can be packed (first: {first['id']}: {first['reason']}). {target} stays as it was."
+    )
+
+
+def _run(jobs: list[Job], *, cluster: str | None, workers: int | None, on_progress: Callable[[Progress], None]) -> None:
     try:
         if jobs and cluster:
             scheduler.run_on_dask(jobs, cluster, on_progress)
@@ -132,6 +293,7 @@ def finish_parts(out: Path) -> dict:
     target = storage.output(out)
     _existing(target)
     with target.locked(None):
+        _end_update(target)
         target.sweep("")
         plan = _plan(target, target.listing())
         if lacking := missing(out):
@@ -195,8 +357,8 @@ def input_digest(items: Iterable[Item]) -> str:
     return digest.hexdigest()
 
 
-def _refuse_other(target: Folder | Bucket, there: dict[str, int], plan: dict) -> dict | None:
-    """Raises ShardError if it holds something else than `plan`. Returns its `dataset.json`, if it has been finished."""
+def _recorded(target: Folder | Bucket, there: dict[str, int]) -> tuple[dict | None, dict | None]:
+    """The plan of what is packed in `target`, None if nothing is, and its `dataset.json`, if it has been finished."""
     for name in ("dataset.json", "packing.json"):
         if name in there:
             try:
@@ -205,23 +367,51 @@ def _refuse_other(target: Folder | Bucket, there: dict[str, int], plan: dict) ->
                 raise ShardError(
                     f"{target}/{name} is not JSON ({error}). Choose another --out, or delete {target}."
                 ) from error
-            known = record.get("plan", {}) if name == "dataset.json" else record
-            differing = sorted(k for k in plan if known.get(k) != plan[k])
-            if differing:
-                details = "; ".join(f"{k}: {known.get(k)} there, {plan[k]} asked for" for k in differing)
-                raise ShardError(
-                    f"{target} holds a different packing ({details}). Choose another --out, or delete it first."
-                )
-            return record if name == "dataset.json" else None
+            if name == "dataset.json":
+                return record.get("plan", {}), record
+            return {k: v for k, v in record.items() if k != "reconciliation"}, None
     foreign = sorted(name for name in there if name.endswith((".tar", ".parquet")))
     if foreign:
         raise ShardError(f"{target} already holds {foreign[0]} and no record of how it was made. Choose another --out.")
-    return None
+    return None, None
+
+
+def _refuse_other(
+    target: Folder | Bucket,
+    there: dict[str, int],
+    known: dict,
+    finished: dict | None,
+    plan: dict,
+    items: list[Item],
+) -> None:
+    """Raises ShardError if what is packed in `target`, by the plan `known`, is something else than `plan`, and says what
+    differs."""
+    if all(known.get(what) == value for what, value in plan.items()):
+        return
+    other = updating.name_differences(known, plan)
+    other += updating.profile_differences(known.get("profile", {}), plan["profile"])
+    if other:
+        raise ShardError(f"{target} holds a different packing: {'; '.join(other)}. Choose another --out.")
+    update = "Run the same command with --update to bring it up to date, or choose another --out."
+    if known.get("input", 0) is None:
+        raise ShardError(
+            f"{target} holds a different packing (input: None there, since a repair had to leave videos out). {update}"
+        )
+    names = [s["name"] for s in finished["shards"]] if finished else list(map(_name, range(known.get("shards", 0))))
+    names = [name for name in names if _is_committed(there, name, None)]
+    if known.get("input") != plan["input"]:
+        complete = len(names) == (len(finished["shards"]) if finished else known.get("shards"))
+        other += updating.list_differences(updating.listed(target, names), items, complete)
+    elif known.get("shard_videos") != plan["shard_videos"]:
+        other.append(f"shard_videos is {known.get('shard_videos')} there, {plan['shard_videos']} asked for")
+    elif known.get("format") != plan["format"]:
+        other.append(f"its format is {known.get('format')}, this version writes {plan['format']}")
+    raise ShardError(f"{target} holds a different packing: {'; '.join(other)}. {update}")
 
 
 def _is_committed(there: dict[str, int], name: str, size: int | None) -> bool:
     """Whether a shard's files are all there, and its tar has `size` bytes where that is known."""
-    return all(f"{name}.{suffix}" in there for suffix in _SUFFIXES) and size in (None, there[f"{name}.tar"])
+    return all(f"{name}.{suffix}" in there for suffix in SUFFIXES) and size in (None, there[f"{name}.tar"])
 
 
 def _with_rejects(target: Folder | Bucket, shards: list[int]) -> list[int]:
@@ -255,13 +445,14 @@ def _prepare(target: Folder | Bucket, there: dict[str, int], plan: dict, jobs: l
 def finish(out: Path, plan: dict, names: list[str], reconciliation: dict | None = None) -> dict:
     """Write rejects.jsonl and dataset.json from the committed shards `names`; returns what dataset.json says."""
     target = storage.output(out)
-    sizes, shards, rejects, counts = target.listing(), [], [], []
+    sizes, shards, rejects, counts, current = target.listing(), [], [], [], True
     digest = hashlib.sha256(json.dumps(plan["profile"], sort_keys=True).encode())
     with ThreadPoolExecutor(_READERS) as pool:
         batches = (names[i : i + 64] for i in range(0, len(names), 64))  # or all tables would be held at once
         tables = (table for batch in batches for table in pool.map(lambda name: _read(target, name), batch))
-        for name, table in zip(names, tables, strict=True):
+        for name, (table, of_this_format) in zip(names, tables, strict=True):
             rejects += json.loads(table.schema.metadata[REJECTS])
+            current &= of_this_format
             rows = table.to_pylist()
             for row in rows:
                 digest.update(json.dumps([row["key"], row["crc32c"], row["captions"]], sort_keys=True).encode())
@@ -272,7 +463,7 @@ def finish(out: Path, plan: dict, names: list[str], reconciliation: dict | None 
     storage.write(target, "rejects.jsonl", lines.encode(errors="backslashreplace"))  # names need not be Unicode
     rejected_captions = sum("caption" in r for r in rejects)
     summary = {
-        "format": FORMAT_VERSION,
+        "format": FORMAT_VERSION if current else 1,
         "name": plan["name"],
         "split": plan["split"],
         "profile": plan["profile"],
@@ -286,9 +477,7 @@ def finish(out: Path, plan: dict, names: list[str], reconciliation: dict | None 
     }
     if reconciliation:
         packed = {what: summary[what] for what in ("videos", "captions")}
-        lost = {what: reconciliation["annotations"][what] - n for what, n in packed.items()}
-        rejected = {what: max(0, n - reconciliation["missing"][what]) for what, n in lost.items()}
-        summary["reconciliation"] = reconciliation | {"packed": packed, "rejected": rejected}
+        summary["reconciliation"] = _reconciled(reconciliation, packed, rejects, plan)
     if not summary["videos"]:
         first = next(r for r in rejects if "caption" not in r)
         raise ShardError(
@@ -305,6 +494,33 @@ def finish(out: Path, plan: dict, names: list[str], reconciliation: dict | None 
     return summary
 
 
-def _read(target: Folder | Bucket, name: str):
-    with target.open(f"{name}.parquet") as file:
-        return pq.read_table(file, columns=["key", "crc32c", "captions", "size"])
+def _reconciled(counts: dict, packed: dict[str, int], rejects: list[dict], plan: dict) -> dict:
+    """The counts of the annotations with those of what became of them, each counted where it is recorded.
+
+    Raises AssertionError if they do not add up. Where rejects of an older version, or a repair, do not tell, "rejected"
+    stays None.
+    """
+    videos = [r for r in rejects if "caption" not in r]
+    if plan.get("input") is None or not all("captions" in r for r in videos):
+        return counts | {"packed": packed, "rejected": {"videos": None, "captions": None}}
+    gone = [r for r in videos if r.get("missing")]
+    bad = [r for r in videos if not r.get("missing")]
+    ids = {r["id"] for r in videos}  # a rejected video's captions have been counted with it
+    single = sum("caption" in r and r["id"] not in ids for r in rejects)
+    missing = {"videos": len(gone), "captions": sum(r["captions"] for r in gone)}
+    rejected = {"videos": len(bad), "captions": sum(r["captions"] for r in bad) + single}
+    for what, n in counts["annotations"].items():
+        if n != packed[what] + rejected[what] + missing[what]:
+            raise AssertionError(
+                f"the annotations hold {n} {what}, but {packed[what]} packed, {rejected[what]} rejected and {missing[what]} "
+                f"missing are {packed[what] + rejected[what] + missing[what]}"
+            )
+    return counts | {"missing": missing, "packed": packed, "rejected": rejected}
+
+
+def _read(target: Folder | Bucket, name: str) -> tuple[pa.Table, bool]:
+    """What `finish` needs of a shard's table, and whether all of its rows were packed by this format."""
+    with target.open(f"{name}.parquet") as source, pq.ParquetFile(source) as file:
+        table = file.read(["key", "crc32c", "captions", "size"])
+        known = set(SCHEMA.names) <= set(file.schema_arrow.names)
+        return table, known and file.read(["mirrored"]).column("mirrored").null_count == 0

@@ -30,7 +30,7 @@ class StoredVideo(Protocol):
     width: int
     height: int
     rotation: int
-    mirrored: bool
+    mirrored: bool | None
 
 
 class Picked(dict[int, np.ndarray]):
@@ -53,7 +53,7 @@ def pick_frames(video: StoredVideo, read: Callable[[int, int], bytes], wanted: S
 
 
 def shape_of_stored(video: StoredVideo) -> Shape:
-    return Shape(video.width, video.height, video.rotation % 360, video.mirrored)
+    return Shape(video.width, video.height, video.rotation % 360, bool(video.mirrored))
 
 
 def decode_stored(
@@ -68,7 +68,9 @@ def decode_stored(
         for position, frame in _decode_packets(video, read, sorted(left), count):
             left.discard(position)
             yield position, frame
-    if left:  # among them "keyframes" of intra refresh: a decoder that starts there shows nothing until the picture is whole
+    if (
+        left
+    ):  # among them "keyframes" of intra refresh: a decoder that starts there shows nothing until the picture is whole
         yield from _decode_container(video, read(0, -1), left, count)
 
 

@@ -368,15 +368,16 @@ def _row(sample: _Sample, described: dict, file: BinaryIO) -> tuple[dict, int]:
     source = scan(data)
     fps = Fraction(described["fps"])
     profile = described["profile"]["name"]
+    untouched = profile == "copy" and not described.get("cut")
     row = {
         "key": sample.key,
         "ext": extension,
         "offset": offset,
         "size": size,
         "crc32c": crc32c(data),
-        # what the stored file says of it, unless it was cut out of one that said more
-        "rotation": described.get("rotation", source.rotation),
-        "mirrored": described.get("mirrored", source.mirrored),
+        # what the stored file says of it, unless it was made of one that said more
+        "rotation": source.rotation if untouched else described.get("rotation", source.rotation),
+        "mirrored": source.mirrored if untouched else described.get("mirrored"),
         "fps_num": fps.numerator,
         "fps_den": fps.denominator,
         "extradata": b"" if profile == "intra" else source.extradata,

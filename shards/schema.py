@@ -26,6 +26,7 @@ FRAME_COLUMNS = {
     "frame_crc32c": (pa.uint32(), "crc32c of the packet; 0 where it cannot be sliced"),
 }
 
+
 @dataclass(frozen=True)
 class Coding:
     """What a decoder has to be told beside its extradata, as the container had it; libav's numbers and names."""
@@ -68,7 +69,7 @@ SCHEMA = pa.schema(
         ("width", pa.int32()),  # as displayed: after rotation, in square pixels
         ("height", pa.int32()),
         ("rotation", pa.int16()),  # degrees counter-clockwise to turn decoded frames by
-        ("mirrored", pa.bool_()),  # whether they are mirrored left to right after that
+        ("mirrored", pa.bool_()),  # whether they are mirrored left to right after that; null: packed by format 1
         ("fps_num", pa.int32()),  # of the source
         ("fps_den", pa.int32()),
         ("source_frames", pa.int32()),
@@ -86,8 +87,7 @@ def upgraded(table: pa.Table) -> pa.Table:
     """A sample table of any readable format with the columns of this one, in their order."""
     for place, field in enumerate(SCHEMA):
         if field.name not in table.schema.names:
-            value = pa.array([False] * table.num_rows) if field.name == "mirrored" else pa.nulls(table.num_rows, field.type)
-            table = table.add_column(place, field, value)
+            table = table.add_column(place, field, pa.nulls(table.num_rows, field.type))
     return table.select(SCHEMA.names)
 
 
@@ -132,7 +132,9 @@ class Video:
     duration: float
     extradata: bytes
     frames: FrameTable
-    mirrored: bool = False
+    mirrored: bool | None = (
+        None  # None: packed by format 1, which did not know, and counted seconds from the first frame
+    )
     coding: Coding | None = None  # None: nothing but the extradata is known, or needed
 
     @property

@@ -13,7 +13,7 @@ from crc32c import crc32c
 from shards.decode import WAYS, Pass, Unpredictable
 from shards.frames import Shape, VideoError, grid, scaled_size, upright
 from shards.pick import decode_stored, packet_of, pick_frames, stored_decoder
-from shards.probe import Packets, Timeline, open_video
+from shards.probe import Packets, open_video
 from shards.schema import Coding, FrameTable
 
 __all__ = [

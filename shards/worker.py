@@ -9,11 +9,13 @@ import ctypes
 import json
 import os
 import signal
+import stat
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,20 +26,34 @@ from shards.datasets import Caption, Item
 from shards.profiles import Profile, Stored, store
 from shards.schema import JSON_CRCS, REJECTS, SCHEMA, FrameTable
 from shards.tar import DISK_FULL, TarWriter, commit, safe_key, sync_and_close
+from shards.tarcopy import DamagedError, Place, Samples
 from shards.video import VideoError
+
+MISSING = "the file is missing"  # as `storage` says it
+ABSENT = -1  # instead of a size: there is no such file
+_DRIFT = 0.5  # seconds between a frame's time and where counting frames puts it, from which on the user is told
+_PLAIN_COLUMNS = (
+    "key", "id", "ext", "size", "crc32c", "codec", "width", "height", "rotation", "mirrored", "source_frames", "duration",
+    "extradata",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Progress:
-    """One input dealt with: `bytes` read of it, and why it was rejected, if it was."""
+    """One input dealt with: `bytes` read of it, why it was rejected, if it was, and what the user should know of it.
+    `stored`: it was taken from a shard that was there."""
 
     bytes: int
     rejected: str | None
+    note: str | None = None
+    stored: bool = False
 
 
 @dataclass(frozen=True)
 class Job:
-    """A shard to be packed. `lost` names videos, by their place in `items`, that are known to hang or to kill."""
+    """A shard to be packed. `lost` names videos, by their place in `items`, that are known to hang or to kill, or to be
+    missing. `stored` names those that are packed already, and where in the shards of the folder `source`. With
+    `table_only` all of its tar is there, in the shard of that name, and only the sample table is written."""
 
     name: str
     items: tuple[Item, ...]
@@ -46,6 +62,9 @@ class Job:
     timeout: float = 600.0
     tag: str = ""  # of temporary files
     lost: dict[int, str] = field(default_factory=dict)
+    stored: dict[int, Place] = field(default_factory=dict)
+    source: Path | None = None
+    table_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,43 +83,58 @@ def pack_shard(job: Job, report: Callable[[Event], None] = lambda event: None) -
     """Pack and commit one shard. Raises ShardError or OSError where that is not the fault of a video."""
     target = storage.output(job.out)
     rows, rejects, json_crcs = [], [], []
-    drafts = []
+    drafts: dict[str, BinaryIO] = {}
+    suffixes = ("parquet",) if job.table_only else ("tar", "idx", "parquet")
     try:
-        drafts.append(target.draft(f"{job.name}.tar", job.tag))
-        writer = TarWriter(drafts[0])
-        for number, item in enumerate(job.items):
-            report(Event("opening", number))
-            size, reason = 0, job.lost.get(number)
+        for suffix in suffixes:
+            drafts[suffix] = target.draft(f"{job.name}.{suffix}", job.tag)
+        writer = None if job.table_only else TarWriter(drafts["tar"])
+        with Samples(job.source or Path()) as samples:
+            for number, item in enumerate(job.items):
+                report(Event("opening", number))
+                size, reason, packed = 0, None, _Packed()
 
-            def ready(bytes: int, number: int = number) -> None:
-                nonlocal size
-                size = bytes
-                report(Event("decoding", number, bytes))
+                def ready(bytes: int, number: int = number) -> None:
+                    nonlocal size
+                    size = bytes
+                    report(Event("decoding", number, bytes))
 
-            try:
-                if reason:
-                    raise VideoError(reason)
-                captions = _captions(item, rejects)
-                row, json_crc = _pack_video(item, captions, job.profile, writer, ready)
-                rows.append(row)
-                json_crcs.append(json_crc)
-            except VideoError as error:
-                reason = str(error)
-                rejects.append({"id": item.id, "path": str(item.path), "reason": reason})
-            report(Event("done", number, progress=Progress(size, reason and f"{item.id}: {reason}")))
-        writer.close()
-        drafts.append(target.draft(f"{job.name}.idx", job.tag))
-        drafts[1].write(writer.index().encode())
-        drafts.append(target.draft(f"{job.name}.parquet", job.tag))
-        _put_table(drafts[2], pa.Table.from_pylist(rows, schema=SCHEMA), rejects, json_crcs)
-        for suffix in ("tar", "idx", "parquet"):
-            target.commit(drafts[0], f"{job.name}.{suffix}")
-            drafts.pop(0)
+                try:
+                    captions = screened(item, rejects)
+                    if number in job.lost:
+                        raise VideoError(job.lost[number])
+                    packed = _stored_before(job, number, captions, writer, samples) or _pack_video(
+                        item, captions, job.profile, writer, ready
+                    )
+                    rows.append(packed.row)
+                    json_crcs.append(packed.json_crc)
+                except VideoError as error:
+                    reason = str(error)
+                    rejects.append(rejection(item, reason))
+                said = Progress(size, reason and f"{item.id}: {reason}", packed.note, packed.stored)
+                report(Event("done", number, progress=said))
+        if writer:
+            writer.close()
+            drafts["idx"].write(writer.index().encode())
+        _put_table(drafts["parquet"], pa.Table.from_pylist(rows, schema=SCHEMA), rejects, json_crcs)
+        for suffix in suffixes:
+            target.commit(drafts[suffix], f"{job.name}.{suffix}")
+            del drafts[suffix]
     except Exception:
-        for file in drafts:
+        for file in drafts.values():
             with contextlib.suppress(OSError, ValueError):
                 target.discard(file)
         raise
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A video's row, the crc32c of its JSON, and what its Progress says."""
+
+    row: dict = field(default_factory=dict)
+    json_crc: int = 0
+    note: str | None = None
+    stored: bool = False
 
 
 def write_table(path: Path, temporary: Path, table: pa.Table, rejects: list[dict], json_crcs: list[int]) -> None:
@@ -116,8 +150,11 @@ def _put_table(file, table: pa.Table, rejects: list[dict], json_crcs: list[int])
     pq.write_table(table.replace_schema_metadata(metadata), file, compression="zstd", write_page_checksum=True)
 
 
-def _captions(item: Item, rejects: list[dict]) -> list[Caption]:
-    """The captions that can be stored; the others go to `rejects`."""
+def screened(item: Item, rejects: list[dict]) -> list[Caption]:
+    """The captions that can be stored; the others go to `rejects`. Raises VideoError for an item that is to be rejected
+    whatever its file holds."""
+    if problem := item.problem:
+        raise VideoError(problem)
     kept = []
     for caption in item.captions:
         reason = None if caption.text.strip() else "the caption is empty"
@@ -129,7 +166,32 @@ def _captions(item: Item, rejects: list[dict]) -> list[Caption]:
             kept.append(caption)
     if not kept:
         raise VideoError("it has no caption")
+    try:
+        safe_key(item.id)
+    except ValueError as error:
+        raise VideoError(str(error)) from error
     return kept
+
+
+def rejection(item: Item, reason: str) -> dict:
+    """A line of rejects.jsonl about a video."""
+    reject = {"id": item.id, "path": str(item.path), "reason": reason, "captions": len(item.captions)}
+    if reason == MISSING or (not item.problem and source_size(item.path) == ABSENT):
+        reject["missing"] = True
+    return reject
+
+
+def source_size(path) -> int | None:
+    """Bytes of the file at `path`; ABSENT if there is none; None if that is not known (a URL, a folder)."""
+    if storage.is_remote(path):
+        return None
+    try:
+        status = os.stat(getattr(path, "path", path))
+    except FileNotFoundError:
+        return ABSENT
+    except (OSError, ValueError):
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def _is_unicode(text: str) -> bool:
@@ -142,25 +204,56 @@ def _is_unicode(text: str) -> bool:
 
 def _pack_video(
     item: Item, captions: list[Caption], profile: Profile, writer: TarWriter, ready: Callable[[int], None]
-) -> tuple[dict, int]:
-    """Write one video into the tar; returns its row and its json's crc32c. Writes nothing unless all of it decoded."""
-    try:
-        key = safe_key(item.id)
-    except ValueError as error:
-        raise VideoError(str(error)) from error
+) -> _Packed:
+    """Write one video into the tar. Writes nothing unless all of it decoded."""
     with storage.opened(item.path, ready) as file:
         stored = _stored(file, item, profile)
         with stored.file:
-            row = _row(item, key, captions, stored)
-            text = _description(item, row, stored, profile)
+            row = _row(item, safe_key(item.id), captions, stored)
+            text = _description(item, row, stored, profile, os.fstat(file.fileno()).st_size)
             try:
-                offsets = writer.add(key, {stored.extension: stored.file, "json": text})
+                offsets = writer.add(row["key"], {stored.extension: stored.file, "json": text})
             except OSError as error:
                 if error.errno is not None:
                     raise
                 raise VideoError("the file changed while it was read") from error
     row["offset"] = offsets[stored.extension]
-    return row | frame_columns(stored.frames), crc32c(text)
+    drift, note = stored.source.drift, None
+    if drift > _DRIFT:
+        note = (
+            f"{item.id}: its frame rate varies: frames are sampled by time; counting frames as the official code does would "
+            f"be up to {drift:.1f} s off (data.sampling=uniform_by_frame)"
+        )
+    return _Packed(row | frame_columns(stored.frames), crc32c(text), note)
+
+
+def _stored_before(
+    job: Job, number: int, captions: list[Caption], writer: TarWriter | None, samples: Samples
+) -> _Packed | None:
+    """Write a video as a committed shard holds it, with the captions and the meta of now. None: no shard holds it, or
+    what is there is damaged. Without a `writer` its place in the tar stays the same."""
+    if number not in job.stored:
+        return None
+    item, place = job.items[number], job.stored[number]
+    if writer is None:
+        video, crc = samples.video(place), samples.json_crc(place)
+        said, offset = [asdict(in_clip(c, item, video.duration)) for c in captions], video.offset
+    else:
+        try:
+            video = samples.video(place)
+            said = [asdict(in_clip(c, item, video.duration)) for c in captions]
+            described = json.loads(samples.json(place)) | {"captions": said, "meta": item.meta}
+            if (size := source_size(item.path)) not in (None, ABSENT):
+                described["source"] |= {"bytes": size}
+            text = _dumped(described)
+            offset = writer.add(video.key, {video.ext: samples.file(place), "json": text})[video.ext]
+            crc = crc32c(text)
+        except (DamagedError, ShardError, ValueError, KeyError):
+            return None
+    row = {name: getattr(video, name) for name in _PLAIN_COLUMNS}
+    row |= {"fps_num": video.fps.numerator, "fps_den": video.fps.denominator, "captions": said, "offset": offset}
+    row["coding"] = None if video.coding is None else asdict(video.coding)
+    return _Packed(row | frame_columns(video.frames), crc, stored=True)
 
 
 def _stored(file, item: Item, profile: Profile) -> Stored:
@@ -195,11 +288,11 @@ def _row(item: Item, key: str, captions: list[Caption], stored: Stored) -> dict:
         "duration": source.duration,
         "extradata": stored.extradata,
         "coding": None if stored.coding is None else asdict(stored.coding),
-        "captions": [asdict(_in_clip(c, item, source.duration)) for c in captions],
+        "captions": [asdict(in_clip(c, item, source.duration)) for c in captions],
     }
 
 
-def _in_clip(caption: Caption, item: Item, duration: float) -> Caption:
+def in_clip(caption: Caption, item: Item, duration: float) -> Caption:
     """The caption with its times, which count from the file's beginning, in seconds of the clip that was cut out."""
     if item.start is None and item.end is None:
         return caption
@@ -208,14 +301,16 @@ def _in_clip(caption: Caption, item: Item, duration: float) -> Caption:
     return replace(caption, start=start, end=end)
 
 
-def _description(item: Item, row: dict, stored: Stored, profile: Profile) -> bytes:
-    """The sample's .json."""
+def _description(item: Item, row: dict, stored: Stored, profile: Profile, size: int) -> bytes:
+    """The sample's .json; `size` is that of its source in bytes."""
     source, cut = stored.source, (item.start, item.end) != (None, None)
     told = cut or profile.name != "copy"  # else all frames are there, and the stored file tells their times itself
     described = {k: row[k] for k in ("id", "captions", "codec", "width", "height", "duration", "source_frames")}
     described |= {
         "fps": f"{source.fps.numerator}/{source.fps.denominator}",
-        "source": {"file": item.path.name, "codec": source.codec, "width": source.width, "height": source.height},
+        "source": {
+            "file": item.path.name, "bytes": size, "codec": source.codec, "width": source.width, "height": source.height,
+        },
         # with these the tar alone tells all that the sample table does
         "frame_number": stored.frames.number.tolist() if told else None,
         "frame_time": stored.frames.time.tolist() if told else None,
@@ -224,7 +319,11 @@ def _description(item: Item, row: dict, stored: Stored, profile: Profile) -> byt
         "mirrored": stored.mirrored,
         "profile": profile.describe(),
         "meta": item.meta,
-    }
+    }  # fmt: skip
+    return _dumped(described)
+
+
+def _dumped(described: dict) -> bytes:
     try:
         return json.dumps(described, ensure_ascii=False, sort_keys=True).encode()
     except UnicodeEncodeError:  # a file's name need not be Unicode

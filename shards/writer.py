@@ -20,7 +20,7 @@ from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from crc32c import crc32c
 from PIL import Image
 
-from shards.frames import BICUBIC, Shape, VideoError, turned_rgb, scaled_size, short, standard_range
+from shards.frames import BICUBIC, Shape, VideoError, scaled_size, short, standard_range, turned_rgb
 from shards.probe import Packets
 from shards.schema import Coding, FrameTable
 from shards.video import unsliced
@@ -247,7 +247,9 @@ def _change_of_matrix(kr: float, kb: float) -> tuple[tuple[float, float], ...]:
     """What Cb and Cr of one matrix add to BT.601's Y, and what BT.601's Cb and Cr take of each; Y itself adds only to Y."""
     kg = 1 - kr - kb
     # Y, Cb, Cr -> R, G, B -> BT.601's Y, Cb, Cr (ITU-R BT.601, 2.5)
-    to_rgb = np.array([[1, 0, 2 * (1 - kr)], [1, -2 * kb * (1 - kb) / kg, -2 * kr * (1 - kr) / kg], [1, 2 * (1 - kb), 0]])
+    to_rgb = np.array(
+        [[1, 0, 2 * (1 - kr)], [1, -2 * kb * (1 - kb) / kg, -2 * kr * (1 - kr) / kg], [1, 2 * (1 - kb), 0]]
+    )
     y = np.array([0.299, 0.587, 0.114])
     from_rgb = np.stack([y, (np.array([0, 0, 1]) - y) / 1.772, (np.array([1, 0, 0]) - y) / 1.402])
     change = from_rgb @ to_rgb

@@ -43,6 +43,7 @@ class Files:
         self._count = 0
         self._beside: dict[str, list[str]] = {}  # by path, the extension in small letters
         self._captions = beside
+        self._named: set[str] = set()  # of the others those that were
         self._others: dict[str, str] = {}  # files of other extensions, by path: they are found if they are named
         self._by_stem: dict[str, str | list[str]] = {}  # one path for most: ten million lists are a gigabyte
         if "://" in str(root):
@@ -67,7 +68,7 @@ class Files:
                 self._others.setdefault(_composed(path), path)
 
     def __len__(self) -> int:
-        return self._count
+        return self._count + len(self._named)
 
     def __iter__(self) -> Iterator[str]:
         """Paths relative to the root, sorted."""
@@ -115,6 +116,8 @@ class Files:
         plain = [self.name(name) for name in names]
         for name in plain:
             if path := self._match(name, anywhere):
+                if path in self._others:
+                    self._named.add(path)
                 return self.at(path)
             if self._links and not self._links.isdisjoint(_prefixes(name)):
                 raise ShardError(

@@ -153,6 +153,8 @@ def _jsonl(path: Path, table: _Table, notes: _Notes) -> None:
         where = f"{path}, line {number}"
         try:
             data = expect(parse_json(line), dict, where, "an object")
+        except ShardError:
+            raise
         except ValueError as error:
             raise ShardError(f"{where} is not JSON ({error})") from error
         name = _name(data.get("video"), where)

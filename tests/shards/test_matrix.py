@@ -125,7 +125,9 @@ def compare(
                 assert np.array_equal(alone, found[position]), position
         else:
             for position, picture in zip(range(low, high), expected, strict=True):
-                small = np.asarray(Image.fromarray(picture).resize(found[position].shape[1::-1], Image.Resampling.BICUBIC))
+                small = np.asarray(
+                    Image.fromarray(picture).resize(found[position].shape[1::-1], Image.Resampling.BICUBIC)
+                )
                 assert np.abs(found[position].astype(int) - small).mean() < (20 if coarse else 4), position
 
 
@@ -196,7 +198,9 @@ def test_edit_list(codec: str, skip: float, length: float) -> None:
     compare(data, "mp4", [w - when[0] for w in when])
 
 
-@pytest.mark.parametrize(("container", "codec"), [("mp4", "h264"), ("matroska", "h264"), ("mpegts", "h264"), ("mpegts", "mpeg2")])
+@pytest.mark.parametrize(
+    ("container", "codec"), [("mp4", "h264"), ("matroska", "h264"), ("mpegts", "h264"), ("mpegts", "mpeg2")]
+)
 @pytest.mark.parametrize("late", [20, 50])
 def test_picture_that_starts_after_the_sound(container: str, codec: str, late: int) -> None:
     data = made(container, codec, sound_first=late)
@@ -227,7 +231,9 @@ def test_display_matrix(container: str, codec: str, name: str) -> None:
     compare(bytes(data), container, [i / FPS for i in range(COUNT)], look)
 
 
-@pytest.mark.parametrize(("container", "codec"), [("mp4", "h264"), ("matroska", "h264"), ("mpegts", "mpeg2"), ("avi", "mpeg4")])
+@pytest.mark.parametrize(
+    ("container", "codec"), [("mp4", "h264"), ("matroska", "h264"), ("mpegts", "mpeg2"), ("avi", "mpeg4")]
+)
 @pytest.mark.parametrize("aspect", [Fraction(16, 11), Fraction(8, 9)])
 def test_pixel_aspect(container: str, codec: str, aspect: Fraction) -> None:
     data = made(container, codec, aspect=aspect)

@@ -38,7 +38,7 @@ def test_copy_stores_the_source_bytes(items: list[Item], copied: Path) -> None:
     assert [split.video(i).codec for i in range(5)] == ["h264", "h264", "vp9", "h264", "hevc"]
 
 
-def test_intra_stores_pictures_of_the_grid(intra: Path) -> None:
+def test_intra_stores_pictures_of_the_grid(items: list[Item], intra: Path) -> None:
     split = Split(intra)
     numbers = [[0, 8, 16, 25, 33, 41], [0, 9, 18, 29, 38], [0, 8, 16, 24], [0, 8, 16, 25], [0, 10, 20, 30]]
     for i, expected in enumerate(numbers):
@@ -48,6 +48,7 @@ def test_intra_stores_pictures_of_the_grid(intra: Path) -> None:
     assert [split.video(i).source_frames for i in range(5)] == [50, 45, 30, 30, 40]
     assert split.json(split.video(1))["source"] == {
         "file": "portrait.mkv",
+        "bytes": items[1].path.stat().st_size,
         "codec": "h264",
         "width": 120,
         "height": 160,
@@ -242,12 +243,14 @@ def test_other_arguments_are_refused_and_nothing_is_lost(items: list[Item], copi
     for out in (finished, half):
         before = files(out)
         for word, attempt in (
-            ("profile", lambda out=out: packed(items, out, INTRA)),
-            ("input", lambda out=out: packed(items[::-1], out)),
-            ("input", lambda out=out: packed([replace(items[0], captions=(Caption("new"),)), *items[1:]], out)),
-            ("shard_videos", lambda out=out: packed(items, out, shard_videos=3)),
+            ("profile is copy there, intra asked for", lambda out=out: packed(items, out, INTRA)),
+            (
+                r"1 video differ \('plain'\).*--update",
+                lambda out=out: packed([replace(items[0], captions=(Caption("new"),)), *items[1:]], out),
+            ),
+            ("shard_videos is 2 there, 3 asked for.*--update", lambda out=out: packed(items, out, shard_videos=3)),
         ):
-            with pytest.raises(ShardError, match=f"different packing .*{word}"):
+            with pytest.raises(ShardError, match=f"different packing: .*{word}"):
                 attempt()
             assert files(out) == before
 

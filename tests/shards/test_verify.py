@@ -138,7 +138,9 @@ def test_a_frame_table_that_lies_is_found(copied: Path) -> None:
         lies = dataclasses.replace(video, frames=dataclasses.replace(video.frames, **{name: values}))
         assert _verify_video(lies, data) == "the frame table is wrong about frame 7"
     short = type(video.frames)(**{name: values[:-1] for name, values in vars(video.frames).items()})
-    assert "50 frames are in the file, the table has 49" in _verify_video(dataclasses.replace(video, frames=short), data)
+    assert "50 frames are in the file, the table has 49" in _verify_video(
+        dataclasses.replace(video, frames=short), data
+    )
 
 
 def test_what_is_not_finished_is_refused(copied: Path, tmp_path: Path) -> None:

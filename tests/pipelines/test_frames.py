@@ -1,0 +1,119 @@
+"""The pictures that `python -m c4c.shard frames` writes are those that the loader decodes, of every kind of split."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from c4c.shard import main
+from pipelines.frames import pictures, write_frames
+from pipelines.sampling import choose
+from shards import ShardError
+from shards.dataset import Split
+from shards.datasets import Caption, Item
+from shards.merge import merge
+from shards.pack import pack
+from shards.profiles import Profile
+from shards.verify import verify
+from shards.video import pick_frames
+from tests.pipelines.test_remote import store, url  # noqa: F401 fixtures
+from tests.shards.test_profiles import rotated
+from tests.videos import encode, number_in
+
+
+def test_they_are_named_after_frame_and_second(numbered, tmp_path: Path) -> None:
+    for split in (numbered.copy, numbered.intra):
+        written = write_frames(split, "long_25", tmp_path / split.info["profile"]["name"], rule="segment", num_frames=6)
+        video = split.find("long_25")
+        assert [w.position for w in written] == choose(video, "segment", 6).tolist()
+        for one in written:
+            assert number_in(np.asarray(Image.open(one.file))) == one.number
+            assert one.file.name == f"{one.number:06d}_{one.number / 25:.3f}.png"
+
+
+@pytest.mark.parametrize("name", ["h264", "hevc", "av1"])
+def test_re_encoded_profiles(tmp_path: Path, name: str) -> None:
+    (tmp_path / "a.mp4").write_bytes(encode(60, 25))
+    items = [Item("a", tmp_path / "a.mp4", (Caption("x"),))]
+    pack(items, tmp_path / "out", dataset="d", split="s", profile=Profile(name=name, short_side=64), workers=1)
+    written = write_frames(Split(tmp_path / "out"), "a", tmp_path / "png", positions=[0, 3, 6])
+    assert [number_in(np.asarray(Image.open(w.file))) for w in written] == [w.number for w in written] == [0, 25, 50]
+
+
+@pytest.mark.parametrize("profile", ["copy", "intra"])
+def test_a_remote_split(url, numbered, tmp_path: Path, profile: str, capsys, monkeypatch) -> None:  # noqa: F811
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["frames", url[profile], "--key", "ntsc_portrait", "--positions", "0,3", "--out", str(tmp_path)]) == 0
+    local = getattr(numbered, profile)
+    expected = pictures(local, local.find("ntsc_portrait"), np.array([0, 3]))
+    found = [np.asarray(Image.open(file)) for file in sorted(tmp_path.glob("*.png"))]
+    assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert "source frame" in capsys.readouterr().out
+
+
+def test_mistakes_are_one_sentence(numbered, tmp_path: Path, capsys) -> None:
+    path = str(numbered.intra.path)
+    for words, message in (
+        (["--key", "long_52"], "holds no video called 'long_52'. Did you mean 'long_25'"),
+        (["--key", "short", "--positions", "0,99"], "short has the stored frames 0 to"),
+        (["--key", "short", "--rule", "middle"], "--rule must be one of uniform, head"),
+        (["--key", "short", "--num-frames", "0"], "--num-frames 0: must be at least 1"),
+    ):
+        assert main(["frames", path, *words, "--out", str(tmp_path / "none")]) == 1
+        said = capsys.readouterr().err
+        assert message in said and "Traceback" not in said
+    assert not (tmp_path / "none").exists()
+
+
+# ---- shards of format 1 ----
+
+
+def older(split: Path) -> Path:
+    """The split as the format before this one has it."""
+    for parquet in split.glob("*.parquet"):
+        table = pq.read_table(parquet)
+        pq.write_table(table.drop_columns(["mirrored", "coding"]), parquet, write_page_checksum=True)
+    info = json.loads((split / "dataset.json").read_text())
+    info["format"] = info["plan"]["format"] = 1
+    (split / "dataset.json").write_text(json.dumps(info))
+    return split
+
+
+def test_shards_of_format_1_remain_readable(tmp_path: Path) -> None:
+    made = {
+        "a.mp4": encode(40, options={"bf": "3", "g": "12"}),
+        "b.ts": encode(30, format="mpegts"),
+        "c.mp4": rotated(encode(30), 90),
+    }
+    folders = []
+    for part in ("old", "new"):
+        folder = tmp_path / part
+        folder.mkdir()
+        items = []
+        for name, data in made.items():
+            (folder / name).write_bytes(data)
+            items.append(Item(f"{part}_{name[0]}", folder / name, (Caption("x"),)))
+        pack(items, folder / "out", dataset="d", split="s", profile=Profile(name="copy"), workers=1)
+        folders.append(folder / "out")
+    old, new = older(folders[0]), folders[1]
+    assert verify(old, 1) == []
+    a, b = Split(old), Split(new)
+    for name in "abc":
+        x, y = a.find(f"old_{name}"), b.find(f"new_{name}")
+        assert (x.coding, x.mirrored, x.rotation) == (None, None, y.rotation)
+        at = [0, 17, 29]
+        one = pick_frames(x, lambda offset, size, x=x: a.read(x, offset, size), at)
+        two = pick_frames(y, lambda offset, size, y=y: b.read(y, offset, size), at)
+        assert all(np.array_equal(one[i], two[i]) for i in at)
+    joined = merge([old, new], tmp_path / "both")
+    assert joined.info["format"] == 1 and joined.info["videos"] == 6 and verify(tmp_path / "both", 1) == []
+    with pytest.raises(ShardError, match="has format 3; this version reads 1 and 2"):
+        info = json.loads((old / "dataset.json").read_text())
+        (old / "dataset.json").write_text(json.dumps(info | {"format": 3}))
+        Split(old)
