@@ -161,7 +161,7 @@ def _decode_container(
                 if places is None and way != WAYS[-1]:
                     continue
                 places = np.arange(len(whole.timeline.times)) if places is None else places
-                for shown in whole.frames(lambda number: int(places[number]) in left):
+                for shown in whole.frames(lambda number, places=places: int(places[number]) in left):
                     count.decoded += 1
                     position = int(places[shown.number])
                     if position in left:
