@@ -28,16 +28,19 @@ from shards.probe import (
     Packets,
     Timeline,
     clock_zero,
+    edits_twice,
     has_jumps,
     increasing,
+    locally_sorted,
     nearest,
     open_video,
     refuse_cut_short,
     stores_no_stamps,
     timeline,
-)  # fmt: skip
+)
 
 WAYS = ("stamps", "all", "order", "decoding")
+_MARKED = {"h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mpeg2video", "mpeg1video"}  # parsers find their keyframes
 _MARGIN = 1.0  # seconds read beyond the end of a cut
 _LAST_OF_A_RECORDING = 2  # packets that the end of a joined recording may mark as damaged
 _REORDERED = 17  # frames that a decoder holds back at most, and the one it was given
@@ -116,6 +119,8 @@ class Pass:
 
     def _by_stamps(self) -> Timeline:
         zero = None if self.whole else self._first_shown()
+        if not self.whole and edits_twice(self.container, self.stream):
+            raise Unpredictable("its edit list shows parts of the file in another order, or apart")
         for packet in self._from_keyframe(zero):
             if packet.pts is None or packet.is_corrupt:
                 raise Unpredictable("packets without stamp, or damaged")
@@ -127,8 +132,12 @@ class Pass:
             refuse_cut_short(self._file, self.container, self.stream, packets)
         if not packets:
             raise Unpredictable("no packets")
-        pts, dts = np.asarray(packets.pts), np.asarray(packets.dts)
-        self._refuse_odd(pts, dts)
+        self._refuse_odd(np.asarray(packets.pts), np.asarray(packets.dts))
+        if self.start > 0:
+            self._refuse_false_keys()
+            if has_jumps(self.container):
+                packets = self._drop_before(self._stamp(zero, self.start))
+        pts = np.asarray(packets.pts)
         order = np.argsort(pts, kind="stable")
         if (np.diff(pts[order]) == 0).any():
             raise Unpredictable("two packets with one stamp")
@@ -150,12 +159,27 @@ class Pass:
         known = dts[dts != UNKNOWN]
         if (np.diff(known) < 0).any() or (pts < dts).any():
             raise Unpredictable("stamps out of order")
-        if self.start <= 0 and (pts < pts[0]).any():
+        if (self.start <= 0 or has_jumps(self.container)) and (pts < pts[0]).any():
             raise Unpredictable("frames are shown before the first keyframe")
         if stores_no_stamps(self.container) and not np.array_equal(pts, dts):
             raise Unpredictable("the container stores no time of presentation")
         if has_jumps(self.container) and len(known) > 1 and np.diff(known).max() * self._tick > JUMP:
             raise Unpredictable("stamps jump")
+
+    def _refuse_false_keys(self) -> None:
+        """A cut begins at a keyframe. Containers of old codecs mark them wrongly, and some mark every packet."""
+        codec = self.context.codec
+        if codec.intra_only:
+            return
+        if codec.canonical_name not in _MARKED or (len(self.packets) > 2 and all(self.packets.key)):
+            raise Unpredictable("which frames are keyframes is not certain")
+
+    def _drop_before(self, target: float) -> Packets:
+        """The packets from the last keyframe on that is shown no later than `target`, of all from the beginning."""
+        pts, key = np.asarray(self.packets.pts), np.asarray(self.packets.key, bool)
+        first = max(np.flatnonzero(key & (pts <= target)).tolist(), default=0)
+        self.packets = self.packets.only([i for i in range(first, len(pts)) if pts[i] >= pts[first]])
+        return self.packets
 
     @property
     def _tick(self) -> float:
@@ -216,9 +240,10 @@ class Pass:
     def _from_keyframe(self, zero: int | None) -> Iterator[av.Packet]:
         """Packets from the last keyframe on that is shown no later than the start of the cut; `zero`: of the first frame."""
         key: int | None = None
-        if zero is not None and self.start <= 0:
+        seeks = self.start > 0 and not has_jumps(self.container)  # a jump before the cut would not be seen
+        if zero is not None and not seeks:
             self._reopen()  # to go back
-        for packet in self._seek(zero) if self.start > 0 else self.container.demux(self.stream):
+        for packet in self._seek(zero) if seeks else self.container.demux(self.stream):
             if not packet.size:
                 continue
             if key is None and self._inside_gop and not packet.is_keyframe:
@@ -233,7 +258,7 @@ class Pass:
                 key = packet.pts
                 if key is None or not packet.is_keyframe:
                     raise Unpredictable("it does not begin with a keyframe")
-            if (self.start > 0 or self._inside_gop) and packet.pts is not None and packet.pts < key:
+            if (seeks or self._inside_gop) and packet.pts is not None and packet.pts < key:
                 continue  # refers to what is before the keyframe, and is shown before the cut
             yield packet
 
@@ -249,9 +274,7 @@ class Pass:
             for packet in packets:
                 if packet.size and packet.is_keyframe and packet.pts is not None:
                     break
-            else:
-                raise Unpredictable("no keyframe behind the place it was sought at")
-            if packet.pts <= max(target, zero):
+            if packet.size and packet.is_keyframe and packet.pts is not None and packet.pts <= max(target, zero):
                 yield packet
                 yield from packets
                 return
@@ -280,7 +303,7 @@ class Pass:
 
     def _rewound(self) -> Iterator[av.Packet]:
         first = self.packets
-        if first.place[0] >= 0:
+        if first.place[0] >= 0 and not has_jumps(self.container):
             packets: Iterator[av.Packet] = iter(())
             with suppress(av.FFmpegError):
                 self.container.seek(first.pts[0], stream=self.stream, backward=True)
@@ -414,7 +437,8 @@ class Pass:
             array("q"),
             array("q"),
         )  # of each frame: its stamp, and the packet it came at
-        durations, clock, suspect = array("q"), 0.0, None  # place of a packet that is marked as damaged
+        durations, clock, latest = array("q"), 0.0, None
+        suspect = None  # place of a packet that is marked as damaged
         for packet in self.container.demux(self.stream):
             if suspect is not None and self._jumps(packets, packet):
                 suspect = None
@@ -425,8 +449,10 @@ class Pass:
             if packet.size:
                 self._on_packet(packets, packet)
             for frame in self._frames_of(packet, len(stamps)):
-                if frame.pts is not None and stamps and 0 < (frame.pts - stamps[-1]) * self._tick < JUMP:
-                    clock += (frame.pts - stamps[-1]) * self._tick
+                if frame.pts is not None:
+                    step = 0.0 if latest is None else (frame.pts - latest) * self._tick
+                    clock += step if 0 < step < JUMP else 0.0
+                    latest = frame.pts if latest is None or step > 0 or step < -JUMP else latest
                 stamps.append(UNKNOWN if frame.pts is None else frame.pts)
                 durations.append(frame.duration or 0)
                 came.append(len(packets) - 1 if packet.size else len(packets) + len(stamps))
@@ -447,6 +473,8 @@ class Pass:
             at = at[back] + np.rint((np.arange(len(at)) - back) * interval / self._tick).astype(np.int64)
         else:
             at = np.rint(np.arange(len(at)) * interval / self._tick).astype(np.int64)
+        if not has_jumps(self.container):
+            at = locally_sorted(at)
         longest = JUMP / self._tick if has_jumps(self.container) else math.inf
         at = increasing(at, max(1, round(interval / self._tick)), longest)
         told = (durations[-2] * self._tick if len(durations) > 1 else 0.0, durations[-1] * self._tick)

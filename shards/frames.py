@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import av
 import numpy as np
-from av.video.reformatter import ColorPrimaries, ColorTrc, Interpolation, VideoReformatter
+from av.video.reformatter import ColorPrimaries, ColorRange, ColorTrc, Interpolation, VideoReformatter
 
 BICUBIC = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT  # the same on every processor
 _HDR = (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)  # PQ and HLG
@@ -79,6 +79,15 @@ def upright(frame: av.VideoFrame, shape: Shape | None = None) -> np.ndarray:
 
 def turned_rgb(frame: av.VideoFrame, shape: Shape) -> av.VideoFrame:
     """The frame as an RGB frame, turned and mirrored but in its own pixels."""
+    if not frame.format.is_rgb and max(part.bits for part in frame.format.components) > 8:
+        # libswscale's way from there to RGB loses two levels
+        frame = frame.reformat(
+            format="yuvj444p",
+            interpolation=BICUBIC,
+            dst_colorspace=frame.colorspace,
+            dst_color_range=ColorRange.JPEG,
+            threads=1,
+        )
     return av.VideoFrame.from_ndarray(_turned(frame.to_ndarray(format="rgb24"), shape), format="rgb24")
 
 

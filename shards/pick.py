@@ -12,8 +12,9 @@ import av
 import numpy as np
 from crc32c import crc32c
 
-from shards.decode import WAYS, Pass, Unpredictable
+from shards.decode import Pass, Unpredictable
 from shards.frames import Shape, VideoError, short, upright
+from shards.probe import open_video
 from shards.schema import Coding, FrameTable
 
 _DECODERS = {"av1": "libdav1d"}  # libav's own "av1" decodes on a GPU only; files opened by libav get this one
@@ -151,39 +152,53 @@ def _packets(frames: FrameTable, positions: np.ndarray, read: Callable[[int, int
 def _decode_container(
     video: StoredVideo, data: bytes, wanted: set[int], count: Picked
 ) -> Iterator[tuple[int, av.VideoFrame]]:
-    """Through the container, from its beginning: the same passes as in packing, so the same frames have the same numbers."""
-    left = set(wanted)
-    last = max(left)
-    for way in WAYS:
+    """Through the container, from its beginning. The frames are counted as packing counted them: by their stamps if that is
+    what made the table, else as they come."""
+    left, first = set(wanted), 0
+    try:
+        with Pass(io.BytesIO(data)) as whole:
+            places = _positions(whole, video)
+            first = int(places[0])
+            for shown in whole.frames(lambda number: int(places[number]) in left):
+                count.decoded += 1
+                position = int(places[shown.number])
+                left.discard(position)
+                yield position, shown.frame
+                if not left:
+                    return
+    except Unpredictable:
+        pass
+    container, stream = open_video(io.BytesIO(data))
+    with container:
         try:
-            with Pass(io.BytesIO(data), way=way) as whole:
-                places = _positions(whole, len(video.frames))
-                if places is None and way != WAYS[-1]:
-                    continue
-                places = np.arange(len(whole.timeline.times)) if places is None else places
-                for shown in whole.frames(lambda number, places=places: int(places[number]) in left):
-                    count.decoded += 1
-                    position = int(places[shown.number])
-                    if position in left:
-                        left.discard(position)
-                        yield position, shown.frame
-                    if position >= last:
-                        break
-            break
-        except Unpredictable:
-            continue
-    if left:
-        raise VideoError(f"stored frames {_some(sorted(left))} did not come out of the decoder")
+            for position, frame in enumerate(container.decode(stream), first):
+                count.decoded += 1
+                if position in left:
+                    left.discard(position)
+                    yield position, frame
+                if not left:
+                    return
+        except (av.FFmpegError, ValueError) as error:
+            raise VideoError(f"stored frames {_some(sorted(left))} do not decode ({short(error)})") from error
+    raise VideoError(f"stored frames {_some(sorted(left))} did not come out of the decoder")
 
 
-def _positions(whole: Pass, stored: int) -> np.ndarray | None:
-    """int64 [frames shown]: their positions in a frame table of `stored` rows, which lists those that an edit list hides, too.
-    None if the table was made another way."""
-    packets, shown = whole.packets, len(whole.timeline.times)
-    if len(whole.ranks) == stored:
+def _positions(whole: Pass, video: StoredVideo) -> np.ndarray:
+    """int64 [frames shown]: their positions in the frame table, which lists those that an edit list hides, too. Raises
+    Unpredictable if the table was made another way than by the packets' stamps."""
+    packets, times, table = whole.packets, whole.timeline.times, video.frames
+    places = np.arange(len(times))
+    if len(packets) == len(table):
         order = np.argsort(np.asarray(packets.pts), kind="stable")
-        return np.flatnonzero(np.asarray(packets.discard)[order] == 0)
-    return np.arange(shown) if shown == stored else None
+        places = np.flatnonzero(np.asarray(packets.discard)[order] == 0)
+    if len(places) != len(times) or len(times) > len(table):
+        raise Unpredictable("the table lists other frames")
+    if whole.context.has_b_frames and np.array_equal(packets.pts, packets.dts):
+        raise Unpredictable("its stamps may be those of decoding")
+    there = table.time[places]
+    if np.abs((times - times[0]) - (there - there[0])).max() > 2e-3:
+        raise Unpredictable("the table has other times")
+    return places
 
 
 def _some(positions: Sequence[int]) -> str:

@@ -4,6 +4,7 @@ Headers claim rates, durations and counts, and many are wrong: a browser's recor
 file counts what its edit list hides, an AVI counts chunks that are empty. So all three follow from the packets.
 """
 
+import itertools
 import struct
 from array import array
 from dataclasses import dataclass
@@ -43,6 +44,13 @@ class Packets:
         self.key.append(packet.is_keyframe)
         self.discard.append(packet.is_discard)
         self.crc.append(crc)
+
+    def only(self, places: list[int]) -> "Packets":
+        """The packets at these places."""
+        out = Packets()
+        for name, values in vars(self).items():
+            getattr(out, name).extend(values[i] for i in places)
+        return out
 
 
 def open_video(file: BinaryIO) -> tuple[av.container.InputContainer, av.VideoStream]:
@@ -92,6 +100,14 @@ def has_jumps(container: av.container.InputContainer) -> bool:
     return container.format.name in ("mpegts", "mpeg")
 
 
+def edits_twice(container: av.container.InputContainer, stream: av.VideoStream) -> bool:
+    """Whether the edit list of an mp4 goes to and fro, so that what is shown later may stand earlier."""
+    if container.format.name.split(",")[0] != "mov":
+        return False
+    stamps = [entry.timestamp for entry in stream.index_entries]
+    return any(b <= a for a, b in itertools.pairwise(stamps))
+
+
 def clock_zero(container: av.container.InputContainer, first: Fraction) -> Fraction:
     """The time stamp, in seconds, at which a player's clock shows 0: where the first of picture and sound begins.
 
@@ -99,7 +115,9 @@ def clock_zero(container: av.container.InputContainer, first: Fraction) -> Fract
     """
     sounds = [s.start_time * s.time_base for s in container.streams.audio if s.start_time is not None]
     zero = min([first, *sounds])
-    return zero if zero >= 0 else min(first, Fraction(0))
+    if zero >= 0 or has_jumps(container):  # there, libav counts down from where stamps start anew
+        return zero
+    return min(first, Fraction(0))
 
 
 # ---- what the times make of a video ----
@@ -194,6 +212,13 @@ def increasing(stamps: np.ndarray, interval: int, longest: float) -> np.ndarray:
     return np.asarray(out, np.int64)
 
 
+def locally_sorted(stamps: np.ndarray) -> np.ndarray:
+    """Stamps in order, if they are a few places off: those of containers that give the order of decoding as that of showing."""
+    order = np.argsort(stamps, kind="stable")
+    moved = np.abs(order - np.arange(len(stamps))).max(initial=0)
+    return stamps[order] if moved <= 16 else stamps
+
+
 JUMP = 10.0  # seconds between two frames that are no pause
 
 
@@ -221,6 +246,14 @@ def _refuse_cut_short(
         there = sum(entry.pos + entry.size <= size for entry in entries)
         if there < len(entries):
             _cut_short(len(entries), there)
+        if _fragment_end(file) > size:
+            raise VideoError("the file is cut short: its last fragment promises more bytes than are there")
+    elif kind == "flv" and _flv_end(file, size) > size:
+        raise VideoError("the file is cut short: it ends inside a tag")
+    elif kind == "asf" and (promised := _asf_size(file)) > size:
+        raise VideoError(f"the file is cut short: its header promises {promised} bytes, {size} are there")
+    elif kind == "gif" and not _ends_with(file, size, b";"):
+        raise VideoError("the file is cut short: the end mark of a GIF is missing")
     elif kind == "avi" and packets:
         chunks = max(packets.dts) + 1  # of the video, empty ones among them
         if chunks < stream.frames and _riff_end(file) > size + 1:
@@ -246,6 +279,49 @@ def _riff_end(file: BinaryIO) -> int:
     head = file.read(8)
     size = struct.unpack("<I", head[4:])[0] if head[:4] == b"RIFF" and len(head) == 8 else 0
     return size + 8 if size not in (0, 0xFFFFFFFF) else 0
+
+
+def _fragment_end(file: BinaryIO) -> int:
+    """Where the last box of a fragmented mp4 ends (ISO 14496-12, 4.2 and 8.8); 0 for an mp4 without fragments."""
+    at, end, fragments = 0, 0, False
+    while True:
+        file.seek(at)
+        head = file.read(16)
+        if len(head) < 8:
+            return end if fragments else 0
+        length, kind = struct.unpack(">I4s", head[:8])
+        if length == 1 and len(head) == 16:
+            length = struct.unpack(">Q", head[8:])[0]
+        if length < 8:  # 0: to the end of the file
+            return end if fragments else 0
+        fragments = fragments or kind == b"moof"
+        at += length
+        end = at if kind in (b"moof", b"mdat") else end
+
+
+def _flv_end(file: BinaryIO, size: int) -> int:
+    """Where the last tag of an FLV ends (Adobe FLV 10.1, E.3)."""
+    file.seek(5)
+    at = struct.unpack(">I", file.read(4).rjust(4, b"\0"))[0] + 4
+    while at + 11 <= size:
+        file.seek(at + 1)
+        at += 15 + int.from_bytes(file.read(3), "big")
+    return at - 4 if at - 4 <= size < at else at  # some writers leave out the last tag's size
+
+
+def _asf_size(file: BinaryIO) -> int:
+    """The size of the file that an ASF header states (ASF 3.2, file properties); 0 if it was broadcast."""
+    file.seek(0)
+    head = file.read(1 << 16)
+    at = head.find(bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365"))
+    if at < 0 or len(head) < at + 92 or head[at + 88] & 1:
+        return 0
+    return struct.unpack("<Q", head[at + 40 : at + 48])[0]
+
+
+def _ends_with(file: BinaryIO, size: int, mark: bytes) -> bool:
+    file.seek(max(0, size - 64))
+    return file.read().rstrip(b"\0").endswith(mark)
 
 
 def _segment_end(file: BinaryIO) -> int:

@@ -134,6 +134,9 @@ def _verify_video(video: Video, data: bytes) -> str | None:
 
 
 def _packets(data: bytes) -> int:
+    """Packets of the video from its first keyframe on, as the table lists them."""
     container, stream = open_video(io.BytesIO(data))
     with container:
-        return sum(packet.size > 0 for packet in container.demux(stream))
+        packets = [(packet.pts, packet.is_keyframe) for packet in container.demux(stream) if packet.size]
+    first = next((i for i, (_, key) in enumerate(packets) if key), 0)
+    return sum(first == 0 or pts is None or pts >= packets[first][0] for pts, _ in packets[first:])

@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import BinaryIO
 
@@ -24,6 +24,7 @@ __all__ = [
 _HEADER = 64  # bytes that may stand between where a container says a packet is and where its data begins
 # decoders that need nothing of the container but the extradata, as every player relies on
 _USUAL = {"h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mpeg2video", "mpeg1video", "mjpeg"}
+_SURE = {"h264", "hevc"}  # their decoders show nothing before a keyframe
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,8 @@ def unsliced(times) -> FrameTable:
 
 def _sliced(file: BinaryIO, whole: Pass) -> Source:
     """What is in a file whose packets can be decoded out of their place. Raises Unpredictable if they cannot."""
-    usual, expected = av.Codec(whole.context.name, "r").canonical_name in _USUAL, []
+    codec = av.Codec(whole.context.name, "r").canonical_name
+    usual, expected = codec in _USUAL, []
     for shown in whole.frames():
         if usual:  # the first tells the shape
             break
@@ -117,17 +119,38 @@ def _sliced(file: BinaryIO, whole: Pass) -> Source:
     if offsets is None:
         raise Unpredictable("the packets do not stand in the file in one piece")
     found = describe(whole, _frame_table(whole, offsets))
+    sure = codec in _SURE or whole.context.codec.intra_only
     try:
-        came = [0 if usual else crc32c(upright(frame)) for frame in _decoded_alone(file, found)]
+        came = {i: 0 if usual and sure else crc32c(upright(frame)) for i, frame in _decoded_alone(file, found)}
+        if len(came) != len(found.times) or (not usual and list(came.values()) != expected):
+            raise Unpredictable("packets alone give other pictures than the container")
+        return found if sure else replace(found, frames=_with_true_keys(file, found, came))
     except (av.FFmpegError, ValueError) as error:
         raise Unpredictable(str(error)) from error
-    if len(came) != len(found.times) or (not usual and came != expected):
-        raise Unpredictable("packets alone give other pictures than the container")
-    return found
 
 
-def _decoded_alone(file: BinaryIO, found: Source) -> Iterator[av.VideoFrame]:
-    """The frames that are shown, decoded from their packets without the container."""
+def _with_true_keys(file: BinaryIO, found: Source, came: dict[int, int]) -> FrameTable:
+    """The frame table with those keyframes only at which a decoder shows the right picture when it begins there. `came`:
+    {position: crc32c of the picture}. Some containers mark every frame of an old codec, or the wrong ones."""
+    frames, key = found.frames, found.frames.key.copy()
+    first = int(np.argmin(frames.offset))
+    for position in np.flatnonzero(key).tolist():
+        if position != first and position in came:
+            key[position] = _begins_right(file, found, position, came[position])
+    return replace(frames, key=key)
+
+
+def _begins_right(file: BinaryIO, found: Source, position: int, crc: int) -> bool:
+    decoder = stored_decoder(found)
+    try:
+        pictures = decoder.decode(_stored_packet(file, found.frames, position)) + decoder.decode(None)
+    except (av.FFmpegError, ValueError):
+        return False
+    return [(p.pts, crc32c(upright(p))) for p in pictures] == [(position, crc)]
+
+
+def _decoded_alone(file: BinaryIO, found: Source) -> Iterator[tuple[int, av.VideoFrame]]:
+    """(position, frame) of the frames that are shown, decoded from their packets without the container."""
     frames, last = found.frames, -1
     decoder = stored_decoder(found)
     for position in [*np.argsort(frames.offset).tolist(), None]:
@@ -136,7 +159,7 @@ def _decoded_alone(file: BinaryIO, found: Source) -> Iterator[av.VideoFrame]:
                 raise Unpredictable("frames do not come as their packets promise")
             last = frame.pts
             if 0 <= frames.number[last] < len(found.times):
-                yield frame
+                yield int(last), frame
 
 
 def _stored_packet(file: BinaryIO, frames: FrameTable, position: int) -> av.Packet:
