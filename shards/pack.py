@@ -29,7 +29,7 @@ from shards.storage import Bucket, Folder
 from shards.summary import checked, wrong_plan
 from shards.tar import DISK_FULL
 from shards.update import SUFFIXES
-from shards.worker import Job, Progress, frame_columns, write_table
+from shards.worker import Job, Progress, folders_of, frame_columns, write_table
 
 __all__ = ["Progress", "finish", "finish_parts", "frame_columns", "input_digest", "missing", "pack", "write_table"]
 
@@ -265,10 +265,13 @@ def _refuse_emptied(target: Folder, staging: Folder, moved: list[str], same: lis
 
 
 def _run(jobs: list[Job], *, cluster: str | None, workers: int | None, on_progress: Callable[[Progress], None]) -> None:
+    if not jobs:
+        return
+    _note_sources(jobs)
     try:
-        if jobs and cluster:
+        if cluster:
             scheduler.run_on_dask(jobs, cluster, on_progress)
-        elif jobs:
+        else:
             scheduler.run_locally(jobs, workers or os.cpu_count() or 1, on_progress)
     except OSError as error:
         if error.errno not in DISK_FULL:
@@ -277,6 +280,16 @@ def _run(jobs: list[Job], *, cluster: str | None, workers: int | None, on_progre
             f"{jobs[0].out} or the folder of temporary files ({tempfile.gettempdir()}; TMPDIR chooses it) cannot be "
             f"written ({error.strerror}). What is committed stays: make room, and run the same command again to go on."
         ) from error
+
+
+def _note_sources(jobs: list[Job]) -> None:
+    """Tell the jobs which of their files are there now, so that those are missed that are not when their turn comes."""
+    found = folders_of([item for job in jobs for item in job.items])
+    first = 0
+    for i, job in enumerate(jobs):
+        there = {n: found[first + n] for n in range(len(job.items)) if first + n in found and n not in job.lost}
+        jobs[i] = replace(job, folders=there)
+        first += len(job.items)
 
 
 def missing(out: Path) -> list[str]:
