@@ -8,6 +8,7 @@ import os
 import resource
 import tarfile
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from fractions import Fraction
@@ -26,10 +27,13 @@ from shards.schema import CAPTION_COUNTS, FRAME_COLUMNS, Coding, FrameTable, Vid
 from shards.summary import read_summary
 
 _TABLES_IN_MEMORY = 512  # shards whose sample table stays decoded; a table of 256 videos takes about 3 MB
-_OPEN_FILES = 256  # tars; a process may often open 1024 files in all
+_OPEN_FILES = 256  # tars of a split at most
 _LOADERS = 64  # locks, so that no two threads read one table
 _COPY = "Copy it again, or delete it and run the packing command again"
 _SIZES_CHECKED = 1000  # shards whose size is looked at on opening; of more it would take long on a network mount
+
+
+_SPLITS: "weakref.WeakSet[Split]" = weakref.WeakSet()  # those that are open
 
 
 def read_table(
@@ -39,7 +43,9 @@ def read_table(
     try:
         data = Path(path).read_bytes() if data is None else data
     except OSError as error:
-        raise ShardError(limit_reached(error) or f"{path} cannot be read ({error.strerror}). {_COPY}") from error
+        if said := limit_reached(error):
+            raise NoMoreFiles(f"{path} cannot be opened: {said}") from error
+        raise ShardError(f"{path} cannot be read ({error.strerror}). {_COPY}") from error
     if crc is not None and crc32c(data) != crc:
         raise ShardError(f"{path} cannot be read (its crc32c is not the one in dataset.json: it was changed). {_COPY}")
     try:
@@ -121,6 +127,7 @@ class Split:
         self._files: OrderedDict[str, _File] = OrderedDict()
         self._lock = threading.Lock()
         self._loading = [threading.Lock() for _ in range(_LOADERS)]
+        _SPLITS.add(self)
 
     def __len__(self) -> int:
         """Videos in the split."""
@@ -287,14 +294,45 @@ class Split:
             )
         return table
 
+    def reopen(self, video: Video) -> None:
+        """Let go of the video's tar, so that the next read opens it anew."""
+        with self._lock:
+            self._files.pop(video.shard, None)
+
     def _file(self, shard: str) -> "_File":
         with self._lock:
             if shard not in self._files:
-                self._files[shard] = _File(self.path / f"{shard}.tar")
+                most = _open_files()
+                while len(self._files) >= most:
+                    self._files.popitem(last=False)
+                self._files[shard] = self._opened(self.path / f"{shard}.tar")
             self._files.move_to_end(shard)
-            while len(self._files) > _OPEN_FILES:
-                self._files.popitem(last=False)
             return self._files[shard]
+
+    def _opened(self, path: Path) -> "_File":
+        """The file; where the process may open no more, some of those that were used longest ago are closed for it."""
+        while True:
+            try:
+                return _File(path)
+            except OSError as error:
+                if (said := limit_reached(error)) is None:
+                    raise
+                if not self._files:
+                    raise NoMoreFiles(f"{path} cannot be opened: {said}") from error
+                for _ in range(max(1, len(self._files) // 2)):
+                    self._files.popitem(last=False)
+
+
+class NoMoreFiles(ShardError):
+    """The process, or the machine, may open no more files. No video is to blame."""
+
+
+def _open_files() -> int:
+    """How many tars a split keeps open: the splits of a process take a quarter of what it may open."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return _OPEN_FILES
+    return max(4, min(_OPEN_FILES, soft // 4 // max(1, len(_SPLITS))))
 
 
 def limit_reached(error: OSError) -> str | None:
@@ -317,7 +355,14 @@ class _File:
         self._descriptor = os.open(path, os.O_RDONLY)
 
     def read(self, size: int, offset: int) -> bytes:
-        return os.pread(self._descriptor, size, offset)
+        """Bytes of the file; fewer only where it ends before, though the system may hand out less at once."""
+        data = os.pread(self._descriptor, size, offset)
+        while 0 < len(data) < size:
+            more = os.pread(self._descriptor, size - len(data), offset + len(data))
+            if not more:
+                break
+            data += more
+        return data
 
     def __del__(self):
         if hasattr(self, "_descriptor"):
