@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +19,10 @@ import fsspec
 import numpy as np
 import pytest
 
+from pipelines.config import DataConfig
+from pipelines.loader import Loader
 from pipelines.read import Reader
+from pipelines.videos import VideoReader
 from shards import ShardError
 from shards.dataset import Split
 from shards.remote import Local, Refused, Unreachable
@@ -125,6 +131,73 @@ def test_the_limit_is_blamed_on_no_video(numbered, monkeypatch, tmp_path):
     monkeypatch.setattr("shards.dataset.os.open", full)
     with pytest.raises(ShardError, match=r"cannot be opened: this process may have \d+ files open.*ulimit -n"):
         Reader(split).jpegs(video, np.array([0]))
+
+
+# ---- loaders that are dropped ----
+
+
+def ours() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("c4c-")]
+
+
+def handles() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def settled(before: list[str], most: int) -> None:
+    """Waits until threads and handles are what they were."""
+    deadline = time.monotonic() + 20
+    while (len(ours()) > len(before) or handles() > most) and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.05)
+    assert len(ours()) <= len(before) and handles() <= most, (ours(), handles(), most)
+
+
+def dropped(split: Split, how: str, config: DataConfig) -> None:
+    loader = Loader(split, config, batch_size=4, seed=0)
+    if how == "unused":
+        return
+    found = loader.batches()
+    next(found)
+    if how == "full":  # all that is made ahead waits in the queue
+        time.sleep(1)
+    if how == "half of a batch":
+        raise ZeroDivisionError
+    assert ours()
+
+
+@pytest.mark.parametrize("how", ["unused", "begun", "full", "half of a batch"])
+@pytest.mark.parametrize("place", ["local", "remote"])
+def test_a_loader_that_is_dropped_gives_back_all_it_has(numbered, store, tmp_path, how, place):
+    split = Split(store, Local(tmp_path, 0.05, 5)) if place == "remote" else Split(numbered.intra.path)
+    config = replace(SMALL, local_gb=0.05)
+    run(split, 1, config=config)  # what is made once a process
+    gc.collect()
+    before, most = ours(), handles() + 1  # a tar may stay open in the split
+    for _ in range(3):
+        with contextlib.suppress(ZeroDivisionError):
+            dropped(split, how, config)
+    settled(before, most)
+
+
+def test_a_reader_that_is_dropped_gives_back_all_it_has(numbered, store, tmp_path):
+    for split in (Split(numbered.intra.path), Split(store, Local(tmp_path, 0.05, 5))):
+        config = replace(SMALL, local_gb=0.05)
+        run(split, 1, config=config)
+        before, most = ours(), handles() + 1
+        next(iter(VideoReader(split, config)))
+        settled(before, most)
+
+
+def test_a_loader_that_failed_gives_back_all_it_has(numbered, monkeypatch):
+    run(numbered.intra, 1)
+    before, most = ours(), handles() + 1
+    monkeypatch.setattr(Loader, "_assemble", lambda self, *at: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        next(Loader(numbered.intra, SMALL, batch_size=4, seed=0).batches())
+    settled(before, most)
+    Loader(numbered.intra, replace(SMALL, prefetch=1), batch_size=4, seed=0).batches()  # not even begun
+    settled(before, most)
 
 
 # ---- servers ----
