@@ -78,9 +78,7 @@ class VideoReader:
         return self.split.fetch(request.video, *self._lane.bytes_of(request))
 
     def _refusal(self, request: Request, reason: BadSample) -> ShardError:
-        return ShardError(
-            f"{self.split.path}: {request.video.key} cannot be evaluated: {reason}. Pack the split again."
-        )
+        return ShardError(f"{self.split.path}: {request.video.id} cannot be evaluated: {reason}. Pack the split again.")
 
     def __del__(self):
         if not sys.is_finalizing() and getattr(self, "_fetching", None) is not None:

@@ -4,13 +4,15 @@ A shard is a fixed run of the input list, so what goes where does not depend on 
 Its parquet is put into place last; a shard with a parquet is never touched again, unless an update replaces it whole.
 """
 
+import errno
 import hashlib
 import io
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +35,8 @@ from shards.worker import Job, Progress, folders_of, frame_columns, write_table
 
 __all__ = ["Progress", "finish", "finish_parts", "frame_columns", "input_digest", "missing", "pack", "write_table"]
 
+_MAKE_ROOM = "What is committed stays: make room, and run the same command again to go on."
+_GO_ON = "What is committed stays: when that is mended, run the same command again to go on."
 _READERS = 8  # parquets read at once; an object store answers slowly, but many
 
 
@@ -73,8 +77,9 @@ def pack(
     index, parts = part or (1, 1)
     tag = f"p{index}of{parts}-" if part else ""
     target = storage.output(out)
-    target.create()
-    with target.locked(part):
+    with _explained(target):
+        target.create()
+    with _explained(target), target.locked(part):
         _end_update(target, part)
         target.sweep(tag)
         there = target.listing()
@@ -274,12 +279,24 @@ def _run(jobs: list[Job], *, cluster: str | None, workers: int | None, on_progre
         else:
             scheduler.run_locally(jobs, workers or os.cpu_count() or 1, on_progress)
     except OSError as error:
-        if error.errno not in DISK_FULL:
+        if error.errno not in DISK_FULL or error.filename:
             raise
         raise ShardError(
             f"{jobs[0].out} or the folder of temporary files ({tempfile.gettempdir()}; TMPDIR chooses it) cannot be "
-            f"written ({error.strerror}). What is committed stays: make room, and run the same command again to go on."
+            f"written ({error.strerror}). {_MAKE_ROOM}"
         ) from error
+
+
+@contextmanager
+def _explained(target: Folder | Bucket) -> Iterator[None]:
+    """Errors of the disk in words: which file, and how it goes on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.errno == errno.EPIPE:
+            raise
+        way = _MAKE_ROOM if error.errno in DISK_FULL else _GO_ON
+        raise ShardError(f"{error.filename or target} cannot be written or read ({error.strerror}). {way}") from error
 
 
 def _note_sources(jobs: list[Job]) -> None:
@@ -307,7 +324,7 @@ def finish_parts(out: Path) -> dict:
     """
     target = storage.output(out)
     _existing(target)
-    with target.locked(None):
+    with _explained(target), target.locked(None):
         _end_update(target)
         target.sweep("")
         plan = _plan(target, target.listing())

@@ -25,7 +25,7 @@ from shards import ShardError, storage
 from shards.datasets import Caption, Item
 from shards.profiles import Profile, Stored, store
 from shards.schema import JSON_CRCS, REJECTS, SCHEMA, FrameTable
-from shards.tar import DISK_FULL, TarWriter, commit, safe_key, sync_and_close
+from shards.tar import DISK_FULL, TarWriter, commit, naming, safe_key, sync_and_close
 from shards.tarcopy import DamagedError, Place, Samples
 from shards.video import VideoError
 
@@ -121,9 +121,11 @@ def pack_shard(job: Job, report: Callable[[Event], None] = lambda event: None) -
                 said = Progress(size, reason and f"{item.id}: {reason}", packed.note, packed.stored)
                 report(Event("done", number, progress=said))
         if writer:
-            writer.close()
+            with naming(f"{target}/{job.name}.tar"):
+                writer.close()
             drafts["idx"].write(writer.index().encode())
-        _put_table(drafts["parquet"], pa.Table.from_pylist(rows, schema=SCHEMA), rejects, json_crcs)
+        with naming(f"{target}/{job.name}.parquet"):
+            _put_table(drafts["parquet"], pa.Table.from_pylist(rows, schema=SCHEMA), rejects, json_crcs)
         for suffix in suffixes:
             target.commit(drafts[suffix], f"{job.name}.{suffix}")
             del drafts[suffix]

@@ -21,6 +21,7 @@ import pytest
 
 from pipelines.config import DataConfig
 from pipelines.loader import Loader
+from pipelines.quarantine import Quarantine
 from pipelines.read import Reader
 from pipelines.videos import VideoReader
 from shards import ShardError
@@ -67,6 +68,20 @@ def test_a_read_that_keeps_failing_is_a_bad_sample(numbered, monkeypatch, tmp_pa
         run(Split(numbered.intra.path), 2, quarantine=tmp_path / "quarantine.jsonl")
     lines = (tmp_path / "quarantine.jsonl").read_text().splitlines()
     assert lines and all("Input/output error" in json.loads(line)["reason"] for line in lines)
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be used and is replaced")
+def test_a_torn_line_of_the_quarantine_is_passed_over(numbered, tmp_path):
+    listed, videos = tmp_path / "quarantine.jsonl", [numbered.intra.video(i) for i in range(2)]
+    Quarantine(numbered.intra.path, listed, 0.5).report(videos[0], ValueError("first"))
+    whole = listed.read_text()
+    listed.write_text(whole + whole[: len(whole) // 2])
+    for _ in range(2):  # the second time it is listed already
+        Quarantine(numbered.intra.path, listed, 0.5).report(videos[1], ValueError("second"))
+    first, torn, second = listed.read_text().splitlines()
+    assert [json.loads(line)["id"] for line in (first, second)] == [video.id for video in videos] and whole.startswith(
+        torn
+    )
 
 
 # ---- open files ----
