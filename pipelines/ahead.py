@@ -6,6 +6,7 @@ takes long to answer, but answers many at once.
 
 import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable
 
@@ -38,7 +39,7 @@ class Ahead:
     def reach(self, place: int, last: int | None) -> None:
         """The batch at `place` is begun: fetch for it and those after it, up to `last`."""
         until = place + self._steps if last is None else min(place + self._steps, last)
-        new = [(p, task) for p in range(max(self._next, place), until + 1) for task in self._wanted(p)]
+        new = [(p, task) for p in range(max(self._next, place), until + 1) for task in self._wanted(p) or ()]
         with self._state:
             self._at, self._next = place, max(self._next, until + 1)
             while self._tasks and self._tasks[0][0] < place:  # too late: the step fetches it itself
@@ -57,7 +58,7 @@ class Ahead:
         for place, task in iter(self._take, None):
             size = 0
             try:
-                size = task()
+                size = task() or 0
             except (OSError, ShardError):
                 pass
             finally:
@@ -66,6 +67,7 @@ class Ahead:
                     if place > self._at:
                         self._held[place] = self._held.get(place, 0) + size
                     self._state.notify_all()
+            del task
 
     def _take(self) -> tuple[int, Callable[[], int]] | None:
         with self._state:
@@ -78,6 +80,17 @@ class Ahead:
     def _has_room(self) -> bool:
         expected = sum(self._held.values()) + self._busy * self._largest
         return self._tasks[0][0] <= self._at + 1 or expected < self._max
+
+
+def weakly(method: Callable) -> Callable:
+    """The bound method, without keeping its object alive; where that is gone a call gives None."""
+    found = weakref.WeakMethod(method)
+
+    def call(*args):
+        bound = found()
+        return None if bound is None else bound(*args)
+
+    return call
 
 
 def span(video: Video, positions: np.ndarray | None) -> tuple[int, int]:

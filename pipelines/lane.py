@@ -10,6 +10,7 @@ decoded frames may stand between the two. Sizes are given exactly as PIL/torchvi
 """
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -109,6 +110,7 @@ class Lane:
         readers = self.threads * (2 if self.name == "video" and not self._nvdec else 1)
         self._readers = Workers(readers, "c4c-read")
         self._workers = Workers(self.threads, "c4c-pixels")
+        self._closed = False
         self._buffers = Buffers(self._device, config.prefetch + 3)
 
     # -- what a clip consists of
@@ -306,7 +308,15 @@ class Lane:
         work.finish()
         self.stats.normalise_s += time.perf_counter() - started
 
+    def __del__(self):
+        if not sys.is_finalizing() and hasattr(self, "_buffers"):  # all of it was made
+            self.close()
+
     def close(self) -> None:
+        """End the threads, and give back memory and handles. Safe to call twice; a lane that is dropped does it itself."""
+        if self._closed:
+            return
+        self._closed = True
         self._decoder.close()
         if self._second is not None:
             self._second.close()

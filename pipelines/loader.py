@@ -1,8 +1,10 @@
 """The next batches, ready before the step asks for them."""
 
 import queue
+import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,7 +14,7 @@ import numpy as np
 import torch
 
 from pipelines import clips as narration
-from pipelines.ahead import Ahead, share_of
+from pipelines.ahead import Ahead, share_of, weakly
 from pipelines.clips import clip_of_pair, stored_between
 from pipelines.config import CacheConfig, ClipsConfig, DataConfig
 from pipelines.lane import BadSample, Lane, Reading, Request, Source, Undecodable
@@ -26,6 +28,7 @@ from shards import ShardError
 from shards.dataset import Split
 from shards.joined import Joined
 
+_FAILED = object()  # in the queue, instead of a batch: `_error` says why
 _REPLACEMENT_TRIES = 64  # batches looked through for a replacement
 
 
@@ -102,10 +105,13 @@ class Loader:
         self._quarantine = Quarantine(split.path, quarantine, config.max_bad_fraction)
         self._raw, self._last = raw, None
         self._plans: dict[int, _Plan] = {}  # by place, counted through all epochs
-        self._fetching = Ahead(self._to_fetch, config.ahead, share_of(config.local_gb)) if split.remote else None
+        self._fetching = None
+        if split.remote:
+            self._fetching = Ahead(weakly(self._to_fetch), config.ahead, share_of(config.local_gb))
         self._stop = threading.Event()
         self._queue: queue.Queue = queue.Queue(maxsize=config.prefetch)
         self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -120,15 +126,17 @@ class Loader:
         """`count` batches (without end if None) from `step` of `epoch` on, across epoch boundaries."""
         if self._thread is not None:
             raise RuntimeError("this loader is already running: make another for another position")
-        self._thread = threading.Thread(target=self._produce, args=(epoch, step, count), name="c4c-loader", daemon=True)
+        self._last = None if count is None else self._place(epoch, step) + count - 1
+        at = (weakref.ref(self), self._queue, self._stop, epoch, step, count)
+        self._thread = threading.Thread(target=_produce, args=at, name="c4c-loader", daemon=True)
         self._thread.start()
         while True:
             started, queued = time.perf_counter(), self._queue.qsize()
             item = self._get()
             if item is None:
                 return
-            if isinstance(item, BaseException):
-                raise item
+            if item is _FAILED:
+                raise self._error
             item.wait_s = time.perf_counter() - started
             item.stats.queued = queued
             yield item
@@ -140,10 +148,12 @@ class Loader:
                 return self._queue.get(timeout=1)
             except queue.Empty:
                 if not alive:
-                    return RuntimeError("the loader's thread ended without a word; was the interpreter shutting down?")
+                    raise RuntimeError(
+                        "the loader's thread ended without a word; was the interpreter shutting down?"
+                    ) from None
 
     def close(self) -> None:
-        """Stop the thread. Safe to call twice."""
+        """Stop the threads. Safe to call twice; a loader that is dropped does it itself."""
         self._stop.set()
         if self._thread is not None:
             while self._thread.is_alive():  # it may be waiting for room in the queue
@@ -161,25 +171,12 @@ class Loader:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def _produce(self, epoch: int, step: int, count: int | None) -> None:
-        try:
-            made = 0
-            self._last = None if count is None else self._place(epoch, step) + count - 1
-            while (count is None or made < count) and not self._stop.is_set():
-                self._put(self._make(epoch, step))
-                made, step = made + 1, step + 1
-                if step == self.steps_per_epoch:
-                    epoch, step = epoch + 1, 0
-            self._put(None)
-        except BaseException as error:  # handed to the step, which raises it
-            self._put(error)
-
-    def _put(self, item) -> None:
-        while not self._stop.is_set():
-            try:
-                return self._queue.put(item, timeout=0.1)
-            except queue.Full:
-                continue
+    def __del__(self):
+        if sys.is_finalizing() or not hasattr(self, "_queue"):
+            return
+        self._stop.set()  # its thread keeps nothing of it, and ends soon; the lane closes itself
+        if self._fetching is not None:
+            self._fetching.close()
 
     def _make(self, epoch: int, step: int) -> Batch:
         before, place = replace(self._lane.stats), self._place(epoch, step)
@@ -244,11 +241,11 @@ class Loader:
         """For each clip of the batch at `place` a function that brings its bytes to this machine and says how many."""
         epoch, step = divmod(place, self.steps_per_epoch)
 
-        def fetch(pair: np.ndarray) -> int:
-            request = self._request(pair, epoch)
-            return self.split.fetch(request.video, *self._lane.bytes_of(request))
+        return [partial(weakly(self._fetch), pair, epoch) for pair in self.order.batch(epoch, step)[self._rows]]
 
-        return [partial(fetch, pair) for pair in self.order.batch(epoch, step)[self._rows]]
+    def _fetch(self, pair: np.ndarray, epoch: int) -> int:
+        request = self._request(pair, epoch)
+        return self.split.fetch(request.video, *self._lane.bytes_of(request))
 
     def _place(self, epoch: int, step: int) -> int:
         return epoch * self.steps_per_epoch + step
@@ -329,6 +326,34 @@ class Loader:
                     if dealt % len(whole) == row:
                         yield pair
                     dealt += 1
+
+
+def _produce(
+    found: "weakref.ref[Loader]", ready: queue.Queue, stop: threading.Event, epoch: int, step: int, count: int | None
+) -> None:
+    """The loader's thread. Between two batches it does not hold the loader, so that one that is dropped ends it."""
+
+    def put(item) -> None:
+        while not stop.is_set():
+            try:
+                return ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    made = 0
+    while (count is None or made < count) and (loader := found()) is not None and not stop.is_set():
+        try:
+            item, last = loader._make(epoch, step), step + 1 == loader.steps_per_epoch
+        except BaseException as error:  # handed to the step, which raises it
+            loader._error, item = error, _FAILED
+        del loader  # an error holds it, too
+        put(item)
+        if item is _FAILED:
+            return
+        del item
+        made, epoch, step = made + 1, epoch + last, 0 if last else step + 1
+    loader = None
+    put(None)
 
 
 def texts_of(split: Split, video: int, config: DataConfig) -> list[str]:

@@ -21,17 +21,23 @@ class Quarantine:
         """Raises ShardError once more than `max_bad_fraction` of what was read, or of the first 1000, is bad."""
         self._bad[video.index] = self._bad.get(video.index, 0) + 1
         if self._bad[video.index] == 1:
-            warnings.warn(f"{self._split}: {video.key} cannot be used and is replaced: {reason}", stacklevel=2)
+            warnings.warn(f"{self._split}: {video.id} cannot be used and is replaced: {reason}", stacklevel=2)
             if self._file is not None and not self._listed(video.key):
-                line = json.dumps({"split": str(self._split), "key": video.key, "reason": str(reason)}) + "\n"
-                descriptor = os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+                line = (
+                    json.dumps({"split": str(self._split), "key": video.key, "id": video.id, "reason": str(reason)})
+                    + "\n"
+                )
+                descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+                end = os.fstat(descriptor).st_size
+                if end and os.pread(descriptor, 1, end - 1) != b"\n":  # a kill tore the last line
+                    line = "\n" + line
                 os.write(descriptor, line.encode())  # one write: ranks share the file
                 os.close(descriptor)
         bad = sum(self._bad.values())
         if bad > self._limit * max(self.read, 1000):
             raise ShardError(
                 f"{bad} of {self.read} samples read from {self._split} are bad, more than "
-                f"data.max_bad_fraction={self._limit} allows. Last: {video.key}: {reason}. Run: python -m c4c.shard verify "
+                f"data.max_bad_fraction={self._limit} allows. Last: {video.id}: {reason}. Run: python -m c4c.shard verify "
                 f"{self._split}"
             )
 
@@ -39,5 +45,11 @@ class Quarantine:
         """Whether another rank, or this run before it was resumed, has listed the video."""
         if not self._file.exists():
             return False
-        there = [json.loads(line) for line in self._file.read_text().splitlines()]
-        return any(entry["key"] == key and entry["split"] == str(self._split) for entry in there)
+        for line in self._file.read_text(errors="replace").splitlines():
+            try:
+                entry = json.loads(line)
+                if entry["key"] == key and entry["split"] == str(self._split):
+                    return True
+            except (ValueError, KeyError, TypeError):  # torn by a kill
+                continue
+        return False

@@ -8,12 +8,14 @@ import numpy as np
 from crc32c import crc32c
 
 from shards import ShardError
-from shards.dataset import Split
+from shards.dataset import NoMoreFiles, Split, limit_reached
 from shards.joined import Joined
 from shards.pieces import Full
 from shards.remote import Unreachable
 from shards.schema import Video
 from shards.video import VideoError, pick_frames
+
+_PAUSE = 0.2  # seconds before a read that failed is tried again
 
 
 class BadSample(Exception):
@@ -135,9 +137,29 @@ class Reader:
         )
 
     def _bytes(self, video: Video, offset: int, size: int) -> bytes:
+        """Read once more, after a moment, where that fails: a disk or a network may hiccup, and memory be short."""
+        try:
+            return self._read(video, offset, size)
+        except (_Failed, MemoryError):
+            self._split.reopen(video)
+        time.sleep(_PAUSE)
+        try:
+            return self._read(video, offset, size)
+        except _Failed as error:
+            raise BadSample(str(error)) from error
+
+    def _read(self, video: Video, offset: int, size: int) -> bytes:
         try:
             return self._split.read(video, offset, size)
-        except (Unreachable, Full):  # no fault of the video
+        except (Unreachable, Full, NoMoreFiles):  # no fault of the video
             raise
-        except (OSError, ShardError) as error:
-            raise BadSample(str(error)) from error
+        except OSError as error:
+            if said := limit_reached(error):
+                raise NoMoreFiles(f"{video.key} cannot be read: {said}") from error
+            raise _Failed(str(error)) from error
+        except ShardError as error:
+            raise _Failed(str(error)) from error
+
+
+class _Failed(Exception):
+    """Bytes that could not be read at the first try, and why."""

@@ -1,12 +1,13 @@
 """Every video of a split, for evaluation."""
 
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
 import torch
 
-from pipelines.ahead import Ahead, share_of
+from pipelines.ahead import Ahead, share_of, weakly
 from pipelines.config import DataConfig
 from pipelines.lane import BadSample, Lane, Reading, Request, Source, Undecodable
 from pipelines.sampling import choose, ordered
@@ -27,7 +28,9 @@ class VideoReader:
         most = -(-len(split) // world)  # videos of a rank
         self.batches = -(-most // size)
         self._lane = Lane(split, config, torch.device(device), size)
-        self._fetching = Ahead(self._to_fetch, config.ahead, share_of(config.local_gb)) if split.remote else None
+        self._fetching = None
+        if split.remote:
+            self._fetching = Ahead(weakly(self._to_fetch), config.ahead, share_of(config.local_gb))
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor]]:
         """(video indices [n], frames [n, num_frames, 3, H, W], mask [n, num_frames]), n <= eval_batch_size, n may be 0.
@@ -68,16 +71,18 @@ class VideoReader:
         return Request(video, ordered(positions, config.frame_order))
 
     def _to_fetch(self, i: int) -> list[Callable[[], int]]:
-        def fetch(index: int) -> int:
-            request = self._request(index)
-            return self.split.fetch(request.video, *self._lane.bytes_of(request))
+        return [partial(weakly(self._fetch), int(index)) for index in self._part(i)]
 
-        return [partial(fetch, int(index)) for index in self._part(i)]
+    def _fetch(self, index: int) -> int:
+        request = self._request(index)
+        return self.split.fetch(request.video, *self._lane.bytes_of(request))
 
     def _refusal(self, request: Request, reason: BadSample) -> ShardError:
-        return ShardError(
-            f"{self.split.path}: {request.video.key} cannot be evaluated: {reason}. Pack the split again."
-        )
+        return ShardError(f"{self.split.path}: {request.video.id} cannot be evaluated: {reason}. Pack the split again.")
+
+    def __del__(self):
+        if not sys.is_finalizing() and getattr(self, "_fetching", None) is not None:
+            self._fetching.close()
 
     def close(self) -> None:
         if self._fetching is not None:

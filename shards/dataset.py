@@ -1,12 +1,16 @@
 """Reading a packed split: rows of the sample table, captions, and bytes of stored files."""
 
 import difflib
+import errno
 import io
 import json
 import os
+import resource
 import tarfile
 import threading
+import weakref
 from collections import OrderedDict
+from collections.abc import Sequence
 from fractions import Fraction
 from functools import cached_property
 from itertools import pairwise
@@ -15,30 +19,64 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from crc32c import crc32c
 
 from shards import ShardError, storage
-from shards.remote import Local, RemoteFiles, Unreachable
-from shards.schema import CAPTION_COUNTS, FRAME_COLUMNS, READABLE, Coding, FrameTable, Video
+from shards.remote import Local, Refused, RemoteFiles, Unreachable
+from shards.schema import CAPTION_COUNTS, FRAME_COLUMNS, Coding, FrameTable, Video, difference
+from shards.summary import read_summary
 
 _TABLES_IN_MEMORY = 512  # shards whose sample table stays decoded; a table of 256 videos takes about 3 MB
-_OPEN_FILES = 256  # tars; a process may often open 1024 files in all
+_OPEN_FILES = 256  # tars of a split at most
 _LOADERS = 64  # locks, so that no two threads read one table
+_COPY = "Copy it again, or delete it and run the packing command again"
 _SIZES_CHECKED = 1000  # shards whose size is looked at on opening; of more it would take long on a network mount
+
+
+_SPLITS: "weakref.WeakSet[Split]" = weakref.WeakSet()  # those that are open
+
+
+def read_table(
+    path, columns: Sequence[str] | None = None, *, crc: int | None = None, data: bytes | None = None
+) -> pa.Table:
+    """A sample table, or some of its columns. Raises ShardError if the file is not one, or its crc32c is not `crc`."""
+    try:
+        data = Path(path).read_bytes() if data is None else data
+    except OSError as error:
+        if said := limit_reached(error):
+            raise NoMoreFiles(f"{path} cannot be opened: {said}") from error
+        raise ShardError(f"{path} cannot be read ({error.strerror}). {_COPY}") from error
+    if crc is not None and crc32c(data) != crc:
+        raise ShardError(f"{path} cannot be read (its crc32c is not the one in dataset.json: it was changed). {_COPY}")
+    try:
+        with pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True) as file:
+            wrong = difference(file.schema_arrow)
+            table = None if wrong else file.read(columns)
+    except Exception as error:  # Arrow raises many kinds for a damaged file
+        what = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise ShardError(f"{path} cannot be read ({what}). {_COPY}") from error
+    if wrong:
+        raise ShardError(f"{path} cannot be read ({wrong}). {_COPY}")
+    return table
+
+
+def read_counts(data: bytes) -> np.ndarray:
+    """The contents of captions.npy, [videos]. Raises ValueError if it is no list of counts."""
+    try:
+        counts = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    except Exception as error:  # numpy parses its header as Python
+        raise ValueError(f"cannot be read ({(str(error) or type(error).__name__).splitlines()[0][:200]})") from error
+    if counts.ndim != 1 or counts.dtype.kind != "u":
+        raise ValueError(f"holds {counts.dtype} of {counts.ndim} dimensions, not a list of counts")
+    return counts
 
 
 class Table:
     """The sample table of one shard, as numpy columns."""
 
-    def __init__(self, path, name: str, first: int, data: bytes | None = None):
-        """`data`: the table's file, where `path` is not one that can be opened."""
-        try:
-            source = path if data is None else io.BytesIO(data)
-            table = pq.read_table(source, page_checksum_verification=True).combine_chunks()
-        except (OSError, pa.ArrowException) as error:
-            raise ShardError(
-                f"{path} cannot be read ({str(error).splitlines()[0]}). Copy it again, or delete it and run the packing "
-                "command again."
-            ) from error
+    def __init__(self, path, name: str, first: int, data: bytes | None = None, crc: int | None = None):
+        """`data`: the table's file, where `path` is not one that can be opened. `crc`: the crc32c that it is to have."""
+        table = read_table(path, crc=crc, data=data).combine_chunks()
         self.name, self.first, self.rows = name, first, table.num_rows
         flat = [f.name for f in table.schema if not pa.types.is_list(f.type)]
         self._columns = {name: table.column(name).to_pylist() for name in flat}
@@ -82,13 +120,14 @@ class Split:
         place = storage.place(str(path))
         self.remote = RemoteFiles(place, local or Local()) if storage.is_remote(place) else None
         self.path = place
-        self.info = _read_info(place) if self.remote is None else _checked(self.remote.info, place)
+        self.info = _read_info(place) if self.remote is None else self.remote.info
         self.shards = [s["name"] for s in self.info["shards"]]
         self._starts = np.cumsum([0] + [s["videos"] for s in self.info["shards"]])
         self._tables: OrderedDict[int, Table] = OrderedDict()
         self._files: OrderedDict[str, _File] = OrderedDict()
         self._lock = threading.Lock()
         self._loading = [threading.Lock() for _ in range(_LOADERS)]
+        _SPLITS.add(self)
 
     def __len__(self) -> int:
         """Videos in the split."""
@@ -130,21 +169,32 @@ class Split:
         """Captions of each video, [videos], in the smallest unsigned type that holds them. Not to be written to."""
         if self.info["captions"] == len(self):  # no video is without
             return np.broadcast_to(np.uint8(1), len(self))
-        path = self.path / CAPTION_COUNTS
-        data = self._caption_counts()
+        path, data = self.path / CAPTION_COUNTS, self._caption_counts()
         if data is None:  # packed before there was such a file
             parts = [np.diff(self._table(i).caption_bounds) for i in range(len(self.shards))]
             counts = np.concatenate([np.zeros(0, np.int64), *parts])
             return counts.astype(np.min_scalar_type(counts.max(initial=0)))
         try:
-            counts = np.load(io.BytesIO(data), allow_pickle=False)
-            sums = [int(counts[a:b].sum()) for a, b in pairwise(self._starts)] if counts.shape == (len(self),) else []
-        except (OSError, ValueError) as error:
+            return self._fitting(data)
+        except ValueError as error:
+            if self.remote is None:
+                raise ShardError(f"{path} {error}. Copy it again, or delete it: it only saves time") from error
+        self.remote.forget(CAPTION_COUNTS)  # the local copy may be the damaged one
+        try:
+            return self._fitting(self._caption_counts() or b"")
+        except ValueError as error:
+            self.remote.forget(CAPTION_COUNTS)
             raise ShardError(
-                f"{path} cannot be read ({error}). Copy it again, or delete it: it only saves time"
+                f"{path} {error}, also when it was fetched again. Upload it again, or delete it there: it only saves "
+                f"time. No copy of it is kept in {self.remote.pieces.folder}"
             ) from error
+
+    def _fitting(self, data: bytes) -> np.ndarray:
+        """captions.npy. Raises ValueError if it does not fit dataset.json."""
+        counts = read_counts(data)
+        sums = [int(counts[a:b].sum()) for a, b in pairwise(self._starts)] if len(counts) == len(self) else []
         if sums != [shard["captions"] for shard in self.info["shards"]]:
-            raise ShardError(f"{path} does not fit dataset.json. Copy it again, or delete it: it only saves time")
+            raise ValueError("does not fit dataset.json")
         return counts
 
     def _caption_counts(self) -> bytes | None:
@@ -153,6 +203,8 @@ class Split:
             return path.read_bytes() if path.exists() else None
         try:
             return self.remote.whole(CAPTION_COUNTS)
+        except Refused:  # a store that may not be listed refuses what is not there
+            return None
         except Unreachable:
             raise
         except ShardError:
@@ -213,33 +265,87 @@ class Split:
             with self._lock:
                 if shard in self._tables:
                     return self._tables[shard]
-            table = self._load(self.shards[shard], int(self._starts[shard]))
+            table = self._load(shard)
             with self._lock:
                 self._tables[shard] = table
                 while len(self._tables) > _TABLES_IN_MEMORY:
                     self._tables.popitem(last=False)
         return table
 
-    def _load(self, name: str, first: int) -> Table:
+    def _load(self, number: int) -> Table:
+        shard, first = self.info["shards"][number], int(self._starts[number])
+        name = shard["name"]
         path, file = self.path / f"{name}.parquet", f"{name}.parquet"
+        crc = shard.get("table_crc32c")  # None: packed before it was kept
         if self.remote is None:
-            return Table(path, name, first)
-        try:
-            return Table(path, name, first, self.remote.whole(file))
-        except Unreachable:
-            raise
-        except ShardError:  # the local copy may be the damaged one
-            self.remote.forget(file)
-            return Table(path, name, first, self.remote.whole(file))
+            table = Table(path, name, first, crc=crc)
+        else:
+            try:
+                table = Table(path, name, first, self.remote.whole(file), crc)
+            except Unreachable:
+                raise
+            except ShardError:  # the local copy may be the damaged one
+                self.remote.forget(file)
+                table = Table(path, name, first, self.remote.whole(file), crc)
+        if (table.rows, int(table.caption_bounds[-1])) != (shard["videos"], shard["captions"]):
+            raise ShardError(
+                f"{path} holds {table.rows} videos and {int(table.caption_bounds[-1])} captions, dataset.json says "
+                f"{shard['videos']} and {shard['captions']}. {_COPY}"
+            )
+        return table
+
+    def reopen(self, video: Video) -> None:
+        """Let go of the video's tar, so that the next read opens it anew."""
+        with self._lock:
+            self._files.pop(video.shard, None)
 
     def _file(self, shard: str) -> "_File":
         with self._lock:
             if shard not in self._files:
-                self._files[shard] = _File(self.path / f"{shard}.tar")
+                most = _open_files()
+                while len(self._files) >= most:
+                    self._files.popitem(last=False)
+                self._files[shard] = self._opened(self.path / f"{shard}.tar")
             self._files.move_to_end(shard)
-            while len(self._files) > _OPEN_FILES:
-                self._files.popitem(last=False)
             return self._files[shard]
+
+    def _opened(self, path: Path) -> "_File":
+        """The file; where the process may open no more, some of those that were used longest ago are closed for it."""
+        while True:
+            try:
+                return _File(path)
+            except OSError as error:
+                if (said := limit_reached(error)) is None:
+                    raise
+                if not self._files:
+                    raise NoMoreFiles(f"{path} cannot be opened: {said}") from error
+                for _ in range(max(1, len(self._files) // 2)):
+                    self._files.popitem(last=False)
+
+
+class NoMoreFiles(ShardError):
+    """The process, or the machine, may open no more files. No video is to blame."""
+
+
+def _open_files() -> int:
+    """How many tars a split keeps open: the splits of a process take a quarter of what it may open."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return _OPEN_FILES
+    return max(4, min(_OPEN_FILES, soft // 4 // max(1, len(_SPLITS))))
+
+
+def limit_reached(error: OSError) -> str | None:
+    """What to say where the process may open no more files; None if that is not what is wrong."""
+    if error.errno not in (errno.EMFILE, errno.ENFILE):
+        return None
+    if error.errno == errno.ENFILE:
+        return "the machine has no room for another open file (fs.file-max). Close some programs, and run it again"
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return (
+        f"this process may have {soft} files open, and has (ulimit -n). No file is damaged. Raise the limit, up to {hard}: "
+        f"ulimit -n {min(hard, max(4096, 4 * soft)) if hard > 0 else 4096}"
+    )
 
 
 class _File:
@@ -249,7 +355,14 @@ class _File:
         self._descriptor = os.open(path, os.O_RDONLY)
 
     def read(self, size: int, offset: int) -> bytes:
-        return os.pread(self._descriptor, size, offset)
+        """Bytes of the file; fewer only where it ends before, though the system may hand out less at once."""
+        data = os.pread(self._descriptor, size, offset)
+        while 0 < len(data) < size:
+            more = os.pread(self._descriptor, size - len(data), offset + len(data))
+            if not more:
+                break
+            data += more
+        return data
 
     def __del__(self):
         if hasattr(self, "_descriptor"):
@@ -272,6 +385,13 @@ def find_splits(path: str | Path) -> list[Path]:
     return sorted(set(inside))
 
 
+def _shards_planned(path: Path) -> str:
+    try:
+        return str(int(json.loads((path / "packing.json").read_text())["shards"]))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return "its"  # it is damaged; the packing command says so
+
+
 def _read_info(path: Path) -> dict:
     if not path.is_dir():
         raise ShardError(f"there is no folder {path}. Pack one with: python -m c4c.shard --help")
@@ -280,7 +400,7 @@ def _read_info(path: Path) -> dict:
         if inside:
             raise ShardError(f"{path} is not a split, but holds some: did you mean {path / inside[0]}?")
         if (path / "packing.json").exists():
-            total = json.loads((path / "packing.json").read_text())["shards"]
+            total = _shards_planned(path)
             done = len(list(path.glob("[0-9]*.parquet")))
             raise ShardError(
                 f"{path} is incomplete: {done} of {total} shards are packed. Run the packing command again; it goes on "
@@ -289,11 +409,7 @@ def _read_info(path: Path) -> dict:
         raise ShardError(
             f"{path} holds no dataset.json, so it is not a packed split. Pack one: python -m c4c.shard --help"
         )
-    try:
-        info = json.loads((path / "dataset.json").read_text())
-    except ValueError as error:
-        raise ShardError(f"{path / 'dataset.json'} is not JSON ({error})") from error
-    _checked(info, path)
+    info = read_summary((path / "dataset.json").read_bytes(), path)
     there = {entry.name for entry in path.iterdir()}  # not a look for each file: there may be 100 000
     for shard in info["shards"]:
         for suffix in ("tar", "parquet"):
@@ -310,11 +426,4 @@ def _read_info(path: Path) -> dict:
                 f"{path / shard['name']}.tar has {size} bytes, {shard['bytes']} were packed: it was cut short or changed. "
                 "Copy it again, or run the packing command again; it packs that shard anew."
             )
-    return info
-
-
-def _checked(info: dict, path) -> dict:
-    if info.get("format") not in READABLE:
-        known = " and ".join(map(str, READABLE))
-        raise ShardError(f"{path} has format {info.get('format')}; this version reads {known}. Pack it again.")
     return info

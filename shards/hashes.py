@@ -5,9 +5,8 @@ from hashlib import blake2b
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from shards.dataset import Split
+from shards.dataset import Split, read_table
 
 
 def hash64(text: str) -> int:
@@ -21,8 +20,8 @@ def hashes(texts: Iterable[str]) -> np.ndarray:
 
 def tables(split: Split, columns: Sequence[str]) -> Iterator[pa.Table]:
     """These columns of each shard, one shard at a time."""
-    for shard in split.shards:
-        yield pq.read_table(split.path / f"{shard}.parquet", columns=list(columns))
+    for shard in split.info["shards"]:
+        yield read_table(split.path / f"{shard['name']}.parquet", list(columns), crc=shard.get("table_crc32c"))
 
 
 def column_hashes(split: Split, column: str) -> np.ndarray:

@@ -72,6 +72,9 @@ class Joined:
     def fetch_again(self, video: Video) -> bool:
         return self._find(video.index)[0].fetch_again(video)
 
+    def reopen(self, video: Video) -> None:
+        self._find(video.index)[0].reopen(video)
+
     def json(self, video: Video) -> dict:
         return self._find(video.index)[0].json(video)
 

@@ -4,20 +4,23 @@ A shard is a fixed run of the input list, so what goes where does not depend on 
 Its parquet is put into place last; a shard with a parquet is never touched again, unless an update replaces it whole.
 """
 
+import errno
 import hashlib
 import io
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from crc32c import crc32c
 
 from shards import ShardError, scheduler, storage
 from shards import update as updating
@@ -25,12 +28,15 @@ from shards.datasets import Item
 from shards.profiles import Profile
 from shards.schema import CAPTION_COUNTS, FORMAT_VERSION, REJECTS, SCHEMA
 from shards.storage import Bucket, Folder
+from shards.summary import checked, wrong_plan
 from shards.tar import DISK_FULL
 from shards.update import SUFFIXES
-from shards.worker import Job, Progress, frame_columns, write_table
+from shards.worker import Job, Progress, folders_of, frame_columns, write_table
 
 __all__ = ["Progress", "finish", "finish_parts", "frame_columns", "input_digest", "missing", "pack", "write_table"]
 
+_MAKE_ROOM = "What is committed stays: make room, and run the same command again to go on."
+_GO_ON = "What is committed stays: when that is mended, run the same command again to go on."
 _READERS = 8  # parquets read at once; an object store answers slowly, but many
 
 
@@ -71,8 +77,9 @@ def pack(
     index, parts = part or (1, 1)
     tag = f"p{index}of{parts}-" if part else ""
     target = storage.output(out)
-    target.create()
-    with target.locked(part):
+    with _explained(target):
+        target.create()
+    with _explained(target), target.locked(part):
         _end_update(target, part)
         target.sweep(tag)
         there = target.listing()
@@ -263,18 +270,43 @@ def _refuse_emptied(target: Folder, staging: Folder, moved: list[str], same: lis
 
 
 def _run(jobs: list[Job], *, cluster: str | None, workers: int | None, on_progress: Callable[[Progress], None]) -> None:
+    if not jobs:
+        return
+    _note_sources(jobs)
     try:
-        if jobs and cluster:
+        if cluster:
             scheduler.run_on_dask(jobs, cluster, on_progress)
-        elif jobs:
+        else:
             scheduler.run_locally(jobs, workers or os.cpu_count() or 1, on_progress)
     except OSError as error:
-        if error.errno not in DISK_FULL:
+        if error.errno not in DISK_FULL or error.filename:
             raise
         raise ShardError(
             f"{jobs[0].out} or the folder of temporary files ({tempfile.gettempdir()}; TMPDIR chooses it) cannot be "
-            f"written ({error.strerror}). What is committed stays: make room, and run the same command again to go on."
+            f"written ({error.strerror}). {_MAKE_ROOM}"
         ) from error
+
+
+@contextmanager
+def _explained(target: Folder | Bucket) -> Iterator[None]:
+    """Errors of the disk in words: which file, and how it goes on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.errno == errno.EPIPE:
+            raise
+        way = _MAKE_ROOM if error.errno in DISK_FULL else _GO_ON
+        raise ShardError(f"{error.filename or target} cannot be written or read ({error.strerror}). {way}") from error
+
+
+def _note_sources(jobs: list[Job]) -> None:
+    """Tell the jobs which of their files are there now, so that those are missed that are not when their turn comes."""
+    found = folders_of([item for job in jobs for item in job.items])
+    first = 0
+    for i, job in enumerate(jobs):
+        there = {n: found[first + n] for n in range(len(job.items)) if first + n in found and n not in job.lost}
+        jobs[i] = replace(job, folders=there)
+        first += len(job.items)
 
 
 def missing(out: Path) -> list[str]:
@@ -292,7 +324,7 @@ def finish_parts(out: Path) -> dict:
     """
     target = storage.output(out)
     _existing(target)
-    with target.locked(None):
+    with _explained(target), target.locked(None):
         _end_update(target)
         target.sweep("")
         plan = _plan(target, target.listing())
@@ -319,10 +351,10 @@ def _existing(target: Folder | Bucket) -> dict[str, int]:
 
 def _plan(target: Folder | Bucket, there: dict[str, int]) -> dict:
     if "packing.json" in there:
-        return json.loads(target.read("packing.json"))
+        return _record(target, "packing.json")
     if "dataset.json" in there:
-        record = json.loads(target.read("dataset.json"))
-        return record["plan"] | _optional(record.get("reconciliation"))
+        record = _record(target, "dataset.json")
+        return record.get("plan", {}) | _optional(record.get("reconciliation"))
     raise ShardError(f"{target} holds no packing.json: no packing was begun there")
 
 
@@ -357,16 +389,27 @@ def input_digest(items: Iterable[Item]) -> str:
     return digest.hexdigest()
 
 
+def _record(target: Folder | Bucket, name: str) -> dict:
+    """dataset.json or packing.json. Raises ShardError if it is damaged."""
+    try:
+        record = json.loads(target.read(name))
+    except (ValueError, RecursionError) as error:
+        raise ShardError(f"{target}/{name} is not JSON ({error}). Choose another --out, or delete {target}.") from error
+    if name == "dataset.json":
+        checked(record, target)
+        plan = record.get("plan", {})
+    else:
+        plan = record
+    if plan and (wrong := wrong_plan(plan)):
+        raise ShardError(f"{target}/{name} is damaged: {wrong}. Choose another --out, or delete {target}.")
+    return record
+
+
 def _recorded(target: Folder | Bucket, there: dict[str, int]) -> tuple[dict | None, dict | None]:
     """The plan of what is packed in `target`, None if nothing is, and its `dataset.json`, if it has been finished."""
     for name in ("dataset.json", "packing.json"):
         if name in there:
-            try:
-                record = json.loads(target.read(name))
-            except ValueError as error:
-                raise ShardError(
-                    f"{target}/{name} is not JSON ({error}). Choose another --out, or delete {target}."
-                ) from error
+            record = _record(target, name)
             if name == "dataset.json":
                 return record.get("plan", {}), record
             return {k: v for k, v in record.items() if k != "reconciliation"}, None
@@ -442,15 +485,32 @@ def _prepare(target: Folder | Bucket, there: dict[str, int], plan: dict, jobs: l
             target.delete(name)
 
 
-def finish(out: Path, plan: dict, names: list[str], reconciliation: dict | None = None) -> dict:
-    """Write rejects.jsonl and dataset.json from the committed shards `names`; returns what dataset.json says."""
+@dataclass(frozen=True)
+class Summary:
+    """What the tables of a split say, all in all: part of dataset.json, the text of rejects.jsonl and its entries, and
+    the captions of each video."""
+
+    info: dict
+    rejects_text: bytes
+    rejects: list[dict]
+    counts: list[int]
+
+    def caption_counts(self) -> bytes:
+        """captions.npy"""
+        with io.BytesIO() as file:
+            np.save(file, np.array(self.counts, np.min_scalar_type(max(self.counts, default=0))))
+            return file.getvalue()
+
+
+def summarise(out: Path, profile: dict, names: list[str]) -> Summary:
+    """Read it from the committed shards `names`."""
     target = storage.output(out)
     sizes, shards, rejects, counts, current = target.listing(), [], [], [], True
-    digest = hashlib.sha256(json.dumps(plan["profile"], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(profile, sort_keys=True).encode())
     with ThreadPoolExecutor(_READERS) as pool:
         batches = (names[i : i + 64] for i in range(0, len(names), 64))  # or all tables would be held at once
         tables = (table for batch in batches for table in pool.map(lambda name: _read(target, name), batch))
-        for name, (table, of_this_format) in zip(names, tables, strict=True):
+        for name, (table, of_this_format, crc) in zip(names, tables, strict=True):
             rejects += json.loads(table.schema.metadata[REJECTS])
             current &= of_this_format
             rows = table.to_pylist()
@@ -458,38 +518,47 @@ def finish(out: Path, plan: dict, names: list[str], reconciliation: dict | None 
                 digest.update(json.dumps([row["key"], row["crc32c"], row["captions"]], sort_keys=True).encode())
             said = [len(row["captions"]) for row in rows]
             counts += said
-            shards.append({"name": name, "videos": len(rows), "captions": sum(said), "bytes": sizes[f"{name}.tar"]})
+            shards.append(
+                {
+                    "name": name, "videos": len(rows), "captions": sum(said), "bytes": sizes[f"{name}.tar"],
+                    "table_crc32c": crc,
+                }
+            )  # fmt: skip
     lines = "".join(json.dumps(r, ensure_ascii=False, sort_keys=True) + "\n" for r in rejects)
-    storage.write(target, "rejects.jsonl", lines.encode(errors="backslashreplace"))  # names need not be Unicode
     rejected_captions = sum("caption" in r for r in rejects)
-    summary = {
+    info = {
         "format": FORMAT_VERSION if current else 1,
-        "name": plan["name"],
-        "split": plan["split"],
-        "profile": plan["profile"],
         "videos": sum(s["videos"] for s in shards),
         "captions": sum(s["captions"] for s in shards),
         "rejected_videos": len(rejects) - rejected_captions,
         "rejected_captions": rejected_captions,
         "digest": digest.hexdigest(),
         "shards": shards,
-        "plan": plan,
     }
+    return Summary(info, lines.encode(errors="backslashreplace"), rejects, counts)  # names need not be Unicode
+
+
+def finish(out: Path, plan: dict, names: list[str], reconciliation: dict | None = None) -> dict:
+    """Write rejects.jsonl and dataset.json from the committed shards `names`; returns what dataset.json says."""
+    target = storage.output(out)
+    found = summarise(out, plan["profile"], names)
+    storage.write(target, "rejects.jsonl", found.rejects_text)
+    named = {what: plan[what] for what in ("name", "split", "profile")}
+    summary = {"format": found.info["format"]} | named | found.info | {"plan": plan}
     if reconciliation:
         packed = {what: summary[what] for what in ("videos", "captions")}
-        summary["reconciliation"] = _reconciled(reconciliation, packed, rejects, plan)
+        summary["reconciliation"] = _reconciled(reconciliation, packed, found.rejects, plan)
     if not summary["videos"]:
-        first = next(r for r in rejects if "caption" not in r)
+        first = next(r for r in found.rejects if "caption" not in r)
         raise ShardError(
             f"not one of the videos could be packed; {target}/rejects.jsonl says why for each. First: {first['id']}: "
             f"{first['reason']}. When that is mended, run the command again with --retry-rejects."
         )
-    with io.BytesIO() as file:
-        np.save(file, np.array(counts, np.min_scalar_type(max(counts))))
-        storage.write(target, CAPTION_COUNTS, file.getvalue())
+    storage.write(target, CAPTION_COUNTS, found.caption_counts())
     storage.write(target, "dataset.json", json.dumps(summary, indent=2) + "\n")
+    there = target.listing()
     for name in ["packing.json", *map(scheduler.lost_name, names)]:
-        if name in sizes:
+        if name in there:
             target.delete(name)
     return summary
 
@@ -518,9 +587,10 @@ def _reconciled(counts: dict, packed: dict[str, int], rejects: list[dict], plan:
     return counts | {"missing": missing, "packed": packed, "rejected": rejected}
 
 
-def _read(target: Folder | Bucket, name: str) -> tuple[pa.Table, bool]:
-    """What `finish` needs of a shard's table, and whether all of its rows were packed by this format."""
-    with target.open(f"{name}.parquet") as source, pq.ParquetFile(source) as file:
+def _read(target: Folder | Bucket, name: str) -> tuple[pa.Table, bool, int]:
+    """What `summarise` needs of a shard's table, whether all of its rows were packed by this format, and the file's crc32c."""
+    data = target.read(f"{name}.parquet")
+    with pq.ParquetFile(io.BytesIO(data)) as file:
         table = file.read(["key", "crc32c", "captions", "size"])
         known = set(SCHEMA.names) <= set(file.schema_arrow.names)
-        return table, known and file.read(["mirrored"]).column("mirrored").null_count == 0
+        return table, known and file.read(["mirrored"]).column("mirrored").null_count == 0, crc32c(data)

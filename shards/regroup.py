@@ -11,11 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from crc32c import crc32c
 
 from shards import ShardError
-from shards.dataset import Split
+from shards.dataset import Split, read_table
 from shards.pack import finish, write_table
 from shards.schema import FORMAT_VERSION, JSON_CRCS, REJECTS, SCHEMA, upgraded
 from shards.tar import commit, read_index, safe_key, write_atomic
@@ -104,7 +103,7 @@ def new_folder(out: Path):
 def _any_renamed(source: Source, base: Path) -> bool:
     if not source.renamed:
         return False
-    keys = pq.read_table(base.with_suffix(".parquet"), columns=["key"]).column("key").to_pylist()
+    keys = read_table(base.with_suffix(".parquet"), ["key"]).column("key").to_pylist()
     return any(key in source.renamed for key in keys)
 
 
@@ -128,7 +127,8 @@ def _rewrite(target: Path, sources: Sequence[Source], pieces: Sequence[Piece]) -
 def _copy_piece(copier: TarCopier, source: Source, piece: Piece) -> tuple[pa.Table, list[dict], list[int]]:
     """Append the samples; returns their rows with the new places, their rejects and the crc32c of their JSONs."""
     base = source.split.path / source.split.shards[piece.shard]
-    whole = upgraded(pq.read_table(base.with_suffix(".parquet"), page_checksum_verification=True))
+    told = source.split.info["shards"][piece.shard]
+    whole = upgraded(read_table(base.with_suffix(".parquet"), crc=told.get("table_crc32c")))
     rows = np.arange(whole.num_rows) if piece.rows is None else piece.rows
     index = read_index(base.with_suffix(".idx"))
     old_crcs = json.loads(whole.schema.metadata[JSON_CRCS])

@@ -4,9 +4,9 @@ Small tars are fetched whole, of others the bytes of the videos that are wanted,
 step needs of a large shard in random order is little, and in the order of the shard nothing is fetched twice.
 """
 
-import json
 import os
 import random
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from shards import ShardError
 from shards.pieces import Pieces
 from shards.schema import Video
 from shards.storage import filesystem, short, status_of, unreachable
+from shards.summary import read_summary
 
 T = TypeVar("T")
 WHOLE = 8 << 20  # bytes of the largest tar that is fetched whole
@@ -27,6 +28,10 @@ _BUGS = (TypeError, AttributeError, NameError, LookupError, AssertionError, Memo
 
 class Unreachable(ShardError):
     """A server that has not given what was asked of it for so long that the run had better end."""
+
+
+class Refused(Unreachable):
+    """A server that does not let this user read: every other file would be refused as well."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +58,10 @@ class RemoteFiles:
         self.path, self._patience = path, local.patience_s
         self._fs, self._root = filesystem(path), path.path.rstrip("/")
         self.pieces = local.pieces()
-        try:
-            self.info = json.loads(self._get("dataset.json"))
-        except ValueError as error:
-            raise ShardError(f"{path}/dataset.json is not JSON ({error})") from error
+        self.info = read_summary(self._get("dataset.json"), path)
         # another split, or this one packed anew, never finds these pieces
-        self._set = f"{self.info.get('name', 'set')}-{self.info.get('split', '')}-{self.info.get('digest', '')[:16]}"
-        self._tars = {shard["name"]: shard["bytes"] for shard in self.info.get("shards", ())}
+        self._set = "-".join(_plain(self.info[what]) for what in ("name", "split", "digest"))
+        self._tars = {shard["name"]: shard["bytes"] for shard in self.info["shards"]}
 
     def whole(self, name: str) -> bytes:
         """A small file: a sample table, say."""
@@ -120,6 +122,11 @@ class RemoteFiles:
         return patiently(ask, f"{self.path}/{name}", self._patience)
 
 
+def _plain(text: str) -> str:
+    """Part of a folder's name."""
+    return re.sub(r"[^\w-]", "_", text)[:40]
+
+
 def patiently(action: Callable[[], T], what: str, patience_s: float) -> T:
     """Do it, again and again if it fails. Raises ShardError if it never can succeed, Unreachable after `patience_s`."""
     started, pause = time.monotonic(), _PAUSES[0]
@@ -134,9 +141,8 @@ def patiently(action: Callable[[], T], what: str, patience_s: float) -> T:
                 raise ShardError(f"{what} is missing") from error
             refused = isinstance(error, PermissionError) or type(error).__name__ == "NoCredentialsError"
             if refused or (status is not None and 400 <= status < 500 and status not in (408, 429)):
-                raise ShardError(
-                    f"{what} may not be read: {short(error)}. Check the address and the credentials"
-                ) from error
+                kind = Refused if refused or status in (401, 403) else ShardError
+                raise kind(f"{what} may not be read: {short(error)}. Check the address and the credentials") from error
             waited = time.monotonic() - started
             if waited + pause > patience_s:
                 said = "cannot be reached" if status is None and unreachable(error) else "cannot be read"

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import tarfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -23,10 +25,12 @@ from shards.datasets import Caption, Item
 from shards.pack import finish, frame_columns, input_digest, write_table
 from shards.profiles import Profile
 from shards.schema import FORMAT_VERSION, JSON_CRCS, REJECTS, SCHEMA, FrameTable
+from shards.summary import checked
 from shards.tar import commit, index_text, key_to_name, read_index, read_members, write_atomic
 from shards.tarcopy import TarCopier, link_or_copy
 from shards.video import VideoError, scan
 
+_AT_ONCE = 16 << 20  # bytes in memory while a crc is computed
 _NEEDED = {"id", "captions", "codec", "width", "height", "duration", "source_frames", "fps", "profile", "frame_number"}
 
 
@@ -77,9 +81,10 @@ def repair(
     """Rebuild the index and the table of every shard that lacks one or disagrees with its tar, then dataset.json.
 
     `everything` rebuilds the shards that look well too. A tar with a damaged end is cut after its last whole sample
-    only if `truncate`; samples that do not decode are left out only if `drop`. Either way the tar as it was stays beside
-    it as NAME.tar.damaged. `name` and `split` are used where no dataset.json is left to tell them. Rejects are in no
-    tar: they are taken from what is left of the tables and of rejects.jsonl.
+    only if `truncate`; samples that do not decode, or whose bytes are not those of the old table's crc32c, are left out
+    only if `drop`, which reads every shard for that. Either way the tar as it was stays beside it as NAME.tar.damaged.
+    `name` and `split` are used where no dataset.json is left to tell them. Rejects are in no tar: they are taken from what
+    is left of the tables and of rejects.jsonl.
 
     `on_shard(done, total)` is called with shards. Raises ShardError, before dataset.json is touched, if a shard cannot
     be repaired; shards repaired until then stay repaired.
@@ -108,7 +113,7 @@ def repair(
     profile = dict(
         sorted(profiles[0].items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order))
     )
-    plan = old.get("plan") or _plan(path, name, split, profile, repaired)
+    plan = old.get("plan") or _plan(path, name or old.get("name"), split or old.get("split"), profile, repaired)
     if any(r.lost for r in repaired):
         plan = {**plan, "input": None}  # what is missing now must not pass for packed
     finish(path, plan, names, old.get("reconciliation"))
@@ -136,8 +141,13 @@ def _names(path: Path) -> tuple[list[str], dict]:
             "(To make a split of what is there, delete its packing.json and repair again.)"
         )
     old: dict = {}
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, RecursionError):
         old = json.loads((path / "dataset.json").read_text())
+    try:
+        checked(old, path)
+    except ShardError:
+        told = old.items() if isinstance(old, dict) else ()
+        old = {k: v for k, v in told if k in ("name", "split") and isinstance(v, str)}
     listed = [s["name"] for s in old["shards"]] if "shards" in old else [f"{i:06d}" for i in range(len(names))]
     if missing := sorted(set(listed) - set(names)):
         raise ShardError(
@@ -156,7 +166,7 @@ def _rejects(path: Path, names: list[str]) -> dict[str, list[dict]]:
         with suppress(OSError, ValueError, KeyError, TypeError, pa.ArrowException):
             known[name] = json.loads(pq.read_schema(path / f"{name}.parquet").metadata[REJECTS])
     left: list[dict] = []
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, RecursionError):
         left = [json.loads(line) for line in (path / "rejects.jsonl").read_text().split("\n") if line]
     out: dict[str, list[dict]] = {}
     for place, name in enumerate(names):
@@ -195,7 +205,7 @@ def _input(items: Iterator[Item] | None) -> str | None:
 
 
 class _Unknown(Exception):
-    """Captions of a cut video were moved with it, and those outside the cut are gone."""
+    """Captions of a cut video were moved with it, and those outside the cut are gone; or the source's name is."""
 
 
 def _items(path: Path, names: list[str]) -> Iterator[Item]:
@@ -207,7 +217,10 @@ def _items(path: Path, names: list[str]) -> Iterator[Item]:
                     if described.get("cut"):
                         raise _Unknown
                     captions = tuple(Caption(**c) for c in described["captions"])
-                    file_name = Path(described["source"]["file"])
+                    try:
+                        file_name = Path(described["source"]["file"])
+                    except (KeyError, TypeError) as error:
+                        raise _Unknown from error
                     yield Item(described["id"], file_name, captions, described.get("meta", {}))
 
 
@@ -230,27 +243,26 @@ def _rebuild(job: _Job, rejects: list[dict]) -> _Found:
             f"repair with --truncate to cut it there (the file as it is stays as {tar.name}.damaged)."
         )
     rows, crcs, good, lost = [], [], [], [damage] if damage else []
-    profile = None
+    packed, profile = _packed(job), None
     with open(tar, "rb") as file:
         for sample in samples:
-            described = _described(tar, sample, file)
+            try:
+                _refuse_changed(sample, file, packed)
+                described = _described(tar, sample, file)
+                row, json_crc = _row(sample, described, file)
+            except VideoError as error:
+                if not job.drop:
+                    raise ShardError(
+                        f"{tar}: {sample.key}: {error}. Copy the file again, or leave the sample out: "
+                        f"{command(job.path, '--drop')} (the file as it is stays as {tar.name}.damaged)."
+                    ) from error
+                lost.append(f"{sample.key}: {error}")
+                gone = {"id": key_to_name(sample.key), "path": tar.name, "reason": f"damaged in the tar: {error}"}
+                rejects = [*rejects, gone]
+                continue
             if profile not in (None, described["profile"]):
                 raise ShardError(f"{tar} mixes profiles: {profile} and {described['profile']} ({sample.key})")
             profile = described["profile"]
-            try:
-                row, json_crc = _row(sample, described, file)
-            except VideoError as error:
-                lost.append(f"{sample.key}: {error}")
-                rejects = [
-                    *rejects,
-                    {"id": described["id"], "path": tar.name, "reason": f"damaged in the tar: {error}"},
-                ]
-                if not job.drop:
-                    raise ShardError(
-                        f"{tar}: {sample.key}: {error}. Copy the file again, or repair with --drop to leave out samples "
-                        f"that do not decode (the file as it is stays as {tar.name}.damaged)."
-                    ) from error
-                continue
             rows.append(row)
             crcs.append(json_crc)
             good.append(sample)
@@ -268,8 +280,52 @@ def _rebuild(job: _Job, rejects: list[dict]) -> _Found:
     return _Found(Repaired(job.name, "cut" if lost else "rebuilt", len(rows), tuple(lost)), profile)
 
 
+def command(path: Path, *options: str) -> str:
+    """The command that repairs the split, to be pasted."""
+    return " ".join(["python -m c4c.shard repair", shlex.quote(str(path)), *options])
+
+
+@dataclass(frozen=True)
+class _Crcs:
+    """What the old table says of a sample: the crc32c of its video and of its JSON."""
+
+    video: int
+    json: int
+
+
+def _packed(job: _Job) -> dict[str, _Crcs]:
+    """{member's name: its sample's crc32c} as far as there is a table that can be read."""
+    parquet = job.path / f"{job.name}.parquet"
+    try:
+        table = Table(parquet, job.name, 0)
+        json_crcs = json.loads(pq.read_schema(parquet).metadata[JSON_CRCS])
+        names = [f"{key}.{ext}" for key, ext in zip(table.column("key"), table.column("ext"), strict=True)]
+        crcs = [_Crcs(*both) for both in zip(table.column("crc32c"), json_crcs, strict=True)]
+        return dict(zip(names, crcs, strict=True))
+    except (ShardError, ValueError, KeyError, TypeError, OSError, pa.ArrowException):
+        return {}
+
+
+def _refuse_changed(sample: _Sample, file: BinaryIO, packed: dict[str, _Crcs]) -> None:
+    """Raises VideoError if the sample's bytes are not those that were packed."""
+    for extension, place in sample.members.items():
+        if extension != "json" and (crcs := packed.get(f"{sample.key}.{extension}")):
+            if _crc(file, *place) != crcs.video:
+                raise VideoError("its bytes changed after packing (crc32c differs from the table's)")
+            if "json" in sample.members and _crc(file, *sample.members["json"]) != crcs.json:
+                raise VideoError("its .json member changed after packing (crc32c differs from the table's)")
+
+
+def _crc(file: BinaryIO, offset: int, size: int) -> int:
+    crc = 0
+    for at in range(offset, offset + size, _AT_ONCE):
+        crc = crc32c(_pread(file, at, min(_AT_ONCE, offset + size - at)), crc)
+    return crc
+
+
 def _well(job: _Job) -> _Found | None:
-    """The shard as it is, if index and table can be read and say of every member what the tar says."""
+    """The shard as it is, if index and table can be read and say of every member what the tar says; where samples are to
+    be dropped, also of its bytes."""
     base = job.path / job.name
     try:
         members = read_members(base.with_suffix(".tar"))
@@ -284,10 +340,25 @@ def _well(job: _Job) -> _Found | None:
         if not _ends_well(base.with_suffix(".tar"), max((o + s for o, s in members.values()), default=0)):
             return None
         profile = None
-        if videos:
-            with open(base.with_suffix(".tar"), "rb") as file:
+        with open(base.with_suffix(".tar"), "rb") as file:
+            if videos:
                 profile = json.loads(_pread(file, *members[f"{videos[0].key}.json"]))["profile"]
-    except (ShardError, ValueError, KeyError, TypeError, OSError, EOFError, tarfile.TarError):
+            if job.drop:
+                packed = _packed(job)
+                for v in videos:
+                    both = {extension: members[f"{v.key}.{extension}"] for extension in (v.ext, "json")}
+                    _refuse_changed(_Sample(v.key, both), file, packed)
+    except (
+        VideoError,
+        ShardError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RecursionError,
+        OSError,
+        EOFError,
+        tarfile.TarError,
+    ):
         return None
     return _Found(Repaired(job.name, "kept", table.rows), profile)
 
@@ -347,7 +418,7 @@ def _described(tar: Path, sample: _Sample, file: BinaryIO) -> dict:
     try:
         described = json.loads(_pread(file, *sample.members["json"]))
         missing = _NEEDED - described.keys()
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ShardError(f"{where}: its .json member cannot be read ({error}). Copy the tar again.") from error
     if missing:
         raise ShardError(f"{where}: its .json member lacks {', '.join(sorted(missing))}. {_FOREIGN}")
@@ -356,12 +427,42 @@ def _described(tar: Path, sample: _Sample, file: BinaryIO) -> dict:
             f"{where} has the members {', '.join(sample.members)}, not one video and its .json. {_FOREIGN}"
         )
     if key_to_name(sample.key) != described["id"]:
-        raise ShardError(f"{where} is called {described['id']!r} in its .json member: the tar has been changed")
+        raise ShardError(
+            f"{where} is called {str(described['id'])[:80]!r} in its .json member: the tar has been changed"
+        )
     return described
 
 
 def _row(sample: _Sample, described: dict, file: BinaryIO) -> tuple[dict, int]:
     """A row of the sample table as the packer wrote it, and the crc32c of the JSON. Raises VideoError."""
+    try:
+        _refuse_odd(described)
+        row, crc = _row_of(sample, described, file)
+        pa.Table.from_pylist([row], schema=SCHEMA)  # raises where a number does not fit its column
+        return row, crc
+    except VideoError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, pa.ArrowException) as error:
+        what = (str(error) or type(error).__name__).splitlines()[0][:120]
+        raise VideoError(f"its .json member says what no packing writes ({what})") from error
+
+
+def _refuse_odd(described: dict) -> None:
+    """Raises ValueError for values of the JSON member that its column would take, and that are still none of the packer's."""
+    if not re.fullmatch(r"[0-9]{1,10}/0*[1-9][0-9]{0,9}", str(described["fps"])):
+        raise ValueError(f"fps {str(described['fps'])[:40]!r}")
+    for name in ("duration", "width", "height", "source_frames"):
+        value = described[name]
+        if type(value) not in (int, float) or not 0 <= value < 2**31:
+            raise ValueError(f"{name} {str(value)[:40]}")
+    captions, profile = described["captions"], described["profile"]
+    if not captions or not all(c.keys() == {"text", "start", "end"} and type(c["text"]) is str for c in captions):
+        raise ValueError("captions")
+    if type(profile) is not dict or type(profile.get("name")) is not str:
+        raise ValueError("profile")
+
+
+def _row_of(sample: _Sample, described: dict, file: BinaryIO) -> tuple[dict, int]:
     extension = next(e for e in sample.members if e != "json")
     offset, size = sample.members[extension]
     data = _pread(file, offset, size)
@@ -396,6 +497,8 @@ def _frames(stored: FrameTable, described: dict, fps: Fraction) -> FrameTable:
     if len(numbers) != len(stored):
         raise VideoError(f"{len(stored)} frames decode, its json names {len(numbers)}")
     times = described.get("frame_time") or [float(n / fps) for n in numbers]  # shards of before had no times
+    if len(times) != len(numbers):
+        raise VideoError(f"its json names {len(numbers)} frames and the times of {len(times)}")
     return FrameTable(
         np.asarray(numbers, np.int32), np.asarray(times), stored.offset, stored.size, stored.key, stored.crc32c
     )

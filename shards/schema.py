@@ -83,6 +83,36 @@ SCHEMA = pa.schema(
 )
 
 
+OPTIONAL = {"mirrored", "coding"}  # which format 1 had not
+
+
+def difference(schema: pa.Schema) -> str | None:
+    """How the schema of a file differs from that of a sample table of any readable format; None if it does not."""
+    there = {field.name: field.type for field in schema}
+    if odd := sorted(map(repr, there.keys() - set(SCHEMA.names))):
+        return f"it has a column {odd[0]}"
+    for field in SCHEMA:
+        if field.name not in there:
+            if field.name not in OPTIONAL:
+                return f"it has no column {field.name!r}"
+        elif not _alike(there[field.name], field.type):
+            return f"its column {field.name!r} holds {there[field.name]}, not {field.type}"
+    if missing := [key for key in (REJECTS, JSON_CRCS) if key not in (schema.metadata or {})]:
+        return f"it has no {missing[0].decode()}"
+    return None
+
+
+def _alike(one: pa.DataType, other: pa.DataType) -> bool:
+    """Whether the types are the same; what is in a list may go by any name, which Parquet decides."""
+    if pa.types.is_list(one) and pa.types.is_list(other):
+        return _alike(one.value_type, other.value_type)
+    if pa.types.is_struct(one) and pa.types.is_struct(other):
+        fields = [[kind.field(i) for i in range(kind.num_fields)] for kind in (one, other)]
+        same = [field.name for field in fields[0]] == [field.name for field in fields[1]]
+        return same and all(_alike(a.type, b.type) for a, b in zip(*fields, strict=True))
+    return one == other
+
+
 def upgraded(table: pa.Table) -> pa.Table:
     """A sample table of any readable format with the columns of this one, in their order."""
     for place, field in enumerate(SCHEMA):

@@ -12,12 +12,12 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from shards import ShardError
-from shards.tar import DISK_FULL, UNSUPPORTED, commit, sync_and_close
+from shards.tar import DISK_FULL, UNSUPPORTED, commit, naming, sync_and_close
 from shards.video import VideoError
 
 _PACKAGES = {
@@ -216,6 +216,8 @@ class Folder:
         return open(self.path / f".{name}.{tag}{uuid.uuid4().hex[:12]}.tmp", "w+b")
 
     def commit(self, file: BinaryIO, name: str) -> None:
+        with naming(self.path / name):
+            file.flush()
         sync_and_close(file)
         commit(Path(file.name), self.path / name)
 
@@ -319,5 +321,12 @@ class Bucket:
 def write(target: Folder | Bucket, name: str, data: bytes | str, tag: str = "") -> None:
     """Write a whole file so that a reader sees either the old one or the new one."""
     file = target.draft(name, tag)
-    file.write(data.encode() if isinstance(data, str) else data)
-    target.commit(file, name)
+    try:
+        with naming(f"{target}/{name}"):
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+        target.commit(file, name)
+    except OSError:
+        with suppress(OSError, ValueError):
+            target.discard(file)
+        raise

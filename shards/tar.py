@@ -6,6 +6,8 @@ import os
 import re
 import tarfile
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import quote, unquote
@@ -118,10 +120,22 @@ def read_members(path: Path) -> dict[str, tuple[int, int]]:
         return {m.name: (m.offset_data, m.size) for m in tar}
 
 
+@contextmanager
+def naming(path) -> Iterator[None]:
+    """An OSError in here that names no file is given this one: a write that fails does not say where."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror or os.strerror(error.errno), str(path)) from error
+        raise
+
+
 def sync_and_close(file) -> None:
-    file.flush()
-    _sync(file.fileno())
-    file.close()
+    with naming(file.name):
+        file.flush()
+        _sync(file.fileno())
+        file.close()
 
 
 def _sync(descriptor: int) -> None:
@@ -136,16 +150,24 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     """Write a whole file so that a reader sees either the old one or the new one."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")  # machines that share a disk share pids
     file = open(temporary, "wb")  # noqa: SIM115 closed in sync_and_close()
-    file.write(data.encode() if isinstance(data, str) else data)
-    sync_and_close(file)
-    commit(temporary, path)
+    try:
+        with naming(path):
+            file.write(data.encode() if isinstance(data, str) else data)
+            sync_and_close(file)
+        commit(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            file.close()
+        raise
 
 
 def commit(temporary: Path, path: Path) -> None:
     """Rename, and make the rename itself survive a power cut."""
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        _sync(folder)
-    finally:
-        os.close(folder)
+    with naming(path):
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            _sync(folder)
+        finally:
+            os.close(folder)

@@ -79,7 +79,7 @@ def _shard(folder: Path, name: str) -> Shard | None:
                 offset, size = index[f"{key}.json"]
                 samples[id] = _sample(Place(name, row), json.loads(os.pread(file.fileno(), size, offset)))
         return Shard(samples, json.loads(schema.metadata[REJECTS]), set(SCHEMA.names) <= set(schema.names))
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, pa.ArrowException):
         return None
 
 

@@ -15,22 +15,29 @@ import pyarrow.parquet as pq
 from crc32c import crc32c
 
 from shards import ShardError
-from shards.dataset import Split, Table
-from shards.schema import JSON_CRCS, Video
+from shards.dataset import Split, Table, read_counts
+from shards.hashes import tables
+from shards.pack import summarise
+from shards.repair import command
+from shards.schema import CAPTION_COUNTS, JSON_CRCS, Video
+from shards.summary import read_summary
 from shards.tar import read_index, read_members
 from shards.video import VideoError, decode_stored, open_video
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong, and where: `key` is a video's key, or None if the trouble is the shard's own."""
+    """What is wrong, and where: `shard` is None if the trouble is the split's own, `key` is a video's key, or None if it is
+    the shard's. `remedy` says what to do."""
 
-    shard: str
+    shard: str | None
     key: str | None
     what: str
+    remedy: str = ""
 
     def __str__(self) -> str:
-        return f"{self.shard}: {self.key + ': ' if self.key else ''}{self.what}"
+        where = "".join(f"{name}: " for name in (self.shard, self.key) if name)
+        return f"{where}{self.what}{'. ' + self.remedy if self.remedy else ''}"
 
 
 def verify(
@@ -41,70 +48,119 @@ def verify(
     `on_shard(done, total)` is called with shards. Raises ShardError if `path` is not a finished split.
     """
     problems, jobs, first = [], [], 0
-    info = json.loads((path / "dataset.json").read_text()) if (path / "dataset.json").exists() else None
-    if info is None:
+    if not (path / "dataset.json").exists():
         Split(path)  # raises with the right words
         raise ShardError(f"{path} is not a finished split")
+    info = read_summary((path / "dataset.json").read_bytes(), path)
     for shard in info["shards"]:
-        jobs.append((path, shard, first))
+        jobs.append((path, shard, first, info["profile"]))
         first += shard["videos"]
     with ProcessPoolExecutor(min(workers or os.cpu_count() or 1, max(1, len(jobs))), get_context("spawn")) as pool:
         on_shard(0, len(jobs))
         for done, found in enumerate(pool.map(_verify_shard, jobs), 1):
             problems += found
             on_shard(done, len(jobs))
+    return problems + _verify_split(path, info, whole=all(p.key for p in problems))
+
+
+def _verify_split(path: Path, info: dict, whole: bool) -> list[Problem]:
+    """The files of the split against each other; `whole`: all tables can be read and are the right ones."""
+    remedy = f"Rebuild it from the tars: {command(path)}"
+    names, problems = {shard["name"] for shard in info["shards"]}, []
+    for file in sorted(p for p in path.iterdir() if p.suffix in (".tar", ".idx", ".parquet")):
+        if file.stem not in names:
+            problems.append(Problem(None, None, f"{file.name} is no shard of this split", "Move it elsewhere"))
+    if not whole:
+        return problems
+    found = summarise(path, info["profile"], [shard["name"] for shard in info["shards"]])
+    for what, value in found.info.items():
+        if what == "shards":
+            value = [{k: v for k, v in a.items() if k in b} for a, b in zip(value, info[what], strict=True)]
+        if info[what] != value:
+            differs = f"{what} is {info[what]}" if isinstance(value, str | int) else f"{what} differ"
+            told = f", the tables say {value}" if isinstance(value, str | int) else " from the tables"
+            problems.append(Problem(None, None, f"dataset.json: {differs}{told}", remedy))
+    counts, rejects = path / CAPTION_COUNTS, path / "rejects.jsonl"
+    if counts.exists():  # older splits have none
+        try:
+            if read_counts(counts.read_bytes()).tolist() != found.counts:
+                raise ValueError("does not fit the tables")
+        except (OSError, ValueError) as error:
+            problems.append(Problem(None, None, f"{CAPTION_COUNTS} {error}", remedy))
+    if not rejects.exists() or rejects.read_bytes() != found.rejects_text:
+        missing = "is missing" if not rejects.exists() else "does not say what the tables say"
+        problems.append(Problem(None, None, f"rejects.jsonl {missing}", remedy))
+    keys: dict[str, str] = {}
+    for shard, table in zip(info["shards"], tables(Split(path), ["key"]), strict=True):
+        for key in table.column("key").to_pylist():
+            if keys.setdefault(key, shard["name"]) != shard["name"]:
+                problems.append(Problem(shard["name"], key, f"shard {keys[key]} holds a video of that name, too"))
     return problems
 
 
-def _verify_shard(job: tuple[Path, dict, int]) -> list[Problem]:
-    path, shard, first = job
+def _verify_shard(job: tuple[Path, dict, int, dict]) -> list[Problem]:
+    path, shard, first, profile = job
     name, problems = shard["name"], []
     tar_path = path / f"{name}.tar"
     missing = [s for s in ("tar", "idx", "parquet") if not (path / f"{name}.{s}").exists()]
+    copy = "Copy the tar again, or run the packing command again"
+    rebuild = f"Rebuild it from the tar: {command(path)}"
     if missing:
-        return [Problem(name, None, f"{name}.{s} is missing") for s in missing]
+        return [Problem(name, None, f"{name}.{s} is missing", copy if s == "tar" else rebuild) for s in missing]
     try:
-        table = Table(path / f"{name}.parquet", name, first)
+        table = Table(path / f"{name}.parquet", name, first, crc=shard.get("table_crc32c"))
         json_crcs = json.loads(pq.read_schema(path / f"{name}.parquet").metadata[JSON_CRCS])
+        if len(json_crcs) != table.rows:
+            raise ValueError(f"it has {table.rows} rows and {len(json_crcs)} checksums")
     except Exception as error:  # Arrow raises many kinds for a damaged file
-        return [Problem(name, None, f"the sample table cannot be read ({str(error).splitlines()[0]})")]
+        return [Problem(name, None, f"the sample table cannot be read ({str(error).splitlines()[0]})", rebuild)]
     size = tar_path.stat().st_size
     if size != shard["bytes"]:
-        problems.append(Problem(name, None, f"the tar has {size} bytes, {shard['bytes']} were packed"))
+        remedy = f"Copy the tar again, or keep the samples that are whole: {command(path, '--truncate')}"
+        problems.append(Problem(name, None, f"the tar has {size} bytes, {shard['bytes']} were packed", remedy))
     if table.rows != shard["videos"]:
-        problems.append(Problem(name, None, f"{table.rows} videos in the table, {shard['videos']} in dataset.json"))
+        what = f"{table.rows} videos in the table, {shard['videos']} in dataset.json"
+        problems.append(Problem(name, None, what, rebuild))
     try:
         members = read_members(tar_path)
     except (tarfile.TarError, EOFError, ValueError) as error:
         members = None
         if not problems:
-            problems.append(Problem(name, None, f"the tar is damaged ({error})"))
+            problems.append(Problem(name, None, f"the tar is damaged ({error})", copy))
     try:
         index = read_index(path / f"{name}.idx")
         if members is not None and index != members:
             wrong = sorted(k for k in index.keys() | members.keys() if index.get(k) != members.get(k))
-            problems += [Problem(name, k.split(".")[0], f"index and tar disagree about {k}") for k in wrong]
+            problems += [Problem(name, k.split(".")[0], f"index and tar disagree about {k}", rebuild) for k in wrong]
     except ValueError as error:
-        problems.append(Problem(name, None, f"the index cannot be read ({error})"))
+        problems.append(Problem(name, None, f"the index cannot be read ({error})", rebuild))
+    leave_out = f"Copy the tar again, or leave the sample out: {command(path, '--drop')}"
     with open(tar_path, "rb") as file:
         for row in range(table.rows):
             video = table.video(row)
             if any(p.key == video.key for p in problems):
                 continue
-            what = _verify_members(video, file, members, json_crcs[row])
-            problems += [Problem(name, video.key, what)] if what else []
+            what = _verify_members(video, file, members, json_crcs[row], profile)
+            problems += [Problem(name, video.key, what, leave_out if what in _DAMAGED else rebuild)] if what else []
     return problems
 
 
-def _verify_members(video: Video, file: BinaryIO, members: dict | None, json_crc: int) -> str | None:
+_BYTES, _JSON = "crc32c differs: its bytes changed after packing", "crc32c differs: its json changed after packing"
+_DAMAGED = (_BYTES, _JSON)
+
+
+def _verify_members(video: Video, file: BinaryIO, members: dict | None, json_crc: int, profile: dict) -> str | None:
     member = f"{video.key}.{video.ext}"
     if members is not None:
         if members.get(member) != (video.offset, video.size):
             return f"table and tar disagree about {member}"
         offset, size = members.get(f"{video.key}.json", (0, 0))
         file.seek(offset)
-        if crc32c(file.read(size)) != json_crc:
-            return "crc32c differs: its json changed after packing"
+        described = file.read(size)
+        if crc32c(described) != json_crc:
+            return _JSON
+        if (packed := json.loads(described).get("profile")) != profile:
+            return f"its json says that it was packed with {packed}, dataset.json says {profile}"
     file.seek(video.offset)
     return _verify_video(video, file.read(video.size))
 
@@ -113,7 +169,7 @@ def _verify_video(video: Video, data: bytes) -> str | None:
     if len(data) != video.size:
         return f"the tar ends after {len(data)} of its {video.size} bytes"
     if crc32c(data) != video.crc32c:
-        return "crc32c differs: its bytes changed after packing"
+        return _BYTES
     frames = video.frames
     if frames.sliceable:
         for i in range(len(frames)):

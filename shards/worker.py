@@ -11,7 +11,7 @@ import os
 import signal
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,13 +25,15 @@ from shards import ShardError, storage
 from shards.datasets import Caption, Item
 from shards.profiles import Profile, Stored, store
 from shards.schema import JSON_CRCS, REJECTS, SCHEMA, FrameTable
-from shards.tar import DISK_FULL, TarWriter, commit, safe_key, sync_and_close
+from shards.tar import DISK_FULL, TarWriter, commit, naming, safe_key, sync_and_close
 from shards.tarcopy import DamagedError, Place, Samples
 from shards.video import VideoError
 
 MISSING = "the file is missing"  # as `storage` says it
 ABSENT = -1  # instead of a size: there is no such file
 _DRIFT = 0.5  # seconds between a frame's time and where counting frames puts it, from which on the user is told
+_VANISHED = 3  # source files that were there, missing one after the other
+_GO_ON = "What is committed stays: bring them back, and run the same command again to go on."
 _PLAIN_COLUMNS = (
     "key", "id", "ext", "size", "crc32c", "codec", "width", "height", "rotation", "mirrored", "source_frames", "duration",
     "extradata",
@@ -52,7 +54,7 @@ class Progress:
 @dataclass(frozen=True)
 class Job:
     """A shard to be packed. `lost` names videos, by their place in `items`, that are known to hang or to kill, or to be
-    missing. `stored` names those that are packed already, and where in the shards of the folder `source`. With
+    missing. `folders` holds, for each item whose file was there when packing began, the inode of its folder. `stored` names those that are packed already, and where in the shards of the folder `source`. With
     `table_only` all of its tar is there, in the shard of that name, and only the sample table is written."""
 
     name: str
@@ -62,6 +64,7 @@ class Job:
     timeout: float = 600.0
     tag: str = ""  # of temporary files
     lost: dict[int, str] = field(default_factory=dict)
+    folders: dict[int, int] = field(default_factory=dict)
     stored: dict[int, Place] = field(default_factory=dict)
     source: Path | None = None
     table_only: bool = False
@@ -83,6 +86,7 @@ def pack_shard(job: Job, report: Callable[[Event], None] = lambda event: None) -
     """Pack and commit one shard. Raises ShardError or OSError where that is not the fault of a video."""
     target = storage.output(job.out)
     rows, rejects, json_crcs = [], [], []
+    sources = _Sources(job)
     drafts: dict[str, BinaryIO] = {}
     suffixes = ("parquet",) if job.table_only else ("tar", "idx", "parquet")
     try:
@@ -108,15 +112,20 @@ def pack_shard(job: Job, report: Callable[[Event], None] = lambda event: None) -
                     )
                     rows.append(packed.row)
                     json_crcs.append(packed.json_crc)
+                    sources.read()
                 except VideoError as error:
+                    if number not in job.lost and not item.problem:
+                        sources.rejected(number)
                     reason = str(error)
                     rejects.append(rejection(item, reason))
                 said = Progress(size, reason and f"{item.id}: {reason}", packed.note, packed.stored)
                 report(Event("done", number, progress=said))
         if writer:
-            writer.close()
+            with naming(f"{target}/{job.name}.tar"):
+                writer.close()
             drafts["idx"].write(writer.index().encode())
-        _put_table(drafts["parquet"], pa.Table.from_pylist(rows, schema=SCHEMA), rejects, json_crcs)
+        with naming(f"{target}/{job.name}.parquet"):
+            _put_table(drafts["parquet"], pa.Table.from_pylist(rows, schema=SCHEMA), rejects, json_crcs)
         for suffix in suffixes:
             target.commit(drafts[suffix], f"{job.name}.{suffix}")
             del drafts[suffix]
@@ -125,6 +134,80 @@ def pack_shard(job: Job, report: Callable[[Event], None] = lambda event: None) -
             with contextlib.suppress(OSError, ValueError):
                 target.discard(file)
         raise
+
+
+class _Sources:
+    """Watches that the folders of source videos stay where they are: what is not there must not pass for rejected."""
+
+    def __init__(self, job: Job):
+        self._job, self._vanished = job, 0
+
+    def read(self) -> None:
+        """A file could be read."""
+        self._vanished = 0
+
+    def rejected(self, number: int) -> None:
+        """Raises ShardError if that is because the folder is gone, or files that were there vanish one after the other."""
+        if number not in self._job.folders:  # it never was there, or is on a server
+            return
+        path = local_path(self._job.items[number].path)
+        try:
+            folder = os.stat(path.parent).st_ino
+        except OSError:
+            folder = None
+        gone = not _is_there(path)
+        if folder is None or (gone and folder != self._job.folders[number]):
+            raise ShardError(
+                f"{path.parent}, a folder of source videos, is gone or another one now (unmounted?): {path.name} was in it when "
+                f"packing began. {_GO_ON}"
+            )
+        if not gone:
+            return self.read()
+        self._vanished += 1
+        listed = [local_path(self._job.items[n].path) for n in self._job.folders]
+        away = sum(not _is_there(path) for path in listed)
+        if self._vanished >= _VANISHED or 1 < len(listed) < 2 * away:
+            raise ShardError(
+                f"the source videos vanish while they are packed: {away} of {len(listed)} files of this shard are gone that were "
+                f"there when packing began, one of them {path}. {_GO_ON}"
+            )
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
+def local_path(path) -> Path:
+    return Path(getattr(path, "path", path))
+
+
+def folders_of(items: Sequence[Item]) -> dict[int, int]:
+    """For each item, by its place, whose file is there: the inode of its folder. Each folder is listed once; files are not
+    looked at, but for links. Of items on servers nothing is said."""
+    listed: dict[Path, tuple[int, frozenset[str]]] = {}
+    found = {}
+    for number, item in enumerate(items):
+        if storage.is_remote(item.path):
+            continue
+        path = local_path(item.path)
+        if path.parent not in listed:
+            listed[path.parent] = _listed(path.parent)
+        inode, names = listed[path.parent]
+        if path.name in names:
+            found[number] = inode
+    return found
+
+
+def _listed(folder: Path) -> tuple[int, frozenset[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            names = frozenset(e.name for e in entries if not e.is_symlink() or os.path.exists(e.path))
+        return os.stat(folder).st_ino, names
+    except (OSError, ValueError):
+        return 0, frozenset()
 
 
 @dataclass(frozen=True)

@@ -193,7 +193,7 @@ def test_shared_work_is_done_by_who_waits_for_it_and_raises_there():
 
 @pytest.mark.timeout(60)
 def test_a_loader_thread_that_dies_is_not_waited_for(numbered, monkeypatch):
-    monkeypatch.setattr(Loader, "_produce", lambda self, *at: None)
+    monkeypatch.setattr("pipelines.loader._produce", lambda *at: None)
     loader = Loader(numbered.intra, SMALL, batch_size=4, seed=0)
     with pytest.raises(RuntimeError, match="the loader's thread ended without a word"):
         next(loader.batches())

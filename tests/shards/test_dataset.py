@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import threading
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from shards import ShardError, dataset
@@ -55,7 +58,7 @@ def test_captions_are_counted_without_reading_a_table(
     copied: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = []
-    monkeypatch.setattr(dataset, "Table", lambda *args: read.append(1) or Table(*args))
+    monkeypatch.setattr(dataset, "Table", lambda *args, **more: read.append(1) or Table(*args, **more))
     counts = Split(copied).caption_counts
     assert counts.tolist() == [2, 1, 3, 1, 1] and not read
     assert Split(copied).shard_starts.tolist() == [0, 2, 4, 5]
@@ -203,3 +206,67 @@ def test_files_that_cannot_be_read_are_named(copy: Path) -> None:
     (copy / "dataset.json").write_text('{"format": ')
     with pytest.raises(ShardError, match=r"dataset\.json is not JSON"):
         Split(copy)
+
+
+def footer(path: Path) -> slice:
+    data = path.read_bytes()
+    size = int.from_bytes(data[-8:-4], "little")
+    return slice(len(data) - 8 - size, len(data))
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["with a checksum", "of before"])
+def test_a_bit_in_the_footer_is_noticed_or_says_nothing(copy: Path, kept: bool) -> None:
+    info = json.loads((copy / "dataset.json").read_text())
+    if not kept:
+        for shard in info["shards"]:
+            del shard["table_crc32c"]
+        (copy / "dataset.json").write_text(json.dumps(info))
+    path, rng, refused = copy / "000000.parquet", random.Random(20), 0
+    whole, good = path.read_bytes(), [everything(Split(copy), i) for i in range(2)]
+    for _ in range(300):
+        data = bytearray(whole)
+        data[rng.randrange(footer(path).start, len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+        try:
+            split = Split(copy)
+            assert [everything(split, i) for i in range(2)] == good
+        except ShardError as error:
+            assert "000000.parquet" in str(error) and "\n" not in str(error)
+            refused += 1
+        path.write_bytes(whole)
+    assert refused == 300 if kept else refused > 100
+
+
+def everything(split: Split, i: int) -> tuple:
+    video = split.video(i)
+    plain = {k: v for k, v in vars(video).items() if k != "frames"}
+    return plain, {k: v.tolist() for k, v in vars(video.frames).items()}, split.captions(i)
+
+
+def test_a_renamed_column_is_no_sample_table(copy: Path) -> None:
+    table = pq.read_table(copy / "000000.parquet")
+    for names, said in (
+        (["name", *table.schema.names[1:]], "a column 'name'"),
+        ([n if n != "crc32c" else "crc32d" for n in table.schema.names], "a column 'crc32d'"),
+    ):
+        path = copy / "other.parquet"
+        pq.write_table(table.rename_columns(names), path)
+        with pytest.raises(ShardError, match=f"other.parquet cannot be read .*{said}"):
+            Table(path, "other", 0)
+    place = table.schema.get_field_index("key")
+    pq.write_table(table.set_column(place, "key", table["key"].cast(pa.binary())), path)
+    with pytest.raises(ShardError, match="'key' holds binary, not string"):
+        Table(path, "other", 0)
+
+
+def test_a_table_of_another_shard_is_refused(copy: Path) -> None:
+    shutil.copy(copy / "000000.parquet", copy / "000001.parquet")
+    with pytest.raises(ShardError, match=r"000001\.parquet cannot be read \(its crc32c"):
+        Split(copy).video(2)
+    info = json.loads((copy / "dataset.json").read_text())
+    for shard in info["shards"]:
+        del shard["table_crc32c"]
+    (copy / "dataset.json").write_text(json.dumps(info))
+    shutil.copy(copy / "000002.parquet", copy / "000001.parquet")
+    with pytest.raises(ShardError, match=r"000001\.parquet holds 1 videos and 1 captions, dataset.json says 2 and 4"):
+        Split(copy).video(2)

@@ -134,4 +134,5 @@ def test_info_and_verify_as_json(items: list[Item], copied: Path, tmp_path: Path
     (tmp_path / "set" / "000000.idx").unlink()
     assert main(["verify", str(tmp_path / "set"), "--json", "--workers", "1"]) == 1
     (told,) = json.loads(capsys.readouterr().out)
-    assert told["problems"] == [{"shard": "000000", "key": None, "what": "000000.idx is missing"}]
+    remedy = f"Rebuild it from the tar: python -m c4c.shard repair {tmp_path / 'set'}"
+    assert told["problems"] == [{"shard": "000000", "key": None, "what": "000000.idx is missing", "remedy": remedy}]

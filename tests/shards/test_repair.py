@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from shards.datasets import Item
 from shards.pack import input_digest
 from shards.profiles import Profile
 from shards.repair import repair
+from shards.tar import read_index
 from shards.verify import verify
 from tests.shards.sets import COPY, files, packed
 from tests.videos import encode
@@ -173,6 +175,82 @@ def test_a_video_that_does_not_decode_is_dropped_only_when_told(copied: Path, tm
     (reject,) = map(json.loads, (split / "rejects.jsonl").read_text().splitlines())
     assert reject["id"] == "plain" and "damaged in the tar" in reject["reason"]
     assert (split / "000000.tar.damaged").read_bytes() == before["000000.tar"]
+
+
+def flip(tar: Path, at: int) -> None:
+    with open(tar, "rb+") as file:
+        file.seek(at)
+        byte = file.read(1)[0] ^ 1
+        file.seek(at)
+        file.write(bytes([byte]))
+
+
+@pytest.mark.parametrize("what", ["video", "json"])
+@pytest.mark.parametrize("options", [("--all",), ("--drop",), ("--all", "--drop")])
+def test_changed_bytes_are_never_taken_over(copied: Path, tmp_path: Path, capsys, what: str, options: tuple) -> None:
+    """The sample still decodes, or its JSON can still be read: nothing but the old table's crc32c tells."""
+    split = damaged(copied, tmp_path)
+    web = Split(split).video(2)
+    place = web.offset + web.size - 40 if what == "video" else read_index(split / "000001.idx")["web.json"][0] + 30
+    flip(split / "000001.tar", place)
+    (problem,) = verify(split, 1)
+    assert problem.key == "web" and str(problem).endswith(f"python -m c4c.shard repair {split} --drop")
+    before = files(split)
+    code = main(["repair", str(split), "--workers", "1", *options])
+    said = "".join(capsys.readouterr().err.split())
+    if "--drop" not in options:
+        assert code == 1 and files(split) == before
+        assert re.search(r"web:its.*changedafterpacking\(crc32cdiffers.*leavethesampleout:.*--drop", said), said
+        return
+    assert code == 0 and "web:its" in said and verify(split, 1) == []
+    assert [Split(split).video(i).id for i in range(4)] == [Split(copied).video(i).id for i in (0, 1, 3, 4)]
+    assert (split / "000001.tar.damaged").read_bytes() == before["000001.tar"]
+
+
+def rewritten(split: Path, change: Callable[[dict], object]) -> None:
+    """Have the first sample's JSON changed, in a tar that is otherwise as the packer writes it."""
+    tar = split / "000000.tar"
+    with tarfile.open(tar) as old:
+        members = [(m.name, old.extractfile(m).read()) for m in old]
+    described = json.loads(members[1][1])
+    text = change(described)
+    members[1] = (members[1][0], (text if isinstance(text, str) else json.dumps(described)).encode())
+    with tarfile.open(tar, "w", format=tarfile.GNU_FORMAT) as new:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            new.addfile(info, io.BytesIO(data))
+
+
+ODD = {
+    "no rate": lambda d: d.update(fps="1/0"),
+    "a huge rate": lambda d: d.update(fps="1e999999999"),
+    "a rate that is none": lambda d: d.update(fps=[25]),
+    "a huge width": lambda d: d.update(width=10**30),
+    "a duration of words": lambda d: d.update(duration="long"),
+    "an endless duration": lambda d: d.update(duration=float("inf")),
+    "frames below 0": lambda d: d.update(source_frames=-5),
+    "huge frame numbers": lambda d: d.update(frame_number=[10**12] * 50),
+    "frame numbers that are none": lambda d: d.update(frame_number=7),
+    "captions that are none": lambda d: d.update(captions="a man"),
+    "captions without text": lambda d: d.update(captions=[{"text": None, "start": 0, "end": 1}]),
+    "a profile that is none": lambda d: d.update(profile=["copy"]),
+    "a codec that is none": lambda d: d.update(codec={"h": 264}),
+    "another rotation": lambda d: d.update(rotation=10**9, profile=d["profile"] | {"name": "intra"}),
+    "a list": lambda d: "[1, 2]",
+    "nested a thousand deep": lambda d: "[" * 100_000 + "]" * 100_000,
+    "an id that is none": lambda d: d.update(id=["plain"]),
+}
+
+
+@pytest.mark.parametrize("change", ODD.values(), ids=ODD.keys())
+def test_a_json_that_no_packing_writes_is_said_in_a_sentence(copied: Path, tmp_path: Path, capsys, change) -> None:
+    split = damaged(copied, tmp_path)
+    rewritten(split, change)
+    strip(split, ".parquet", ".idx")
+    assert main(["repair", str(split), "--workers", "1"]) == 1
+    said = capsys.readouterr().err
+    assert "000000.tar" in "".join(said.split()) and "Traceback" not in said and len(said) < 1000, said
 
 
 # ---- what cannot be repaired ----

@@ -229,6 +229,8 @@ def old_format(out: Path) -> None:
         pq.write_table(table, path)
     info = json.loads((out / "dataset.json").read_text())
     info["format"] = info["plan"]["format"] = 1
+    for shard in info["shards"]:
+        del shard["table_crc32c"]
     (out / "dataset.json").write_text(json.dumps(info))
 
 

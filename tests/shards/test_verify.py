@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from c4c.shard import main
@@ -124,7 +125,41 @@ def test_nothing_is_wrong_with_what_was_packed(copied: Path, intra: Path) -> Non
 def test_shards_of_another_set_do_not_pass(copied: Path, intra: Path, tmp_path: Path) -> None:
     split = Path(shutil.copytree(copied, tmp_path / "split"))
     tables_of_another_shard(split)
-    assert {p.key for p in verify(split, workers=1)} == {"plain", "dir%2Fpor%2Etrait"}
+    (problem,) = verify(split, workers=1)
+    assert (problem.shard, problem.key) == ("000001", None) and "crc32c is not the one in dataset.json" in problem.what
+    edit(split, lambda info: [shard.pop("table_crc32c") for shard in info["shards"]])  # a split of before
+    assert {p.key for p in verify(split, workers=1)} > {"plain", "dir%2Fpor%2Etrait"}
+
+
+def edit(split: Path, change: Callable[[dict], object]) -> None:
+    info = json.loads((split / "dataset.json").read_text())
+    change(info)
+    (split / "dataset.json").write_text(json.dumps(info))
+
+
+def other_counts(split: Path) -> None:
+    np.save(split / "captions.npy", np.array([2, 1, 1, 3, 1], np.uint8))
+
+
+SPLIT_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "another profile": (lambda s: edit(s, lambda i: i["profile"].update(name="intra")), "its json says that it was packed with"),
+    "another digest": (lambda s: edit(s, lambda i: i.update(digest="0" * 64)), r"^dataset\.json: digest is 0{64}, the tables say"),
+    "rejected": (lambda s: edit(s, lambda i: i.update(rejected_videos=7)), r"^dataset\.json: rejected_videos is 7, the tables say 0"),
+    "counts": (other_counts, r"^captions\.npy does not fit the tables"),
+    "no counts": (lambda s: (s / "captions.npy").write_bytes(b"PK\3\4"), r"^captions\.npy cannot be read"),
+    "rejects": (lambda s: (s / "rejects.jsonl").write_text('{"id": "x"}\n'), r"^rejects\.jsonl does not say what the tables"),
+    "no rejects": (lambda s: (s / "rejects.jsonl").unlink(), r"^rejects\.jsonl is missing"),
+    "one more shard": (lambda s: (s / "000009.tar").write_bytes(b""), r"^000009\.tar is no shard of this split"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("damage", "said"), SPLIT_DAMAGE.values(), ids=SPLIT_DAMAGE.keys())
+def test_every_file_is_checked_against_the_others(copied: Path, tmp_path: Path, damage: Callable, said: str) -> None:
+    split = Path(shutil.copytree(copied, tmp_path / "split"))
+    damage(split)
+    found = verify(split, workers=1)
+    assert any(re.search(said, str(p).removeprefix(f"{p.shard}: {p.key}: ")) for p in found), [*map(str, found)]
+    assert all(p.remedy for p in found)
 
 
 def test_a_frame_table_that_lies_is_found(copied: Path) -> None:
@@ -160,7 +195,8 @@ def test_the_command_line_says_it_all(copied: Path, tmp_path: Path, capsys: pyte
     assert main(["verify", str(tmp_path), "--workers", "1"]) == 1
     assert capsys.readouterr().out.splitlines() == [
         f"{tmp_path}/test: all good",
-        f"{tmp_path}/train/000001: web: crc32c differs: its bytes changed after packing",
+        f"{tmp_path}/train/000001: web: crc32c differs: its bytes changed after packing. Copy the tar again, or leave the "
+        f"sample out: python -m c4c.shard repair {tmp_path}/train --drop",
         f"{tmp_path}/train: 1 problem",
     ]
     assert main(["verify", str(tmp_path / "missing")]) == 1
