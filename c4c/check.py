@@ -23,8 +23,12 @@ def check(config: Config) -> None:
     try:
         folder = Path(config.run.dir)
         say = Report(rank == 0, 1, 1, 0).say
-        resuming = config.run.resume == "auto" and (folder / checkpoint.FOLDER / "latest").exists()
+        resuming = config.run.resume == "auto" and checkpoint.exist(folder)
         session = Session(config, rank, world, device, resume=folder if resuming else None)
+        for note in session.notes:
+            say(note)
+        if rank == 0:
+            _checkpoints(say, folder)
         steps, waits = [], []
         with session.loader:
             mark = time.perf_counter()
@@ -42,6 +46,18 @@ def check(config: Config) -> None:
         _describe(say, config, session, steps, folder)
     finally:
         stop_distributed()
+
+
+def _checkpoints(say, folder: Path) -> None:
+    """Compare every checkpoint of the run folder with its checksums."""
+    whole = []
+    for tag in checkpoint.tags(folder):
+        if found := checkpoint.damage(folder / checkpoint.FOLDER / tag):
+            say(f"warning: {folder / checkpoint.FOLDER / tag} is damaged: {found}")
+        else:
+            whole.append(tag)
+    if whole:
+        say(f"checkpoints that are whole: {', '.join(whole)}")
 
 
 class Part(Split):

@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from pipelines.quarantine import append_line
+
 BAD_STEPS = "bad_steps.jsonl"
 _OTHERS_FIRST_S = 5.0  # what every rank has to say rank 0 says; its launcher then ends the others before they repeat it
 
@@ -59,6 +61,21 @@ def agree(mine: dict[str, object], world: int) -> None:
         raise ValueError(
             f"the ranks do not agree: {'; '.join(found)}. All must run the same code on the same data with the same settings"
         )
+
+
+def on_first_rank(call: Callable, rank: int, world: int):
+    """What `call` returns on rank 0, or raise the ValueError or OSError that it raises there, on every rank alike."""
+    told: list = [None, None]
+    if rank == 0:
+        try:
+            told[0] = call()
+        except (ValueError, OSError) as error:
+            told[1] = error
+    if world > 1:
+        dist.broadcast_object_list(told, 0)
+    if told[1] is not None:
+        raise told[1]
+    return told[0]
 
 
 class Patience:
@@ -106,8 +123,7 @@ class BadSteps:
             dist.all_gather_object(parts, keys)
         if rank == 0:
             row = {"step": step, "loss": str(loss), "keys": [key for part in parts for key in part]}
-            with open(self._folder / BAD_STEPS, "a") as file:
-                file.write(json.dumps(row) + "\n")
+            append_line(self._folder / BAD_STEPS, row)
         said = f"step {step} was left out: its loss is {loss}, or a gradient is not finite"
         if self._in_a_row >= self._most:
             raise ValueError(

@@ -38,7 +38,8 @@ class Outcome:
 class Session:
     """One rank's engine and loader. Raises ValueError for what cannot be done.
 
-    resume: the run folder to load the state from, None for a new start; tag: which of its checkpoints, None for the newest.
+    resume: the run folder to load the state from, None for a new start; tag: which of its checkpoints, None for the newest
+    that is whole. `notes` says where that is not simply the latest.
     """
 
     def __init__(
@@ -55,6 +56,9 @@ class Session:
         if resume:
             check_continuation(resume, to_dict(config), to_dict(Config()))
         guard.agree(_identity(config, self.split, self.test), world)
+        self.notes: list[str] = []
+        if resume and tag is None:
+            tag, self.notes = guard.on_first_rank(lambda: checkpoint.newest_whole(resume), rank, world)
         torch.manual_seed(config.run.seed)
         self.model = build(config.model, config.data.num_frames)
         freeze(self.model, config.train.freeze_layers)

@@ -12,11 +12,14 @@ from c4c.checkpoint import CheckpointError, Saver
 from c4c.config import Config, dump, to_dict
 from c4c.distributed import command_again, restarted, start_distributed, stop_distributed
 from c4c.flops import peak, per_pair
-from c4c.guard import BadSteps, Patience, Stop, Watchdog
+from c4c.guard import BadSteps, Patience, Stop, Watchdog, on_first_rank
+from c4c.lock import RunLock
 from c4c.report import Report
 from c4c.run import Metrics, last_validation, mark_done, prepare, save_description, validations
 from c4c.session import Outcome, Session, make_deterministic
 from pipelines.loader import Batch
+
+_LAST_START_S = 30.0  # what a restarted run waits for the processes of the start before to be gone
 
 
 def train(config: Config) -> None:
@@ -25,28 +28,32 @@ def train(config: Config) -> None:
         make_deterministic()
     # the watchdog, which can name a rank, comes first
     rank, world, device = start_distributed(config.engine.timeout_s + 300)
+    lock = RunLock(Path(config.run.dir))
     try:
-        Trainer(config, rank, world, device).run()
+        Trainer(config, rank, world, device, lock).run()
     finally:
+        lock.release()
         stop_distributed()
 
 
 class Trainer:
     """One rank's part of a run."""
 
-    def __init__(self, config: Config, rank: int, world: int, device: torch.device):
+    def __init__(self, config: Config, rank: int, world: int, device: torch.device, lock: RunLock | None = None):
         self.config, self.rank, self.world, self.device = config, rank, world, device
         self.folder = Path(config.run.dir)
-        resume = "auto" if restarted(device) else config.run.resume
-        resuming = resume == "auto" and (self.folder / checkpoint.FOLDER / "latest").exists()
+        lock = lock or RunLock(self.folder)
+        again = restarted(device)  # the processes before may be about to end
+        resume = "auto" if again else config.run.resume
+        on_first_rank(lambda: lock.take(make=False, wait_s=_LAST_START_S * again), rank, world)
+        resuming = resume == "auto" and checkpoint.exist(self.folder)
         self.session = Session(
             config, rank, world, device, resume=self.folder if resuming else None,
             quarantine=self.folder / "quarantine.jsonl",
         )  # fmt: skip
         self.per_epoch, self.total = self.session.per_epoch, self.session.total
         # only now that nothing is left to be refused: a mistake must not move an earlier run aside
-        moved = prepare(self.folder, resume) if rank == 0 else None
-        dist.barrier()
+        moved = on_first_rank(lambda: self._make_folder(resume, lock), rank, world)
         self.validated = last_validation(self.folder) == self.session.done
         earlier = validations(self.folder, self.session.done)
         dist.barrier()
@@ -59,6 +66,13 @@ class Trainer:
             save_description(self.folder, dump(config), self.session.model.spec)
             self.metrics = Metrics(self.folder, self.session.done, config.run.wandb, to_dict(config))
         self._introduce(moved)
+
+    def _make_folder(self, resume: str, lock: RunLock) -> Path | None:
+        if self.folder.exists():
+            lock.take()
+        moved = prepare(self.folder, resume)
+        lock.take()  # in the new folder, if the old one was moved
+        return moved
 
     def run(self) -> None:
         """The training loop."""
@@ -178,6 +192,8 @@ class Trainer:
         )
         if config.engine.compile:
             self.report.say("the towers are compiled in the first steps, which takes minutes on some machines")
+        for note in session.notes:
+            self.report.say(note)
         if session.done:
             self.report.say(f"continuing after step {session.done}")
 
