@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,29 +25,11 @@ from crc32c import crc32c
 from torch import Tensor
 
 from c4c.run import scores
+from c4c.settings import CheckpointConfig
 
 FOLDER = "checkpoints"
 STATE = "state.json"
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """When the state is saved, beside the end of every epoch and of the run, and what is kept."""
-
-    every_steps: int = 0  # 0: at ends of epochs only
-    every_minutes: float = 0.0  # 0: never by the clock
-    keep_last: int = 2  # newest checkpoints
-    keep_best: int = 1  # checkpoints with the best validated text-to-video R@1; 0: none for that reason
-
-    def __post_init__(self):
-        if self.keep_last < 1:
-            raise ValueError(
-                f"checkpoint.keep_last={self.keep_last}: must be at least 1, or nothing could be evaluated"
-            )
-        for name in ("every_steps", "every_minutes", "keep_best"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"checkpoint.{name}={getattr(self, name)}: must be at least 0")
 
 
 class CheckpointError(ValueError):

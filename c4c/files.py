@@ -1,6 +1,7 @@
 """Text files that stay whole: written beside and renamed, so that a kill or a full disk leaves the old or the new text."""
 
 import os
+import tempfile
 from pathlib import Path
 
 from pipelines.quarantine import json_object
@@ -30,6 +31,23 @@ def _write(path: Path, beside: Path, text: str) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise OSError(error.errno, f"{path} could not be written and stays as it was: {error.strerror}") from error
+
+
+def require_writable(option: str, path: Path) -> None:
+    """Raise ValueError if a file at `path`, which a command writes at its end, cannot be written. Makes no folder."""
+    folder = path.parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    reason = f"{folder} is not a folder"
+    if path.is_dir():
+        reason = "it is a folder; name a file"
+    elif folder.is_dir():
+        try:
+            with tempfile.TemporaryFile(dir=folder):
+                return
+        except OSError as error:
+            reason = f"{error.strerror} in {folder}"
+    raise ValueError(f"{option} {path} cannot be written: {reason}")
 
 
 def lines_up_to(path: Path, step: int) -> str:

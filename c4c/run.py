@@ -92,9 +92,17 @@ def read_done(folder: Path) -> dict | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def is_run(name: str) -> bool:
+    """Whether a checkpoint's name means a run folder, there or not: no file of weights and no TAG:BACKBONE."""
+    path = Path(name)
+    return path.is_dir() or (path.suffix == "" and ":" not in name and not path.is_file())
+
+
 def read_config(folder: Path) -> dict:
     """The resolved configuration of a run, as plain dicts. Raises ValueError if the folder is no run, or damaged."""
     path = folder / "config.yaml"
+    if not folder.exists():
+        raise ValueError(f"there is no run folder {folder} (looked in {Path.cwd()})")
     if not path.is_file():
         raise ValueError(
             f"{folder} is not a run folder: it has no config.yaml. --ckpt takes the folder that run.dir named"

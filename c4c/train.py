@@ -1,6 +1,7 @@
 """The training run, from a configuration to a run folder."""
 
 import resource
+import shlex
 import time
 from pathlib import Path
 
@@ -110,7 +111,7 @@ class Trainer:
             return
         now = time.perf_counter()
         seconds, self._mark = now - self._mark, now
-        clips = len(batch.valid) * self.world
+        clips = outcome.pairs
         values = {
             "epoch": (step - 1) // self.per_epoch,
             "train/loss": outcome.loss,
@@ -167,6 +168,7 @@ class Trainer:
                 f"    {command_again('run.resume=auto')}"
             )
         best = checkpoint.best(self.folder) if self.rank == 0 else None
+        run = shlex.quote(str(self.folder))
         tag = f" --tag {best}" if best and best != checkpoint.tag_of(done) else ""
         if self.rank == 0 and last_validation(self.folder) == done:  # a signal at the last step leaves that to do
             mark_done(self.folder, done, best or checkpoint.tag_of(done))
@@ -174,9 +176,9 @@ class Trainer:
             self.report.say(f"{self.patience.most} validations in a row were no better: that is all (train.patience)")
         self.report.summary(
             done, self.bad.total,
-            f"python launch/eval.py --ckpt {self.folder}{tag}",
-            f"tensorboard --logdir {self.folder}",
-            f"python -m c4c.export --ckpt {self.folder} --to model.safetensors",
+            f"python launch/eval.py --ckpt {run}{tag}",
+            f"tensorboard --logdir {run}",
+            f"python -m c4c.export --ckpt {run}{tag} --to model.safetensors",
         )  # fmt: skip
 
     def _introduce(self, moved: Path | None) -> None:

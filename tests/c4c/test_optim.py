@@ -33,7 +33,8 @@ def test_the_learning_rate_at_the_edges():
 def test_total_steps():
     assert TrainConfig(epochs=3).total_steps(7) == 21
     assert TrainConfig(epochs=0.5).total_steps(7) == 4
-    assert TrainConfig(epochs=0).total_steps(7) == 1
+    assert TrainConfig(epochs=0.01).total_steps(7) == 1
+    assert TrainConfig(epochs=0, max_steps=3).total_steps(7) == 3
     assert TrainConfig(epochs=3, max_steps=4).total_steps(7) == 4
     assert TrainConfig(epochs=3, max_steps=40).total_steps(7) == 40
 
