@@ -64,8 +64,8 @@ class TrainConfig:
                 f"train.accumulate={self.accumulate} and train.micro_batch_size={self.micro_batch_size} both cut the batch: "
                 "micro_batch_size keeps the whole batch's negatives (gradient caching), accumulate does not; set one of them"
             )
-        if len(self.betas) != 2:
-            raise ValueError(f"train.betas={self.betas}: two numbers")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"train.betas={self.betas}: two numbers of at least 0 and below 1")
         for name, known in (("schedule", SCHEDULES), ("decay", DECAYS), ("loss", LOSSES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"train.{name}={getattr(self, name)}: there are {', '.join(known)}")
