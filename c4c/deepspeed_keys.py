@@ -2,7 +2,7 @@
 
 import difflib
 
-_OFFLOAD = "device nvme_path buffer_count buffer_size pin_memory"
+_OFFLOAD = "device nvme_path buffer_count pin_memory"
 _MONITOR = "enabled output_path job_name"
 _ALL = {  # group: its keys; "" are the keys at the top
     "": """train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping scheduler
@@ -23,7 +23,7 @@ _ALL = {  # group: its keys; "" are the keys at the top
         zero_quantized_nontrainable_weights zero_quantized_weights""",
     "zero_optimization.offload_optimizer": f"{_OFFLOAD} pipeline_read pipeline_write fast_init ratio super_offload "
     "cpuadam_cores_perc",
-    "zero_optimization.offload_param": f"{_OFFLOAD} max_in_cpu",
+    "zero_optimization.offload_param": f"{_OFFLOAD} buffer_size max_in_cpu",
     "zero_optimization.leaf_module": "classes names name_suffixes",
     "bf16": """enabled bf16_master_weights_and_grads bf16_optimizer_states check_grad_overflow immediate_grad_update""",
     "fp16": """enabled auto_cast loss_scale initial_scale_power loss_scale_window hysteresis consecutive_hysteresis
@@ -91,8 +91,12 @@ def wrong_key(tree: dict, group: str = "") -> tuple[str, str] | None:
 
 
 def _nearest(path: str, group: str) -> str:
-    every = [f"{g}.{key}" if g else key for g, keys in KEYS.items() for key in keys] + list(filter(None, KEYS))
-    near = difflib.get_close_matches(path, every, 1, cutoff=0.6)
-    near = near or [known for known in every if known.rpartition(".")[2] == path.rpartition(".")[2]]
-    there = [g for g in KEYS if g and g.rpartition(".")[0] == group] + list(KEYS[group])
-    return f"did you mean deepspeed.{near[0]}?" if near else f"there are {', '.join(sorted(set(there)))}"
+    """A key of the same group with nearly that name, else one of that name elsewhere, else all that the group has."""
+    name = path.rpartition(".")[2]
+    below = [g.rpartition(".")[2] for g in KEYS if g and g.rpartition(".")[0] == group]
+    here = sorted({*KEYS[group], *below})
+    near = difflib.get_close_matches(name, here, 1) or [key for key in here if key.startswith(name)]
+    if near:
+        return f"did you mean deepspeed.{group and f'{group}.'}{near[0]}?"
+    elsewhere = [f"{g}.{name}" for g, keys in KEYS.items() if g and name in keys]
+    return f"did you mean deepspeed.{elsewhere[0]}?" if elsewhere else f"there are {', '.join(here)}"
