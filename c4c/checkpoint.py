@@ -148,7 +148,7 @@ def write(run: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: di
         if (folder / tag_of(step)).exists():  # the same step, saved once more after a restart
             os.replace(folder / tag_of(step), aside)
         os.replace(beside, folder / tag_of(step))
-        _point(folder, tag_of(step))
+        point(run, tag_of(step))
         shutil.rmtree(aside, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(beside, ignore_errors=True)
@@ -386,7 +386,9 @@ def _set_random(file, rank: int) -> None:
         torch.cuda.set_rng_state(file.get_tensor(f"random.{rank}.cuda"))
 
 
-def _point(folder: Path, tag: str) -> None:
+def point(run: Path, tag: str) -> None:
+    """Make `latest` name a checkpoint."""
+    folder = run / FOLDER
     temporary = folder / ".latest.tmp"
     temporary.write_text(tag)
     _sync(temporary)

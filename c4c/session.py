@@ -54,9 +54,9 @@ class Session:
         if resume:
             check_continuation(resume, to_dict(config), to_dict(Config()))
         guard.agree(_identity(config, self.split, self.test), world)
-        self.notes: list[str] = []
+        self.tag, self.notes = tag, []
         if resume and tag is None:
-            tag, self.notes = guard.on_first_rank(lambda: checkpoint.newest_whole(resume), rank, world)
+            self.tag, self.notes = guard.on_first_rank(lambda: checkpoint.newest_whole(resume), rank, world)
         torch.manual_seed(config.run.seed)
         self.model = build(config.model, config.data.num_frames)
         freeze(self.model, config.train.freeze_layers)
@@ -66,7 +66,7 @@ class Session:
                           "engine.offload=optimizer, or engine.zero_stage=3 on several ranks"):  # fmt: skip
             learner = Learner(self.model, config.train.loss)
             self.engine = build_engine(learner, config.engine, config.train, world, config.deepspeed)
-        state = checkpoint.restore(self.engine, resume, tag) if resume else {}
+        state = checkpoint.restore(self.engine, resume, self.tag) if resume else {}
         self.done = int(state.get("step", 0))  # steps
         self._same_data(state, resume)
         self.loader = Loader(

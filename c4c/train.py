@@ -73,6 +73,8 @@ class Trainer:
             lock.take()
         moved = prepare(self.folder, resume)
         lock.take()  # in the new folder, if the old one was moved
+        if self.session.notes:
+            checkpoint.point(self.folder, self.session.tag)
         return moved
 
     def run(self) -> None:
