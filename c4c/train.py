@@ -16,7 +16,7 @@ from c4c.flops import peak, per_pair
 from c4c.guard import BadSteps, Patience, Stop, Watchdog, on_first_rank
 from c4c.lock import RunLock
 from c4c.report import Report
-from c4c.run import Metrics, last_validation, mark_done, prepare, save_description, validations
+from c4c.run import Metrics, last_validation, mark_done, prepare, save_description, scores, validations
 from c4c.session import Outcome, Session, make_deterministic
 from pipelines.loader import Batch
 
@@ -55,7 +55,7 @@ class Trainer:
         self.per_epoch, self.total = self.session.per_epoch, self.session.total
         # only now that nothing is left to be refused: a mistake must not move an earlier run aside
         moved = on_first_rank(lambda: self._make_folder(resume, lock), rank, world)
-        self.validated = last_validation(self.folder) == self.session.done
+        self.validated = self.session.done in scores(self.folder)
         earlier = validations(self.folder, self.session.done)
         dist.barrier()
         self.patience = Patience(config.train.patience, earlier)
