@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from c4c.run import is_run, read_config
     from pipelines.config import DataConfig
     from shards.dataset import Split
-    from shards.storage import is_remote
+    from shards.storage import is_remote, place
 
     if args.device and not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
         raise ValueError(f"--device {args.device}: must be cpu, cuda or cuda:N")
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     test = override_data(named, words).test
     if not test:
         raise ValueError("--data is not given: name the folder of a packed split")
-    if args.ranks and is_remote(test):
+    if args.ranks and is_remote(place(test)):
         raise ValueError(f"--ranks {args.ranks}: {test} is remote; copy the split to a disk, which --ranks needs")
     split = Split(test, named.local)
 
