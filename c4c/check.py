@@ -23,8 +23,11 @@ def check(config: Config) -> None:
     try:
         folder = Path(config.run.dir)
         say = Report(rank == 0, 1, 1, 0).say
-        resuming = config.run.resume == "auto" and (folder / checkpoint.FOLDER / "latest").exists()
+        resuming = config.run.resume == "auto" and checkpoint.exist(folder)
         session = Session(config, rank, world, device, resume=folder if resuming else None)
+        for note in session.notes:
+            say(note)
+        damaged = rank == 0 and _any_damaged(say, folder)
         steps, waits = [], []
         with session.loader:
             mark = time.perf_counter()
@@ -40,8 +43,22 @@ def check(config: Config) -> None:
         session.evaluate(first)
         say(f"evaluation: {len(first)} of {len(session.test)} videos in {time.perf_counter() - mark:.2f} s")
         _describe(say, config, session, steps, folder)
+        say(f"all {'else ' * damaged}is well; nothing was written to the run folder")
     finally:
         stop_distributed()
+
+
+def _any_damaged(say, folder: Path) -> bool:
+    """Compare every checkpoint of the run folder with its checksums."""
+    whole = []
+    for tag in checkpoint.tags(folder):
+        if found := checkpoint.damage(folder / checkpoint.FOLDER / tag):
+            say(f"warning: {folder / checkpoint.FOLDER / tag} is damaged: {found}")
+        else:
+            whole.append(tag)
+    if whole:
+        say(f"checkpoints that are whole: {', '.join(whole)}")
+    return len(whole) < len(checkpoint.tags(folder))
 
 
 class Part(Split):
@@ -101,4 +118,3 @@ def _describe(say, config: Config, session: Session, steps: list[float], folder:
     size = (session.weights * 4 + trained * 8) / 2**30
     most = config.checkpoint.keep_last + config.checkpoint.keep_best + 1
     say(f"        a checkpoint takes {size:.2f} GiB, and up to {most} are there at once")
-    say("all is well; nothing was written to the run folder")

@@ -4,9 +4,10 @@ A checkpoint is a folder:
 
     model.safetensors       fp32 master weights under CLIP4Clip's names
     optimizer.safetensors   NAME/exp_avg and NAME/exp_avg_sq of every trained weight; random.N.cpu, random.N.cuda of rank N
-    state.json              steps done, updates of the weights, fp16's loss scale, who wrote it
+    state.json              steps done, updates of the weights, fp16's loss scale, who wrote it; length and crc32c of the
+                            other files and, as `crc32c`, of the rest of itself
 
-No part of it knows of ranks or ZeRO, and nothing in it can be executed.
+What is read is checked. Checkpoints from before there were checksums are read without. No part of it knows of ranks or ZeRO, and nothing in it can be executed.
 """
 
 import json
@@ -16,36 +17,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from crc32c import crc32c
 from torch import Tensor
 
-from c4c.run import score
+from c4c.run import scores
+from c4c.settings import CheckpointConfig
 
 FOLDER = "checkpoints"
 STATE = "state.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """When the state is saved, beside the end of every epoch and of the run, and what is kept."""
-
-    every_steps: int = 0  # 0: at ends of epochs only
-    every_minutes: float = 0.0  # 0: never by the clock
-    keep_last: int = 2  # newest checkpoints
-    keep_best: int = 1  # checkpoints with the best validated text-to-video R@1; 0: none for that reason
-
-    def __post_init__(self):
-        if self.keep_last < 1:
-            raise ValueError(
-                f"checkpoint.keep_last={self.keep_last}: must be at least 1, or nothing could be evaluated"
-            )
-        for name in ("every_steps", "every_minutes", "keep_best"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"checkpoint.{name}={getattr(self, name)}: must be at least 0")
+MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 
 
 class CheckpointError(ValueError):
@@ -135,7 +119,7 @@ def snapshot(engine, step: int, extra: dict | None = None) -> tuple[dict[str, di
         return None
     state = {"step": step, "updates": zero.updates(engine), "loss_scaler": zero.loss_scaler(engine)}
     state |= {"ranks": engine.world_size, "zero_stage": engine.zero_optimization_stage()} | (extra or {})
-    return {"model.safetensors": model, "optimizer.safetensors": optimizer}, state
+    return {MODEL: model, OPTIMIZER: optimizer}, state
 
 
 def write(run: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict) -> None:
@@ -155,14 +139,17 @@ def write(run: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: di
         beside.mkdir()
         for name, content in tensors.items():
             save_file(content, beside / name)
-        (beside / STATE).write_text(json.dumps(state, indent=2) + "\n")
+        state = state | {"files": {name: _measured(beside / name) for name in tensors}}
+        (beside / STATE).write_text(json.dumps(state | {"crc32c": _own_checksum(state)}, indent=2) + "\n")
         for file in beside.iterdir():
             _sync(file)
         _sync(beside)
+        aside = folder / f".{tag_of(step)}.old.tmp"
         if (folder / tag_of(step)).exists():  # the same step, saved once more after a restart
-            shutil.rmtree(folder / tag_of(step))
+            os.replace(folder / tag_of(step), aside)
         os.replace(beside, folder / tag_of(step))
-        _point(folder, tag_of(step))
+        point(run, tag_of(step))
+        shutil.rmtree(aside, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(beside, ignore_errors=True)
         raise error if isinstance(error, OSError) else OSError(str(error)) from error
@@ -182,14 +169,7 @@ def prune(run: Path, config: CheckpointConfig) -> None:
 
 def validated(run: Path) -> dict[str, float]:
     """Text-to-video R@1 of the checkpoints that were validated, by name."""
-    file, found = run / "eval.jsonl", {}
-    for line in file.read_text().splitlines() if file.exists() else []:
-        try:
-            row = json.loads(line)
-            found[tag_of(row["step"])] = score(row)
-        except (ValueError, KeyError):  # a killed run may leave half a line
-            continue
-    return found
+    return {tag_of(step): r1 for step, r1 in scores(run).items()}
 
 
 def best(run: Path) -> str | None:
@@ -209,9 +189,10 @@ def restore(engine, run: Path, tag: str | None = None) -> dict:
 
     tag = tag or latest(run)
     folder = run / FOLDER / tag
+    _refuse_damage(folder)
     with _reading(folder):
-        state = json.loads((folder / STATE).read_text())
-        model, optimizer = (safe_open(folder / f"{part}.safetensors", "pt") for part in ("model", "optimizer"))
+        state = read_state(folder)
+        model, optimizer = (safe_open(folder / part, "pt") for part in (MODEL, OPTIMIZER))
         keys = sorted({key.rpartition("/")[2] for key in optimizer.keys() if "/" in key})  # noqa: SIM118 no mapping
 
         def read(name: str, key: str | None) -> Tensor:
@@ -228,20 +209,126 @@ def restore(engine, run: Path, tag: str | None = None) -> dict:
 
 def tags(run: Path) -> list[str]:
     """Names of the checkpoints there are, oldest first."""
-    return sorted((p.name for p in (run / FOLDER).glob("step*") if p.is_dir()), key=lambda t: (len(t), t))
+    found = (p.name for p in (run / FOLDER).glob("step*") if p.name[4:].isdecimal() and p.is_dir())
+    return sorted(found, key=lambda t: (len(t), t))
+
+
+def exist(run: Path) -> bool:
+    """Whether a run folder holds checkpoints, whole or not, and so must not be trained over."""
+    return bool(tags(run)) or (run / FOLDER / "latest").exists()
 
 
 def latest(run: Path) -> str:
-    """The newest finished checkpoint's name. Raises CheckpointError if there is none."""
+    """The newest finished checkpoint's name: the one in `latest` or, where that is gone, the newest that is whole.
+
+    Raises CheckpointError if there is none.
+    """
+    tag = _pointed(run)
+    if tag in tags(run):
+        return tag
+    if not run.is_dir():
+        raise CheckpointError(f"there is no run folder {run}")
+    if tag is None and not tags(run):
+        raise CheckpointError(f"{run} holds no checkpoint (no {FOLDER}/latest): train it first, or longer")
+    return newest_whole(run)[0]
+
+
+def newest_whole(run: Path, before: float = float("inf")) -> tuple[str, list[str]]:
+    """(the checkpoint to go on from, lines that say why it is not simply the latest); before: only of earlier steps.
+
+    Reads every file of it to compare checksums. Raises CheckpointError if none is whole.
+    """
+    pointed, there = _pointed(run), [tag for tag in tags(run) if step_of(tag) < before]
+    newest_first = sorted(there, key=lambda tag: (tag == pointed, step_of(tag)), reverse=True)
+    notes, pointer = [], run / FOLDER / "latest"
+    if before == float("inf") and pointed not in there:
+        wrong = "is missing" if pointed is None else f"names {pointed or 'nothing'}, which is not there"
+        notes.append(f"{pointer} {wrong}")
+    for tag in newest_first:
+        if not (found := damage(run / FOLDER / tag)):
+            return tag, [f"warning: {note}; continuing from {tag}, the newest whole checkpoint" for note in notes]
+        notes.append(f"{run / FOLDER / tag} is damaged: {found}")
+    raise CheckpointError(
+        f"{run} has no whole checkpoint to go on from: {'; '.join(notes)}. Choose another run.dir, or start anew with "
+        "run.resume=never, which moves the old run aside"
+    )
+
+
+def _pointed(run: Path) -> str | None:
+    """What `latest` says; None if it is gone."""
     pointer = run / FOLDER / "latest"
-    if not pointer.is_file():
-        if not run.is_dir():
-            raise CheckpointError(f"there is no run folder {run}")
-        raise CheckpointError(f"{run} holds no checkpoint (no {pointer.relative_to(run)}): train it first, or longer")
-    tag = pointer.read_text().strip()
-    if tag not in tags(run):
-        raise CheckpointError(f"{pointer} names {tag or 'nothing'}, which is not there; there are {_listed(run)}")
-    return tag
+    return pointer.read_text(errors="replace").strip() if pointer.is_file() else None
+
+
+def damage(folder: Path, parts: tuple[str, ...] = (MODEL, OPTIMIZER)) -> str:
+    """What is wrong with these files of a checkpoint or with its state.json; nothing: ''."""
+    from safetensors import safe_open
+
+    name = STATE
+    try:
+        known = read_state(folder).get("files")
+        for name in parts:
+            if known is not None:
+                _compare(folder / name, known.get(name))
+            else:  # from before there were checksums: safetensors compares the length
+                with safe_open(folder / name, "pt"):
+                    pass
+    except FileNotFoundError as error:
+        return f"{Path(error.filename or folder / name).name} is missing"
+    except CheckpointError as error:
+        return str(error)
+    except Exception as error:  # safetensors' own kind is a plain Exception
+        return f"{name}: {str(error).partition(chr(10))[0]}"
+    return ""
+
+
+def read_state(folder: Path) -> dict:
+    """What a checkpoint's state.json says. Raises CheckpointError, FileNotFoundError."""
+    try:
+        state = json.loads((folder / STATE).read_bytes())
+        step, updates, _ = int(state["step"]), int(state["updates"]), dict(state["loss_scaler"])
+    except FileNotFoundError:
+        raise
+    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
+        raise CheckpointError(f"{STATE} cannot be read ({type(error).__name__}: {error})") from error
+    checked = "files" in state or "crc32c" in state
+    if checked and (state.get("crc32c") != _own_checksum(state) or not isinstance(state.get("files"), dict)):
+        raise CheckpointError(f"{STATE} does not match its checksum")
+    return state | {"step": step, "updates": updates}
+
+
+def _compare(file: Path, known: dict | None) -> None:
+    found = _measured(file)
+    if known is None:
+        raise CheckpointError(f"{STATE} has no checksum of {file.name}")
+    if found["bytes"] != known.get("bytes"):
+        raise CheckpointError(
+            f"{file.name} has {found['bytes']} bytes and had {known.get('bytes')} when it was written"
+        )
+    if found != known:
+        raise CheckpointError(f"{file.name} does not match its checksum in {STATE}")
+
+
+def _measured(file: Path) -> dict:
+    """Length and checksum, read from the file."""
+    buffer, check, size = bytearray(1 << 22), 0, 0
+    with open(file, "rb", buffering=0) as opened:
+        while count := opened.readinto(buffer):
+            check, size = crc32c(memoryview(buffer)[:count], check), size + count
+    return {"bytes": size, "crc32c": f"{check:08x}"}
+
+
+def _own_checksum(state: dict) -> str:
+    rest = {key: value for key, value in state.items() if key != "crc32c"}
+    return f"{crc32c(json.dumps(rest, sort_keys=True).encode()):08x}"
+
+
+def _refuse_damage(folder: Path, parts: tuple[str, ...] = (MODEL, OPTIMIZER)) -> None:
+    if found := damage(folder, parts):
+        others = [t for t in reversed(tags(folder.parent.parent)) if t != folder.name]
+        whole = next((t for t in others if not damage(folder.parent / t, parts)), None)
+        more = f"{whole} is whole: --tag {whole} reads it" if whole else "the run has no other that is whole"
+        raise CheckpointError(f"{folder} is damaged: {found}; {more}")
 
 
 def load_weights(run: Path, tag: str | None = None) -> dict[str, Tensor]:
@@ -255,9 +342,11 @@ def load_weights(run: Path, tag: str | None = None) -> dict[str, Tensor]:
     folder = run / FOLDER / tag
     if tag not in tags(run):
         raise CheckpointError(f"{run} has no checkpoint {tag}; there are {_listed(run)}")
+    if not any(folder.glob("*_states.pt")):  # which are DeepSpeed's
+        _refuse_damage(folder, (MODEL,))
     with _reading(folder):
-        if (folder / "model.safetensors").exists():
-            return load_file(folder / "model.safetensors")
+        if (folder / MODEL).exists():
+            return load_file(folder / MODEL)
         return _deepspeeds(folder)
 
 
@@ -297,7 +386,9 @@ def _set_random(file, rank: int) -> None:
         torch.cuda.set_rng_state(file.get_tensor(f"random.{rank}.cuda"))
 
 
-def _point(folder: Path, tag: str) -> None:
+def point(run: Path, tag: str) -> None:
+    """Make `latest` name a checkpoint."""
+    folder = run / FOLDER
     temporary = folder / ".latest.tmp"
     temporary.write_text(tag)
     _sync(temporary)
@@ -323,6 +414,8 @@ def _reading(folder: Path) -> Iterator[None]:
     try:
         with safe_loading():
             yield
+    except CheckpointError:
+        raise
     except Exception as error:  # DeepSpeed raises whatever its file formats lead to
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         there = _listed(folder.parent.parent)

@@ -10,11 +10,10 @@ from typing import Any
 
 import yaml
 
-from c4c.checkpoint import CheckpointConfig
-from c4c.engine import EngineConfig
-from c4c.model import ModelConfig
+from c4c.deepspeed_keys import wrong_key
 from c4c.optim import TrainConfig
-from c4c.run import RunConfig
+from c4c.run import RunConfig, require_wandb
+from c4c.settings import CheckpointConfig, EngineConfig, ModelConfig
 from pipelines.config import CacheConfig, ClipsConfig, DataConfig
 
 
@@ -50,7 +49,32 @@ def load(name: str, overrides: list[str] = (), search: list[Path] = ()) -> Confi
     """
     tree = _read(_find(name, [Path(), *search]), search, ())
     _override(tree, overrides)
-    return _build(Config, tree, "")
+    config = _build(Config, tree, "")
+    _check_deepspeed(tree.get("deepspeed"), config.deepspeed)
+    return config
+
+
+def require(config: Config) -> None:
+    """Raise ValueError for what a training needs and no default can give, before anything heavy is imported."""
+    for key in ("train", "test"):
+        if not getattr(config.data, key):
+            raise ConfigError(f"data.{key} is not set: name the folder of a packed split, data.{key}=data/…")
+    if not config.model.init_from:
+        raise ConfigError(
+            "model.init_from is not set: name an open_clip tag (openai), a weights file, a run folder, or scratch for "
+            "random weights"
+        )
+    require_wandb(config.run.wandb)
+
+
+def _check_deepspeed(located: Any, given: dict) -> None:
+    """Of a file that is read now. A run that ignored a key in its day can still be read."""
+    if found := wrong_key(given):
+        path, wrong = found
+        for key in path.split("."):
+            located = located[key]
+        kind = "unknown key " if wrong.startswith(("did you mean", "there are")) else ""
+        raise ConfigError(f"{kind}deepspeed.{path} in {_where(located)}: {wrong}")
 
 
 def override_data(data: DataConfig, overrides: list[str]) -> DataConfig:

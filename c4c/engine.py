@@ -14,40 +14,10 @@ from c4c.distributed import compile_ops, quiet_libraries, start_distributed, sto
 from c4c.loss import LOSSES, world_size
 from c4c.model import MAX_SCALE, CLIP4Clip
 from c4c.optim import TrainConfig, parameter_groups
+from c4c.settings import PRECISIONS, EngineConfig
 from pipelines.order import rank_rows
 
-PRECISIONS = ("bf16", "fp16", "fp32")
-OFFLOADS = ("none", "optimizer", "all")
 MAX_LOGIT = math.log(MAX_SCALE)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineConfig:
-    """How DeepSpeed runs the model."""
-
-    precision: str = "bf16"  # of weights and activations; masters, moments, similarities and losses are fp32
-    zero_stage: int = 1  # 0 none, 1 optimizer states, 2 gradients, 3 weights are shared out over ranks
-    clip_grad_norm: float = 1.0  # 0: off
-    offload: str = "none"  # to the host's memory: optimizer (masters and moments; ZeRO 1-3), all (weights too; ZeRO 3)
-    compile: bool = False  # the towers, by torch.compile
-    activation_checkpointing: bool = False  # keep no activations inside blocks: less memory, a second forward pass
-    timeout_s: float = 1800.0  # a rank that is this long in one step is taken for dead: the run ends and names it
-
-    def __post_init__(self):
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"engine.precision={self.precision}: there are {', '.join(PRECISIONS)}")
-        if self.zero_stage not in (0, 1, 2, 3):
-            raise ValueError(f"engine.zero_stage={self.zero_stage}: there are 0, 1, 2 and 3")
-        if self.offload not in OFFLOADS:
-            raise ValueError(f"engine.offload={self.offload}: there are {', '.join(OFFLOADS)}")
-        if self.offload == "optimizer" and self.zero_stage == 0:
-            raise ValueError("engine.offload=optimizer: ZeRO does it, so engine.zero_stage must be 1, 2 or 3, not 0")
-        if self.offload == "all" and self.zero_stage != 3:
-            raise ValueError(f"engine.offload=all: only engine.zero_stage=3 shares out weights, not {self.zero_stage}")
-        if self.clip_grad_norm < 0:
-            raise ValueError(f"engine.clip_grad_norm={self.clip_grad_norm}: must be at least 0")
-        if self.timeout_s <= 0:
-            raise ValueError(f"engine.timeout_s={self.timeout_s}: must be above 0")
 
 
 class Learner(nn.Module):
@@ -296,11 +266,12 @@ def _try(settings: dict, config: EngineConfig, extra: dict) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
     device = get_accelerator()
-    for precision, supported in (("bf16", device.is_bf16_supported), ("fp16", device.is_fp16_supported)):
-        if config.precision == precision and not supported():
-            raise ValueError(
-                f"engine.precision={precision}: {device.device_name()} cannot compute in it here: choose another of {', '.join(PRECISIONS)}"
-            )
+    supported = {"bf16": device.is_bf16_supported, "fp16": device.is_fp16_supported, "fp32": lambda: True}
+    if not supported[config.precision]():
+        others = " or ".join(name for name in PRECISIONS if supported[name]())
+        raise ValueError(
+            f"engine.precision={config.precision}: {device.device_name()} cannot compute in it here: choose {others}"
+        )
     try:
         DeepSpeedConfig(settings)
     except Exception as error:  # its own classes', pydantic's and plain ones

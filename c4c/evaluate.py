@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from c4c.files import replace_text
 from c4c.loss import world_size
 from c4c.metrics import ranks, report
 from c4c.model import CLIP4Clip
@@ -81,4 +82,4 @@ def write_ranks(path: Path, split: Split, config: DataConfig, by_text: Tensor) -
             row = {"rank": next(found) + 1, "video": video.key, "text": text, "meta": meta}
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(lines))
+    replace_text({path: "".join(lines)})

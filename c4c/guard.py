@@ -16,8 +16,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from c4c.errors import OTHERS_FIRST_S
+from pipelines.quarantine import append_line
+
 BAD_STEPS = "bad_steps.jsonl"
-_OTHERS_FIRST_S = 5.0  # what every rank has to say rank 0 says; its launcher then ends the others before they repeat it
 
 
 class Stop:
@@ -59,6 +61,21 @@ def agree(mine: dict[str, object], world: int) -> None:
         raise ValueError(
             f"the ranks do not agree: {'; '.join(found)}. All must run the same code on the same data with the same settings"
         )
+
+
+def on_first_rank(call: Callable, rank: int, world: int):
+    """What `call` returns on rank 0, or raise the ValueError or OSError that it raises there, on every rank alike."""
+    told: list = [None, None]
+    if rank == 0:
+        try:
+            told[0] = call()
+        except (ValueError, OSError) as error:
+            told[1] = error
+    if world > 1:
+        dist.broadcast_object_list(told, 0)
+    if told[1] is not None:
+        raise told[1]
+    return told[0]
 
 
 class Patience:
@@ -106,8 +123,7 @@ class BadSteps:
             dist.all_gather_object(parts, keys)
         if rank == 0:
             row = {"step": step, "loss": str(loss), "keys": [key for part in parts for key in part]}
-            with open(self._folder / BAD_STEPS, "a") as file:
-                file.write(json.dumps(row) + "\n")
+            append_line(self._folder / BAD_STEPS, row)
         said = f"step {step} was left out: its loss is {loss}, or a gradient is not finite"
         if self._in_a_row >= self._most:
             raise ValueError(
@@ -201,7 +217,7 @@ class Watchdog:
 
     def _report(self, found: str) -> None:
         if self._rank:
-            time.sleep(_OTHERS_FIRST_S)
+            time.sleep(OTHERS_FIRST_S)
         stack = ""
         if f"rank {self._rank} (" in found or "all ranks" in found:
             stack = "".join(traceback.format_stack(sys._current_frames()[self._main])[-4:])
@@ -245,25 +261,3 @@ def out_of_memory(error: BaseException, doing: str, remedies: str) -> str | None
     else:
         there = f"the machine has {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"
     return f"out of memory: {doing}; {there}. Set {remedies} ({text.strip().partition(chr(10))[0][:200]})"
-
-
-def speak(error: BaseException, rank: int) -> None:
-    """Print an error that ends the run: rank 0 at once, another only if rank 0 had none and the launcher let it live."""
-    lost = isinstance(error, RuntimeError)
-    if rank or lost:
-        time.sleep(_OTHERS_FIRST_S)
-    text = str(error)
-    if lost:
-        text = f"the connection to another rank broke ({text.strip().partition(chr(10))[0][:200]}): that one ended first, and says why if it could"
-    print(f"error{f' on rank {rank}' if rank else ''}: {text}", file=sys.stderr, flush=True)
-
-
-def lost_peer(error: RuntimeError) -> bool:
-    """Whether an exchange between ranks failed because another rank's process is gone."""
-    said = (
-        "onnection closed by peer",
-        "onnection reset by peer",
-        "Broken pipe",
-        "remote process exited",
-    )  # gloo's, NCCL's
-    return isinstance(error, dist.DistNetworkError) or any(words in str(error) for words in said)

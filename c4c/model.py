@@ -2,7 +2,6 @@
 
 import math
 import warnings
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -11,30 +10,11 @@ from torch import Tensor, nn
 
 from c4c import towers
 from c4c.heads import HEADS
+from c4c.settings import ModelConfig
 from c4c.weights import Weights, read, read_backbone
+from pipelines.config import DataConfig
 
 MAX_SCALE = 100.0  # CLIP's bound on the temperature's inverse
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Which towers, which head, and where the weights come from."""
-
-    backbone: str = "ViT-B-32"  # a name open_clip knows, or one in c4c/backbones
-    head: str = "meanP"
-    head_layers: int = 4  # transformer blocks of the heads that have some
-    linear_patch: str = "2d"  # 3d: the patch embedding also spans three frames
-    init_from: str = ""  # an open_clip tag (openai, ...), a weights file, a run folder, or scratch
-    init_tag: str = ""  # which checkpoint of a run folder: its name, or best; empty: the latest
-
-    def __post_init__(self):
-        towers.named(self.backbone)
-        if self.head not in HEADS:
-            raise ValueError(f"model.head={self.head}: there are {', '.join(HEADS)}")
-        if self.linear_patch not in ("2d", "3d"):
-            raise ValueError(f"model.linear_patch={self.linear_patch}: there are 2d and 3d")
-        if self.head_layers < 1:
-            raise ValueError(f"model.head_layers={self.head_layers}: must be at least 1")
 
 
 class CLIP4Clip(nn.Module):
@@ -74,6 +54,24 @@ class CLIP4Clip(nn.Module):
         model.head.start_from(model.clip)
         load_strictly(model, weights.state, source, allow)
         return model.eval()
+
+    def check_data(self, data: DataConfig, name: str) -> None:
+        """Raise ValueError if pictures, captions or clips of that size do not fit. name: what to call the model."""
+        if data.image_size != self.image_size:
+            raise ValueError(
+                f"data.image_size={data.image_size}, but {name} takes pictures of {self.image_size}: "
+                f"set data.image_size={self.image_size}"
+            )
+        if data.max_words > self.context_length:
+            raise ValueError(
+                f"data.max_words={data.max_words} is longer than the {self.context_length} tokens that {name} takes"
+            )
+        most = self.head.most_frames
+        if most is not None and data.num_frames > most:
+            raise ValueError(
+                f"data.num_frames={data.num_frames} is more than the {most} frames that the head {self.head.name} has "
+                f"positions for: set data.num_frames={most} or fewer"
+            )
 
     @property
     def context_length(self) -> int:

@@ -2,8 +2,10 @@
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import nn
+if TYPE_CHECKING:  # settings are checked before torch is imported
+    from torch import nn
 
 SCHEDULES = ("mmaction2", "official")
 LOSSES = ("cross_entropy", "mil_nce")
@@ -47,15 +49,23 @@ class TrainConfig:
                "micro_batch_size": 0, "coef_lr": 0, "lr_text": 0, "lr_video": 0, "freeze_text_epochs": 0,
                "freeze_video_epochs": 0, "accumulate": 1, "max_bad_steps": 1, "eval_every_steps": 0, "patience": 0}  # fmt: skip
         for name, least in low.items():
-            if getattr(self, name) < least:
+            if not getattr(self, name) >= least:  # nan is not
                 raise ValueError(f"train.{name}={getattr(self, name)}: must be at least {least}")
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"train.{name}={value}: must be a finite number")
+        if not self.epochs and not self.max_steps:
+            raise ValueError(
+                "train.epochs=0 trains nothing: set it above 0, or train.max_steps; launch/eval.py --ckpt evaluates weights "
+                "as they are"
+            )
         if self.accumulate > 1 and self.micro_batch_size:
             raise ValueError(
                 f"train.accumulate={self.accumulate} and train.micro_batch_size={self.micro_batch_size} both cut the batch: "
                 "micro_batch_size keeps the whole batch's negatives (gradient caching), accumulate does not; set one of them"
             )
-        if len(self.betas) != 2:
-            raise ValueError(f"train.betas={self.betas}: two numbers")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"train.betas={self.betas}: two numbers of at least 0 and below 1")
         for name, known in (("schedule", SCHEDULES), ("decay", DECAYS), ("loss", LOSSES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"train.{name}={getattr(self, name)}: there are {', '.join(known)}")
@@ -93,7 +103,7 @@ def official_lr_factor(step: int, total: float, warmup: float) -> float:
     return x / warmup if x < warmup else 0.5 * (1 + math.cos(math.pi * x))
 
 
-def freeze(model: nn.Module, layers: int) -> None:
+def freeze(model: "nn.Module", layers: int) -> None:
     """CLIP4Clip's --freeze_layer_num, in place: with N >= 0, what is not named below gets no gradient.
 
     Trained: blocks N and above of both towers, the towers' last norms and projections, the temperature, a 3d patch
@@ -111,7 +121,7 @@ def freeze(model: nn.Module, layers: int) -> None:
             parameter.requires_grad_(False)
 
 
-def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
+def parameter_groups(model: "nn.Module", config: TrainConfig) -> list[dict]:
     """Parts of the model, with and without decay: up to eight groups, each with its `part`, `lr` and `weight_decay`."""
     groups: dict[tuple, list] = {}
     apart = (config.lr_text, config.lr_video, config.freeze_text_epochs, config.freeze_video_epochs) != (1, 1, 0, 0)
@@ -140,7 +150,7 @@ def part_of(name: str) -> str:
     return "video" if rest.startswith("visual.") else "temperature" if rest == "logit_scale" else "text"
 
 
-def decays(name: str, parameter: nn.Parameter, rule: str) -> bool:
+def decays(name: str, parameter: "nn.Parameter", rule: str) -> bool:
     """Whether weight decay applies: official, to all whose name lacks `bias`; mmaction2, to matrices and kernels."""
     if rule == "official":
         return "bias" not in name

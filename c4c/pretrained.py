@@ -6,7 +6,7 @@ from pathlib import Path
 from c4c import towers
 from c4c.config import from_dict
 from c4c.model import CLIP4Clip
-from c4c.run import read_config
+from c4c.run import is_run, read_config
 from c4c.weights import Weights, read, read_backbone
 from pipelines.config import DataConfig
 
@@ -24,7 +24,7 @@ def open_checkpoint(name: str, tag: str | None = None) -> tuple[CLIP4Clip, DataC
     tag: a run's checkpoint.
     """
     path = Path(name)
-    if path.is_dir() or (path.suffix == "" and ":" not in name):
+    if is_run(name):
         config = from_dict(read_config(path))
         return CLIP4Clip.from_checkpoint(path, tag=tag), config.data
     if tag:

@@ -1,6 +1,5 @@
 """`launch/train.py --replay STEP`: one step of a run once more, from a checkpoint before it, beside what it was then."""
 
-import json
 import math
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from c4c.config import Config
 from c4c.distributed import start_distributed, stop_distributed
 from c4c.report import Report
 from c4c.session import Outcome, Session, make_deterministic
+from pipelines.quarantine import json_lines
 
 _ROUNDING = 1e-4  # relative: other ranks, another ZeRO stage, another machine
 
@@ -26,11 +26,14 @@ def replay(config: Config, step: int) -> bool:
         there = ", ".join(checkpoint.tags(folder)) or "none"
         raise ValueError(f"--replay {step}: {folder} keeps no checkpoint of an earlier step; there are {there}")
     recorded = _recorded(folder, step)
+    tag, notes = checkpoint.newest_whole(folder, before=step)
     rank, world, device = start_distributed(config.engine.timeout_s + 300)
     try:
-        session = Session(config, rank, world, device, resume=folder, tag=before[-1])
+        session = Session(config, rank, world, device, resume=folder, tag=tag)
         say = Report(rank == 0, 1, 1, 0).say
-        say(f"replaying step {step} from {before[-1]}")
+        say(f"replaying step {step} from {tag}")
+        for note in notes:
+            say(note)
         with session.loader:
             for batch in session.batches(step - session.done):
                 outcome = session.step(batch)
@@ -43,8 +46,7 @@ def replay(config: Config, step: int) -> bool:
 
 def _recorded(folder: Path, step: int) -> dict:
     path = folder / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
-    found = {row["step"]: row for row in rows}
+    found = {row["step"]: row for row in json_lines(path) if "step" in row}
     if step not in found:
         raise ValueError(f"--replay {step}: {path} holds steps {min(found, default=0)} to {max(found, default=0)}")
     return found[step]

@@ -13,6 +13,9 @@ from pathlib import Path
 
 import yaml
 
+from c4c.files import lines_up_to, replace_text
+from pipelines.quarantine import json_lines
+
 RESUME = ("never", "auto")
 DONE = "done.json"
 SCORE = "val/t2v_R1_pct"
@@ -57,7 +60,7 @@ def require_wandb(project: str) -> None:
 def prepare(folder: Path, resume: str) -> Path | None:
     """Make the run folder; called on one rank. Returns where an earlier run was moved to, if it was."""
     moved = None
-    if resume == "never" and (folder / "config.yaml").exists():
+    if resume == "never" and any((folder / name).exists() for name in ("config.yaml", "checkpoints", "metrics.jsonl")):
         moved = _free_name(folder)
         os.rename(folder, moved)
     folder.mkdir(parents=True, exist_ok=True)
@@ -66,20 +69,21 @@ def prepare(folder: Path, resume: str) -> Path | None:
 
 def save_description(folder: Path, config_text: str, towers: dict) -> None:
     """Write config.yaml, towers.json and versions.json."""
-    (folder / "config.yaml").write_text(config_text)
-    (folder / "towers.json").write_text(json.dumps(towers, indent=2) + "\n")
     found = {name: _version(name) for name in _PACKAGES}
     found |= {"python": platform.python_version(), "machine": platform.machine(), "system": platform.platform()}
-    (folder / "versions.json").write_text(json.dumps(found, indent=2) + "\n")
+    texts = {
+        "config.yaml": config_text,
+        "towers.json": json.dumps(towers, indent=2) + "\n",
+        "versions.json": json.dumps(found, indent=2) + "\n",
+    }
+    replace_text({folder / name: text for name, text in texts.items()})
 
 
 def mark_done(folder: Path, step: int, best: str) -> None:
     """Write done.json, which says that the run went all the way: after which step, its best checkpoint, and when."""
     path = folder / DONE
     if not path.exists():  # continuing a run that is done changes nothing
-        beside = folder / f".{DONE}.tmp"
-        beside.write_text(json.dumps({"step": step, "best": best, "time_unix_s": round(time.time(), 3)}) + "\n")
-        beside.replace(path)
+        replace_text({path: json.dumps({"step": step, "best": best, "time_unix_s": round(time.time(), 3)}) + "\n"})
 
 
 def read_done(folder: Path) -> dict | None:
@@ -88,9 +92,17 @@ def read_done(folder: Path) -> dict | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def is_run(name: str) -> bool:
+    """Whether a checkpoint's name means a run folder, there or not: no file of weights and no TAG:BACKBONE."""
+    path = Path(name)
+    return path.is_dir() or (path.suffix == "" and ":" not in name and not path.is_file())
+
+
 def read_config(folder: Path) -> dict:
     """The resolved configuration of a run, as plain dicts. Raises ValueError if the folder is no run, or damaged."""
     path = folder / "config.yaml"
+    if not folder.exists():
+        raise ValueError(f"there is no run folder {folder} (looked in {Path.cwd()})")
     if not path.is_file():
         raise ValueError(
             f"{folder} is not a run folder: it has no config.yaml. --ckpt takes the folder that run.dir named"
@@ -137,9 +149,7 @@ def _flat(tree: dict, prefix: str = "") -> dict:
 
 def last_validation(folder: Path) -> int | None:
     """The step of the run's last validation, None before the first."""
-    path = folder / "eval.jsonl"
-    steps = [_step_of(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return max((int(step) for step in steps if step != float("inf")), default=None)
+    return max((step for step, _ in _scores(folder)), default=None)
 
 
 def score(row: dict) -> float:
@@ -149,11 +159,17 @@ def score(row: dict) -> float:
 
 def validations(folder: Path, last: float = float("inf")) -> list[float]:
     """Text-to-video R@1 of all validations so far, up to that after step `last`."""
-    path, found = folder / "eval.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        if _step_of(line) != float("inf") and _step_of(line) <= last:
-            found.append(score(json.loads(line)))
-    return found
+    return [r1 for step, r1 in _scores(folder) if step <= last]
+
+
+def scores(folder: Path) -> dict[int, float]:
+    """Text-to-video R@1 of all validations so far, by step."""
+    return dict(_scores(folder))
+
+
+def _scores(folder: Path) -> list[tuple[int, float]]:
+    rows = json_lines(folder / "eval.jsonl")
+    return [(row["step"], score(row)) for row in rows if "step" in row and (SCORE in row or "val/t2v_R1" in row)]
 
 
 class Metrics:
@@ -166,8 +182,7 @@ class Metrics:
         from torch.utils.tensorboard import SummaryWriter
 
         self._wandb = _start_wandb(folder, wandb, config) if wandb else None
-        for name in ("metrics.jsonl", "eval.jsonl", "bad_steps.jsonl"):
-            _forget_after(folder / name, resumed_at)
+        _forget_after(folder, resumed_at)
         self._steps = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 closed in close()
         self._evals = open(folder / "eval.jsonl", "a", buffering=1)  # noqa: SIM115
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at)
@@ -208,18 +223,15 @@ def _start_wandb(folder: Path, project: str, config: dict | None):
     )
 
 
-def _forget_after(path: Path, step: int) -> None:
+def _forget_after(folder: Path, step: int) -> None:
     """A resumed run writes the steps after its checkpoint anew."""
-    if path.exists():
-        kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= step]
-        path.write_text("".join(kept))
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except ValueError:  # a killed run may leave half a line
-        return float("inf")
+    texts = {}
+    for name in ("metrics.jsonl", "eval.jsonl", "bad_steps.jsonl"):
+        if (path := folder / name).exists():
+            kept = lines_up_to(path, step)
+            if kept.encode() != path.read_bytes():
+                texts[path] = kept
+    replace_text(texts)
 
 
 def _free_name(folder: Path) -> Path:

@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 
 from c4c import checkpoint, guard
-from c4c.config import Config, to_dict
+from c4c.config import Config, require, to_dict
 from c4c.engine import Learner, applied, build_engine, read_scale, train_step
 from c4c.evaluate import evaluate
-from c4c.model import CLIP4Clip, build
+from c4c.model import build
 from c4c.optim import freeze
-from c4c.run import check_continuation, require_wandb
+from c4c.run import check_continuation
 from pipelines.loader import Batch, Loader
 from shards.dataset import Split
 from shards.joined import open_splits
@@ -32,13 +32,15 @@ class Outcome:
     logit_scale: float
     grad_norm: float
     applied: bool
+    pairs: int  # without padding
     said: tuple[bool, ...]  # which of the caller's questions any rank answered with yes
 
 
 class Session:
     """One rank's engine and loader. Raises ValueError for what cannot be done.
 
-    resume: the run folder to load the state from, None for a new start; tag: which of its checkpoints, None for the newest.
+    resume: the run folder to load the state from, None for a new start; tag: which of its checkpoints, None for the newest
+    that is whole. `notes` says where that is not simply the latest.
     """
 
     def __init__(
@@ -46,25 +48,25 @@ class Session:
         tag: str | None = None, quarantine: Path | None = None,
     ):  # fmt: skip
         self.config, self.rank, self.world, self.device = config, rank, world, device
-        for key in ("train", "test"):
-            if not getattr(config.data, key):
-                raise ValueError(f"data.{key} is not set: name the folder of a packed split, data.{key}=data/…")
-        require_wandb(config.run.wandb)
+        require(config)
         self.split = open_splits(config.data.train, config.data.local)
         self.test = Split(config.data.test, config.data.local)
         if resume:
             check_continuation(resume, to_dict(config), to_dict(Config()))
         guard.agree(_identity(config, self.split, self.test), world)
+        self.tag, self.notes = tag, []
+        if resume and tag is None:
+            self.tag, self.notes = guard.on_first_rank(lambda: checkpoint.newest_whole(resume), rank, world)
         torch.manual_seed(config.run.seed)
         self.model = build(config.model, config.data.num_frames)
         freeze(self.model, config.train.freeze_layers)
-        _check_sizes(self.model, config)
+        self.model.check_data(config.data, config.model.backbone)
         size = sum(p.numel() for p in self.model.parameters()) / 1e6
         with self._memory(f"the model has {size:.1f} M weights, beside which optimizers keep masters and moments",
                           "engine.offload=optimizer, or engine.zero_stage=3 on several ranks"):  # fmt: skip
             learner = Learner(self.model, config.train.loss)
             self.engine = build_engine(learner, config.engine, config.train, world, config.deepspeed)
-        state = checkpoint.restore(self.engine, resume, tag) if resume else {}
+        state = checkpoint.restore(self.engine, resume, self.tag) if resume else {}
         self.done = int(state.get("step", 0))  # steps
         self._same_data(state, resume)
         self.loader = Loader(
@@ -90,16 +92,16 @@ class Session:
         factor = train.factor(self.done, self.per_epoch)
         with self._memory(*self._step_memory(len(batch.valid))):
             loss = train_step(self.engine, batch, factor, train, train.frozen(self.done / self.per_epoch))
-        told = torch.tensor([0.0, *map(float, asked)], dtype=torch.float64, device=self.device)
-        told[0] = loss.double()
+        told = torch.tensor([0.0, 0.0, *map(float, asked)], dtype=torch.float64, device=self.device)
+        told[0], told[1] = loss.double(), batch.valid.sum()
         if self.world > 1:
             dist.all_reduce(told)
         self.done += 1
-        mean, *said = told.tolist()
+        mean, pairs, *said = told.tolist()
         return Outcome(
             loss=mean / self.world, lr=train.lr * factor, logit_scale=read_scale(self.engine),
             grad_norm=float(self.engine.get_global_grad_norm() or 0.0), applied=applied(self.engine),
-            said=tuple(count > 0 for count in said),
+            said=tuple(count > 0 for count in said), pairs=round(pairs),
         )  # fmt: skip
 
     def evaluate(self, split: Split | None = None, each: Callable[[], None] = lambda: None) -> dict:
@@ -163,16 +165,3 @@ def make_deterministic() -> None:
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
-
-
-def _check_sizes(model: CLIP4Clip, config: Config) -> None:
-    if model.image_size != config.data.image_size:
-        raise ValueError(
-            f"data.image_size={config.data.image_size}, but {config.model.backbone} takes pictures of {model.image_size}: "
-            f"set data.image_size={model.image_size}"
-        )
-    if config.data.max_words > model.context_length:
-        raise ValueError(
-            f"data.max_words={config.data.max_words} is longer than the {model.context_length} tokens that "
-            f"{config.model.backbone} takes"
-        )

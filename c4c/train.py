@@ -1,6 +1,7 @@
 """The training run, from a configuration to a run folder."""
 
 import resource
+import shlex
 import time
 from pathlib import Path
 
@@ -12,11 +13,14 @@ from c4c.checkpoint import CheckpointError, Saver
 from c4c.config import Config, dump, to_dict
 from c4c.distributed import command_again, restarted, start_distributed, stop_distributed
 from c4c.flops import peak, per_pair
-from c4c.guard import BadSteps, Patience, Stop, Watchdog
+from c4c.guard import BadSteps, Patience, Stop, Watchdog, on_first_rank
+from c4c.lock import RunLock
 from c4c.report import Report
-from c4c.run import Metrics, last_validation, mark_done, prepare, save_description, validations
+from c4c.run import Metrics, last_validation, mark_done, prepare, save_description, scores, validations
 from c4c.session import Outcome, Session, make_deterministic
 from pipelines.loader import Batch
+
+_LAST_START_S = 30.0  # what a restarted run waits for the processes of the start before to be gone
 
 
 def train(config: Config) -> None:
@@ -25,29 +29,33 @@ def train(config: Config) -> None:
         make_deterministic()
     # the watchdog, which can name a rank, comes first
     rank, world, device = start_distributed(config.engine.timeout_s + 300)
+    lock = RunLock(Path(config.run.dir))
     try:
-        Trainer(config, rank, world, device).run()
+        Trainer(config, rank, world, device, lock).run()
     finally:
+        lock.release()
         stop_distributed()
 
 
 class Trainer:
     """One rank's part of a run."""
 
-    def __init__(self, config: Config, rank: int, world: int, device: torch.device):
+    def __init__(self, config: Config, rank: int, world: int, device: torch.device, lock: RunLock | None = None):
         self.config, self.rank, self.world, self.device = config, rank, world, device
         self.folder = Path(config.run.dir)
-        resume = "auto" if restarted(device) else config.run.resume
-        resuming = resume == "auto" and (self.folder / checkpoint.FOLDER / "latest").exists()
+        lock = lock or RunLock(self.folder)
+        again = restarted(device)  # the processes before may be about to end
+        resume = "auto" if again else config.run.resume
+        on_first_rank(lambda: lock.take(make=False, wait_s=_LAST_START_S * again), rank, world)
+        resuming = resume == "auto" and checkpoint.exist(self.folder)
         self.session = Session(
             config, rank, world, device, resume=self.folder if resuming else None,
             quarantine=self.folder / "quarantine.jsonl",
         )  # fmt: skip
         self.per_epoch, self.total = self.session.per_epoch, self.session.total
         # only now that nothing is left to be refused: a mistake must not move an earlier run aside
-        moved = prepare(self.folder, resume) if rank == 0 else None
-        dist.barrier()
-        self.validated = last_validation(self.folder) == self.session.done
+        moved = on_first_rank(lambda: self._make_folder(resume, lock), rank, world)
+        self.validated = self.session.done in scores(self.folder)
         earlier = validations(self.folder, self.session.done)
         dist.barrier()
         self.patience = Patience(config.train.patience, earlier)
@@ -59,6 +67,15 @@ class Trainer:
             save_description(self.folder, dump(config), self.session.model.spec)
             self.metrics = Metrics(self.folder, self.session.done, config.run.wandb, to_dict(config))
         self._introduce(moved)
+
+    def _make_folder(self, resume: str, lock: RunLock) -> Path | None:
+        if self.folder.exists():
+            lock.take()
+        moved = prepare(self.folder, resume)
+        lock.take()  # in the new folder, if the old one was moved
+        if self.session.notes:
+            checkpoint.point(self.folder, self.session.tag)
+        return moved
 
     def run(self) -> None:
         """The training loop."""
@@ -96,7 +113,7 @@ class Trainer:
             return
         now = time.perf_counter()
         seconds, self._mark = now - self._mark, now
-        clips = len(batch.valid) * self.world
+        clips = outcome.pairs
         values = {
             "epoch": (step - 1) // self.per_epoch,
             "train/loss": outcome.loss,
@@ -153,6 +170,7 @@ class Trainer:
                 f"    {command_again('run.resume=auto')}"
             )
         best = checkpoint.best(self.folder) if self.rank == 0 else None
+        run = shlex.quote(str(self.folder))
         tag = f" --tag {best}" if best and best != checkpoint.tag_of(done) else ""
         if self.rank == 0 and last_validation(self.folder) == done:  # a signal at the last step leaves that to do
             mark_done(self.folder, done, best or checkpoint.tag_of(done))
@@ -160,9 +178,9 @@ class Trainer:
             self.report.say(f"{self.patience.most} validations in a row were no better: that is all (train.patience)")
         self.report.summary(
             done, self.bad.total,
-            f"python launch/eval.py --ckpt {self.folder}{tag}",
-            f"tensorboard --logdir {self.folder}",
-            f"python -m c4c.export --ckpt {self.folder} --to model.safetensors",
+            f"python launch/eval.py --ckpt {run}{tag}",
+            f"tensorboard --logdir {run}",
+            f"python -m c4c.export --ckpt {run}{tag} --to model.safetensors",
         )  # fmt: skip
 
     def _introduce(self, moved: Path | None) -> None:
@@ -178,6 +196,8 @@ class Trainer:
         )
         if config.engine.compile:
             self.report.say("the towers are compiled in the first steps, which takes minutes on some machines")
+        for note in session.notes:
+            self.report.say(note)
         if session.done:
             self.report.say(f"continuing after step {session.done}")
 

@@ -5,18 +5,9 @@ python launch/eval.py --ckpt openai:ViT-B-32 --data data/msrvtt/test [data.num_f
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
-
-import torch
-from rich.console import Console
-
-from c4c.config import override_data
-from c4c.engine import quiet_libraries
-from c4c.evaluate import evaluate, write_ranks
-from c4c.pretrained import open_checkpoint
-from c4c.report import metrics_table
-from shards.dataset import Split
 
 
 def main() -> int:
@@ -38,22 +29,59 @@ def main() -> int:
     )
     args = parser.parse_intermixed_args()
     try:
-        quiet_libraries()
-        model, data = open_checkpoint(args.ckpt, args.tag)
-        data = override_data(data, [*args.overrides, *([f"data.test={args.data}"] if args.data else [])])
-        if not data.test:
-            raise ValueError("--data is not given: name the folder of a packed split")
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        split = Split(data.test, data.local)
-        model = model.to(device)
-        result, found = evaluate(model, model, split, data, device)
+        return run(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def run(args: argparse.Namespace) -> int:
+    """What can be refused is refused first, and what takes long is imported after that."""
+    from c4c.config import from_dict, override_data
+    from c4c.files import require_writable
+    from c4c.run import is_run, read_config
+    from pipelines.config import DataConfig
+    from shards.dataset import Split
+    from shards.storage import is_remote, place
+
+    if args.device and not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
+        raise ValueError(f"--device {args.device}: must be cpu, cuda or cuda:N")
+    for option, path in (("--json", args.json), ("--ranks", args.ranks)):
+        if path:
+            require_writable(option, path)
+    words = [*args.overrides, *([f"data.test={args.data}"] if args.data else [])]
+    named = from_dict(read_config(Path(args.ckpt))).data if is_run(args.ckpt) else DataConfig()
+    test = override_data(named, words).test
+    if not test:
+        raise ValueError("--data is not given: name the folder of a packed split")
+    if args.ranks and is_remote(place(test)):
+        raise ValueError(f"--ranks {args.ranks}: {test} is remote; copy the split to a disk, which --ranks needs")
+    split = Split(test, named.local)
+
+    import torch
+    from rich.console import Console
+
+    from c4c.engine import quiet_libraries
+    from c4c.evaluate import evaluate, write_ranks
+    from c4c.files import replace_text
+    from c4c.pretrained import open_checkpoint
+    from c4c.report import metrics_table
+
+    quiet_libraries()
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device {args.device}: this machine has {torch.cuda.device_count()} GPUs that torch can use"
+        )
+    model, data = open_checkpoint(args.ckpt, args.tag)
+    data = override_data(data, words)
+    model.check_data(data, args.ckpt)
+    model = model.to(device)
+    result, found = evaluate(model, model, split, data, device)
     Console().print(metrics_table(result))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+        replace_text({args.json: json.dumps(result, indent=2) + "\n"})
     if args.ranks:
         write_ranks(args.ranks, split, data, found)
     return 0

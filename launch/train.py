@@ -8,9 +8,6 @@ import os
 import sys
 from pathlib import Path
 
-from c4c.config import load
-from c4c.guard import lost_peer, speak
-
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Train a text-to-video retrieval model.", epilog="key=value words override "
@@ -36,28 +33,38 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
     args = parser.parse_intermixed_args()
     try:
-        words = [f"run.seed={args.seed}"] if args.seed is not None else []
-        words += ["run.deterministic=true"] if args.deterministic else []
-        config = load(args.cfg, args.overrides + words, [Path(__file__).parent / "cfg"])
-        if args.check:
-            from c4c.check import check
-
-            check(config)
-        elif args.replay is not None:
-            from c4c.replay import replay
-
-            return 0 if replay(config, args.replay) else 1
-        else:
-            from c4c.train import train
-
-            train(config)
+        return run(args)
     except (ValueError, OSError, RuntimeError) as error:
+        from c4c.errors import lost_peer, speak
+
         if isinstance(error, RuntimeError) and not lost_peer(error):
             raise
         speak(error, int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))))
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def run(args: argparse.Namespace) -> int:
+    """Imports come after what they would hold up: help needs none, and a mistake in the settings few."""
+    from c4c.config import load, require
+
+    words = [f"run.seed={args.seed}"] if args.seed is not None else []
+    words += ["run.deterministic=true"] if args.deterministic else []
+    config = load(args.cfg, args.overrides + words, [Path(__file__).parent / "cfg"])
+    require(config)
+    if args.check:
+        from c4c.check import check
+
+        check(config)
+    elif args.replay is not None:
+        from c4c.replay import replay
+
+        return 0 if replay(config, args.replay) else 1
+    else:
+        from c4c.train import train
+
+        train(config)
     return 0
 
 

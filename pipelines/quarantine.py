@@ -4,9 +4,12 @@ import json
 import os
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from shards import ShardError
-from shards.schema import Video
+
+if TYPE_CHECKING:  # the functions below are used where nothing heavy may be imported
+    from shards.schema import Video
 
 
 class Quarantine:
@@ -17,22 +20,15 @@ class Quarantine:
         self._bad: dict[int, int] = {}
         self.read = 0  # samples asked for so far, good and bad
 
-    def report(self, video: Video, reason: Exception) -> None:
+    def report(self, video: "Video", reason: Exception) -> None:
         """Raises ShardError once more than `max_bad_fraction` of what was read, or of the first 1000, is bad."""
         self._bad[video.index] = self._bad.get(video.index, 0) + 1
         if self._bad[video.index] == 1:
             warnings.warn(f"{self._split}: {video.id} cannot be used and is replaced: {reason}", stacklevel=2)
             if self._file is not None and not self._listed(video.key):
-                line = (
-                    json.dumps({"split": str(self._split), "key": video.key, "id": video.id, "reason": str(reason)})
-                    + "\n"
+                append_line(
+                    self._file, {"split": str(self._split), "key": video.key, "id": video.id, "reason": str(reason)}
                 )
-                descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-                end = os.fstat(descriptor).st_size
-                if end and os.pread(descriptor, 1, end - 1) != b"\n":  # a kill tore the last line
-                    line = "\n" + line
-                os.write(descriptor, line.encode())  # one write: ranks share the file
-                os.close(descriptor)
         bad = sum(self._bad.values())
         if bad > self._limit * max(self.read, 1000):
             raise ShardError(
@@ -43,13 +39,31 @@ class Quarantine:
 
     def _listed(self, key: str) -> bool:
         """Whether another rank, or this run before it was resumed, has listed the video."""
-        if not self._file.exists():
-            return False
-        for line in self._file.read_text(errors="replace").splitlines():
-            try:
-                entry = json.loads(line)
-                if entry["key"] == key and entry["split"] == str(self._split):
-                    return True
-            except (ValueError, KeyError, TypeError):  # torn by a kill
-                continue
-        return False
+        entries = json_lines(self._file)
+        return any(entry.get("key") == key and entry.get("split") == str(self._split) for entry in entries)
+
+
+def json_lines(file: Path) -> list[dict]:
+    """The objects in a JSON-lines file, [] if there is no file. A kill or a full disk may tear a line: it is left out."""
+    text = file.read_text(errors="replace") if file.exists() else ""
+    return [row for line in text.split("\n") if (row := json_object(line)) is not None]
+
+
+def json_object(line: str) -> dict | None:
+    """The object that a line holds, None for anything else."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def append_line(file: Path, row: dict) -> None:
+    """Add an object to a JSON-lines file. If the last line is torn, it is ended first."""
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        size = os.fstat(descriptor).st_size
+        torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+        os.write(descriptor, b"\n" * torn + json.dumps(row).encode() + b"\n")  # one write: ranks share the file
+    finally:
+        os.close(descriptor)

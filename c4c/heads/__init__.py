@@ -29,6 +29,11 @@ class Head(nn.Module):
         super().__init__()
         self.width = width
 
+    @property
+    def most_frames(self) -> int | None:
+        """How many frames it has positions for; None: any number."""
+        return None
+
     def start_from(self, clip: nn.Module) -> None:
         """Initialise new modules from CLIP's text tower where CLIP4Clip does."""
 

@@ -24,6 +24,10 @@ class TransformerAdapter(Cosine):
         nn.init.normal_(self.positional_embedding, std=0.02)
         self.transformer.randomize()
 
+    @property
+    def most_frames(self) -> int:
+        return len(self.positional_embedding)
+
     def video(self, frames: Tensor, mask: Tensor) -> Tensor:
         length, limit = frames.shape[1], len(self.positional_embedding)
         if length > limit:

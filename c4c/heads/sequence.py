@@ -23,6 +23,10 @@ class SeqTransf(MeanPooling):
         nn.init.normal_(self.frame_position_embeddings.weight, std=POSITION_STD)
         self.transformerClip.randomize()
 
+    @property
+    def most_frames(self) -> int:
+        return self.frame_position_embeddings.num_embeddings
+
     def start_from(self, clip: nn.Module) -> None:
         if copy_positions(self.frame_position_embeddings, clip):
             copy_blocks(self.transformerClip.resblocks, clip.transformer)

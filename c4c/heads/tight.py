@@ -56,6 +56,10 @@ class TightTransf(Head):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
 
+    @property
+    def most_frames(self) -> int:
+        return self.cross.embeddings.position_embeddings.num_embeddings - 1  # the first is the text's
+
     def start_from(self, clip: nn.Module) -> None:
         if copy_positions(self.cross.embeddings.position_embeddings, clip):
             copy_blocks(self.cross.transformer.resblocks, clip.transformer)

@@ -1,12 +1,16 @@
 """From YAML and words to a Config, and what is said when that cannot be."""
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from c4c.config import ConfigError, dump, from_dict, load, to_dict
+from c4c.config import ConfigError, dump, from_dict, load, require, to_dict
+from c4c.deepspeed_keys import KEYS
+from c4c.heads import HEADS
 
 SHIPPED = Path(__file__).parents[2] / "launch" / "cfg"
 
@@ -223,19 +227,92 @@ def test_a_value_that_makes_no_sense_names_its_key(word, write):
 
 
 def test_the_deepspeed_block_passes_through(write):
-    text = "deepspeed:\n  zero_optimization: {reduce_bucket_size: 5, offload_optimizer: null}\n  a: [1, {b: 2}]"
+    text = "deepspeed:\n  zero_optimization: {reduce_bucket_size: 5, offload_optimizer: null}\n  optimizer: {params: {betas: [1, 2]}}"
     config = load(write("a.yaml", text), ["deepspeed.comms_logger.enabled=true"])
     assert config.deepspeed == {
         "zero_optimization": {"reduce_bucket_size": 5, "offload_optimizer": None},
-        "a": [1, {"b": 2}],
+        "optimizer": {"params": {"betas": [1, 2]}},
         "comms_logger": {"enabled": True},
     }
     assert load(write("b.yaml", "deepspeed:")).deepspeed == {}
     assert "deepspeed=3 in the command line" in refused(write("b.yaml", ""), ["deepspeed=3"])
 
 
+DEEPSPEED = {
+    "gradient_cliping=0.5": "unknown key deepspeed.gradient_cliping in the command line: did you mean deepspeed.gradient_clipping?",
+    "zero_optimisation.stage=2": "deepspeed.zero_optimisation in the command line: did you mean deepspeed.zero_optimization?",
+    "zero_optimization.reduce_bucket=5": "did you mean deepspeed.zero_optimization.reduce_bucket_size?",
+    "zero_optimization.offload_optimizer.pin=true": "did you mean deepspeed.zero_optimization.offload_optimizer.pin_memory?",
+    "reduce_bucket_size=5": "did you mean deepspeed.zero_optimization.reduce_bucket_size?",
+    "optimizer.params.learning=1": "unknown key deepspeed.optimizer.params.learning in the command line: there are adam_w_mode",
+    "optimizer.type=Lion": "deepspeed.optimizer.type in the command line: c4c trains with AdamW alone",
+    "optimizer.type=3": "c4c trains with AdamW alone",
+    "amp.enabled=true": "c4c does not use that part of DeepSpeed: set engine.precision",
+    "pipeline.stages=2": "c4c does not use that part of DeepSpeed",
+}
+
+
+@pytest.mark.parametrize("word", DEEPSPEED)
+def test_a_deepspeed_key_that_would_be_ignored_is_refused(word):
+    assert DEEPSPEED[word] in refused("demo.yaml", [f"deepspeed.{word}"], [SHIPPED])
+
+
+def test_a_deepspeed_key_is_named_with_its_file(write):
+    path = write("a.yaml", "deepspeed: {fp16: {los_scale: 3}}")
+    assert f"unknown key deepspeed.fp16.los_scale in {path}: did you mean deepspeed.fp16.loss_scale?" in refused(path)
+    assert from_dict({"deepspeed": {"los_scale": 3}}).deepspeed  # of a run from before it was refused
+
+
+def test_the_known_deepspeed_keys_are_deepspeeds():
+    """Each group's keys are fields of the class that DeepSpeed reads it with; a new release may add some."""
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.monitor.config import CSVConfig, TensorBoardConfig
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero import config as zero
+    from deepspeed.runtime.zero import offload_config as offload
+
+    classes = {"zero_optimization": zero.DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config,
+               "zero_optimization.offload_optimizer": offload.DeepSpeedZeroOffloadOptimizerConfig,
+               "zero_optimization.offload_param": offload.DeepSpeedZeroOffloadParamConfig,
+               "comms_logger": CommsLoggerConfig, "tensorboard": TensorBoardConfig, "csv_monitor": CSVConfig}  # fmt: skip
+    deprecated = {"cpu_offload", "cpu_offload_param", "zenflow", "save_muon_momentum_buffer_in_memory"}
+    for group, cls in classes.items():
+        fields = {name for key, f in cls.model_fields.items() for name in (key, f.alias) if name} - deprecated
+        below = {other.rpartition(".")[2] for other in KEYS if other.rpartition(".")[0] == group}
+        assert {*KEYS[group], *below} == fields, group
+
+
+def test_settings_are_checked_before_anything_heavy_is_imported():
+    code = "import sys; import c4c.config; print([m for m in ('torch', 'deepspeed', 'open_clip', 'rich') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=SHIPPED.parents[1])
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_heads_and_backbones_are_known_without_importing_them():
+    code = (
+        "import sys; from c4c.settings import ModelConfig, _heads; print(sorted(_heads())); ModelConfig(backbone='ViT-demo-16')\n"
+        "assert 'torch' not in sys.modules\n"
+        "try: ModelConfig(backbone='ViT-B-33')\n"
+        "except ValueError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=SHIPPED.parents[1])
+    heads, refusal = done.stdout.splitlines()
+    assert heads == str(sorted(HEADS))
+    assert "model.backbone=ViT-B-33: open_clip knows no such model. Did you mean ViT-B-32?" in refusal
+
+
+@pytest.mark.parametrize("key", ["train", "test"])
+def test_what_a_training_needs_is_asked_for_at_once(key):
+    words = ["data.train=a", "data.test=b", "model.init_from=scratch"]
+    require(load("demo.yaml", words, [SHIPPED]))
+    with pytest.raises(ConfigError, match=rf"data\.{key} is not set"):
+        require(load("demo.yaml", [*words, f"data.{key}=''"], [SHIPPED]))
+    with pytest.raises(ConfigError, match=r"model\.init_from is not set"):
+        require(load("demo.yaml", [*words, "model.init_from=''"], [SHIPPED]))
+
+
 def test_the_resolved_config_survives_yaml(write):
-    words = ["train.lr=1e-4", "train.betas=[0.5, 0.6]", "deepspeed.a.b=[1, 2]", "run.dir=x"]
+    words = ["train.lr=1e-4", "train.betas=[0.5, 0.6]", "deepspeed.optimizer.params.betas=[1, 2]", "run.dir=x"]
     config = load("demo.yaml", words, [SHIPPED])
     assert from_dict(yaml.safe_load(dump(config))) == config
     assert yaml.safe_load(dump(config)) == to_dict(config)

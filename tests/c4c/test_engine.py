@@ -115,7 +115,9 @@ def test_what_deepspeed_or_the_device_refuses_is_told_in_one_line(monkeypatch):
         {"is_fp16_supported": lambda _: False, "is_bf16_supported": lambda _: True, "device_name": lambda _: "cpu"},
     )
     monkeypatch.setattr("deepspeed.accelerator.get_accelerator", accelerator)
-    with pytest.raises(ValueError, match=r"engine\.precision=fp16: cpu cannot compute in it here"):
+    with pytest.raises(
+        ValueError, match=r"engine\.precision=fp16: cpu cannot compute in it here: choose bf16 or fp32$"
+    ):
         engine._try({}, EngineConfig(precision="fp16"), {})
 
 

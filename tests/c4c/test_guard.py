@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from c4c import guard
-from c4c.guard import BadSteps, Patience, Stop, Watchdog, agree, lost_peer, out_of_memory, speak
+from c4c.errors import lost_peer, speak
+from c4c.guard import BadSteps, Patience, Stop, Watchdog, agree, out_of_memory
 
 
 def test_a_signal_only_asks_to_stop():
@@ -82,7 +83,7 @@ class Store:
 def store(monkeypatch):
     store = Store()
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
-    monkeypatch.setattr(guard, "_OTHERS_FIRST_S", 0.2)
+    monkeypatch.setattr(guard, "OTHERS_FIRST_S", 0.2)
     return store
 
 
@@ -147,11 +148,11 @@ def test_memory_that_does_not_suffice():
 
 def test_every_ranks_error_is_told_once(monkeypatch, capsys):
     waited = []
-    monkeypatch.setattr(guard.time, "sleep", waited.append)
+    monkeypatch.setattr("c4c.errors.time.sleep", waited.append)
     speak(ValueError("a"), 0)
     assert waited == []
     speak(ValueError("b"), 3)
-    assert waited == [guard._OTHERS_FIRST_S]
+    assert waited == [guard.OTHERS_FIRST_S]
     assert capsys.readouterr().err == "error: a\nerror on rank 3: b\n"
     gloo = RuntimeError("[pair.cc:561] Connection closed by peer [127.0.0.1]:48521")
     assert lost_peer(gloo) and not lost_peer(RuntimeError("shapes"))

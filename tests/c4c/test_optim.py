@@ -33,7 +33,8 @@ def test_the_learning_rate_at_the_edges():
 def test_total_steps():
     assert TrainConfig(epochs=3).total_steps(7) == 21
     assert TrainConfig(epochs=0.5).total_steps(7) == 4
-    assert TrainConfig(epochs=0).total_steps(7) == 1
+    assert TrainConfig(epochs=0.01).total_steps(7) == 1
+    assert TrainConfig(epochs=0, max_steps=3).total_steps(7) == 3
     assert TrainConfig(epochs=3, max_steps=4).total_steps(7) == 4
     assert TrainConfig(epochs=3, max_steps=40).total_steps(7) == 40
 
@@ -69,8 +70,9 @@ def test_frozen_weights_and_empty_groups_are_left_out():
 @pytest.mark.parametrize(
     "wrong",
     [{"batch_size": 0}, {"lr": -1.0}, {"epochs": -1.0}, {"max_steps": -1}, {"weight_decay": -1.0}, {"eval_every": -1}, {"betas": (0.9,)},
-     {"schedule": "linear"}, {"decay": "all"}, {"freeze_layers": -2}, {"micro_batch_size": -1}],
-    ids=lambda w: next(iter(w)),
+     {"schedule": "linear"}, {"decay": "all"}, {"freeze_layers": -2}, {"micro_batch_size": -1},
+     {"epochs": 0.0}, {"lr": float("nan")}, {"lr": float("inf")}, {"eps": float("nan")}, {"betas": (0.9, float("nan"))}],
+    ids=str,
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused_by_name(wrong):
     with pytest.raises(ValueError, match=rf"train\.{next(iter(wrong))}="):

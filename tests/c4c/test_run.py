@@ -1,6 +1,9 @@
 """The run folder: what is moved aside, what is written, what a resumed run forgets."""
 
+import contextlib
 import json
+import os
+import subprocess
 import sys
 import types
 
@@ -8,7 +11,18 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from c4c.run import Metrics, RunConfig, check_continuation, prepare, read_config, require_wandb, save_description
+from c4c.files import replace_text
+from c4c.run import (
+    Metrics,
+    RunConfig,
+    check_continuation,
+    last_validation,
+    prepare,
+    read_config,
+    require_wandb,
+    save_description,
+    validations,
+)
 
 RESULT = {"t2v": {"R1": 10.0, "MdR": 3.0}, "v2t": {"R1": 20.0, "MdR": 4.0}, "n_texts": 5, "n_videos": 4}
 
@@ -27,6 +41,13 @@ def test_an_earlier_run_is_moved_aside(tmp_path):
         assert prepare(run, "never") == tmp_path / "runs" / f"a.old{number}"
         assert list(run.iterdir()) == []
     assert [(tmp_path / "runs" / f"a.old{n}" / "config.yaml").read_text() for n in (1, 2)] == ["1", "2"]
+
+
+def test_checkpoints_alone_are_moved_aside_too(tmp_path):
+    run = tmp_path / "a"
+    (run / "checkpoints" / "step00000005").mkdir(parents=True)
+    assert prepare(run, "never") == tmp_path / "a.old1"
+    assert (tmp_path / "a.old1" / "checkpoints" / "step00000005").is_dir()
 
 
 def test_a_run_to_be_resumed_stays(tmp_path):
@@ -110,6 +131,94 @@ def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path):
     metrics.close()
     assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
     assert lines(tmp_path / "metrics.jsonl")[3]["train/loss"] == 1.0
+    assert [line["step"] for line in lines(tmp_path / "eval.jsonl")] == [1, 2, 3]
+
+
+# ---- full disks, torn lines ----
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """fill(left): a folder on a disk of 1 MB, of which `left` bytes stay free."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if (
+        os.getuid()
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode
+    ):
+        pytest.skip("mounting a small file system needs root")
+
+    def fill(left: int) -> None:
+        free = os.statvfs(disk)
+        (disk / "filling").write_bytes(bytes(max(0, free.f_bavail * free.f_frsize - left)))
+
+    yield disk, fill
+    subprocess.run(["umount", disk], check=True)
+
+
+HISTORY = ("metrics.jsonl", "eval.jsonl", "bad_steps.jsonl")
+
+
+def history(folder, steps: int = 400) -> dict[str, bytes]:
+    for name in HISTORY:
+        (folder / name).write_text(
+            "".join(json.dumps({"step": s, "value": "x" * 60}) + "\n" for s in range(1, steps + 1))
+        )
+    return {name: (folder / name).read_bytes() for name in HISTORY}
+
+
+@pytest.mark.parametrize("left", [0, 4096, 40_000])
+def test_a_full_disk_takes_nothing_from_the_history_of_a_resumed_run(left, small_disk):
+    disk, fill = small_disk
+    before = history(disk)
+    fill(left)
+    with pytest.raises(OSError, match=r"l could not be written and stays as it was: No space left on device"):
+        Metrics(disk, 390)
+    assert {name: (disk / name).read_bytes() for name in HISTORY} == before
+    assert sorted(p.name for p in disk.iterdir()) == sorted([*HISTORY, "filling"])
+    (disk / "filling").unlink()
+    with contextlib.closing(Metrics(disk, 390)):
+        assert all((disk / name).read_text().count("\n") == 390 for name in HISTORY)
+
+
+def test_a_full_disk_leaves_the_description_as_it_was(small_disk):
+    disk, fill = small_disk
+    save_description(disk, "run: {dir: a}\n", {})
+    before = {p.name: p.read_bytes() for p in disk.iterdir()}
+    fill(0)
+    with pytest.raises(OSError, match=r"config\.yaml could not be written and stays"):
+        save_description(disk, "run: {dir: b}\n" * 500, {})
+    assert {p.name: p.read_bytes() for p in disk.iterdir() if p.name != "filling"} == before
+
+
+def test_what_cannot_be_renamed_is_not_left_beside(tmp_path, monkeypatch):
+    (tmp_path / "a").write_text("old")
+
+    def broken(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("c4c.files.os.replace", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        replace_text({tmp_path / "a": "new"})
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a", "old")]
+
+
+def test_history_that_needs_no_change_is_not_written(tmp_path):
+    history(tmp_path)
+    before = {name: (tmp_path / name).stat().st_ino for name in HISTORY}
+    Metrics(tmp_path, 400).close()
+    assert {name: (tmp_path / name).stat().st_ino for name in HISTORY} == before
+
+
+@pytest.mark.parametrize("torn", ['{"step": 3, "val/t2v_R1_pct"', '{"step"', "3", "\0\0\0", "\xff\xfe", "[" * 5000])
+def test_torn_lines_are_passed_over(torn, tmp_path):
+    whole = "".join(json.dumps({"step": s, "val/t2v_R1_pct": 10.0 * s}) + "\n" for s in (1, 2))
+    (tmp_path / "eval.jsonl").write_bytes((whole + torn).encode("latin-1"))
+    assert last_validation(tmp_path) == 2
+    assert validations(tmp_path) == [10.0, 20.0]
+    metrics = Metrics(tmp_path, 2)
+    metrics.validation(3, RESULT)
+    metrics.close()
     assert [line["step"] for line in lines(tmp_path / "eval.jsonl")] == [1, 2, 3]
 
 

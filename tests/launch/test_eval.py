@@ -2,14 +2,16 @@
 
 import json
 import runpy
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from c4c.evaluate import evaluate as metrics
+from c4c.export import export, main
 from c4c.model import CLIP4Clip
 from c4c.pretrained import open_checkpoint
 from pipelines.config import DataConfig
@@ -91,7 +93,102 @@ def refused(outcome: tuple[int, str, str]) -> str:
 
 def test_a_folder_that_is_no_run(evaluate, tmp_path):
     assert "is not a run folder: it has no config.yaml" in refused(evaluate("--ckpt", tmp_path))
-    assert "is not a run folder: it has no config.yaml" in refused(evaluate("--ckpt", tmp_path / "gone"))
+    assert f"there is no run folder {tmp_path / 'gone'} (looked in " in refused(evaluate("--ckpt", tmp_path / "gone"))
+
+
+UNREASONABLE = {
+    "a folder as a file": (["--json", "/tmp"], "--json /tmp cannot be written: it is a folder"),
+    "no such place": (["--json", "/proc/out.json"], "--json /proc/out.json cannot be written: "),
+    "ranks to no such place": (["--ranks", "/proc/out.jsonl"], "--ranks /proc/out.jsonl cannot be written: "),
+    "ranks of a remote split": (["--ranks", "r.jsonl", "--data", "s3://a/b"], "s3://a/b is remote; copy the split to a disk"),
+    "an unknown device": (["--device", "gpu"], "--device gpu: must be cpu, cuda or cuda:N"),
+    "a device that is not here": (["--device", "cuda:99"], "--device cuda:99: this machine has "),
+    "a typo": (["data.num_frame=8"], "unknown key data.num_frame in the command line: did you mean data.num_frames?"),
+    "no such split": (["--data", "nowhere"], "there is no folder nowhere"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNREASONABLE)
+def test_what_cannot_be_done_is_refused_before_the_weights_are_read(name, evaluate, launcher, tmp_path, monkeypatch):
+    def read(*_):
+        raise AssertionError("the weights were read")
+
+    monkeypatch.setattr("c4c.pretrained.open_checkpoint", read)
+    words, said = UNREASONABLE[name]
+    data = [] if "--data" in words else ["--data", launcher.test]
+    assert said in refused(evaluate("--ckpt", "openai:ViT-B-32", *data, *words))
+
+
+def test_settings_that_do_not_fit_are_refused_before_a_video_is_decoded(
+    model, evaluate, launcher, tmp_path, monkeypatch
+):
+    def decode(*_, **__):
+        raise AssertionError("a video was decoded")
+
+    monkeypatch.setattr("c4c.evaluate.VideoReader", decode)
+    sequence = CLIP4Clip(model.spec, "seqTransf", segments=5)
+    export(sequence, tmp_path / "m.safetensors", official=False)
+    words = ["--ckpt", tmp_path / "m.safetensors", "--data", launcher.test]
+    assert "data.num_frames=78 is more than the 77 frames that the head seqTransf has positions for" in refused(
+        evaluate(*words, "data.num_frames=78")
+    )
+    assert "takes pictures of 64: set data.image_size=64" in refused(
+        evaluate(*words, "data.image_size=32", "data.resize=0")
+    )
+    assert "data.max_words=78 is longer than the 77 tokens" in refused(evaluate(*words, "data.max_words=78"))
+
+
+def test_help_and_refusals_import_nothing_heavy():
+    code = (
+        "import runpy, sys; sys.argv = sys.argv[1:]\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as ended: print(ended.code, [m for m in ('torch', 'deepspeed', 'open_clip', 'rich') if m in sys.modules])"
+    )
+    for words, status in (
+        (["launch/train.py", "--help"], 0),
+        (["launch/eval.py", "--help"], 0),
+        (["launch/train.py", "--cfg", "demo.yaml", "train.batchsize=3"], 1),
+        (["launch/train.py", "--cfg", "demo.yaml", "deepspeed.gradient_cliping=3"], 1),
+        (["launch/train.py", "--cfg", "demo.yaml", "model.backbone=ViT-B-33"], 1),
+        (["launch/train.py", "--cfg", "demo.yaml", "data.test="], 1),
+        (["launch/eval.py", "--ckpt", "openai:ViT-B-32", "data.num_frame=8"], 1),
+        (["launch/eval.py", "--ckpt", "runs/nothing"], 1),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, timeout=60
+        )
+        assert done.stdout.splitlines()[-1] == f"{status} []", (words, done.stdout, done.stderr)
+
+
+def test_a_damaged_checkpoint_is_not_evaluated(runs, evaluate, tmp_path):
+    run = shutil.copytree(runs["1 rank"], tmp_path / "run")
+    file = run / "checkpoints" / "step00000010" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 8
+    file.write_bytes(content)
+    line = refused(evaluate("--ckpt", run))
+    assert f"{file.parent} is damaged: model.safetensors does not match its checksum in state.json" in line
+    assert line.endswith("step00000005 is whole: --tag step00000005 reads it")
+    assert evaluate("--ckpt", run, "--tag", "step00000005")[0] == 0
+
+
+def test_an_earlier_checkpoint_is_exported(runs, evaluate, tmp_path, monkeypatch, capsys):
+    def exported(*words) -> int:
+        monkeypatch.setattr("sys.argv", ["export", *map(str, words)])
+        return main()
+
+    run, to = runs["1 rank"], tmp_path / "m.safetensors"
+    assert exported("--ckpt", run, "--tag", "step00000005", "--to", to) == 0
+    weights, kept = load_file(to), load_file(run / "checkpoints" / "step00000005" / "model.safetensors")
+    assert weights.keys() == kept.keys() and all(torch.equal(weights[k], kept[k]) for k in kept)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.json", "m.safetensors"]
+    capsys.readouterr()
+    for words, said in ((("--ckpt", run, "--tag", "step7", "--to", to), "has no checkpoint step7"),
+                        (("--ckpt", to, "--tag", "best", "--to", tmp_path / "n.safetensors"), "is no run folder"),
+                        (("--ckpt", run, "--to", "/proc/n.safetensors"), "--to /proc/n.safetensors cannot be written"),
+                        (("--ckpt", run, "--to", tmp_path / "n.bin"), "this layout takes the ending .safetensors")):  # fmt: skip
+        assert exported(*words) == 1
+        assert said in capsys.readouterr().err
 
 
 def test_a_run_without_a_checkpoint(evaluate, runs, tmp_path):

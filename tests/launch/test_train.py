@@ -1,11 +1,14 @@
 """`deepspeed launch/train.py`: the same curve on any number of ranks, at any ZeRO stage, and after a kill."""
 
+import os
 import runpy
 import shutil
+import sys
 
 import pytest
 import torch
 
+from c4c import checkpoint
 from c4c.checkpoint import latest, tags
 from c4c.run import read_config
 from tests.launch.kills import curve, kill_and_go_on, validations
@@ -27,6 +30,13 @@ def test_every_step_is_in_the_metrics(runs):
         assert min(column(run, "data/wait_s")) >= 0
         assert min(column(run, "step_s")) > 0
         assert losses(run)[-1] < 0.9 * losses(run)[0]
+
+
+def test_padding_is_not_counted(runs):
+    for run in runs.values():
+        for line in lines(run / "metrics.jsonl"):
+            assert line["clips_per_s"] * line["step_s"] == pytest.approx(40)  # of 48 places in a batch
+            assert line["frames_per_s"] * line["step_s"] == pytest.approx(40 * 4)
 
 
 def test_the_learning_rate_follows_the_schedule(runs):
@@ -128,6 +138,10 @@ MISTAKES = {
     "too long captions": (["data.max_words=99"], "data.max_words=99 is longer than the 77 tokens"),
     "a contradiction": (["deepspeed.gradient_clipping=2"], "gradient_clipping=2 contradicts engine.clip_grad_norm"),
     "no weights": (["model.init_from=''"], "model.init_from is not set"),
+    "a deepspeed key that is ignored": (["deepspeed.gradient_cliping=2"], "did you mean deepspeed.gradient_clipping?"),
+    "no epochs": (["train.epochs=0"], "train.epochs=0 trains nothing"),
+    "no learning rate": (["train.lr=.nan"], "train.lr=nan: must be at least 0"),
+    "more frames than positions": (["model.head=seqTransf", "data.num_frames=78"], "data.num_frames=78 is more than the 77 frames"),
     "a run of other settings": (_other_settings, "train.lr was 0.5, is 0.001"),
 }  # fmt: skip
 
@@ -150,6 +164,49 @@ def test_a_mistake_gives_one_clear_line(name, launcher, monkeypatch, capsys):
     assert line.startswith("error: ")
     assert said in line
     assert not run.exists()
+
+
+def test_a_run_in_use_is_refused_and_left_alone(launcher, runs, monkeypatch, capsys):
+    monkeypatch.setattr("c4c.train.start_distributed", lambda *_: (0, 1, torch.device("cpu")))
+    monkeypatch.chdir(ROOT)
+    run = shutil.copytree(runs["1 rank"], launcher.folder / "a run in use")
+    code = "import sys, time; from pathlib import Path; from c4c.lock import RunLock\n"
+    code += "lock = RunLock(Path(sys.argv[1])); lock.take(); print('taken', flush=True); time.sleep(600)"
+    first = launcher.start([sys.executable, "-c", code, str(run)])
+    assert first.stdout.readline() == "taken\n"
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    for resume in ("never", "auto"):
+        monkeypatch.setattr("sys.argv", ["launch/train.py", *launcher.words(f"run.dir={run}", f"run.resume={resume}")])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path("launch/train.py", run_name="__main__")
+        assert ended.value.code == 1
+        said = f"error: {run} is in use: process {first.pid} on {os.uname().nodename} (since "
+        assert capsys.readouterr().err.startswith(said)
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+    assert not run.with_name(f"{run.name}.old1").exists()
+    first.kill()
+    first.communicate()
+
+
+@pytest.mark.parametrize("fault", ["latest is gone", "the newest is damaged"])
+def test_a_run_goes_on_after_a_fault_in_its_checkpoints(fault, launcher, runs):
+    run = shutil.copytree(runs["1 rank"], launcher.folder / fault)
+    (run / "done.json").unlink()
+    newest = run / "checkpoints" / "step00000010"
+    if fault == "latest is gone":
+        (run / "checkpoints" / "latest").unlink()
+        said = f"warning: {run / 'checkpoints' / 'latest'} is missing; continuing from step00000010, the newest whole checkpoint"
+    else:
+        (newest / "optimizer.safetensors").write_bytes((newest / "optimizer.safetensors").read_bytes()[:1000])
+        said = f"warning: {newest} is damaged: optimizer.safetensors has 1000 bytes and had "
+    code, out, err = launcher.finish(launcher.without_deepspeed(f"run.dir={run}", "run.resume=auto"))
+    assert code == 0, out + err
+    assert sum(line.startswith(said) for line in err.splitlines()) == 1, err
+    assert curve(run) == curve(runs["1 rank"])
+    assert validations(run) == validations(runs["1 rank"])
+    assert (tags(run), latest(run)) == (["step00000005", "step00000010"], "step00000010")
+    assert checkpoint.damage(newest) == ""
+    assert f"python launch/eval.py --ckpt '{run}'" in err  # its name has spaces
 
 
 def test_a_mistake_without_the_launcher(launcher):

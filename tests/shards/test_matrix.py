@@ -417,7 +417,7 @@ def test_a_file_cut_short_where_its_container_proves_it() -> None:
         store(io.BytesIO(data), name, Profile(name="copy"))
         end = round(end * len(data)) if isinstance(end, float) else end
         for profile in ("copy", "intra"):
-            with pytest.raises(VideoError, match="cut short|damaged|decod|not a readable"):
+            with pytest.raises(VideoError, match=r"cut short|damaged|decod|not a readable"):
                 store(io.BytesIO(data[:end]), name, Profile(name=profile))
 
 

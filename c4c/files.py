@@ -1,0 +1,62 @@
+"""Text files that stay whole: written beside and renamed, so that a kill or a full disk leaves the old or the new text."""
+
+import os
+import tempfile
+from pathlib import Path
+
+from pipelines.quarantine import json_object
+
+
+def replace_text(files: dict[Path, str]) -> None:
+    """Give each file its new text. All are written beside first and then renamed, so a full disk changes none of them.
+
+    Raises OSError that names the file.
+    """
+    beside = {path: path.with_name(f".{path.name}.tmp") for path in files}
+    try:
+        for path, text in files.items():
+            _write(path, beside[path], text)
+        for path, temporary in beside.items():
+            os.replace(temporary, path)
+    finally:
+        for temporary in beside.values():
+            temporary.unlink(missing_ok=True)
+
+
+def _write(path: Path, beside: Path, text: str) -> None:
+    try:
+        with open(beside, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, f"{path} could not be written and stays as it was: {error.strerror}") from error
+
+
+def require_writable(option: str, path: Path) -> None:
+    """Raise ValueError if a file at `path`, which a command writes at its end, cannot be written. Makes no folder."""
+    folder = path.parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    reason = f"{folder} is not a folder"
+    if path.is_dir():
+        reason = "it is a folder; name a file"
+    elif folder.is_dir():
+        try:
+            with tempfile.TemporaryFile(dir=folder):
+                return
+        except OSError as error:
+            reason = f"{error.strerror} in {folder}"
+    raise ValueError(f"{option} {path} cannot be written: {reason}")
+
+
+def lines_up_to(path: Path, step: int) -> str:
+    """The text of a JSON-lines file without torn lines and without those whose `step` is above `step`."""
+    kept = [line for line in path.read_text(errors="replace").split("\n") if _step(line) <= step]
+    return "".join(f"{line}\n" for line in kept)
+
+
+def _step(line: str) -> float:
+    row = json_object(line)
+    step = float("inf") if row is None else row.get("step", 0)
+    return step if isinstance(step, (int, float)) else float("inf")

@@ -1,0 +1,93 @@
+"""One training at a time in a run folder."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+FILE = ".lock"
+_TAKEN = (errno.EACCES, errno.EAGAIN)
+
+
+class RunLock:
+    """Held by the process that writes to a run folder. The system frees it when that process ends, however it ends.
+
+    A record lock (fcntl): child processes do not inherit it, so they cannot keep it after a kill.
+    """
+
+    def __init__(self, folder: Path):
+        self._path, self._held = folder / FILE, None
+
+    def take(self, make: bool = True, wait_s: float = 0.0) -> None:
+        """Take the lock, if it is not held by this process already. Raises ValueError that names the process that has it.
+
+        make: also where there is no lock file yet. wait_s: how long to wait for a process that is about to end.
+        """
+        until = time.monotonic() + wait_s
+        while not self._current():
+            try:
+                descriptor = os.open(self._path, os.O_RDWR | (os.O_CREAT if make else 0), 0o644)
+            except FileNotFoundError:
+                if make:
+                    raise
+                return
+            if self._lock(descriptor):
+                self._drop()
+                self._held = descriptor
+                self._sign()
+            elif time.monotonic() < until:
+                os.close(descriptor)
+                time.sleep(0.2)
+            else:
+                holder = _read(descriptor)
+                os.close(descriptor)
+                raise ValueError(
+                    f"{self._path.parent} is in use: {holder} is training in it. Wait until it ends, stop it, or choose "
+                    "another run.dir"
+                )
+
+    def release(self) -> None:
+        if self._held is not None:
+            if self._current():
+                with contextlib.suppress(OSError):
+                    self._path.unlink()
+            self._drop()
+
+    def _current(self) -> bool:
+        """Whether what is held is the lock file at the path: the folder may have been moved."""
+        if self._held is None:
+            return False
+        try:
+            return os.path.samestat(os.fstat(self._held), os.stat(self._path))
+        except FileNotFoundError:
+            return False
+
+    def _lock(self, descriptor: int) -> bool:
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:  # some network file systems have no locks: there this is a note to people only
+            return error.errno not in _TAKEN
+        return True
+
+    def _sign(self) -> None:
+        about = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        with contextlib.suppress(OSError):  # a full disk is no reason not to hold it
+            os.ftruncate(self._held, 0)
+            os.pwrite(self._held, json.dumps(about).encode() + b"\n", 0)
+
+    def _drop(self) -> None:
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
+
+
+def _read(descriptor: int) -> str:
+    try:
+        about = json.loads(os.pread(descriptor, 4096, 0))
+        return f"process {about['pid']} on {about['host']} (since {about['since']})"
+    except (ValueError, KeyError, TypeError):
+        return "another process"
