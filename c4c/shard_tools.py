@@ -62,7 +62,9 @@ def add_commands(commands) -> None:
     one = add("repair", _repair, "rebuild index, sample table and dataset.json from the tars", "a split")
     one.add_argument("--all", action="store_true", help="rebuild shards that look well, too (decodes every video)")
     one.add_argument("--truncate", action="store_true", help="cut a tar with a damaged end after its last whole sample")
-    one.add_argument("--drop", action="store_true", help="leave out samples that do not decode, or whose checksum differs")
+    one.add_argument(
+        "--drop", action="store_true", help="leave out samples that do not decode, or whose checksum differs"
+    )
     one.add_argument("--name", default=None, help="name of the data set, if dataset.json is lost (the parent folder's)")
     one.add_argument("--split", default=None, help="name of the split, if dataset.json is lost (the folder's)")
     one.add_argument("--workers", type=int, default=None, help="processes (one a core)")

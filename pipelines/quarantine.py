@@ -62,8 +62,10 @@ def append_line(file: Path, row: dict) -> None:
     """Add an object to a JSON-lines file. If the last line is torn, it is ended first."""
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        size = os.fstat(descriptor).st_size
-        torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+        torn = False
+        if os.fstat(descriptor).st_size:
+            os.lseek(descriptor, -1, os.SEEK_END)
+            torn = os.read(descriptor, 1) != b"\n"
         os.write(descriptor, b"\n" * torn + json.dumps(row).encode() + b"\n")  # one write: ranks share the file
     finally:
         os.close(descriptor)

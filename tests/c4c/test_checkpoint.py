@@ -104,7 +104,7 @@ def test_a_killed_save_leaves_the_last_one(tmp_path, monkeypatch):
     def killed(*_):
         raise Killed
 
-    for moment in ("_sync", "_point", "prune"):  # beside; before the pointer moves; before old ones go
+    for moment in ("_sync", "point", "prune"):  # beside; before the pointer moves; before old ones go
         with monkeypatch.context() as patched:
             patched.setattr(checkpoint, moment, killed)
             tensors, state = checkpoint.snapshot(engine, 6)

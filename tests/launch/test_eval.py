@@ -270,21 +270,25 @@ def test_a_checkpoint_that_open_clip_names(model, evaluate, launcher, tmp_path, 
     assert json.loads((tmp_path / "out.json").read_text()) == expected
 
 
-def test_checkpoints_that_cannot_be_had(evaluate, monkeypatch, tmp_path):
+def test_checkpoints_that_cannot_be_had(evaluate, launcher, monkeypatch, tmp_path):
     def offline(about):
         raise OSError("no network")
 
     monkeypatch.setattr("open_clip.download_pretrained", offline)
-    line = refused(evaluate("--ckpt", "openai:ViT-B-32", "--data", tmp_path))
+    line = refused(evaluate("--ckpt", "openai:ViT-B-32", "--data", launcher.test))
     assert "the weights of ViT-B-32 are not here and could not be fetched" in line and "https://" in line
     assert "no such file, folder, or open_clip tag of ViT-B-32; its tags are openai" in refused(
-        evaluate("--ckpt", "opennai:ViT-B-32", "--data", tmp_path)
+        evaluate("--ckpt", "opennai:ViT-B-32", "--data", launcher.test)
     )
-    assert "open_clip knows no such model" in refused(evaluate("--ckpt", "openai:ViT-B-33", "--data", tmp_path))
-    assert "gone.bin: there is no such file" in refused(evaluate("--ckpt", tmp_path / "gone.bin", "--data", tmp_path))
+    assert "open_clip knows no such model" in refused(evaluate("--ckpt", "openai:ViT-B-33", "--data", launcher.test))
+    assert "gone.bin: there is no such file" in refused(
+        evaluate("--ckpt", tmp_path / "gone.bin", "--data", launcher.test)
+    )
 
 
-def test_a_file_needs_to_be_told_the_data(model, evaluate, tmp_path):
+def test_a_file_needs_to_be_told_the_data(model, evaluate, launcher, tmp_path):
     torch.save({f"clip.{k}": v for k, v in model.clip.state_dict().items()}, tmp_path / "a.bin")
     assert "--data is not given" in refused(evaluate("--ckpt", tmp_path / "a.bin"))
-    assert "names a run's checkpoint" in refused(evaluate("--ckpt", tmp_path / "a.bin", "--tag", "best"))
+    assert "names a run's checkpoint" in refused(
+        evaluate("--ckpt", tmp_path / "a.bin", "--tag", "best", "--data", launcher.test)
+    )

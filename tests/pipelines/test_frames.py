@@ -21,7 +21,7 @@ from shards.pack import pack
 from shards.profiles import Profile
 from shards.verify import verify
 from shards.video import pick_frames
-from tests.pipelines.test_remote import store, url  # noqa: F401 fixtures
+from tests.pipelines.test_remote import store  # noqa: F401 a fixture
 from tests.shards.test_profiles import rotated
 from tests.videos import encode, number_in
 
@@ -45,8 +45,18 @@ def test_re_encoded_profiles(tmp_path: Path, name: str) -> None:
     assert [number_in(np.asarray(Image.open(w.file))) for w in written] == [w.number for w in written] == [0, 25, 50]
 
 
+@pytest.fixture(scope="module")
+def url(store, numbered) -> dict[str, str]:  # noqa: F811
+    """The numbered videos on a server, in a bucket of their own."""
+    _, files = store
+    files.mkdir("shown")
+    for profile in ("intra", "copy"):
+        files.put(f"{getattr(numbered, profile).path}/", f"shown/{profile}/", recursive=True)
+    return {profile: f"s3://shown/{profile}" for profile in ("intra", "copy")}
+
+
 @pytest.mark.parametrize("profile", ["copy", "intra"])
-def test_a_remote_split(url, numbered, tmp_path: Path, profile: str, capsys, monkeypatch) -> None:  # noqa: F811
+def test_a_remote_split(url, numbered, tmp_path: Path, profile: str, capsys, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("HOME", str(tmp_path))
     assert main(["frames", url[profile], "--key", "ntsc_portrait", "--positions", "0,3", "--out", str(tmp_path)]) == 0
