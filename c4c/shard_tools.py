@@ -53,9 +53,9 @@ def add_commands(commands) -> None:
     one = add("frames", _frames, "write frames of one video as PNGs, as the loader decodes them, before any resize")
     one.add_argument("path", type=str, help="a split: a folder or a URL")
     one.add_argument("--key", required=True, help="the video: its id, or its key in the tar")
-    one.add_argument("--rule", default="uniform", help="frames that data.sampling=RULE shows in testing (%(default)s)")
-    one.add_argument("--num-frames", type=int, default=12, help="at most so many, as data.num_frames (%(default)s)")
-    one.add_argument("--fps", type=int, default=1, help="frames a second to choose from, as data.fps (%(default)s)")
+    one.add_argument("--rule", help="the frames that data.sampling=RULE shows a model in testing (uniform)")
+    one.add_argument("--num-frames", type=int, help="at most so many, as data.num_frames (12)")
+    one.add_argument("--fps", type=int, help="frames a second to choose from, as data.fps (1)")
     one.add_argument("--positions", type=_positions, metavar="0,5,9", help="these rows of the frame table instead")
     one.add_argument("--out", type=Path, required=True, help="the folder to write NUMBER_SECONDS.png into")
 
@@ -151,14 +151,16 @@ def _positions(text: str) -> list[int]:
 def _frames(args) -> int:
     from pipelines.frames import write_frames  # here: it loads torch and DALI, which no other command needs
 
+    rule = {name: value for name in ("rule", "num_frames", "fps") if (value := getattr(args, name)) is not None}
+    if rule and args.positions is not None:
+        flag = next(iter(rule)).replace("_", "-")
+        raise ShardError(f"--{flag} and --positions: give a rule that chooses frames, or the frames themselves")
     split = Split(args.path)
-    written = write_frames(
-        split, args.key, args.out, rule=args.rule, num_frames=args.num_frames, fps=args.fps, positions=args.positions
-    )
+    written = write_frames(split, args.key, args.out, positions=args.positions, **rule)
     video = split.find(args.key)
     table = Table(
-        *(Column(name, justify="right") for name in ("position", "source frame", "seconds", "offset", "bytes", "keyframe")),
-        "file", title=plain(f"{video.id}: {video.codec}, {video.width}x{video.height}, {len(video.frames)} stored frames"),
+        *(Column(name, justify="right") for name in ("position", "source frame", "seconds", "offset", "bytes", "key")),
+        Column("file", no_wrap=True, min_width=max(len(one.file.name) for one in written)), title=plain(f"{video.id}: {video.codec}, {video.width}x{video.height}, {len(video.frames)} stored frames"),
     )  # fmt: skip
     for one in written:
         at = one.position

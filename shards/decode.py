@@ -432,12 +432,9 @@ class Pass:
     # ---- by decoding ----
 
     def _by_decoding(self) -> Timeline:
-        packets, stamps, came = (
-            self.packets,
-            array("q"),
-            array("q"),
-        )  # of each frame: its stamp, and the packet it came at
-        durations, clock, latest = array("q"), 0.0, None
+        packets = self.packets
+        stamps, came, durations = array("q"), array("q"), array("q")  # of each frame; `came`: the packet it came at
+        clock, latest = 0.0, None
         suspect = None  # place of a packet that is marked as damaged
         for packet in self.container.demux(self.stream):
             if suspect is not None and self._jumps(packets, packet):

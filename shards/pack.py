@@ -24,7 +24,7 @@ from crc32c import crc32c
 
 from shards import ShardError, scheduler, storage
 from shards import update as updating
-from shards.datasets import Item
+from shards.datasets import Item, refuse_duplicates
 from shards.profiles import Profile
 from shards.schema import CAPTION_COUNTS, FORMAT_VERSION, REJECTS, SCHEMA
 from shards.storage import Bucket, Folder
@@ -71,7 +71,7 @@ def pack(
     """
     if not items:
         raise ShardError("there is nothing to pack: the annotations name no video")
-    _refuse_duplicates(items)
+    refuse_duplicates(items)
     if update:
         _refuse_update(out, part)
     index, parts = part or (1, 1)
@@ -364,19 +364,6 @@ def _optional(reconciliation: dict | None) -> dict:
 
 def _name(shard: int) -> str:
     return f"{shard:06d}"
-
-
-def _refuse_duplicates(items: list[Item]) -> None:
-    if len({item.id for item in items}) == len(items):
-        return
-    seen: dict[str, Item] = {}
-    for item in items:
-        if item.id in seen:
-            raise ShardError(
-                f"two videos share the name {item.id!r}: {seen[item.id].path} and {item.path}. Names must differ; "
-                "rename one."
-            )
-        seen[item.id] = item
 
 
 def input_digest(items: Iterable[Item]) -> str:

@@ -69,9 +69,8 @@ def decode_stored(
         for position, frame in _decode_packets(video, read, sorted(left), count):
             left.discard(position)
             yield position, frame
-    if (
-        left
-    ):  # among them "keyframes" of intra refresh: a decoder that starts there shows nothing until the picture is whole
+    # among them "keyframes" of intra refresh: a decoder that starts there shows nothing until the picture is whole
+    if left:
         yield from _decode_container(video, read(0, -1), left, count)
 
 
@@ -166,7 +165,7 @@ def _decode_container(
                 yield position, shown.frame
                 if not left:
                     return
-    except Unpredictable:
+    except (Unpredictable, VideoError):  # an older version may have packed what is refused today; what decodes is shown
         pass
     container, stream = open_video(io.BytesIO(data))
     with container:

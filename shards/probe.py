@@ -105,7 +105,7 @@ def edits_twice(container: av.container.InputContainer, stream: av.VideoStream) 
     if container.format.name.split(",")[0] != "mov":
         return False
     stamps = [entry.timestamp for entry in stream.index_entries]
-    return any(b <= a for a, b in itertools.pairwise(stamps))
+    return any(after < before for before, after in itertools.pairwise(stamps))
 
 
 def clock_zero(container: av.container.InputContainer, first: Fraction) -> Fraction:

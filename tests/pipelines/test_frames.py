@@ -64,7 +64,8 @@ def test_a_remote_split(url, numbered, tmp_path: Path, profile: str, capsys, mon
     expected = pictures(local, local.find("ntsc_portrait"), np.array([0, 3]))
     found = [np.asarray(Image.open(file)) for file in sorted(tmp_path.glob("*.png"))]
     assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert "source frame" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "source frame" in said.replace("\n", " ") and all(file.name in said for file in tmp_path.glob("*.png"))
 
 
 def test_mistakes_are_one_sentence(numbered, tmp_path: Path, capsys) -> None:
@@ -74,6 +75,7 @@ def test_mistakes_are_one_sentence(numbered, tmp_path: Path, capsys) -> None:
         (["--key", "short", "--positions", "0,99"], "short has the stored frames 0 to"),
         (["--key", "short", "--rule", "middle"], "--rule must be one of uniform, head"),
         (["--key", "short", "--num-frames", "0"], "--num-frames 0: must be at least 1"),
+        (["--key", "short", "--rule", "head", "--positions", "0"], "--rule and --positions: give a rule that chooses"),
     ):
         assert main(["frames", path, *words, "--out", str(tmp_path / "none")]) == 1
         said = capsys.readouterr().err
