@@ -51,12 +51,12 @@ def run(args: argparse.Namespace) -> int:
             require_writable(option, path)
     words = [*args.overrides, *([f"data.test={args.data}"] if args.data else [])]
     named = from_dict(read_config(Path(args.ckpt))).data if is_run(args.ckpt) else DataConfig()
-    test = override_data(named, words).test
-    if not test:
+    asked = override_data(named, words)
+    if not (test := asked.test):
         raise ValueError("--data is not given: name the folder of a packed split")
     if args.ranks and is_remote(place(test)):
         raise ValueError(f"--ranks {args.ranks}: {test} is remote; copy the split to a disk, which --ranks needs")
-    split = Split(test, named.local)
+    split = Split(test, asked.local)
 
     import torch
     from rich.console import Console
