@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 export PATH := $(abspath $(VENV))/bin:$(PATH)
+# without bytecode on disk, each of the many processes would compile torch and open_clip again, for 20 s
+unexport PYTHONDONTWRITEBYTECODE
 .PHONY: demo demo-two-stage test kills lint
 .DELETE_ON_ERROR:
 

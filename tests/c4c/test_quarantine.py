@@ -16,7 +16,7 @@ def test_a_torn_line_ends_nothing_and_takes_nothing_with_it(torn, tmp_path):
     bad = Quarantine("a", file, 0.5)
     for index, key in enumerate(("v1", "v3", "v3", "v4")):  # the first is listed already
         with pytest.warns(UserWarning, match="cannot be used"):
-            bad.report(SimpleNamespace(index=index, key=key), ValueError("broken"))
+            bad.report(SimpleNamespace(index=index, key=key, id=key), ValueError("broken"))
     assert [row["key"] for row in json_lines(file)] == ["v0", "v1", "v2", "v3", "v4"]
 
 

@@ -68,15 +68,18 @@ class Scripts:
         self.called.append(command)
         process = self._context.Process(target=_script, args=(command[1:],))
         process.start()
+        ended = threading.Event()
         if self.kill:
-            threading.Thread(target=self._watch, args=(process, self.kill / "metrics.jsonl"), daemon=True).start()
+            watching = (process.pid, self.kill / "metrics.jsonl", ended)
+            threading.Thread(target=self._watch, args=watching, daemon=True).start()
         process.join()
+        ended.set()
         return process.exitcode
 
-    def _watch(self, process, metrics: Path) -> None:
-        while process.is_alive():
+    def _watch(self, pid: int, metrics: Path, ended: threading.Event) -> None:
+        while not ended.is_set():  # asking the process would take its exit code away from who waits for it
             if metrics.exists() and metrics.read_text().count("\n") >= KILLED_AT:
-                os.kill(process.pid, signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
                 return
             time.sleep(0.005)
 
