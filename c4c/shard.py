@@ -13,7 +13,7 @@ from c4c.shard_tools import bar as _bar
 from c4c.shard_tools import console
 from c4c.shard_tools import plain as _plain
 from c4c.shard_tools import show as _show
-from shards import ShardError
+from shards import ShardError, memory
 from shards.datasets import Item, demo, demo_narrated, readers
 from shards.datasets.files import Files
 from shards.info import count, rejected, title
@@ -27,8 +27,14 @@ _REJECTS_SHOWN, _NOTES_SHOWN = 20, 5  # lines on the screen; a list with missing
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
+        if wrong := memory.prepare():
+            raise ShardError(wrong)
         return args.run(args)
-    except (ShardError, OSError) as error:
+    except Exception as error:
+        if memory.is_short(error):
+            error = f"there is not enough memory{memory.limit_text()}. What is committed stays: with more, run it again"
+        elif not isinstance(error, ValueError | OSError):
+            raise
         console.print(f"[bold red]error:[/] {_plain(error)}", highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:

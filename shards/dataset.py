@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from crc32c import crc32c
 
-from shards import ShardError, storage
+from shards import ShardError, memory, storage
 from shards.remote import Local, Refused, RemoteFiles, Unreachable
 from shards.schema import CAPTION_COUNTS, FRAME_COLUMNS, Coding, FrameTable, Video, difference
 from shards.summary import read_summary
@@ -53,6 +53,8 @@ def read_table(
             wrong = difference(file.schema_arrow)
             table = None if wrong else file.read(columns)
     except Exception as error:  # Arrow raises many kinds for a damaged file
+        if memory.is_short(error):
+            raise ShardError(f"there is not enough memory to read {path}{memory.limit_text()}") from error
         what = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise ShardError(f"{path} cannot be read ({what}). {_COPY}") from error
     if wrong:

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from crc32c import crc32c
 
-from shards import ShardError, scheduler, storage
+from shards import ShardError, memory, scheduler, storage
 from shards import update as updating
 from shards.datasets import Item, refuse_duplicates
 from shards.profiles import Profile
@@ -494,7 +494,7 @@ def summarise(out: Path, profile: dict, names: list[str]) -> Summary:
     target = storage.output(out)
     sizes, shards, rejects, counts, current = target.listing(), [], [], [], True
     digest = hashlib.sha256(json.dumps(profile, sort_keys=True).encode())
-    with ThreadPoolExecutor(_READERS) as pool:
+    with ThreadPoolExecutor(_READERS if memory.limit() is None else 1) as pool:
         batches = (names[i : i + 64] for i in range(0, len(names), 64))  # or all tables would be held at once
         tables = (table for batch in batches for table in pool.map(lambda name: _read(target, name), batch))
         for name, (table, of_this_format, crc) in zip(names, tables, strict=True):
@@ -578,6 +578,7 @@ def _read(target: Folder | Bucket, name: str) -> tuple[pa.Table, bool, int]:
     """What `summarise` needs of a shard's table, whether all of its rows were packed by this format, and the file's crc32c."""
     data = target.read(f"{name}.parquet")
     with pq.ParquetFile(io.BytesIO(data)) as file:
-        table = file.read(["key", "crc32c", "captions", "size"])
+        read = partial(file.read, use_threads=memory.limit() is None)
+        table = read(["key", "crc32c", "captions", "size"])
         known = set(SCHEMA.names) <= set(file.schema_arrow.names)
-        return table, known and file.read(["mirrored"]).column("mirrored").null_count == 0, crc32c(data)
+        return table, known and read(["mirrored"]).column("mirrored").null_count == 0, crc32c(data)

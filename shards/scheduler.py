@@ -21,7 +21,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
-from shards import ShardError, storage
+from shards import ShardError, memory, storage
 from shards.worker import Event, Job, Progress
 
 _BYTES_PER_LIMIT = 100e6  # the time limit is for a video of so many bytes; a larger one has more in proportion
@@ -60,13 +60,13 @@ class Supervisor:
             except (EOFError, ConnectionError):
                 if self._closed:
                     return
-                reason = f"it kills the program ({self._death()})"
+                reason = f"it kills the program ({self._death()}{memory.limit_text()})"
                 deaths[item] += 1
                 if deaths[item] < 2:
                     continue
                 if item < 0 or item in job.lost:
                     raise ShardError(
-                        f"the process that packs shard {job.name} was killed twice ({reason}): is there enough memory?"
+                        f"the process that packs shard {job.name} ended twice ({reason}): is there enough memory?"
                     ) from None
             job = _without(job, item, reason)
 
@@ -79,11 +79,11 @@ class Supervisor:
             self._pipe, theirs = Pipe()
             root = str(Path(__file__).parent.parent)
             path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-            self._process = subprocess.Popen(
+            self._process = subprocess.Popen(  # BLAS, which packing does not use, would take memory for each core
                 # not -m: what it sends back would belong to a module __main__
                 [sys.executable, "-c", f"from shards import worker; worker.main({theirs.fileno()}, {os.getpid()})"],
                 pass_fds=[theirs.fileno()],
-                env=os.environ | {"PYTHONPATH": path},
+                env={"OPENBLAS_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": path},
                 stdin=subprocess.DEVNULL,
             )
             theirs.close()
@@ -133,7 +133,7 @@ def run_locally(jobs: Iterable[Job], workers: int, on_progress: Callable[[Progre
     threads = [threading.Thread(target=work, args=(s,), daemon=True) for s in supervisors]
     try:
         for thread in threads:
-            thread.start()
+            _start(thread)
         left = len(threads)
         while left:
             event = said.get()
@@ -147,7 +147,17 @@ def run_locally(jobs: Iterable[Job], workers: int, on_progress: Callable[[Progre
         for supervisor in supervisors:
             supervisor.close()
         for thread in threads:
-            thread.join(5)
+            if thread.ident is not None:
+                thread.join(5)
+
+
+def _start(thread: threading.Thread) -> None:
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise ShardError(
+            f"no other thread could be started: is there enough memory{memory.limit_text()}? Use fewer --workers"
+        ) from error
 
 
 # ---- Dask ----

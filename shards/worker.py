@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from crc32c import crc32c
 
-from shards import ShardError, storage
+from shards import ShardError, memory, storage
 from shards.datasets import Caption, Item
 from shards.profiles import Profile, Stored, store
 from shards.schema import JSON_CRCS, REJECTS, SCHEMA, FrameTable
@@ -347,6 +347,8 @@ def _stored(file, item: Item, profile: Profile) -> Stored:
     except Exception as error:  # damaged files find ways that nobody foresaw
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise
+        if memory.is_short(error):
+            raise VideoError(f"there is not enough memory to decode it{memory.limit_text()}") from error
         what = str(error).splitlines()[0][:200] if str(error) else ""
         raise VideoError(f"it cannot be decoded ({type(error).__name__}: {what})") from error
 
@@ -439,6 +441,8 @@ def _plain(error: Exception) -> Exception:
     """The error in a form that survives the pipe."""
     if isinstance(error, ShardError):
         return ShardError(str(error))
+    if memory.is_short(error):
+        return ShardError(f"there is not enough memory to pack with{memory.limit_text()}. Use fewer --workers")
     if isinstance(error, OSError):
         return OSError(error.errno, error.strerror or str(error), error.filename)
     return ShardError(f"{type(error).__name__}: {error}")

@@ -1,0 +1,57 @@
+"""What a process may use of memory, and what to say where that is not enough."""
+
+import ctypes
+import errno
+import resource
+import threading
+
+import pyarrow as pa
+
+_LIMITS = {"RLIMIT_AS": "-v", "RLIMIT_DATA": "-d"}  # ulimit's letters for them
+_ROOM = 80 << 20  # bytes that reading and committing the tables of a split take beside the program itself
+_M_ARENA_MAX = -8  # of glibc's mallopt
+_NO_THREAD = "can't start new thread", "Failed to launch worker thread"  # Python's words, and Arrow's
+_STACK = 1 << 20  # bytes of a thread's stack; 8 MB otherwise
+
+
+def limit() -> tuple[int, str] | None:
+    """The lowest limit on this process's memory, in bytes, and the ulimit option that sets it; None without a limit."""
+    found = [(resource.getrlimit(getattr(resource, name))[0], option) for name, option in _LIMITS.items()]
+    return min((one for one in found if one[0] != resource.RLIM_INFINITY), default=None)
+
+
+def limit_text() -> str:
+    """`; the limit is 600 MB a process (ulimit -v)`, empty without a limit."""
+    found = limit()
+    return f"; the limit is {found[0] / 1e6:.0f} MB a process (ulimit {found[1]})" if found else ""
+
+
+def is_short(error: BaseException) -> bool:
+    """Whether an error says that there was not enough memory, or none for another thread."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    return any(words in str(error) for words in _NO_THREAD)
+
+
+def prepare() -> str | None:
+    """Where there is a limit, take less of it for each thread. Returns what is wrong if too little is left to begin, since
+    C libraries abort the process, without a word, once they get no memory."""
+    found = limit()
+    if found is None:
+        return None
+    threading.stack_size(_STACK)
+    pa.set_cpu_count(1)
+    pa.set_io_thread_count(1)
+    try:
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)  # each thread would reserve an arena of 64 MB
+    except (OSError, AttributeError):  # not glibc
+        pass
+    with open("/proc/self/statm") as file:
+        pages, _, _, _, _, data, *_ = map(int, file.read().split())
+    used = (pages if found[1] == "-v" else data) * resource.getpagesize()
+    if used + _ROOM <= found[0]:
+        return None
+    return (
+        f"this process may use {found[0] / 1e6:.0f} MB of memory (ulimit {found[1]}) and this command takes at least "
+        f"{(used + _ROOM) / 1e6:.0f} MB. Raise the limit: ulimit {found[1]} {2 * (used + _ROOM) // 1024}"
+    )
