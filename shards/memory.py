@@ -4,6 +4,7 @@ import ctypes
 import errno
 import resource
 import threading
+from contextlib import suppress
 
 import pyarrow as pa
 
@@ -42,10 +43,8 @@ def prepare() -> str | None:
     threading.stack_size(_STACK)
     pa.set_cpu_count(1)
     pa.set_io_thread_count(1)
-    try:
+    with suppress(OSError, AttributeError):  # where it is not glibc
         ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)  # each thread would reserve an arena of 64 MB
-    except (OSError, AttributeError):  # not glibc
-        pass
     with open("/proc/self/statm") as file:
         pages, _, _, _, _, data, *_ = map(int, file.read().split())
     used = (pages if found[1] == "-v" else data) * resource.getpagesize()

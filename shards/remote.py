@@ -7,11 +7,13 @@ step needs of a large shard in random order is little, and in the order of the s
 import os
 import random
 import re
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from shards import ShardError
 from shards.pieces import Pieces
@@ -20,9 +22,15 @@ from shards.storage import filesystem, short, status_of, unreachable
 from shards.summary import read_summary
 
 T = TypeVar("T")
+_SHORTEST = 1.0  # seconds that a request gets at least, also when its server has been silent for long
+_IDLE = 10.0  # seconds after which what failed before says nothing of a new request
 WHOLE = 8 << 20  # bytes of the largest tar that is fetched whole
 PIECE = 4 << 20  # bytes of the largest piece of another
 _PAUSES = 0.1, 2.0  # seconds before the second try, and at most before any
+_LATER = (
+    "When the server is well again, the run goes on from its last checkpoint with run.resume=auto; data.server_timeout_s "
+    "says how long to wait."
+)
 _BUGS = (TypeError, AttributeError, NameError, LookupError, AssertionError, MemoryError)
 
 
@@ -57,6 +65,8 @@ class RemoteFiles:
     def __init__(self, path, local: Local):
         self.path, self._patience = path, local.patience_s
         self._fs, self._root = filesystem(path), path.path.rstrip("/")
+        self._server = Server.of(path)
+        self._server.clear()
         self.pieces = local.pieces()
         self.info = read_summary(self._get("dataset.json"), path)
         # another split, or this one packed anew, never finds these pieces
@@ -111,15 +121,64 @@ class RemoteFiles:
     def _get(self, name: str, start: int = 0, size: int | None = None) -> bytes:
         end = None if size is None else start + size
 
-        def ask() -> bytes:
-            data = self._fs.cat_file(f"{self._root}/{name}", start=start, end=end)
+        def ask(timeout_s: float) -> bytes:
+            bound = {"timeout": timeout_s} if getattr(self._fs, "async_impl", False) else {}  # fsspec's `sync` takes it
+            data = self._fs.cat_file(f"{self._root}/{name}", start=start, end=end, **bound)
             if size is not None and len(data) > size:  # a server that does not know ranges sends all
                 data = data[start:end]
             if size is not None and len(data) < size:
                 raise OSError(f"{len(data)} bytes came of {size}")
             return data
 
-        return patiently(ask, f"{self.path}/{name}", self._patience)
+        return patiently(ask, f"{self.path}/{name}", self._patience, self._server)
+
+
+class Server:
+    """When a server last answered, as all threads of this process see it: one that waits does so for all."""
+
+    _known: ClassVar[dict[str, "Server"]] = {}
+    _lock = threading.Lock()
+
+    def __init__(self):
+        self._since: float | None = None  # the first request after the last answer
+        self._pending, self._ended = 0, 0.0
+
+    @classmethod
+    def of(cls, path) -> "Server":
+        """The one that all splits of that host or bucket share."""
+        with cls._lock:
+            return cls._known.setdefault("/".join(str(path).split("/")[:3]), cls())
+
+    @contextmanager
+    def asked(self) -> Iterator[None]:
+        """While a request is under way."""
+        with self._lock:
+            if self._since is None or self._idle():
+                self._since = time.monotonic()
+            self._pending += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._pending, self._ended = self._pending - 1, time.monotonic()
+
+    def _idle(self) -> bool:
+        return not self._pending and time.monotonic() - self._ended > _IDLE
+
+    def clear(self) -> None:
+        """It answered, or somebody starts anew."""
+        with self._lock:
+            self._since = None
+
+    def is_lost(self, patience_s: float) -> bool:
+        """Whether it has just been waited for in vain for so long: another request need not wait as well."""
+        with self._lock:
+            return self._since is not None and not self._idle() and time.monotonic() - self._since > patience_s
+
+    def silent_s(self) -> float:
+        """Seconds since the first request after the last answer."""
+        with self._lock:
+            return time.monotonic() - self._since if self._since is not None else 0.0
 
 
 def _plain(text: str) -> str:
@@ -127,28 +186,36 @@ def _plain(text: str) -> str:
     return re.sub(r"[^\w-]", "_", text)[:40]
 
 
-def patiently(action: Callable[[], T], what: str, patience_s: float) -> T:
-    """Do it, again and again if it fails. Raises ShardError if it never can succeed, Unreachable after `patience_s`."""
+def patiently(action: Callable[[float], T], what: str, patience_s: float, server: Server) -> T:
+    """Do it, again and again if it fails; `action` is given the seconds it may take. Raises ShardError if it never can
+    succeed, Unreachable once this, or everything asked of the server, has failed for `patience_s`."""
     started, pause = time.monotonic(), _PAUSES[0]
+
+    def waited() -> float:
+        return max(time.monotonic() - started, server.silent_s())
+
     while True:
+        if server.is_lost(patience_s):
+            raise Unreachable(f"{what} cannot be read: its server has not answered for {waited():.0f} s. {_LATER}")
         try:
-            return action()
+            with server.asked():
+                found = action(max(_SHORTEST, patience_s - waited()))
+            server.clear()
+            return found
         except _BUGS:
             raise
         except Exception as error:  # each library has its own
             status = status_of(error)
+            if status is not None and status < 500:
+                server.clear()
             if isinstance(error, FileNotFoundError) or status in (404, 410):
                 raise ShardError(f"{what} is missing") from error
             refused = isinstance(error, PermissionError) or type(error).__name__ == "NoCredentialsError"
             if refused or (status is not None and 400 <= status < 500 and status not in (408, 429)):
                 kind = Refused if refused or status in (401, 403) else ShardError
                 raise kind(f"{what} may not be read: {short(error)}. Check the address and the credentials") from error
-            waited = time.monotonic() - started
-            if waited + pause > patience_s:
+            if waited() + pause > patience_s:
                 said = "cannot be reached" if status is None and unreachable(error) else "cannot be read"
-                raise Unreachable(
-                    f"{what} {said}, for {waited:.0f} s now ({short(error)}). When the server is well again, the run goes on "
-                    "from its last checkpoint with run.resume=auto; data.server_timeout_s says how long to wait."
-                ) from error
+                raise Unreachable(f"{what} {said}, for {waited():.0f} s now ({short(error)}). {_LATER}") from error
         time.sleep(pause * random.uniform(0.5, 1.0))  # not all threads at once
         pause = min(2 * pause, _PAUSES[1])

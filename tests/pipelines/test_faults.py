@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
+import http.server
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import fsspec
@@ -24,7 +26,7 @@ from pipelines.loader import Loader
 from pipelines.quarantine import Quarantine
 from pipelines.read import Reader
 from pipelines.videos import VideoReader
-from shards import ShardError
+from shards import ShardError, remote
 from shards.dataset import Split
 from shards.remote import Local, Refused, Unreachable
 from tests.pipelines.test_loader import SMALL, run, same
@@ -289,3 +291,47 @@ def test_names_on_a_server_lead_nowhere(store, tmp_path):
     files.pipe_file("/sets/intra/dataset.json", json.dumps(info).encode())
     with pytest.raises(ShardError, match=r"dataset\.json is damaged: the name of shard 0 is '\.\./000000'\. Upload"):
         Split(store, Local(tmp_path / "local", 0.05, 5))
+
+
+class Broken(http.server.SimpleHTTPRequestHandler):
+    """Serves files, and when told to goes wrong in one way with all but dataset.json and the sample tables."""
+
+    fault = ""
+
+    def do_GET(self):
+        if not self.path.endswith(".tar") or not self.fault:
+            return super().do_GET()
+        if self.fault == "500":
+            return self.send_error(500)
+        self.send_response(200)
+        self.send_header("Content-Length", "1000000")
+        self.end_headers()
+        self.wfile.write(bytes(1000))
+        self.wfile.flush()
+        if self.fault == "hangs":
+            time.sleep(20)
+        self.close_connection = True
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.parametrize("fault", ["500", "drops", "hangs"])
+def test_all_threads_share_one_patience_with_a_server(numbered, tmp_path, monkeypatch, fault):
+    pytest.importorskip("aiohttp")
+    handler = type("Handler", (Broken,), {})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(numbered.intra.path)))
+    server.daemon_threads, server.block_on_close = True, False
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    split = Split(f"http://127.0.0.1:{server.server_port}", Local(tmp_path, 0.05, 2.0))
+    whole = run(split, 2, config=replace(SMALL, local_gb=0.05))
+    assert all(map(same, run(numbered.intra, 2), whole))
+    shutil.rmtree(next(tmp_path.glob("*/*.tar")).parent)
+    monkeypatch.setattr(remote, "WHOLE", 0)  # pieces, which many threads fetch
+    handler.fault, started, listed = fault, time.monotonic(), tmp_path / "quarantine.jsonl"
+    with pytest.raises(Unreachable, match=r"000000\.tar cannot be re.*server_timeout_s"):
+        run(split, 2, config=replace(SMALL, local_gb=0.05), quarantine=listed)
+    assert time.monotonic() - started < 5 and not listed.exists()
+    handler.fault = ""  # and it is well again
+    assert all(map(same, run(Split(str(split.path), Local(tmp_path, 0.05, 2.0)), 2), whole))
+    server.shutdown()

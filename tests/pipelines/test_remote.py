@@ -20,7 +20,7 @@ from shards import ShardError, remote
 from shards.dataset import Split
 from shards.joined import Joined, open_splits
 from shards.pieces import Full, Pieces
-from shards.remote import Local, RemoteFiles, Unreachable, patiently
+from shards.remote import Local, RemoteFiles, Server, Unreachable, patiently
 from tests.pipelines.test_loader import SMALL, run
 
 # ---- the folder ----
@@ -308,12 +308,12 @@ def test_what_can_never_succeed_is_said_at_once(url, tmp_path, store):
     with pytest.raises(ShardError, match=r"sets/nothing/dataset\.json is missing"):
         at("s3://sets/nothing", tmp_path)
 
-    def refused():
+    def refused(_):
         raise PermissionError("Access Denied")
 
     with pytest.raises(ShardError, match="may not be read: Access Denied"):
-        patiently(refused, "s3://x", 60)
+        patiently(refused, "s3://x", 60, Server())
     with pytest.raises(TypeError):
-        patiently(lambda: None + 1, "s3://x", 60)
+        patiently(lambda _: None + 1, "s3://x", 60, Server())
     assert isinstance(open_splits([url["intra"], url["copy"]], Local(tmp_path)), Joined)
     assert isinstance(at(url["intra"], tmp_path).remote, RemoteFiles)
