@@ -10,7 +10,9 @@ from c4c.distributed import start_distributed, stop_distributed
 from c4c.report import Report, span
 from c4c.session import Session, make_deterministic
 from c4c.train import memory_gib
+from pipelines.survey import notes
 from shards.dataset import Split
+from shards.remote import Local
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -27,6 +29,8 @@ def check(config: Config) -> None:
         session = Session(config, rank, world, device, resume=folder if resuming else None)
         for note in session.notes:
             say(note)
+        for note in notes(session.split, session.test, config.data) if rank == 0 else ():
+            say(f"warning: {note}")
         damaged = rank == 0 and _any_damaged(say, folder)
         steps, waits = [], []
         with session.loader:
@@ -39,7 +43,7 @@ def check(config: Config) -> None:
                     f"step {session.done}: loss {outcome.loss:.4f}, {steps[-1]:.2f} s, of which {waits[-1]:.2f} s waiting for data"
                 )
         mark = time.perf_counter()
-        first = Part(config.data.test, config.data.eval_batch_size * world)
+        first = Part(config.data.test, config.data.eval_batch_size * world, config.data.local)
         session.evaluate(first)
         say(f"evaluation: {len(first)} of {len(session.test)} videos in {time.perf_counter() - mark:.2f} s")
         _describe(say, config, session, steps, folder)
@@ -64,8 +68,8 @@ def _any_damaged(say, folder: Path) -> bool:
 class Part(Split):
     """The first videos of a split."""
 
-    def __init__(self, path: str, videos: int):
-        super().__init__(path)
+    def __init__(self, path: str, videos: int, local: Local | None = None):
+        super().__init__(path, local)
         self._videos = min(videos, super().__len__())
 
     def __len__(self) -> int:

@@ -19,6 +19,7 @@ from c4c.report import Report
 from c4c.run import Metrics, last_validation, mark_done, prepare, save_description, scores, validations
 from c4c.session import Outcome, Session, make_deterministic
 from pipelines.loader import Batch
+from pipelines.survey import notes
 
 _LAST_START_S = 30.0  # what a restarted run waits for the processes of the start before to be gone
 
@@ -198,6 +199,8 @@ class Trainer:
             self.report.say("the towers are compiled in the first steps, which takes minutes on some machines")
         for note in session.notes:
             self.report.say(note)
+        for note in notes(session.split, session.test, config.data) if self.rank == 0 else ():
+            self.report.say(f"warning: {note}")
         if session.done:
             self.report.say(f"continuing after step {session.done}")
 

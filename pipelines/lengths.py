@@ -1,0 +1,80 @@
+"""How many tokens captions have, counted without torch: packing and `info` count them, too.
+
+The tokenizer is CLIP's, as `pipelines.tokens` has it from open_clip, whose vocabulary is read here and nothing else.
+"""
+
+import gzip
+import html
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+
+TOKENIZER = "CLIP's tokenizer"
+_MERGES = 48894  # lines of the vocabulary that CLIP uses
+_PARTS = (
+    r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # what is a token at most
+)
+_SPECIAL = ("<start_of_text>", "<end_of_text>")
+
+
+@dataclass
+class Lengths:
+    """Of captions in tokens, start and end included: how many there are, how many are above a limit, and the longest."""
+
+    limit: int
+    captions: int = 0
+    cut: int = 0
+    longest: int = 0
+
+    def add(self, texts: Iterable[str]) -> None:
+        for text in texts:
+            tokens = token_count(text)
+            self.captions += 1
+            self.cut += tokens > self.limit
+            self.longest = max(self.longest, tokens)
+
+
+def token_count(text: str) -> int:
+    """Tokens of a caption, start and end included."""
+    if not (text.isascii() and text.isprintable() and "&" not in text):  # else there is nothing to clean
+        from ftfy import fix_text
+
+        text = html.unescape(html.unescape(fix_text(text)))
+    return 2 + sum(map(_of_chunk, text.lower().split()))
+
+
+@lru_cache(maxsize=200_000)
+def _of_chunk(chunk: str) -> int:
+    """Tokens of a text without spaces."""
+    import regex
+
+    return sum(_of_part(part) for part in regex.findall(_PARTS, chunk, regex.IGNORECASE))
+
+
+def _of_part(part: str) -> int:
+    if part in _SPECIAL:
+        return 1
+    letters, ranks = _vocabulary()
+    pieces = [letters[byte] for byte in part.encode(errors="replace")]
+    pieces[-1] += "</w>"
+    while len(pieces) > 1:
+        rank, at = min((ranks.get(pair, _MERGES), i) for i, pair in enumerate(pairwise(pieces)))
+        if rank == _MERGES:
+            break
+        pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
+    return len(pieces)
+
+
+@lru_cache(maxsize=1)
+def _vocabulary() -> tuple[list[str], dict[tuple[str, str], int]]:
+    """The letter that stands for each byte, and the rank of each pair that is merged, the first one first."""
+    plain = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    letters = [chr(byte if byte in plain else next(others)) for byte in range(256)]
+    folder = find_spec("open_clip").submodule_search_locations[0]  # not imported, which takes seconds
+    with gzip.open(Path(folder) / "bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf-8") as file:
+        lines = file.read().split("\n")[1 : 1 + _MERGES]
+    return letters, {tuple(line.split()): rank for rank, line in enumerate(lines)}
