@@ -1,6 +1,7 @@
 """Features of a whole split on all ranks, and the metrics over them."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from c4c.report import EvalReport, metrics_table
 from c4c.run import is_run
 from pipelines.config import DataConfig
 from pipelines.loader import texts_of
+from pipelines.survey import notes
 from pipelines.tokens import tokenize
 from pipelines.videos import VideoReader
 from shards.dataset import Split
@@ -110,6 +112,8 @@ def evaluate_checkpoint(
         model, data = open_checkpoint(name, tag)
         data = override_data(data, words)
         model.check_data(data, name)
+        for note in notes(None, split, data) if rank == 0 else ():
+            print(f"warning: {note}", file=sys.stderr)
         with EvalReport(on=rank == 0) as progress:
             model = model.to(place)
             result, found = evaluate(model, model, split, data, place, progress.tell)

@@ -6,22 +6,22 @@ import time
 from functools import partial
 from pathlib import Path
 
-from rich.table import Column, Table
-
 from c4c import shard_tools
+from c4c.packing import closing, refuse_place
 from c4c.shard_tools import bar as _bar
-from c4c.shard_tools import console
+from c4c.shard_tools import console, size
 from c4c.shard_tools import plain as _plain
 from c4c.shard_tools import show as _show
-from shards import ShardError, memory
+from shards import ShardError, count, memory
 from shards.datasets import Item, demo, demo_narrated, readers
 from shards.datasets.files import Files
-from shards.info import count, rejected, title
+from shards.info import title
 from shards.pack import finish_parts, missing, pack, some
 from shards.profiles import ENCODERS, PROFILES, Profile
 from shards.storage import is_remote, place
+from shards.worker import MISSING
 
-_REJECTS_SHOWN, _NOTES_SHOWN = 20, 5  # lines on the screen; a list with missing files may have thousands
+_REJECTS_SHOWN, _NOTES_SHOWN = 5, 5  # lines on the screen; a list with missing files may have thousands
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -197,13 +197,15 @@ def _demo_narrated(args) -> int:
 
 def _dataset(args) -> int:
     _check_counts(args)
+    for text in refuse_place(args.out, args.videos):
+        _note(text)
     with console.status("listing videos and reading annotations"):
         args.videos = Files(
             args.videos, follow_links=args.follow_links, beside=getattr(args.reader, "BESIDE", ())
         )  # fmt: skip
         reading = args.reader.read(args)
     for text in reading.warnings:
-        console.print(f"[yellow]note[/] {_plain(text)}", highlight=False, soft_wrap=True)
+        _note(text)
     split = args.out.resolve().name if isinstance(args.out, Path) else args.out.name
     name = split if args.dataset == "folder" else args.dataset
     return _pack(
@@ -240,7 +242,7 @@ def _pack(
             if event.rejected:
                 rejects += 1
                 if rejects <= _REJECTS_SHOWN:
-                    _told(progress, "rejected", event.rejected)
+                    _told(progress, "missing" if event.rejected.endswith(MISSING) else "rejected", event.rejected)
             if event.note:
                 notes += 1
                 if notes <= _NOTES_SHOWN:
@@ -288,15 +290,16 @@ def _pack(
         "; all of it was there already" if resumed == len(items) else f"; {resumed} were done before" if resumed else ""
     )
     console.print(
-        f"{out}: {info['videos']} videos, {info['captions']} captions in {count(len(info['shards']), 'shard')}{before}"
+        f"{out}: {size(info)} in {count(len(info['shards']), 'shard')}{before}"
         + (f"; {stored} were taken from the shards there" if stored else ""),
         highlight=False, soft_wrap=True,
     )  # fmt: skip
-    if (lost := rejected(info)) != "nothing":
-        console.print(f"[yellow]{lost} rejected:[/] see {out / 'rejects.jsonl'}", highlight=False, soft_wrap=True)
-    if reconciliation and "reconciliation" in info:
-        _reconcile(info["reconciliation"])
+    closing(info, out, items, reconciled=reconciliation is not None)
     return 0
+
+
+def _note(text: str) -> None:
+    console.print(f"[yellow]note[/] {_plain(text)}", highlight=False, soft_wrap=True)
 
 
 def _told(progress, kind: str, text: str) -> None:
@@ -305,9 +308,7 @@ def _told(progress, kind: str, text: str) -> None:
 
 def _finish(args) -> int:
     info = finish_parts(args.path)
-    console.print(
-        f"{args.path}: {info['videos']} videos, {info['captions']} captions in {count(len(info['shards']), 'shard')}"
-    )
+    console.print(f"{args.path}: {size(info)} in {count(len(info['shards']), 'shard')}")
     return 0
 
 
@@ -326,21 +327,6 @@ def _part(text: str) -> tuple[int, int]:
     if not 1 <= index <= parts:
         raise argparse.ArgumentTypeError(f"{text}: must be I/N with I from 1 to N, such as 2/16")
     return index, parts
-
-
-def _reconcile(counts: dict) -> None:
-    """What was published, what was given, and what became of it."""
-    columns = ("published", "annotations", "missing", "rejected", "packed")
-    table = Table(
-        "", *(Column(name, justify="right") for name in columns), title=f"{counts['files']} video files found"
-    )
-    for what in ("videos", "captions"):
-        cells = (counts[name][what] for name in columns)
-        table.add_row(what, *("" if cell is None else str(cell) for cell in cells))
-    console.print(table)
-    for what, known in counts["published"].items():
-        if known not in (None, counts["packed"][what]):
-            console.print(f"[yellow]note[/] {known} {what} are published, {counts['packed'][what]} were packed")
 
 
 def _rate(value: float) -> str:

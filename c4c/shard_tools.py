@@ -12,10 +12,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from shards import ShardError
+from pipelines.config import DataConfig
+from pipelines.lengths import CONTEXT, TOKENIZER, Lengths
+from shards import ShardError, count
 from shards.dataset import Split, find_splits
 from shards.dedup import Group, Report, dedup
-from shards.info import count, describe, measure
+from shards.hashes import tables
+from shards.info import describe, measure
 from shards.merge import Part, merge, split
 from shards.preview import preview
 from shards.regroup import Made
@@ -120,14 +123,33 @@ def _verify(args) -> int:
 
 def _info(args) -> int:
     if args.json:
-        print(json.dumps([measure(path) for path in find_splits(args.path)], ensure_ascii=False, indent=2))
+        told = []
+        for path in find_splits(args.path):
+            numbers, found = measure(path), _lengths(path)
+            beyond = {str(limit): one.cut for limit, one in found.items()}
+            longest = max(one.longest for one in found.values())
+            numbers["captions"]["tokens"] = {"tokenizer": TOKENIZER, "longest": longest, "beyond": beyond}
+            told.append(numbers)
+        print(json.dumps(told, ensure_ascii=False, indent=2))
         return 0
     for path in find_splits(args.path):
         table = Table(title=plain(path), show_header=False)
         for name, value in describe(path).items():
             table.add_row(name, plain(value))
+        for limit, found in _lengths(path).items():
+            table.add_row(f"beyond {limit} tokens", f"{found.cut} of {found.captions} captions, by {TOKENIZER}")
         Console().print(table)
     return 0
+
+
+def _lengths(path: Path) -> dict[int, Lengths]:
+    """How many captions data.max_words of the defaults would cut, and CLIP's text tower."""
+    found = {limit: Lengths(limit) for limit in (DataConfig.max_words, CONTEXT)}
+    for table in tables(Split(path), ["captions"]):
+        for row in table.column("captions").to_pylist():
+            for one in found.values():
+                one.add(caption["text"] for caption in row)
+    return found
 
 
 def _preview(args) -> int:
@@ -182,7 +204,7 @@ def _repair(args) -> int:
         for lost in one.lost:
             say(f"{one.shard}: left out: {lost}")
     told = ", ".join(f"{sum(d.done == how for d in done)} {how}" for how in ("kept", "rebuilt", "cut"))
-    say(f"{args.path}: {sum(d.videos for d in done)} videos; shards: {told}")
+    say(f"{args.path}: {count(sum(d.videos for d in done), 'video')}; shards: {told}")
     return 0
 
 
@@ -235,7 +257,7 @@ def _say_made(made: Made) -> None:
         "rewritten": "written from single samples",
     }
     how = ", ".join(f"{number} {words[way]}" for way, number in sorted(made.how.items()))
-    say(f"{made.path}: {made.info['videos']} videos, {made.info['captions']} captions; tars: {how}")
+    say(f"{made.path}: {size(made.info)}; tars: {how}")
 
 
 def _dedup(args) -> int:
@@ -265,9 +287,9 @@ def _say_report(report: Report, splits: int) -> None:
             print(f"{words}{' (LEAK between splits)' if group.leak else ''}: {_members(group)}")
     for caption in report.caption_examples:
         where = " in several splits" if len(caption.splits) > 1 else ""
-        print(f"caption with {caption.videos} videos{where}: {caption.text}")
+        print(f"caption with {count(caption.videos, 'video')}{where}: {caption.text}")
     print(
-        f"{report.videos} videos in {count(splits, 'split')}: {count(len(report.content), 'group')} of the same bytes, "
+        f"{count(report.videos, 'video')} in {count(splits, 'split')}: {count(len(report.content), 'group')} of the same bytes, "
         f"{len(report.source)} of the same source, {len(report.names)} of the same name; {count(report.captions, 'caption')} "
         f"with several videos, {report.caption_leaks} of them in several splits"
     )
@@ -279,6 +301,11 @@ def _members(group: Group, most: int = 8) -> str:
 
 
 # ---- what the packing commands say things with, too ----
+
+
+def size(info: dict) -> str:
+    """Videos and captions of a split, as `dataset.json` has them."""
+    return f"{count(info['videos'], 'video')}, {count(info['captions'], 'caption')}"
 
 
 def say(text: str) -> None:

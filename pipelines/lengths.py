@@ -13,10 +13,10 @@ from itertools import pairwise
 from pathlib import Path
 
 TOKENIZER = "CLIP's tokenizer"
+CONTEXT = 77  # tokens that CLIP's text tower takes
 _MERGES = 48894  # lines of the vocabulary that CLIP uses
-_PARTS = (
-    r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # what is a token at most
-)
+_PARTS = r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # what is a token at most
+_LONG = 200  # bytes of a word without spaces, above which its tokens are counted by its halves
 _SPECIAL = ("<start_of_text>", "<end_of_text>")
 
 
@@ -58,7 +58,10 @@ def _of_part(part: str) -> int:
     if part in _SPECIAL:
         return 1
     letters, ranks = _vocabulary()
-    pieces = [letters[byte] for byte in part.encode(errors="replace")]
+    data = part.encode(errors="replace")
+    if len(data) > _LONG:  # the time that merging takes grows with the square of this
+        return _of_part(part[: len(part) // 2]) + _of_part(part[len(part) // 2 :])
+    pieces = [letters[byte] for byte in data]
     pieces[-1] += "</w>"
     while len(pieces) > 1:
         rank, at = min((ranks.get(pair, _MERGES), i) for i, pair in enumerate(pairwise(pieces)))

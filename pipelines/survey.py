@@ -41,7 +41,9 @@ def _enlarged(split: Split, config: DataConfig) -> str | None:
 
 
 def _cut(split: Split, config: DataConfig) -> str | None:
-    return cut_note(lengths(split, config), str(split.path), f"data.max_words={config.max_words}", split.info["captions"])
+    return cut_note(
+        lengths(split, config), str(split.path), f"data.max_words={config.max_words}", split.info["captions"]
+    )
 
 
 def lengths(split: Split, config: DataConfig, now: Callable[[], float] = time.monotonic) -> Lengths:
@@ -59,7 +61,7 @@ def cut_note(found: Lengths, where: str, limit: str, total: int) -> str | None:
     """How many captions are cut, None if none is."""
     if not found.cut:
         return None
-    of = f"{found.captions}" if found.captions == total else f"the first {found.captions}"
+    of = f"{found.captions}" if found.captions >= total else f"the first {found.captions}"
     return (
         f"{where}: {found.cut} of {of} captions {'is' if found.cut == 1 else 'are'} cut at {limit} tokens ({TOKENIZER}, "
         f"start and end included; the longest has {found.longest})"

@@ -4,5 +4,10 @@ Nothing in this room knows torch or DALI.
 """
 
 
+def count(n: int, what: str) -> str:
+    """`1 video`, `2 videos`"""
+    return f"{n} {what}{'s' * (n != 1)}"
+
+
 class ShardError(ValueError):
     """Something on disk, or in a command that writes to disk, is not as it must be. The message says what to do."""

@@ -15,13 +15,14 @@ from fractions import Fraction
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from crc32c import crc32c
 
-from shards import ShardError, memory, storage
+from shards import ShardError, count, memory, storage
 from shards.remote import Local, Refused, RemoteFiles, Unreachable
 from shards.schema import CAPTION_COUNTS, FRAME_COLUMNS, Coding, FrameTable, Video, difference
 from shards.summary import read_summary
@@ -153,7 +154,7 @@ class Split:
                 if name in names:
                     return self.video(int(first) + row)
             near = difflib.get_close_matches(name, [*near, *table.column("id")], 3, 0.5)
-        hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"It holds {len(self)} videos."
+        hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"It holds {count(len(self), 'video')}."
         raise ShardError(f"{self.path} holds no video called {name!r}. {hint}")
 
     def captions(self, index: int) -> list[dict]:
@@ -237,7 +238,7 @@ class Split:
         self.remote.drop(video)
         return True
 
-    def json(self, video: Video) -> dict:
+    def json(self, video: "Video | Stored") -> dict:
         """The sample's JSON member, which follows the video in the tar."""
         if self.remote is not None:
             raise ShardError(f"{self.path}: copy the split to a disk to read its JSON members")
@@ -323,6 +324,14 @@ class Split:
                     raise NoMoreFiles(f"{path} cannot be opened: {said}") from error
                 for _ in range(max(1, len(self._files) // 2)):
                     self._files.popitem(last=False)
+
+
+class Stored(NamedTuple):
+    """Where a video stands in the tar of a shard."""
+
+    shard: str
+    offset: int
+    size: int
 
 
 class NoMoreFiles(ShardError):

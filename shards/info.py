@@ -1,15 +1,20 @@
 """Numbers about a packed split."""
 
+import tarfile
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
-from shards.dataset import Split
+from shards import count
+from shards.dataset import Split, Stored
 from shards.hashes import hashes, tables
 
+_SOURCES = 1000  # videos of a split whose JSON is read
 _COLUMNS = [
-    "size", "codec", "width", "height", "fps_num", "fps_den", "duration", "captions", "frame_number", "frame_offset",
+    "offset", "size", "codec", "width", "height", "fps_num", "fps_den", "duration", "captions", "frame_number",
+    "frame_offset",
 ]  # fmt: skip
 
 
@@ -21,14 +26,15 @@ def describe(path: Path) -> dict[str, str]:
         "name": title(told["name"], told["split"]),
         "profile": ", ".join(f"{k} {v}" if k != "name" else v for k, v in profile.items()),
         "videos": f"{told['videos']} in {count(told['shards'], 'shard')}",
-        "rejected": rejected(told),
+        "left out": told["left_out"],
         "captions": f"{captions['count']} ({_said(captions['per_video'])} a video, {_said(captions['words'])} words)",
         "caption trouble": _trouble(captions),
         "timed captions": f"{captions['timed']} of {captions['count']}",
         "duration": f"{(told['duration_s'] or {'sum': 0})['sum'] / 3600:.2f} h ({_said(told['duration_s'])} s a video)",
         "stored frames": f"{frames['sum'] if frames else 0:.0f} ({_said(frames)} a video)",
         "size": f"{told['bytes'] / 1e6:.1f} MB ({_said(told['video_bytes'], 1e3)} kB a video)",
-        "codecs": _most(told["codecs"]),
+        "stored codec": _most(told["codecs"]),
+        "source codec": _most(told["source_codecs"]) + _of(told),
         "frame size": _most(told["frame_sizes"]),
         "source fps": _most(told["source_fps"]),
         "sliceable": f"{told['sliceable']} of {told['videos']}",
@@ -44,9 +50,9 @@ def measure(path: Path) -> dict:
     """
     split = Split(path)
     values: dict[str, list[np.ndarray]] = {k: [] for k in ("duration", "size", "stored", "captions", "words", "text")}
-    codecs, shapes, rates = Counter(), Counter(), Counter()
+    codecs, shapes, rates, sources = Counter(), Counter(), Counter(), Counter()
     empty = timed = repeated_inside = sliceable = 0
-    for table in tables(split, _COLUMNS):
+    for shard, table in zip(split.shards, tables(split, _COLUMNS), strict=True):
         columns = {name: table.column(name).to_pylist() for name in _COLUMNS}
         captions = [c for row in columns["captions"] for c in row]
         texts = [" ".join(c["text"].casefold().split()) for c in captions]
@@ -63,6 +69,7 @@ def measure(path: Path) -> dict:
         repeated_inside += sum(len(row) - len(np.unique(row)) for row in np.split(keys, bounds) if len(row))
         sliceable += sum(bool(row) and row[0] >= 0 for row in columns["frame_offset"])
         codecs.update(columns["codec"])
+        sources.update(_source_codecs(split, shard, columns))
         shapes.update(f"{w}x{h}" for w, h in zip(columns["width"], columns["height"], strict=True))
         rates.update(f"{n / d:.4g}" for n, d in zip(columns["fps_num"], columns["fps_den"], strict=True))
     joined = {name: np.concatenate([np.zeros(0), *parts]) for name, parts in values.items() if name != "text"}
@@ -76,6 +83,7 @@ def measure(path: Path) -> dict:
         "shards": len(split.shards),
         "rejected_videos": split.info["rejected_videos"],
         "rejected_captions": split.info["rejected_captions"],
+        "left_out": left_out(split.info),
         "captions": {
             "count": len(text),
             "per_video": _span(joined["captions"]),
@@ -90,6 +98,7 @@ def measure(path: Path) -> dict:
         "bytes": sum(s["bytes"] for s in split.info["shards"]),
         "video_bytes": _span(joined["size"]),
         "codecs": dict(codecs.most_common()),
+        "source_codecs": dict(sources.most_common()),
         "frame_sizes": dict(shapes.most_common()),
         "source_fps": dict(rates.most_common()),
         "sliceable": sliceable,
@@ -97,18 +106,38 @@ def measure(path: Path) -> dict:
     }
 
 
+def _source_codecs(split: Split, shard: str, columns: dict[str, list]) -> list[str]:
+    """Of some of the shard's videos: only their JSON in the tar tells, unless the stored bytes are the source's."""
+    if split.info["profile"]["name"] == "copy":
+        return columns["codec"]
+    most, found = max(1, _SOURCES // len(split.shards)), []
+    rows = len(columns["size"])
+    for row in range(0, rows, -(-rows // most)):
+        where = Stored(shard, columns["offset"][row], columns["size"][row])
+        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError, tarfile.TarError):  # `verify` names it
+            found.append(str(split.json(where)["source"]["codec"]))
+    return found
+
+
+def _of(told: dict) -> str:
+    looked = sum(told["source_codecs"].values())
+    return "" if looked == told["videos"] else f", of {count(looked, 'video')} looked at"
+
+
 def title(name: str, split: str) -> str:
     return name if name == split else f"{name} {split}"
 
 
-def rejected(info: dict) -> str:
-    """What `dataset.json` says was not packed, or "nothing"."""
-    counts = ((info[f"rejected_{what}s"], what) for what in ("video", "caption"))
-    return " and ".join(count(n, what) for n, what in counts if n) or "nothing"
-
-
-def count(n: int, what: str) -> str:
-    return f"{n} {what}{'s' * (n != 1)}"
+def left_out(info: dict) -> str:
+    """What `dataset.json` says was not packed, counted as the table at the end of packing does, or "nothing"."""
+    counts = info.get("reconciliation") or {}
+    if (counts.get("rejected") or {}).get("videos") is None:  # not packed from annotations, or by an older version
+        counts = {"rejected": {what: info[f"rejected_{what}"] for what in ("videos", "captions")}}
+    told = []
+    for why in ("missing", "rejected"):
+        numbers = [count(n, what.removesuffix("s")) for what, n in counts.get(why, {}).items() if n]
+        told += [f"{' and '.join(numbers)} {why}"] * bool(numbers)
+    return "; ".join(told) or "nothing"
 
 
 def _trouble(captions: dict) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from shards import ShardError
+from shards import ShardError, count
 from shards.dataset import Split
 from shards.info import title
 from shards.schema import Video
@@ -104,7 +104,7 @@ def _head(split: Split, shown: int, seed: int | None) -> str:
     profile = ", ".join(f"{k} {v}" if k != "name" else str(v) for k, v in split.info["profile"].items())
     name = escape(title(split.info["name"], split.info["split"]))
     return (
-        f"<h1>{name}</h1><p class=facts>{len(split)} videos, {split.info['captions']} captions; {how} {shown}. "
+        f"<h1>{name}</h1><p class=facts>{count(len(split), 'video')}, {count(split.info['captions'], 'caption')}; {how} {shown}. "
         f"Profile {escape(profile)}. Digest {escape(split.digest)}.</p>"
     )
 

@@ -9,6 +9,7 @@ from shards import ShardError
 from shards.schema import READABLE
 
 _SHARD = re.compile(r"[A-Za-z0-9_-]{1,64}")  # a name of files inside the folder, and of no others
+_COUNTS = ("published", "annotations", "missing", "rejected", "packed")  # of the reconciliation
 _MOST = 2**50  # of videos, captions and bytes
 
 
@@ -64,6 +65,9 @@ def _wrong(info) -> str | None:
     for name in ("plan", "reconciliation"):
         if name in info and not isinstance(info[name], dict):
             return f"{name!r} is {_shown(info[name])}"
+    for name, counts in info.get("reconciliation", {}).items():
+        if name in _COUNTS and not _are_counts(counts):
+            return f"the reconciliation's {name!r} is {_shown(counts)}"
     if info.get("plan") and (wrong := wrong_plan(info["plan"])):
         return wrong
     profile = info["profile"]
@@ -105,6 +109,11 @@ def _wrong_numbers(values: dict, names: tuple[str, ...]) -> str | None:
         if not 0 <= _int(values.get(name)) < _MOST:
             return f"{name!r} is {_shown(values[name])}" if name in values else f"it lacks {name!r}"
     return None
+
+
+def _are_counts(counts) -> bool:
+    numbers = counts.values() if isinstance(counts, dict) and counts.keys() == {"videos", "captions"} else ["none"]
+    return all(n is None or 0 <= _int(n) < _MOST for n in numbers)
 
 
 def _int(value) -> int:

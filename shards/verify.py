@@ -14,7 +14,7 @@ from typing import BinaryIO
 import pyarrow.parquet as pq
 from crc32c import crc32c
 
-from shards import ShardError
+from shards import ShardError, count
 from shards.dataset import Split, Table, read_counts
 from shards.hashes import tables
 from shards.pack import summarise
@@ -119,7 +119,7 @@ def _verify_shard(job: tuple[Path, dict, int, dict]) -> list[Problem]:
         remedy = f"Copy the tar again, or keep the samples that are whole: {command(path, '--truncate')}"
         problems.append(Problem(name, None, f"the tar has {size} bytes, {shard['bytes']} were packed", remedy))
     if table.rows != shard["videos"]:
-        what = f"{table.rows} videos in the table, {shard['videos']} in dataset.json"
+        what = f"{count(table.rows, 'video')} in the table, {shard['videos']} in dataset.json"
         problems.append(Problem(name, None, what, rebuild))
     try:
         members = read_members(tar_path)

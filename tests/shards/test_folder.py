@@ -126,11 +126,11 @@ def test_info_counts(copied: Path, intra: Path) -> None:
     assert told["name"] == "set train"
     assert told["profile"] == "copy"
     assert told["videos"] == "5 in 3 shards"
-    assert told["rejected"] == "nothing"
+    assert told["left out"] == "nothing"
     assert told["captions"] == "8 (1 to 3, median 1 a video, 1 to 4, median 1 words)"
     assert told["duration"].startswith("0.00 h (1.2 to 2, median 1.33")
     assert told["stored frames"] == "195 (30 to 50, median 40 a video)"
-    assert told["codecs"] == "h264 (3), vp9 (1), hevc (1)"
+    assert told["stored codec"] == told["source codec"] == "h264 (3), vp9 (1), hevc (1)"
     assert told["frame size"] == "160x120 (3), 120x160 (1), 96x64 (1)"
     assert told["source fps"] == "25 (2), 29.97 (1), 24 (1), 30 (1)"
     assert told["sliceable"] == "4 of 5"
@@ -138,7 +138,11 @@ def test_info_counts(copied: Path, intra: Path) -> None:
     told = describe(intra)
     assert told["profile"] == "intra, fps 3, short_side 64, quality 3, chroma 420"
     assert told["stored frames"] == "23 (4 to 6, median 4 a video)"
-    assert told["codecs"] == "mjpeg (5)" and told["sliceable"] == "5 of 5"
+    assert (
+        told["stored codec"] == "mjpeg (5)"
+        and told["source codec"] == "h264 (3), vp9 (1), hevc (1)"
+        and told["sliceable"] == "5 of 5"
+    )
 
 
 # ---- the command line ----
@@ -166,12 +170,17 @@ def test_packing_a_folder(own: Path, capsys: pytest.CaptureFixture, monkeypatch:
     assert run(own, "--short-side", "48", "--fps", "2") == 0
     told = capsys.readouterr().err
     assert "rejected bad [x]: not a readable video file" in told
-    assert "rejected gone: the file is missing" in told
+    assert "missing gone: the file is missing" in told
     assert re.search(r"^mine ", told, re.MULTILINE) and "mine mine" not in told
     assert f"{own / 'mine'}: 2 videos, 3 captions in 1 shard" in told
-    assert f"2 videos and 1 caption rejected: see {own / 'mine' / 'rejects.jsonl'}" in told
+    assert (
+        f"1 video and 1 caption missing; 1 video and 2 captions rejected: see {own / 'mine' / 'rejects.jsonl'}" in told
+    )
     told = describe(own / "mine")
-    assert (told["name"], told["rejected"]) == ("mine", "2 videos and 1 caption")
+    assert (told["name"], told["left out"]) == (
+        "mine",
+        "1 video and 1 caption missing; 1 video and 2 captions rejected",
+    )
     assert told["profile"] == "intra, fps 2, short_side 48, quality 3, chroma 420"
     before = files(own / "mine")
     assert run(own, "--short-side", "48", "--fps", "2") == 0
@@ -180,7 +189,7 @@ def test_packing_a_folder(own: Path, capsys: pytest.CaptureFixture, monkeypatch:
     assert "error: " in (told := capsys.readouterr().err) and "different packing" in told
     assert files(own / "mine") == before
     assert shard.main(["info", str(own / "mine")]) == 0
-    assert "2 videos and 1 caption" in capsys.readouterr().out
+    assert "1 video and 2 captions rejected" in " ".join(capsys.readouterr().out.replace("│", " ").split())
 
 
 def test_bad_arguments_are_answered_in_words(own: Path, capsys: pytest.CaptureFixture) -> None:

@@ -1,0 +1,92 @@
+"""What `python -m c4c.shard` refuses before it packs, and what it says afterwards."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from c4c import packing, shard
+from shards import ShardError
+from tests.videos import encode
+
+
+@pytest.fixture
+def videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for module in (shard, packing):
+        monkeypatch.setattr(module, "console", Console(stderr=True, width=250))
+    folder = tmp_path / "data/videos"
+    folder.mkdir(parents=True)
+    for i in range(2):
+        (folder / f"v {i}.mp4").write_bytes(encode(10, 10, (48, 32)))
+    return folder
+
+
+def pack(videos: Path, out: Path, rows: str = "v 0,one\nv 1,two\n") -> int:
+    captions = videos.parent.parent / "captions.csv"
+    captions.write_text("video,caption\n" + rows, encoding="utf-8")
+    command = ["folder", "--videos", videos, "--captions", captions, "--out", out, "--workers", "1", "--profile", "copy"]
+    return shard.main([str(word) for word in command])
+
+
+def test_an_out_that_hides_or_holds_something_is_refused(videos: Path, tmp_path: Path, capsys) -> None:
+    assert pack(videos, tmp_path / "sets/train") == 0
+    capsys.readouterr()
+    before = sorted(tmp_path.rglob("*"))
+    for out, words in (
+        (videos, "is the folder of the videos: name another"),
+        (videos.parent, "holds the videos"),
+        (tmp_path / "sets", "holds a split (train), and a split of its own there would hide it"),
+        (tmp_path / "captions.csv", "is a file: name a folder"),
+    ):
+        assert pack(videos, out) == 1
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: --out {out} {words}") and said.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+    assert pack(videos, videos / "packed") == 0
+    assert "note --out" in (said := capsys.readouterr().err) and "is inside the folder of the videos" in said
+    assert pack(videos, tmp_path / "sets/train") == 0, "what is there goes on"
+    assert "all of it was there already" in capsys.readouterr().err
+
+
+def test_the_first_rejects_are_shown_and_all_of_them_are_listed(videos: Path, tmp_path: Path, capsys) -> None:
+    rows = "v 0,one\n" + "".join(f"my phone/{i} [x],gone\n" for i in range(30)) + "v 1,\n"
+    assert pack(videos, tmp_path / "set", rows) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert [line for line in said if line.startswith("missing")] == [
+        f"missing my phone/{i} [x]: the file is missing" for i in range(5)
+    ]
+    assert f"rejected 26 more: see {tmp_path / 'set/rejects.jsonl'}" in said
+    assert any(
+        line.startswith("30 videos and 30 captions missing; 1 video and 1 caption rejected: see ") for line in said
+    )
+    listed = [json.loads(line) for line in (tmp_path / "set/rejects.jsonl").read_text().splitlines()]
+    assert sum("caption" not in one for one in listed) == 31
+    assert all(f"my phone/{i} [x]" in {one["id"] for one in listed} for i in range(30))
+
+
+def test_captions_that_training_would_cut_are_counted(videos: Path, tmp_path: Path, capsys) -> None:
+    assert pack(videos, tmp_path / "short") == 0
+    assert "tokens" not in capsys.readouterr().err
+    long = "v 0,一个男人在厨房里做饭，然后把鸡蛋打进碗里，再用筷子搅拌均匀\nv 1," + "very " * 90 + "long\nv 1,short\n"
+    assert pack(videos, tmp_path / "long", long) == 0
+    assert (
+        "note 2 of 3 captions in the annotations are longer than 32 tokens (CLIP's tokenizer, start and end included; the "
+        "longest has 93): training cuts them unless data.max_words is higher"
+    ) in capsys.readouterr().err
+    assert shard.main(["info", str(tmp_path / "long")]) == 0
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "beyond 32 tokens 2 of 3 captions, by CLIP's tokenizer beyond 77 tokens 1 of 3 captions" in said
+    assert shard.main(["info", str(tmp_path / "long"), "--json"]) == 0
+    (told,) = json.loads(capsys.readouterr().out)
+    assert told["captions"]["tokens"] == {
+        "tokenizer": "CLIP's tokenizer", "longest": 93, "beyond": {"32": 2, "77": 1},
+    }  # fmt: skip
+    assert told["source_codecs"] == {"h264": 2}
+
+
+def test_a_folder_on_a_server_is_not_looked_at() -> None:
+    with pytest.raises(ShardError, match="is a file"):
+        list(packing.refuse_place(Path(__file__), "s3://bucket/videos"))
