@@ -22,9 +22,11 @@ def notes(train: Split | Joined | None, test: Split | None, config: DataConfig) 
         for other in trained
         if one.digest == other.digest
     ]
-    splits = list({split.digest: split for split in [*trained, *tested]}.values())
+    splits: dict[str, Split] = {}
+    for split in (*trained, *tested):
+        splits.setdefault(split.digest, split)
     for note in (_enlarged, _cut):
-        found += filter(None, (note(split, config) for split in splits))
+        found += filter(None, (note(split, config) for split in splits.values()))
     return found
 
 

@@ -27,7 +27,19 @@ def videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def pack(videos: Path, out: Path, rows: str = "v 0,one\nv 1,two\n") -> int:
     captions = videos.parent.parent / "captions.csv"
     captions.write_text("video,caption\n" + rows, encoding="utf-8")
-    command = ["folder", "--videos", videos, "--captions", captions, "--out", out, "--workers", "1", "--profile", "copy"]
+    command = [
+        "folder",
+        "--videos",
+        videos,
+        "--captions",
+        captions,
+        "--out",
+        out,
+        "--workers",
+        "1",
+        "--profile",
+        "copy",
+    ]
     return shard.main([str(word) for word in command])
 
 

@@ -21,7 +21,9 @@ from tests.pipelines.test_tokens import CAPTIONS
 
 PLAIN = DataConfig(image_size=SIDE)
 LETTERS = "abcdefghij XYZ0123456789'-,.&;<>\t\n" + "éüß中文字一个男人🎬İſﬁ½…“”‘’ÃÂ©\u00a0\u200b\u3000ＡＢ\u0301\x1b"
-WORDS = "it's they're DON'T I'LL <start_of_text> <END_OF_TEXT> &amp;lt; &quot; aaaaaaaa hello-world 12345 caf\u00c3\u00a9"
+WORDS = (
+    "it's they're DON'T I'LL <start_of_text> <END_OF_TEXT> &amp;lt; &quot; aaaaaaaa hello-world 12345 caf\u00c3\u00a9"
+)
 
 
 def test_tokens_are_counted_as_open_clip_makes_them():
