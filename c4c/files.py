@@ -35,13 +35,23 @@ def _write(path: Path, beside: Path, text: str) -> None:
 
 def require_writable(option: str, path: Path) -> None:
     """Raise ValueError if a file at `path`, which a command writes at its end, cannot be written. Makes no folder."""
-    folder = path.parent
-    while not folder.exists() and folder != folder.parent:
+    if os.path.isdir(path):
+        raise ValueError(f"{option} {path} cannot be written: it is a folder; name a file")
+    _require_room(option, path, path.parent)
+
+
+def require_folder(option: str, path: Path) -> None:
+    """Raise ValueError if nothing can be written into the folder `path`, which a command makes. Makes no folder."""
+    if os.path.lexists(path) and not os.path.isdir(path):
+        raise ValueError(f"{option} {path} cannot be written: it is no folder; name one")
+    _require_room(option, path, path)
+
+
+def _require_room(option: str, path: Path, folder: Path) -> None:
+    while not os.path.lexists(folder) and folder != folder.parent:
         folder = folder.parent
     reason = f"{folder} is not a folder"
-    if path.is_dir():
-        reason = "it is a folder; name a file"
-    elif folder.is_dir():
+    if os.path.isdir(folder):
         try:
             with tempfile.TemporaryFile(dir=folder):
                 return

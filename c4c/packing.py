@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.table import Column, Table
 
+from c4c.files import require_folder
 from c4c.shard_tools import console, plain
 from pipelines.config import DataConfig
 from pipelines.lengths import TOKENIZER, Lengths
@@ -24,8 +25,7 @@ def refuse_place(out: Path, videos: str) -> Iterable[str]:
     target, source = out.resolve(), None if "://" in videos else Path(videos).resolve()
     if any((target / name).exists() for name in _RECORDS):  # it was begun
         return
-    if target.exists() and not target.is_dir():
-        raise ShardError(f"--out {out} is a file: name a folder")
+    require_folder("--out", out)
     if source and (source == target or target in source.parents):
         where = "is the folder of the videos" if source == target else f"holds the videos ({videos})"
         raise ShardError(f"--out {out} {where}: name another, such as {_beside(out)}")

@@ -1,12 +1,14 @@
 """`python -m c4c.shard`: pack videos into shards, and look after what is packed."""
 
 import argparse
+import shlex
 import sys
 import time
 from functools import partial
 from pathlib import Path
 
 from c4c import shard_tools
+from c4c.files import require_folder
 from c4c.packing import closing, refuse_place
 from c4c.shard_tools import bar as _bar
 from c4c.shard_tools import console, size
@@ -19,8 +21,8 @@ from shards.info import title
 from shards.pack import finish_parts, missing, pack, some
 from shards.profiles import ENCODERS, PROFILES, Profile
 from shards.storage import is_remote, place
-from shards.worker import MISSING
 
+_LONGEST_S = 1e6  # of --timeout
 _REJECTS_SHOWN, _NOTES_SHOWN = 5, 5  # lines on the screen; a list with missing files may have thousands
 
 
@@ -33,13 +35,20 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if memory.is_short(error):
             error = f"there is not enough memory{memory.limit_text()}. What is committed stays: with more, run it again"
-        elif not isinstance(error, ValueError | OSError):
+        elif isinstance(error, OSError) and error.errno is not None:
+            error = f"{error.filename or 'a file'} cannot be read or written ({error.strerror})"
+        elif not isinstance(error, ValueError | OSError) and "Symlink loop" not in str(error):
             raise
-        console.print(f"[bold red]error:[/] {_plain(error)}", highlight=False, soft_wrap=True)
+        console.print(f"[bold red]error:[/] {_plain(_shortened(str(error)))}", highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         console.print("stopped; what is committed stays. Run the same command again to go on.")
         return 130
+
+
+def _shortened(text: str, most: int = 1500) -> str:
+    """A name of thousands of characters, say, must not hide what is said of it."""
+    return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -165,8 +174,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(args) -> int:
-    if is_remote(args.out):
-        raise ShardError(f"--out {args.out}: the demo set is generated into a folder")
+    _check_demo(args)
     with _bar() as progress:
         task = progress.add_task("videos", total=args.train + args.test, note="")
         items = demo.generate(
@@ -179,8 +187,7 @@ def _demo(args) -> int:
 
 
 def _demo_narrated(args) -> int:
-    if is_remote(args.out):
-        raise ShardError(f"--out {args.out}: the demo set is generated into a folder")
+    _check_demo(args)
     with _bar() as progress:
         task = progress.add_task("videos", total=args.narrated, note="")
         narrated = demo_narrated.generate(
@@ -214,12 +221,21 @@ def _dataset(args) -> int:
     )  # fmt: skip
 
 
+def _check_demo(args) -> None:
+    if is_remote(args.out):
+        raise ShardError(f"--out {args.out}: the demo set is generated into a folder")
+    require_folder("--out", args.out)
+    _check_counts(args)
+    if not 0 <= args.seed < 2**63:
+        raise ShardError(f"--seed {args.seed}: must be from 0 to 2**63 - 1")
+
+
 def _check_counts(args) -> None:
-    for name in ("workers", "shard_videos"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
+    for name in ("workers", "shard_videos", "train", "test", "narrated"):
+        if getattr(args, name, None) is not None and getattr(args, name) < 1:
             raise ShardError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    if not args.timeout > 0:
-        raise ShardError(f"--timeout {args.timeout:g}: must be above 0")
+    if not 0 < args.timeout < _LONGEST_S:
+        raise ShardError(f"--timeout {args.timeout:g}: must be above 0 and below {_LONGEST_S:g} seconds")
 
 
 def _pack(
@@ -242,7 +258,7 @@ def _pack(
             if event.rejected:
                 rejects += 1
                 if rejects <= _REJECTS_SHOWN:
-                    _told(progress, "missing" if event.rejected.endswith(MISSING) else "rejected", event.rejected)
+                    _told(progress, "missing" if event.missing else "rejected", event.rejected)
             if event.note:
                 notes += 1
                 if notes <= _NOTES_SHOWN:
@@ -281,7 +297,7 @@ def _pack(
         console.print(
             f"{out}: part {args.part[0]}/{args.part[1]} is packed. {count(len(lacking), 'shard')} of other parts still "
             f"missing ({some(lacking)}). The part that is last finishes the split; or, when all are done, run: "
-            f"python -m c4c.shard finish {out}",
+            f"python -m c4c.shard finish {shlex.quote(str(out))}",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
         return 0

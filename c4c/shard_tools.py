@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -12,20 +13,24 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
+from c4c.files import require_folder, require_writable
 from pipelines.config import DataConfig
 from pipelines.lengths import CONTEXT, TOKENIZER, Lengths
 from shards import ShardError, count
 from shards.dataset import Split, find_splits
+from shards.datasets.annotations import read_lines
 from shards.dedup import Group, Report, dedup
 from shards.hashes import tables
 from shards.info import describe, measure
 from shards.merge import Part, merge, split
 from shards.preview import preview
 from shards.regroup import Made
+from shards.remote import Local
 from shards.repair import repair
 from shards.verify import verify
 
 console = Console(stderr=True)
+_PATIENCE_S = 20.0  # with a server, where somebody sits and waits
 
 
 def add_commands(commands) -> None:
@@ -111,7 +116,7 @@ def _verify(args) -> int:
             problems = verify(path, args.workers, on_shard)
         bad += len(problems)
         if args.json:
-            told.append({"path": str(path), "problems": [vars(p) for p in problems]})
+            told.append({"path": str(path), "problems": [vars(p) | {"id": p.id} for p in problems]})
             continue
         for problem in problems:
             print(f"{path}/{problem}")
@@ -125,7 +130,7 @@ def _info(args) -> int:
     if args.json:
         told = []
         for path in find_splits(args.path):
-            numbers, found = measure(path), _lengths(path)
+            numbers, found = measure(path), token_lengths(path)
             beyond = {str(limit): one.cut for limit, one in found.items()}
             longest = max(one.longest for one in found.values())
             numbers["captions"]["tokens"] = {"tokenizer": TOKENIZER, "longest": longest, "beyond": beyond}
@@ -136,13 +141,13 @@ def _info(args) -> int:
         table = Table(title=plain(path), show_header=False)
         for name, value in describe(path).items():
             table.add_row(name, plain(value))
-        for limit, found in _lengths(path).items():
+        for limit, found in token_lengths(path).items():
             table.add_row(f"beyond {limit} tokens", f"{found.cut} of {found.captions} captions, by {TOKENIZER}")
         Console().print(table)
     return 0
 
 
-def _lengths(path: Path) -> dict[int, Lengths]:
+def token_lengths(path: Path) -> dict[int, Lengths]:
     """How many captions data.max_words of the defaults would cut, and CLIP's text tower."""
     found = {limit: Lengths(limit) for limit in (DataConfig.max_words, CONTEXT)}
     for table in tables(Split(path), ["captions"]):
@@ -153,6 +158,7 @@ def _lengths(path: Path) -> dict[int, Lengths]:
 
 
 def _preview(args) -> int:
+    require_writable("--out", args.out)
     with task("preview", "videos") as on_video:
         bad = preview(
             find_splits(args.path), args.out, count=args.count, seed=args.seed, frames=args.frames, width=args.width,
@@ -177,7 +183,8 @@ def _frames(args) -> int:
     if rule and args.positions is not None:
         flag = next(iter(rule)).replace("_", "-")
         raise ShardError(f"--{flag} and --positions: give a rule that chooses frames, or the frames themselves")
-    split = Split(args.path)
+    require_folder("--out", args.out)
+    split = Split(args.path, Local(patience_s=_PATIENCE_S))
     written = write_frames(split, args.key, args.out, positions=args.positions, **rule)
     video = split.find(args.key)
     table = Table(
@@ -209,6 +216,7 @@ def _repair(args) -> int:
 
 
 def _merge(args) -> int:
+    require_folder("--out", args.out)
     with task("merge", "shards") as on_shard:
         made = merge(args.paths, args.out, name=args.name, prefix=args.prefix, copy=args.copy, on_shard=on_shard)
     _say_made(made)
@@ -216,6 +224,7 @@ def _merge(args) -> int:
 
 
 def _split(args) -> int:
+    require_folder("--out", args.out)
     parts = [_part(text) for text in args.parts]
     names = [p.name for p in parts]
     if len(set(names)) < len(names) or sum(p.size is None and p.ids is None for p in parts) > 1:
@@ -243,10 +252,9 @@ def _part(text: str) -> Part:
         if not 0 < float(size) <= 1:
             raise ShardError(f"--parts {text}: a fraction must be above 0 and at most 1")
         return Part(name, float(size))
-    if not Path(size).is_file():
+    if not os.path.isfile(size):
         raise ShardError(f"--parts {text}: {size!r} is no number, not the word rest, and there is no such file of ids")
-    lines = (line.strip() for line in Path(size).read_text(encoding="utf-8").split("\n"))
-    return Part(name, ids=frozenset(line for line in lines if line))
+    return Part(name, ids=frozenset(read_lines(Path(size))))
 
 
 def _say_made(made: Made) -> None:

@@ -49,12 +49,9 @@ def write_frames(
             raise ShardError(f"--{flag} {value}: must be at least 1")
     video = split.find(name)
     stored = len(video.frames)
-    if positions is None:
-        wanted = choose(video, rule, num_frames, fps)
-    else:
-        wanted = np.asarray(positions, np.int64)
-        if not len(wanted) or wanted.min() < 0 or wanted.max() >= stored:
-            raise ShardError(f"--positions: {name} has the stored frames 0 to {stored - 1}")
+    wanted = choose(video, rule, num_frames, fps) if positions is None else positions
+    if not len(wanted) or min(wanted) < 0 or max(wanted) >= stored:
+        raise ShardError(f"--positions: {name} has the stored frames 0 to {stored - 1}")
     wanted = distinct(np.asarray(wanted, np.int64))
     try:
         shown = pictures(split, video, wanted)

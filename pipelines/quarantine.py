@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,10 +32,12 @@ class Quarantine:
                 )
         bad = sum(self._bad.values())
         if bad > self._limit * max(self.read, 1000):
+            verify = "; ".join(
+                f"python -m c4c.shard verify {shlex.quote(path)}" for path in str(self._split).split(" + ")
+            )
             raise ShardError(
                 f"{bad} of {self.read} samples read from {self._split} are bad, more than "
-                f"data.max_bad_fraction={self._limit} allows. Last: {video.id}: {reason}. Run: python -m c4c.shard verify "
-                f"{self._split}"
+                f"data.max_bad_fraction={self._limit} allows. Last: {video.id}: {reason}. Run: {verify}"
             )
 
     def _listed(self, key: str) -> bool:

@@ -155,7 +155,7 @@ class Reader:
             raise
         except OSError as error:
             if said := limit_reached(error):
-                raise NoMoreFiles(f"{video.key} cannot be read: {said}") from error
+                raise NoMoreFiles(f"{video.id} cannot be read: {said}") from error
             raise _Failed(str(error)) from error
         except ShardError as error:
             raise _Failed(str(error)) from error

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import resource
+import shlex
 import tarfile
 import threading
 import weakref
@@ -221,8 +222,8 @@ class Split:
         data = self._file(video.shard).read(size, video.offset + offset)
         if len(data) != size:
             raise ShardError(
-                f"{self.path / video.shard}.tar ends inside {video.key}: the file was cut short after packing. "
-                f"Run: python -m c4c.shard verify {self.path}"
+                f"{self.path / video.shard}.tar ends inside {video.id!r}: the file was cut short after packing. "
+                f"Run: python -m c4c.shard verify {shlex.quote(str(self.path))}"
             )
         return data
 

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import shlex
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -149,7 +150,7 @@ def _update(
     old = updating.survey(target.path, [n for n in names if _is_committed(listing, n, sizes.get(n))])
     if damaged := [name for name in sizes if name not in old and f"{name}.tar" in listing]:
         raise ShardError(
-            f"--update: shard {damaged[0]} of {target} is damaged. Mend it (python -m c4c.shard repair {target}), or delete "
+            f"--update: shard {damaged[0]} of {target} is damaged. Mend it (python -m c4c.shard repair {shlex.quote(str(target))}), or delete "
             f"{target}/{damaged[0]}.tar to pack its videos again; then run the update again."
         )
     samples = {id: sample for shard in old.values() for id, sample in shard.samples.items()}
@@ -553,7 +554,7 @@ def finish(out: Path, plan: dict, names: list[str], reconciliation: dict | None 
 def _reconciled(counts: dict, packed: dict[str, int], rejects: list[dict], plan: dict) -> dict:
     """The counts of the annotations with those of what became of them, each counted where it is recorded.
 
-    Raises AssertionError if they do not add up. Where rejects of an older version, or a repair, do not tell, "rejected"
+    Raises ShardError if they do not add up. Where rejects of an older version, or a repair, do not tell, "rejected"
     stays None.
     """
     videos = [r for r in rejects if "caption" not in r]
@@ -567,7 +568,7 @@ def _reconciled(counts: dict, packed: dict[str, int], rejects: list[dict], plan:
     rejected = {"videos": len(bad), "captions": sum(r["captions"] for r in bad) + single}
     for what, n in counts["annotations"].items():
         if n != packed[what] + rejected[what] + missing[what]:
-            raise AssertionError(
+            raise ShardError(
                 f"the annotations hold {n} {what}, but {packed[what]} packed, {rejected[what]} rejected and {missing[what]} "
                 f"missing are {packed[what] + rejected[what] + missing[what]}"
             )

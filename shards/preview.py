@@ -16,6 +16,7 @@ from shards.schema import Video
 from shards.tar import write_atomic
 from shards.video import VideoError, pick_frames
 
+_MOST = 10_000  # of what a page is asked for
 _CAPTIONS = 20  # shown of one video
 
 # no script, no address: the page can be opened from anywhere and shown to anyone
@@ -54,8 +55,8 @@ def preview(
     how many of the videos could not be shown (the page says why).
     """
     for name, value, low in (("count", count, 1), ("frames", frames, 1), ("width", width, 16)):
-        if value < low:
-            raise ShardError(f"--{name} {value}: must be at least {low}")
+        if not low <= value <= _MOST:
+            raise ShardError(f"--{name} {value}: must be between {low} and {_MOST}")
     splits = [Split(p) for p in paths]
     chosen = [_choose(len(s), count, seed) for s in splits]
     total, bad, body = sum(map(len, chosen)), 0, []

@@ -49,6 +49,10 @@ class _Sample:
     key: str
     members: dict[str, tuple[int, int]]  # {extension: (offset, size)}
 
+    @property
+    def id(self) -> str:
+        return key_to_name(self.key)
+
 
 @dataclass(frozen=True)
 class _Job:
@@ -237,10 +241,10 @@ def _rebuild(job: _Job, rejects: list[dict]) -> _Found:
     tar = job.path / f"{job.name}.tar"
     samples, damage = _walk(tar)
     if damage and not job.truncate:
-        last = f"after sample {samples[-1].key}" if samples else "before the first sample"
+        last = f"after sample {samples[-1].id!r}" if samples else "before the first sample"
         raise ShardError(
             f"{tar} is damaged {last}: {damage}. Whole samples before that: {len(samples)}. Copy the file again, or "
-            f"repair with --truncate to cut it there (the file as it is stays as {tar.name}.damaged)."
+            f"cut it there: {command(job.path, '--truncate')} (the file as it is stays as {tar.name}.damaged)."
         )
     rows, crcs, good, lost = [], [], [], [damage] if damage else []
     packed, profile = _packed(job), None
@@ -253,15 +257,15 @@ def _rebuild(job: _Job, rejects: list[dict]) -> _Found:
             except VideoError as error:
                 if not job.drop:
                     raise ShardError(
-                        f"{tar}: {sample.key}: {error}. Copy the file again, or leave the sample out: "
+                        f"{tar}: {sample.id}: {error}. Copy the file again, or leave the sample out: "
                         f"{command(job.path, '--drop')} (the file as it is stays as {tar.name}.damaged)."
                     ) from error
-                lost.append(f"{sample.key}: {error}")
-                gone = {"id": key_to_name(sample.key), "path": tar.name, "reason": f"damaged in the tar: {error}"}
+                lost.append(f"{sample.id}: {error}")
+                gone = {"id": sample.id, "path": tar.name, "reason": f"damaged in the tar: {error}"}
                 rejects = [*rejects, gone]
                 continue
             if profile not in (None, described["profile"]):
-                raise ShardError(f"{tar} mixes profiles: {profile} and {described['profile']} ({sample.key})")
+                raise ShardError(f"{tar} mixes profiles: {profile} and {described['profile']} ({sample.id})")
             profile = described["profile"]
             rows.append(row)
             crcs.append(json_crc)
@@ -412,7 +416,7 @@ _FOREIGN = (
 
 def _described(tar: Path, sample: _Sample, file: BinaryIO) -> dict:
     """The sample's JSON member. Raises ShardError if the packer did not write it."""
-    where = f"{tar}: sample {sample.key!r}"
+    where = f"{tar}: sample {sample.id!r}"
     if "json" not in sample.members:
         raise ShardError(f"{where} has no .json member (only {', '.join(sample.members)}). {_FOREIGN}")
     try:
@@ -426,7 +430,7 @@ def _described(tar: Path, sample: _Sample, file: BinaryIO) -> dict:
         raise ShardError(
             f"{where} has the members {', '.join(sample.members)}, not one video and its .json. {_FOREIGN}"
         )
-    if key_to_name(sample.key) != described["id"]:
+    if sample.id != described["id"]:
         raise ShardError(
             f"{where} is called {str(described['id'])[:80]!r} in its .json member: the tar has been changed"
         )

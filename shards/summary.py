@@ -9,7 +9,8 @@ from shards import ShardError
 from shards.schema import READABLE
 
 _SHARD = re.compile(r"[A-Za-z0-9_-]{1,64}")  # a name of files inside the folder, and of no others
-_COUNTS = ("published", "annotations", "missing", "rejected", "packed")  # of the reconciliation
+_AFTER = ("rejected", "packed")  # of the reconciliation: what packing adds to its counts
+_COUNTS = ("published", "annotations", "missing", *_AFTER)
 _MOST = 2**50  # of videos, captions and bytes
 
 
@@ -42,9 +43,7 @@ def wrong_plan(plan) -> str | None:
     for name in ("shards", "shard_videos"):
         if name in plan and not 0 < _int(plan[name]) < 10**9:
             return f"the plan's {name!r} is {_shown(plan[name])}"
-    if "reconciliation" in plan and not isinstance(plan["reconciliation"], dict | None):
-        return f"'reconciliation' is {_shown(plan['reconciliation'])}"
-    return None
+    return _wrong_counts(plan.get("reconciliation"))
 
 
 def _remedy(path) -> str:
@@ -62,12 +61,10 @@ def _wrong(info) -> str | None:
             return f"{name!r} is {_shown(info[name])}" if name in info else f"it lacks {name!r}"
     if wrong := _wrong_numbers(info, ("videos", "captions", "rejected_videos", "rejected_captions")):
         return wrong
-    for name in ("plan", "reconciliation"):
-        if name in info and not isinstance(info[name], dict):
-            return f"{name!r} is {_shown(info[name])}"
-    for name, counts in info.get("reconciliation", {}).items():
-        if name in _COUNTS and not _are_counts(counts):
-            return f"the reconciliation's {name!r} is {_shown(counts)}"
+    if "plan" in info and not isinstance(info["plan"], dict):
+        return f"'plan' is {_shown(info['plan'])}"
+    if wrong := _wrong_counts(info.get("reconciliation")):
+        return wrong
     if info.get("plan") and (wrong := wrong_plan(info["plan"])):
         return wrong
     profile = info["profile"]
@@ -111,9 +108,24 @@ def _wrong_numbers(values: dict, names: tuple[str, ...]) -> str | None:
     return None
 
 
-def _are_counts(counts) -> bool:
-    numbers = counts.values() if isinstance(counts, dict) and counts.keys() == {"videos", "captions"} else ["none"]
-    return all(n is None or 0 <= _int(n) < _MOST for n in numbers)
+def _wrong_counts(reconciliation) -> str | None:
+    """What cannot be in the counts of annotations; None if there are none."""
+    if not reconciliation:
+        return None if reconciliation in (None, {}) else f"'reconciliation' is {_shown(reconciliation)}"
+    if not isinstance(reconciliation, dict):
+        return f"'reconciliation' is {_shown(reconciliation)}"
+    if not 0 <= _int(reconciliation.get("files")) < _MOST:
+        return f"the reconciliation's 'files' is {_shown(reconciliation.get('files'))}"
+    for name in _COUNTS:
+        counts = reconciliation.get(name)
+        if counts is None and name in _AFTER:
+            continue
+        if not isinstance(counts, dict) or counts.keys() != {"videos", "captions"}:
+            return f"the reconciliation's {name!r} is {_shown(counts)}"
+        for n in counts.values():
+            if not (0 <= _int(n) < _MOST or (n is None and name != "annotations")):
+                return f"the reconciliation's {name!r} holds {_shown(n)}"
+    return None
 
 
 def _int(value) -> int:

@@ -21,7 +21,7 @@ from shards.pack import summarise
 from shards.repair import command
 from shards.schema import CAPTION_COUNTS, JSON_CRCS, Video
 from shards.summary import read_summary
-from shards.tar import read_index, read_members
+from shards.tar import key_to_name, read_index, read_members
 from shards.video import VideoError, decode_stored, open_video
 
 
@@ -35,8 +35,13 @@ class Problem:
     what: str
     remedy: str = ""
 
+    @property
+    def id(self) -> str | None:
+        """The video's name as the annotations write it."""
+        return self.key and key_to_name(self.key)
+
     def __str__(self) -> str:
-        where = "".join(f"{name}: " for name in (self.shard, self.key) if name)
+        where = "".join(f"{name}: " for name in (self.shard, self.id) if name)
         return f"{where}{self.what}{'. ' + self.remedy if self.remedy else ''}"
 
 

@@ -43,12 +43,13 @@ _PLAIN_COLUMNS = (
 @dataclass(frozen=True)
 class Progress:
     """One input dealt with: `bytes` read of it, why it was rejected, if it was, and what the user should know of it.
-    `stored`: it was taken from a shard that was there."""
+    `stored`: it was taken from a shard that was there; `missing`: it was rejected, and there is no file."""
 
     bytes: int
     rejected: str | None
     note: str | None = None
     stored: bool = False
+    missing: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,8 @@ def pack_shard(job: Job, report: Callable[[Event], None] = lambda event: None) -
                         sources.rejected(number)
                     reason = str(error)
                     rejects.append(rejection(item, reason))
-                said = Progress(size, reason and f"{item.id}: {reason}", packed.note, packed.stored)
+                missing = reason is not None and "missing" in rejects[-1]
+                said = Progress(size, reason and f"{item.id}: {reason}", packed.note, packed.stored, missing)
                 report(Event("done", number, progress=said))
         if writer:
             with naming(f"{target}/{job.name}.tar"):

@@ -92,8 +92,8 @@ def read_csv(
                         _check_lines(cells, first, separator, is_name, f"{path}, line {at}")
                     yield dict(zip_longest(header, cells, fillvalue="")) | {"line": str(at)}
                 at = offset + reader.line_num + 1
-    except FileNotFoundError as error:
-        raise ShardError(f"{path}: there is no such file") from error
+    except OSError as error:
+        raise unreadable(path, error) from error
     except UnicodeDecodeError as error:
         raise _not_unicode(path, error, "CSV UTF-8") from error
     except csv.Error as error:
@@ -230,13 +230,19 @@ def _encoding(path: Path) -> str:
 def _text(path: Path) -> str:
     try:
         text = path.read_bytes().decode(_encoding(path))
-    except FileNotFoundError as error:
-        raise ShardError(f"{path}: there is no such file") from error
+    except OSError as error:
+        raise unreadable(path, error) from error
     except UnicodeDecodeError as error:
         raise _not_unicode(path, error, "UTF-8") from error
     if "\0" in text:
         raise _nul(path, 1 + len(re.findall("\r\n|\r|\n", text[: text.index("\0")])))
     return text
+
+
+def unreadable(path: Path, error: OSError) -> ShardError:
+    if isinstance(error, FileNotFoundError):
+        return ShardError(f"{path}: there is no such file")
+    return ShardError(f"{path} cannot be read ({error.strerror}): name a file of text")
 
 
 def _nul(path: Path, line: int) -> ShardError:

@@ -10,7 +10,7 @@ from typing import Any
 
 from shards import ShardError
 from shards.datasets import Caption, Counts, Item, Reading, conclude, examples, unique
-from shards.datasets.annotations import expect, published, read_json, read_lines, sentences
+from shards.datasets.annotations import expect, published, read_json, read_lines, sentences, unreadable
 
 PUBLISHED = {
     "train.list": Counts(1200, 48_774),
@@ -57,8 +57,8 @@ def _pickled(path: Path) -> dict[str, tuple[Caption, ...]]:
     try:
         with open(path, "rb") as file:
             data = _Plain(file, encoding="bytes").load()  # Python 2's strings are bytes, in an encoding it does not say
-    except FileNotFoundError as error:
-        raise ShardError(f"{path}: there is no such file") from error
+    except OSError as error:
+        raise unreadable(path, error) from error
     except Exception as error:  # a damaged pickle raises nearly anything
         raise ShardError(f"{path} is not a plain pickle of captions ({error})") from error
     expect(data, dict, path, "a dict of lists of sentences")

@@ -9,7 +9,6 @@ import pytest
 from rich.console import Console
 
 from c4c import packing, shard
-from shards import ShardError
 from tests.videos import encode
 
 
@@ -51,7 +50,7 @@ def test_an_out_that_hides_or_holds_something_is_refused(videos: Path, tmp_path:
         (videos, "is the folder of the videos: name another"),
         (videos.parent, "holds the videos"),
         (tmp_path / "sets", "holds a split (train), and a split of its own there would hide it"),
-        (tmp_path / "captions.csv", "is a file: name a folder"),
+        (tmp_path / "captions.csv", "cannot be written: it is no folder; name one"),
     ):
         assert pack(videos, out) == 1
         said = capsys.readouterr().err
@@ -100,5 +99,5 @@ def test_captions_that_training_would_cut_are_counted(videos: Path, tmp_path: Pa
 
 
 def test_a_folder_on_a_server_is_not_looked_at() -> None:
-    with pytest.raises(ShardError, match="is a file"):
+    with pytest.raises(ValueError, match="it is no folder"):
         list(packing.refuse_place(Path(__file__), "s3://bucket/videos"))

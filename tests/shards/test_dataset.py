@@ -85,7 +85,7 @@ def test_of_many_shards_no_size_is_looked_at_on_opening(copy: Path, monkeypatch:
         file.truncate(1000)
     split = Split(copy)
     assert split.read(split.video(0))
-    with pytest.raises(ShardError, match=r"000001\.tar ends inside web.*cut short"):
+    with pytest.raises(ShardError, match=r"000001\.tar ends inside .web.*cut short"):
         split.read(split.video(2))
     (copy / "000002.parquet").unlink()
     with pytest.raises(ShardError, match=r"000002\.parquet is missing"):
@@ -167,7 +167,7 @@ def test_a_truncated_tar_is_named(items: list[Item], copied: Path, copy: Path) -
         file.truncate(1000)
     with pytest.raises(ShardError, match=rf"000001\.tar has 1000 bytes, {size} were packed"):
         Split(copy)
-    with pytest.raises(ShardError, match=r"000001\.tar ends inside web.*c4c\.shard verify"):  # cut while in use
+    with pytest.raises(ShardError, match=r"000001\.tar ends inside .web.*c4c\.shard verify"):  # cut while in use
         opened.read(opened.video(2))
     packed(items, copy)
     assert files(copy) == files(copied)

@@ -103,7 +103,7 @@ def test_what_cannot_be_shown_is_said(copied: Path, tmp_path: Path, capsys: pyte
     assert any("the shard is damaged" in t for t in page.text["p"])
     assert main(["preview", str(tmp_path), "--out", str(out)]) == 1
     assert main(["preview", str(copied), "--out", str(out), "--count", "0"]) == 1
-    assert "--count 0: must be at least 1" in capsys.readouterr().err
+    assert "--count 0: must be between 1 and 10000" in capsys.readouterr().err
 
 
 # ---- numbers as JSON ----
@@ -135,4 +135,6 @@ def test_info_and_verify_as_json(items: list[Item], copied: Path, tmp_path: Path
     assert main(["verify", str(tmp_path / "set"), "--json", "--workers", "1"]) == 1
     (told,) = json.loads(capsys.readouterr().out)
     remedy = f"Rebuild it from the tar: python -m c4c.shard repair {tmp_path / 'set'}"
-    assert told["problems"] == [{"shard": "000000", "key": None, "what": "000000.idx is missing", "remedy": remedy}]
+    assert told["problems"] == [
+        {"shard": "000000", "key": None, "what": "000000.idx is missing", "remedy": remedy, "id": None}
+    ]

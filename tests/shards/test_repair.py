@@ -134,7 +134,7 @@ def test_a_damaged_end_is_cut_only_when_told(damage: Callable, copied: Path, tmp
     damage(split)
     before = files(split)
     with pytest.raises(
-        ShardError, match=r"000001\.tar is damaged after sample web: .*Whole samples before that: 1.*--truncate"
+        ShardError, match=r"000001\.tar is damaged after sample 'web': .*Whole samples before that: 1.*--truncate"
     ):
         repair(split, workers=1)
     assert files(split) == before
