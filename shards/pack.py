@@ -352,11 +352,15 @@ def _existing(target: Folder | Bucket) -> dict[str, int]:
 
 def _plan(target: Folder | Bucket, there: dict[str, int]) -> dict:
     if "packing.json" in there:
-        return _record(target, "packing.json")
-    if "dataset.json" in there:
+        plan = _record(target, "packing.json")
+    elif "dataset.json" in there:
         record = _record(target, "dataset.json")
-        return record.get("plan", {}) | _optional(record.get("reconciliation"))
-    raise ShardError(f"{target} holds no packing.json: no packing was begun there")
+        plan = record.get("plan", {}) | _optional(record.get("reconciliation"))
+    else:
+        raise ShardError(f"{target} holds no packing.json: no packing was begun there")
+    if not isinstance(plan, dict) or "shards" not in plan:
+        raise ShardError(f"{target} was made of other splits, or its plan is damaged: there is nothing to finish")
+    return plan
 
 
 def _optional(reconciliation: dict | None) -> dict:

@@ -142,6 +142,7 @@ class Server:
     def __init__(self):
         self._since: float | None = None  # the first request after the last answer
         self._pending, self._ended = 0, 0.0
+        self.error = "no answer"  # the last one
 
     @classmethod
     def of(cls, path) -> "Server":
@@ -196,7 +197,9 @@ def patiently(action: Callable[[float], T], what: str, patience_s: float, server
 
     while True:
         if server.is_lost(patience_s):
-            raise Unreachable(f"{what} cannot be read: its server has not answered for {waited():.0f} s. {_LATER}")
+            raise Unreachable(
+                f"{what} cannot be read: its server has given nothing right for {waited():.0f} s ({server.error}). {_LATER}"
+            )
         try:
             with server.asked():
                 found = action(max(_SHORTEST, patience_s - waited()))
@@ -205,7 +208,7 @@ def patiently(action: Callable[[float], T], what: str, patience_s: float, server
         except _BUGS:
             raise
         except Exception as error:  # each library has its own
-            status = status_of(error)
+            status, server.error = status_of(error), short(error)
             if status is not None and status < 500:
                 server.clear()
             if isinstance(error, FileNotFoundError) or status in (404, 410):

@@ -101,3 +101,38 @@ def test_captions_that_training_would_cut_are_counted(videos: Path, tmp_path: Pa
 def test_a_folder_on_a_server_is_not_looked_at() -> None:
     with pytest.raises(ValueError, match="it is no folder"):
         list(packing.refuse_place(Path(__file__), "s3://bucket/videos"))
+
+
+def test_mistakes_are_answered_in_one_sentence(videos: Path, tmp_path: Path, capsys) -> None:
+    assert pack(videos, tmp_path / "set") == 0
+    file, loop, out = tmp_path / "file", tmp_path / "loop", tmp_path / "out"
+    file.write_text("")
+    loop.symlink_to(loop)
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd/dataset.json").mkdir()
+    folder = ["folder", "--videos", videos, "--out", out, "--captions"]
+    for command, words in (
+        ([*folder, tmp_path], f"{tmp_path} cannot be read (Is a directory)"),
+        ([*folder, "/proc/self/mem"], "/proc/self/mem cannot be read (Input/output error)"),
+        ([*folder, file], f"{file}: no column caption and video in its header"),
+        ([*folder, file, "--timeout", "inf"], "--timeout inf: must be above 0 and below 1e+06 seconds"),
+        ([*folder, file, "--timeout", "nan"], "--timeout nan: must be above 0 and below 1e+06 seconds"),
+        (["folder", "--videos", loop, "--out", out], "Symlink loop from"),
+        (["msvd", "--videos", videos, "--annotations", videos, "--split", file, "--out", out], "cannot be read (Is a dir"),
+        (["verify", tmp_path / "odd"], f"{tmp_path}/odd/dataset.json cannot be read or written (Is a directory)"),
+        (["merge", tmp_path / "set", loop, "--out", out], "Symlink loop from"),
+        (["split", tmp_path / "set", "--parts", "a=/proc/self/mem", "--out", out], "/proc/self/mem cannot be read (Input/output error)"),
+        (["split", tmp_path / "set", "--parts", "a=1", "--out", file], "it is no folder; name one"),
+        (["preview", tmp_path / "set", "--out", tmp_path], "it is a folder; name a file"),
+        (["preview", tmp_path / "set", "--frames", 10**20], "must be between 1 and 10000"),
+        (["frames", tmp_path / "set", "--key", "v 0", "--out", file / "x"], f"{file} is not a folder"),
+        (["frames", tmp_path / "set", "--key", "v 0", "--out", out, "--positions", 10**20], "has the stored frames 0 to 9"),
+        (["demo", "--out", out, "--train", -1], "--train -1: must be at least 1"),
+        (["demo", "--out", out, "--seed", -1], "--seed -1: must be from 0"),
+        (["finish", file], f"{file} cannot be read or written (Not a directory)"),
+    ):  # fmt: skip
+        capsys.readouterr()
+        assert shard.main([str(word) for word in command]) == 1, command
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(said) == 1 and words in said[0], (command, said)
+    assert not out.exists()
