@@ -107,7 +107,7 @@ def test_progress_counts_every_input_once(items: list[Item], tmp_path: Path) -> 
     run()
     assert starts == [(0, 6)] and len(events) == 6
     assert sum(e.bytes for e in events) == sum(item.path.stat().st_size for item in items)
-    assert [e for e in events if e.rejected] == [Progress(0, "broken: the file is missing")]
+    assert [e for e in events if e.rejected] == [Progress(0, "broken: the file is missing", missing=True)]
     (out / "000001.parquet").unlink()
     run()
     assert starts[1:] == [(4, 6)] and len(events) == 8
