@@ -1,6 +1,7 @@
 """Small files of text: read with errors of one sentence, and written so that a kill or a full disk leaves the old or the
 new text."""
 
+import contextlib
 import os
 import tempfile
 from pathlib import Path
@@ -53,7 +54,13 @@ def replace_text(files: dict[Path, str]) -> None:
             os.replace(temporary, path)
     finally:
         for temporary in beside.values():
-            temporary.unlink(missing_ok=True)
+            discard(temporary)
+
+
+def discard(temporary: Path) -> None:
+    """Delete a file, if it is there. That it cannot be deleted is no error beside the one that made it useless."""
+    with contextlib.suppress(OSError):
+        temporary.unlink(missing_ok=True)
 
 
 def _write(path: Path, beside: Path, text: str) -> None:
