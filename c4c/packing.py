@@ -57,7 +57,7 @@ def closing(info: dict, out: Path, items: list[Item], reconciled: bool) -> None:
         found.add(caption.text for caption in item.captions)
     if found.cut:
         console.print(
-            f"[yellow]note[/] {found.cut} of {found.captions} captions in the annotations are longer than {found.limit} tokens "
+            f"[yellow]note[/] {found.cut} of {found.captions} captions in the annotations {'is' if found.cut == 1 else 'are'} longer than {found.limit} tokens "
             f"({TOKENIZER}, start and end included; the longest has {found.longest}): training cuts them unless data.max_words "
             "is higher",
             highlight=False, soft_wrap=True,

@@ -84,7 +84,7 @@ class Order:
         fill = self.pairs / self._most
         warnings.warn(
             f"batches hold {fill:.0f} pairs, not {self.batch_size}: a video has {self._most} captions, no batch may hold "
-            f"a video twice, and there are {len(self.counts)} videos. train.batch_size={max(1, int(fill))} wastes none",
+            f"a video twice, and videos: {len(self.counts)}. train.batch_size={max(1, int(fill))} wastes none",
             stacklevel=3,
         )
         return self._most

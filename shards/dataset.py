@@ -293,7 +293,7 @@ class Split:
                 table = Table(path, name, first, self.remote.whole(file), crc)
         if (table.rows, int(table.caption_bounds[-1])) != (shard["videos"], shard["captions"]):
             raise ShardError(
-                f"{path} holds {table.rows} videos and {int(table.caption_bounds[-1])} captions, dataset.json says "
+                f"{path} holds {count(table.rows, 'video')} and {count(int(table.caption_bounds[-1]), 'caption')}, dataset.json says "
                 f"{shard['videos']} and {shard['captions']}. {_COPY}"
             )
         return table

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shards import ShardError
+from shards import ShardError, count
 from shards.dataset import Split
 from shards.hashes import column_hashes, hashes, repeated, tables
 from shards.regroup import Made, Piece, Source, new_folder, write_split
@@ -74,7 +74,7 @@ def _named_apart(splits: list[Split], prefix: bool) -> list[Source]:
         which = next(i for i, c in enumerate(clashes) if c)
         some = ", ".join(repr(id) for id in list(clashes[which].values())[:3])
         raise ShardError(
-            f"{sum(map(len, clashes))} names are in more than one of the splits (in {splits[which].path}: {some}, …). If they "
+            f"{count(sum(map(len, clashes)), 'name')} in more than one of the splits (in {splits[which].path}: {some}, …). If they "
             "are the same videos, see `python -m c4c.shard dedup`; if not, --prefix renames the later ones FOLDER/NAME."
         )
     labels = _labels([s.path for s in splits])
@@ -150,7 +150,9 @@ def split(
     layouts = _layouts(source, part_of, len(parts))
     for part, layout in zip(parts, layouts, strict=True):
         if not any(piece.rows is None or len(piece.rows) for pieces in layout for piece in pieces):
-            raise ShardError(f"part {part.name} would be empty: {len(source)} videos in {len(source.shards)} shards")
+            raise ShardError(
+                f"part {part.name} would be empty: {count(len(source), 'video')} in {count(len(source.shards), 'shard')}"
+            )
     total = sum(map(len, layouts))
     done = 0
 
@@ -182,7 +184,7 @@ def _draw(source: Split, parts: Sequence[Part], seed: int) -> np.ndarray:
     for number, size in _sizes(parts, len(source)).items():
         if size > len(free):
             raise ShardError(
-                f"part {parts[number].name} wants {size} videos; {len(free)} of {len(source)} are left for it"
+                f"part {parts[number].name} wants {count(size, 'video')}; left for it: {len(free)} of {len(source)}"
             )
         part_of[free[:size]], free = number, free[size:]
     for number, part in enumerate(parts):

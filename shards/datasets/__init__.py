@@ -21,7 +21,7 @@ from pkgutil import iter_modules
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from shards import ShardError
+from shards import ShardError, count
 
 if TYPE_CHECKING:
     from shards.datasets.files import Files
@@ -91,7 +91,7 @@ def conclude(items: list[Item], files: Files, published: Counts | None = None, w
     missing = _count([item for item in items if item.path in absent and not item.problem]) if absent else Counts(0, 0)
     if items and missing.videos == len(items):
         raise ShardError(
-            f"not one of {len(items)} videos is among the {len(files)} video files under {files.root}: is --videos right? "
+            f"not one of {count(len(items), 'video')} is among the {count(len(files), 'video file')} under {files.root}: is --videos right? "
             f"Not found, for example: {sorted(files.absent)[0]!r}. {' '.join(files.warnings())}".strip()
         )
     problems = [item.problem for item in items if item.problem]

@@ -268,5 +268,5 @@ def test_a_table_of_another_shard_is_refused(copy: Path) -> None:
         del shard["table_crc32c"]
     (copy / "dataset.json").write_text(json.dumps(info))
     shutil.copy(copy / "000002.parquet", copy / "000001.parquet")
-    with pytest.raises(ShardError, match=r"000001\.parquet holds 1 videos and 1 captions, dataset.json says 2 and 4"):
+    with pytest.raises(ShardError, match=r"000001\.parquet holds 1 video and 1 caption, dataset.json says 2 and 4"):
         Split(copy).video(2)

@@ -115,7 +115,7 @@ def test_rejects_go_along(rough: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("parts", "words"),
     [
-        (["a=6"], "part a wants 6 videos; 5 of 5 are left"),
+        (["a=6"], "part a wants 6 videos; left for it: 5 of 5"),
         (["a=0.05", "b=rest"], "part a would be empty"),
         (["a=0.6", "b=0.6"], "add up to more than 1"),
         (["a=1", "a=2"], "every name may be given once"),
@@ -145,7 +145,7 @@ def test_merging_the_parts_gives_the_set(copied: Path, tmp_path: Path) -> None:
 
 
 def test_names_that_clash_are_refused_or_told_apart(copied: Path, rough: Path, tmp_path: Path) -> None:
-    with pytest.raises(ShardError, match=r"5 names are in more than one .*'plain', 'dir/por\.trait'.*--prefix"):
+    with pytest.raises(ShardError, match=r"5 names in more than one .*'plain', 'dir/por\.trait'.*--prefix"):
         merge([copied, rough], tmp_path / "both")
     assert not list(tmp_path.iterdir())
     merge([copied, rough], tmp_path / "both", prefix=True)

@@ -73,7 +73,7 @@ def test_links(tmp_path: Path) -> None:
 def test_no_video_found_is_said_before_anything_is_packed(tmp_path: Path) -> None:
     root = videos(tmp_path / "videos", "other.mp4")
     rows = write(tmp_path / "c.csv", "video,caption\na,1\nb,2\n")
-    with pytest.raises(ShardError, match=r"not one of 2 videos is among the 1 video files under .*is --videos right"):
+    with pytest.raises(ShardError, match=r"not one of 2 videos is among the 1 video file under .*is --videos right"):
         reading("folder", root, "--captions", rows)
 
 
