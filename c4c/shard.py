@@ -4,6 +4,7 @@ import argparse
 import shlex
 import sys
 import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if wrong := memory.prepare():
             raise ShardError(wrong)
+        _check_numbers(args)
         return args.run(args)
     except Exception as error:
         if memory.is_short(error):
@@ -203,7 +205,6 @@ def _demo_narrated(args) -> int:
 
 
 def _dataset(args) -> int:
-    _check_counts(args)
     for text in refuse_place(args.out, args.videos):
         _note(text)
     with console.status("listing videos and reading annotations"):
@@ -225,28 +226,37 @@ def _check_demo(args) -> None:
     if is_remote(args.out):
         raise ShardError(f"--out {args.out}: the demo set is generated into a folder")
     require_folder("--out", args.out)
-    _check_counts(args)
-    if not 0 <= args.seed < 2**63:
+
+
+def _check_numbers(args) -> None:
+    """Of every command, before it begins. Raises ShardError."""
+    for name in ("workers", "shard_videos", "train", "test", "narrated"):
+        if isinstance(value := getattr(args, name, None), int) and value < 1:
+            raise ShardError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    if not 0 < getattr(args, "timeout", 1) < _LONGEST_S:
+        raise ShardError(f"--timeout {args.timeout:g}: must be above 0 and below {_LONGEST_S:g} seconds")
+    if not 0 <= (getattr(args, "seed", None) or 0) < 2**63:
         raise ShardError(f"--seed {args.seed}: must be from 0 to 2**63 - 1")
 
 
-def _check_counts(args) -> None:
-    for name in ("workers", "shard_videos", "train", "test", "narrated"):
-        if getattr(args, name, None) is not None and getattr(args, name) < 1:
-            raise ShardError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    if not 0 < args.timeout < _LONGEST_S:
-        raise ShardError(f"--timeout {args.timeout:g}: must be above 0 and below {_LONGEST_S:g} seconds")
+def _unused(args, profile: Profile) -> list[str]:
+    """The options that were given and that nothing heeds, and why."""
+    plain, heeded = Profile(name=profile.name), profile.describe()
+    given = [n for n in asdict(plain) if n not in heeded and getattr(args, n, None) not in (None, getattr(Profile, n))]
+    found = [f"--{name.replace('_', '-')}: --profile {profile.name} has no use for it" for name in given]
+    return found + ["--workers: the Dask cluster decides"] * bool(args.scheduler and args.workers)
 
 
 def _pack(
     args, items: list[Item], out: Path, dataset: str, split: str, short_side: int = Profile.short_side,
     reconciliation: dict | None = None,
 ) -> int:  # fmt: skip
-    _check_counts(args)
     profile = Profile(
         name=args.profile, fps=args.fps, short_side=short_side if args.short_side is None else args.short_side,
         quality=args.quality, chroma=args.chroma, gop=args.gop, encoder=args.encoder,
     ).resolved()  # fmt: skip
+    for text in _unused(args, profile):
+        _note(text)
     started, read, stored, rejects, notes = time.monotonic(), 0, 0, 0, 0
     with _bar() as progress:
         task = progress.add_task(title(dataset, split), total=len(items), note="")

@@ -40,7 +40,7 @@ def add_commands(commands) -> None:
         one = commands.add_parser(name, help=help, description=help)
         one.set_defaults(run=run)
         if path:
-            one.add_argument("path", type=Path, help=path)
+            one.add_argument("path", type=_local, help=path)
         return one
 
     some = "a split, or a folder of splits"
@@ -78,7 +78,7 @@ def add_commands(commands) -> None:
     one.add_argument("--workers", type=int, default=None, help="processes (one a core)")
 
     one = add("merge", _merge, "several splits of one profile as one, without copying their tars")
-    one.add_argument("paths", type=Path, nargs="+", metavar="SPLIT")
+    one.add_argument("paths", type=_local, nargs="+", metavar="SPLIT")
     one.add_argument("--out", type=Path, required=True, help="the split to write; must not exist")
     one.add_argument("--name", default=None, help="name of the data set (that of the first)")
     one.add_argument(
@@ -99,11 +99,17 @@ def add_commands(commands) -> None:
     one.add_argument("--copy", action="store_true", help=_COPY)
 
     one = add("dedup", _dedup, "what is there more than once, also across splits; exit 1 if a video is")
-    one.add_argument("paths", type=Path, nargs="+", metavar="SPLIT", help="splits, or folders of splits")
+    one.add_argument("paths", type=_local, nargs="+", metavar="SPLIT", help="splits, or folders of splits")
     one.add_argument(
         "--no-sources", action="store_true", help="do not compare what the samples' JSON says of their source"
     )
     one.add_argument("--json", action="store_true", help="print JSON instead, with every group")
+
+
+def _local(text: str) -> Path:
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text}: this command reads folders only; copy the split to a disk")
+    return Path(text)
 
 
 _COPY = "copy every tar: without, source and result may be the same file on disk (a hard link)"
@@ -207,6 +213,10 @@ def _repair(args) -> int:
             args.path, name=args.name, split=args.split, everything=args.all, truncate=args.truncate, drop=args.drop,
             workers=args.workers, on_shard=on_shard,
         )  # fmt: skip
+    info = Split(args.path).info
+    for option, told in (("name", args.name), ("split", args.split)):
+        if told not in (None, info[option]):
+            say(f"--{option} {told} was not used: {args.path}/dataset.json says {info[option]}")
     for one in done:
         for lost in one.lost:
             say(f"{one.shard}: left out: {lost}")

@@ -14,6 +14,8 @@ from shards import ShardError
 from shards.datasets import Caption, Item, Reading, conclude, examples
 from shards.datasets.annotations import read_csv, seconds
 
+_MIN_DURATION = 5.0  # seconds
+
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--annotations", type=Path, required=True, help="caption.json or raw_caption.json")
@@ -25,7 +27,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--clips", action="store_true", help="cut at the captions while packing (whole videos with timed captions)"
     )
     parser.add_argument(
-        "--min-duration", type=float, default=5.0, metavar="SECONDS",
+        "--min-duration", type=float, default=_MIN_DURATION, metavar="SECONDS",
         help="--clips: captions are joined to their neighbours until a clip is this long (%(default)s)",
     )  # fmt: skip
 
@@ -61,6 +63,8 @@ def read(args: Namespace) -> Reading:
             )
         else:
             items.append(Item(id, path, captions, meta))
+    if not args.clips and args.min_duration != _MIN_DURATION:
+        warnings.append(f"--min-duration {args.min_duration:g} has no use without --clips")
     if untimed:
         warnings.append(
             f"{examples(untimed, 'video')} with captions left out by --clips: no text, no times, or said twice"

@@ -136,3 +136,31 @@ def test_mistakes_are_answered_in_one_sentence(videos: Path, tmp_path: Path, cap
         said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
         assert len(said) == 1 and words in said[0], (command, said)
     assert not out.exists()
+
+
+def test_options_that_nothing_heeds_are_named(videos: Path, tmp_path: Path, capsys) -> None:
+    command = [
+        "folder",
+        "--videos",
+        str(videos),
+        "--captions",
+        str(tmp_path / "captions.csv"),
+        "--out",
+        str(tmp_path / "set"),
+    ]
+    (tmp_path / "captions.csv").write_text("video,caption\nv 0,one\n")
+    assert shard.main([*command, "--profile", "copy", "--short-side", "256", "--chroma", "444"]) == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note --")]
+    assert notes == [f"note --{name}: --profile copy has no use for it" for name in ("short-side", "chroma")]
+    assert shard.main([*command[:-1], str(tmp_path / "other"), "--short-side", "32"]) == 0
+    assert "has no use" not in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        shard.main(["info", "s3://bucket/set"])
+    assert "s3://bucket/set: this command reads folders only" in capsys.readouterr().err
+    for command in ("verify", "--workers", "0"), ("preview", "--seed", "-1"), ("repair", "--workers", "-3"):
+        assert shard.main([command[0], str(tmp_path / "set"), *command[1:]]) == 1
+        assert f"error: {command[1]} {command[2]}: must be " in capsys.readouterr().err
+    assert shard.main(["repair", str(tmp_path / "set"), "--name", "x"]) == 0
+    assert f"--name x was not used: {tmp_path / 'set'}/dataset.json says set" in capsys.readouterr().err.replace(
+        "\n", ""
+    )
