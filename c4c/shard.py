@@ -275,7 +275,7 @@ def _pack(
                     _told(progress, "note", event.note)
             seconds = max(1e-9, time.monotonic() - started)
             done = progress.tasks[0].completed + 1 - resumed
-            note = f"{_rate(done / seconds)} videos/s {_rate(read / 1e6 / seconds)} MB/s {rejects} rejects"
+            note = f"{_rate(done / seconds)} videos/s {_rate(read / 1e6 / seconds)} MB/s {count(rejects, 'reject')}"
             progress.update(task, advance=1, note=note)
 
         resumed = 0
@@ -294,7 +294,7 @@ def _pack(
     if rejects > _REJECTS_SHOWN:
         where = f": see {out / 'rejects.jsonl'}" if info else ""
         console.print(
-            f"[yellow]rejected[/] {rejects - _REJECTS_SHOWN} more{_plain(where)}", highlight=False, soft_wrap=True
+            f"[yellow]and[/] {rejects - _REJECTS_SHOWN} more{_plain(where)}", highlight=False, soft_wrap=True
         )
     if notes:
         console.print(

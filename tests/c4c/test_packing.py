@@ -69,7 +69,7 @@ def test_the_first_rejects_are_shown_and_all_of_them_are_listed(videos: Path, tm
     assert [line for line in said if line.startswith("missing")] == [
         f"missing my phone/{i} [x]: the file is missing" for i in range(5)
     ]
-    assert f"rejected 26 more: see {tmp_path / 'set/rejects.jsonl'}" in said
+    assert f"and 26 more: see {tmp_path / 'set/rejects.jsonl'}" in said
     assert any(
         line.startswith("30 videos and 30 captions missing; 1 video and 1 caption rejected: see ") for line in said
     )

@@ -530,7 +530,7 @@ def test_the_command(many: list[Item], tmp_path: Path, capsys: pytest.CaptureFix
     rows = [f"v{i}.mp4,caption {i}" for i in range(4)]
     gone = [f"gone{i}.mp4,x" for i in range(30)]
     code, told = run(rows=rows + gone)
-    assert code == 0 and told.count("the file is missing") == 5 and "rejected 25 more: see" in told
+    assert code == 0 and told.count("the file is missing") == 5 and "and 25 more: see" in told
     code, told = run(rows=[*rows[:3], "v3.mp4,new", "v4.mp4,more"])
     assert code == 1 and "30 removed: 'gone0', 'gone1', 'gone2', ...; 1 added: 'v4'" in told and "--update" in told
     code, told = run("--update", rows=[*rows[:3], "v3.mp4,new", "v4.mp4,more"])
