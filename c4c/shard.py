@@ -293,9 +293,7 @@ def _pack(
         )  # fmt: skip
     if rejects > _REJECTS_SHOWN:
         where = f": see {out / 'rejects.jsonl'}" if info else ""
-        console.print(
-            f"[yellow]and[/] {rejects - _REJECTS_SHOWN} more{_plain(where)}", highlight=False, soft_wrap=True
-        )
+        console.print(f"[yellow]and[/] {rejects - _REJECTS_SHOWN} more{_plain(where)}", highlight=False, soft_wrap=True)
     if notes:
         console.print(
             f"[yellow]note[/] {count(notes, 'video')} of variable frame rate: frames are sampled by time, not by counting "

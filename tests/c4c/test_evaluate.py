@@ -92,7 +92,7 @@ def test_a_paragraph_is_one_text():
 def test_ranks_of_single_texts(tmp_path):
     class Ranked(Split):
         def video(self, index):
-            return type("Video", (), {"key": f"v{index}"})
+            return type("Video", (), {"key": f"v{index}", "id": f"v{index}"})
 
         def json(self, video):
             return {"meta": {"pair": video.key}}
