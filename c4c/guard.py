@@ -35,6 +35,7 @@ class Stop:
     def __enter__(self) -> "Stop":
         if threading.current_thread() is threading.main_thread():
             self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+            signal.set_wakeup_fd(-1)  # c4c.launched.Starting's
         return self
 
     def __exit__(self, *_) -> None:

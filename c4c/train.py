@@ -11,9 +11,10 @@ import torch.distributed as dist
 from c4c import checkpoint
 from c4c.checkpoint import CheckpointError, Saver
 from c4c.config import Config, dump, to_dict
-from c4c.distributed import command_again, restarted, start_distributed, stop_distributed
+from c4c.distributed import restarted, start_distributed, stop_distributed
 from c4c.flops import peak, per_pair
 from c4c.guard import BadSteps, Patience, Stop, Watchdog, on_first_rank
+from c4c.launched import command_again
 from c4c.lock import RunLock
 from c4c.report import Report
 from c4c.run import Metrics, last_validation, mark_done, prepare, save_description, scores, validations

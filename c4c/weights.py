@@ -23,6 +23,7 @@ from torch import Tensor
 
 from c4c import towers
 from c4c.checkpoint import load_weights
+from c4c.files import looked_in
 
 _ARCHIVE_EXTRAS = {"input_resolution", "context_length", "vocab_size"}  # sizes that OpenAI's archives carry as tensors
 
@@ -50,7 +51,7 @@ def read(path: str | Path, quick_gelu: bool | None = None, tag: str | None = Non
     if path.is_dir():
         return _from_run(path, tag)
     if not path.is_file():
-        raise ValueError(f"{path}: there is no such file or folder of weights")
+        raise ValueError(f"{path}: there is no such file or folder of weights{looked_in(path)}")
     raw, metadata = _load(path)
     if "c4c" in metadata:
         about = json.loads(metadata["c4c"])
@@ -72,7 +73,7 @@ def read_backbone(backbone: str, source: str, tag: str | None = None) -> Weights
     tags = open_clip.list_pretrained_tags_by_model(backbone)
     if source not in tags:
         raise ValueError(
-            f"model.init_from={source}: no such file, folder, or open_clip tag of {backbone}; its tags are "
+            f"model.init_from={source}: no such file or folder{looked_in(source)}, and no open_clip tag of {backbone}; its tags are "
             f"{', '.join(tags) or 'none: use scratch, or a file'}"
         )
     about = open_clip.get_pretrained_cfg(backbone, source)

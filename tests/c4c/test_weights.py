@@ -1,6 +1,7 @@
 """Weights in every layout that users have: recognised, sized by their shapes, never executed, and written back."""
 
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from c4c import towers
-from c4c.export import export
+from c4c.export import export, main
 from c4c.heads import HEADS
 from c4c.model import CLIP4Clip, ModelConfig, build
 from c4c.weights import read
@@ -134,6 +135,28 @@ def test_export_and_back(head, tmp_path):
     assert torch.equal(scores(CLIP4Clip.from_checkpoint(tmp_path / "m.safetensors")), scores(model))
     if head not in ("TransformerAdapter", "SimpleMeanAdapter"):  # which the official code does not know
         assert torch.equal(scores(CLIP4Clip.from_checkpoint(tmp_path / "m.bin")), scores(model))
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_exported_files_have_the_usual_mode(umask, tmp_path):
+    before = os.umask(umask)
+    try:
+        export(tiny(), tmp_path / "m.safetensors", official=False)
+        export(tiny(), tmp_path / "m.bin", official=True)
+    finally:
+        os.umask(before)
+    assert {p.name: p.stat().st_mode & 0o777 for p in tmp_path.iterdir()} == dict.fromkeys(
+        ("m.safetensors", "m.json", "m.bin"), 0o666 & ~umask
+    )
+
+
+def test_a_missing_folder_is_refused_before_anything_is_read(tmp_path, monkeypatch, capsys):
+    to = tmp_path / "new" / "m.safetensors"
+    monkeypatch.setattr("sys.argv", ["export", "--ckpt", str(tmp_path / "gone"), "--to", str(to)])
+    assert main() == 1
+    err = f"error: --to {to}: there is no folder {to.parent}. Make it first, or name another\n"
+    assert capsys.readouterr().err == err
+    assert not to.parent.exists()
 
 
 def test_what_does_not_fit_is_listed(tmp_path):
