@@ -16,7 +16,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import torch
@@ -233,6 +233,14 @@ def latest(run: Path) -> str:
     if tag is None and not tags(run):
         raise CheckpointError(f"{run} holds no checkpoint (no {FOLDER}/latest): train it first, or longer")
     return newest_whole(run)[0]
+
+
+def trained_on(run: Path) -> str | None:
+    """The digest of the data that a run was trained on, as its newest readable checkpoint has it."""
+    for tag in reversed(tags(run)):
+        with suppress(CheckpointError, OSError):
+            return read_state(run / FOLDER / tag).get("data")
+    return None
 
 
 def newest_whole(run: Path, before: float = float("inf")) -> tuple[str, list[str]]:

@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import secrets
+import shlex
 import time
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -124,19 +125,24 @@ _FREE = ("run.dir", "run.resume", "run.deterministic", "run.wandb", "checkpoint.
          "data.prefetch", "data.read_timeout_s", "data.local_", "data.ahead", "data.server_timeout_s", "cache.dir",
          "cache.max_gb", "data.eval_batch_size", "data.max_bad_fraction", "data.lane")  # fmt: skip
 
+_LENGTH = {"train.epochs", "train.max_steps"}
 
-def check_continuation(folder: Path, config: dict, defaults: dict | None = None) -> None:
+
+def check_continuation(folder: Path, config: dict, defaults: dict | None = None, free: tuple[str, ...] = ()) -> None:
     """Raise ValueError, naming every difference, if `config` would not continue the run in `folder`.
 
-    defaults: what a setting was before there was a key for it.
+    defaults: what a setting was before there was a key for it. free: further keys that may differ.
     """
     before, now = _flat(defaults or {}) | _flat(read_config(folder)), _flat(config)
-    keys = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and not k.startswith(_FREE)]
+    free = (*_FREE, *free)
+    keys = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and not k.startswith(free)]
     if keys:
         changes = "; ".join(f"{k} was {before.get(k)}, is {now.get(k)}" for k in keys)
+        why = "; the learning rate's schedule spans all steps" if _LENGTH.intersection(keys) else ""
+        anew = shlex.join([f"model.init_from={folder}", f"run.dir={_free_name(folder, '-')}"])
         raise ValueError(
-            f"run.resume=auto: {folder} was made with other settings ({changes}). Set them back, choose another run.dir, "
-            "or start anew with run.resume=never, which moves the old run aside"
+            f"run.resume=auto: {folder} was made with other settings ({changes}{why}). Set them back, or train its weights "
+            f"further as a new run: {anew} (run.resume=never moves the old run aside and starts anew)"
         )
 
 
@@ -234,9 +240,9 @@ def _forget_after(folder: Path, step: int) -> None:
     replace_text(texts)
 
 
-def _free_name(folder: Path) -> Path:
+def _free_name(folder: Path, suffix: str = ".old") -> Path:
     n = 1
-    while (target := folder.with_name(f"{folder.name}.old{n}")).exists():
+    while (target := folder.with_name(f"{folder.name}{suffix}{n}")).exists():
         n += 1
     return target
 

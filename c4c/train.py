@@ -199,8 +199,22 @@ class Trainer:
             self.report.say("the towers are compiled in the first steps, which takes minutes on some machines")
         for note in session.notes:
             self.report.say(note)
-        if session.done:
-            self.report.say(f"continuing after step {session.done}")
+        self.report.say(f"weights: {self._origin()}")
+
+    def _origin(self) -> str:
+        """Where the weights come from."""
+        model, session = self.config.model, self.session
+        if session.tag:
+            return f"{self.folder / checkpoint.FOLDER / session.tag}, continuing after step {session.done}"
+        if model.init_from == "scratch":
+            return f"random (model.init_from=scratch, run.seed={self.config.run.seed})"
+        source = Path(model.init_from)
+        if not source.exists():
+            return f"open_clip's {model.init_from} of {model.backbone}"
+        if not source.is_dir():
+            return str(source)
+        tag = checkpoint.best(source) if model.init_tag == "best" else model.init_tag
+        return str(source / checkpoint.FOLDER / (tag or checkpoint.latest(source)))
 
 
 def memory_gib() -> float:
