@@ -10,6 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -118,21 +119,22 @@ class BadSteps:
         if not bad:
             return ""
         self.total += 1
-        parts = [keys]
+        parts, listing = [keys], self._folder / BAD_STEPS
         if world > 1:
             parts = [None] * world
             dist.all_gather_object(parts, keys)
         if rank == 0:
             row = {"step": step, "loss": str(loss), "keys": [key for part in parts for key in part]}
-            append_line(self._folder / BAD_STEPS, row)
+            with suppress(OSError):  # a full disk: what is said below names the step all the same
+                append_line(listing, row)
         said = f"step {step} was left out: its loss is {loss}, or a gradient is not finite"
         if self._in_a_row >= self._most:
             raise ValueError(
                 f"{said}; that is the {self._in_a_row}th in a row (train.max_bad_steps). The videos of these steps are in "
-                f"{self._folder / BAD_STEPS}; --replay {step} runs one again. Usual reasons: train.lr too high, "
+                f"{listing}; --replay {step} runs one again. Usual reasons: train.lr too high, "
                 "engine.precision=fp16 where bf16 would do"
             )
-        return f"warning: {said}. Its videos are in {self._folder / BAD_STEPS}"
+        return f"warning: {said}. Its videos are in {listing}"
 
 
 class Watchdog:

@@ -2,10 +2,8 @@
 
 import importlib.util
 import json
-import math
 import os
 import platform
-import secrets
 import shlex
 import time
 from dataclasses import dataclass
@@ -14,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from c4c.files import lines_up_to, replace_text
+from c4c.files import replace_text
 from pipelines.quarantine import json_lines
 
 RESUME = ("never", "auto")
@@ -176,68 +174,6 @@ def scores(folder: Path) -> dict[int, float]:
 def _scores(folder: Path) -> list[tuple[int, float]]:
     rows = json_lines(folder / "eval.jsonl")
     return [(row["step"], score(row)) for row in rows if "step" in row and (SCORE in row or "val/t2v_R1" in row)]
-
-
-class Metrics:
-    """RUN/metrics.jsonl, one object a step; RUN/eval.jsonl, one a validation; and both in TensorBoard.
-
-    wandb: a project to send them to as well; config: what is shown beside them there.
-    """
-
-    def __init__(self, folder: Path, resumed_at: int, wandb: str = "", config: dict | None = None):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._wandb = _start_wandb(folder, wandb, config) if wandb else None
-        _forget_after(folder, resumed_at)
-        self._steps = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 closed in close()
-        self._evals = open(folder / "eval.jsonl", "a", buffering=1)  # noqa: SIM115
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at)
-
-    def step(self, step: int, values: dict) -> None:
-        self._write(self._steps, step, values)
-
-    def validation(self, step: int, values: dict) -> None:
-        units = {"MdR": "rank", "MnR": "rank"}  # the others are per cent
-        flat = {f"val/{way}_{k}_{units.get(k, 'pct')}": v for way in ("t2v", "v2t") for k, v in values[way].items()}
-        self._write(self._evals, step, flat | {"val/n_texts": values["n_texts"], "val/n_videos": values["n_videos"]})
-
-    def close(self) -> None:
-        self._steps.close()
-        self._evals.close()
-        self._board.close()
-        if self._wandb:
-            self._wandb.finish()
-
-    def _write(self, file, step: int, values: dict) -> None:
-        # JSON has no NaN
-        known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        file.write(json.dumps({"step": step, **known, "time_unix_s": round(time.time(), 3)}) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
-        if self._wandb:
-            self._wandb.log(values, step=step)
-
-
-def _start_wandb(folder: Path, project: str, config: dict | None):
-    import wandb
-
-    known = folder / "wandb_id"  # a new run in the folder is another run there too
-    if not known.exists():
-        known.write_text(secrets.token_hex(8))
-    return wandb.init(
-        project=project, name=folder.name, id=known.read_text(), resume="allow", dir=str(folder), config=config or {}
-    )
-
-
-def _forget_after(folder: Path, step: int) -> None:
-    """A resumed run writes the steps after its checkpoint anew."""
-    texts = {}
-    for name in ("metrics.jsonl", "eval.jsonl", "bad_steps.jsonl"):
-        if (path := folder / name).exists():
-            kept = lines_up_to(path, step)
-            if kept.encode() != path.read_bytes():
-                texts[path] = kept
-    replace_text(texts)
 
 
 def _free_name(folder: Path, suffix: str = ".old") -> Path:

@@ -16,8 +16,9 @@ from c4c.flops import peak, per_pair
 from c4c.guard import BadSteps, Patience, Stop, Watchdog, on_first_rank
 from c4c.launched import command_again
 from c4c.lock import RunLock
+from c4c.logs import Metrics
 from c4c.report import Report
-from c4c.run import Metrics, last_validation, mark_done, prepare, save_description, scores, validations
+from c4c.run import last_validation, mark_done, prepare, save_description, scores, validations
 from c4c.session import Outcome, Session, make_deterministic
 from pipelines.loader import Batch
 
@@ -66,7 +67,7 @@ class Trainer:
         self.metrics = None
         if rank == 0:
             save_description(self.folder, dump(config), self.session.model.spec)
-            self.metrics = Metrics(self.folder, self.session.done, config.run.wandb, to_dict(config))
+            self.metrics = Metrics(self.folder, self.session.done, config.run.wandb, to_dict(config), self.report.say)
         self._introduce(moved)
 
     def _make_folder(self, resume: str, lock: RunLock) -> Path | None:
