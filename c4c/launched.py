@@ -7,6 +7,8 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _DEFAULT_PORT = "29500"  # of deepspeed's launcher
@@ -79,6 +81,21 @@ def missing_package(error: ModuleNotFoundError) -> str:
     return f"the package {error.name} is not installed for {sys.executable}: activate the environment first ({how})"
 
 
+def _explain() -> str | None:
+    """What `explained_by` was given."""
+
+
+@contextmanager
+def explained_by(call: Callable[[], str | None]) -> Iterator[None]:
+    """While ranks run: `call` tells why a launcher may be ending this one, None if it does not know."""
+    global _explain
+    before, _explain = _explain, call
+    try:
+        yield
+    finally:
+        _explain = before
+
+
 class Starting:
     """`with Starting("before the first step")`: SIGTERM and SIGINT end the process at once, and rank 0 says so in one line.
 
@@ -119,6 +136,6 @@ class Starting:
             return  # the other thread is at it
         name = signal.Signals(number).name
         if say and own_rank() == 0:
-            text = f"stopped by {name}{f' {self._when}' if self._when else ''}. Start again with\n    {command_again()}"
-            print(text, file=sys.stderr, flush=True)
+            reason = f"error: {why}" if (why := _explain()) else f"stopped by {name} {self._when}".strip()
+            print(reason if why else f"{reason}. Start again with\n    {command_again()}", file=sys.stderr, flush=True)
         os._exit(128 + number)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterable
 
 from rich.console import Console
+from rich.constrain import Constrain
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
@@ -71,7 +72,7 @@ class Report:
             shown["best R@1"] = f"{self._best:.1f}%"
         return shown
 
-    def _screen(self, step: int, epoch: str, eta: float, shown: dict[str, str]) -> Table:
+    def _screen(self, step: int, epoch: str, eta: float, shown: dict[str, str]) -> Constrain:
         of_epoch = (step - 1) % self._per_epoch + 1
         self._bars.update(self._run, completed=step, description=f"step {step}/{self._total}", after=f"ETA {span(eta)}")
         self._bars.update(
@@ -83,7 +84,7 @@ class Report:
         whole = Table.grid(expand=True)
         whole.add_row(self._bars)
         whole.add_row(table)
-        return whole
+        return Constrain(whole, self.console.width - len("^C") - 1)  # what a terminal echoes must not start a new line
 
     def summary(self, steps: int, bad: int, *commands: str) -> None:
         """The end of a run that went all the way: what came of it, and what to do next."""

@@ -14,9 +14,10 @@ from c4c.config import Config, dump, to_dict
 from c4c.distributed import restarted, start_distributed, stop_distributed
 from c4c.flops import peak, per_pair
 from c4c.guard import BadSteps, Patience, Stop, Watchdog, on_first_rank
-from c4c.launched import command_again
+from c4c.launched import command_again, explained_by
 from c4c.lock import RunLock
 from c4c.logs import Metrics
+from c4c.peers import Peers
 from c4c.report import Report
 from c4c.run import last_validation, mark_done, prepare, save_description, scores, validations
 from c4c.session import Outcome, Session, make_deterministic
@@ -33,7 +34,8 @@ def train(config: Config) -> None:
     rank, world, device = start_distributed(config.engine.timeout_s + 300)
     lock = RunLock(Path(config.run.dir))
     try:
-        Trainer(config, rank, world, device, lock).run()
+        with Peers(rank, world, config.engine.timeout_s) as peers, explained_by(peers.explain):
+            Trainer(config, rank, world, device, lock, peers).run()
     finally:
         lock.release()
         stop_distributed()
@@ -42,7 +44,11 @@ def train(config: Config) -> None:
 class Trainer:
     """One rank's part of a run."""
 
-    def __init__(self, config: Config, rank: int, world: int, device: torch.device, lock: RunLock | None = None):
+    def __init__(
+        self, config: Config, rank: int, world: int, device: torch.device, lock: RunLock | None = None,
+        peers: Peers | None = None,
+    ):  # fmt: skip
+        self._peers = peers
         self.config, self.rank, self.world, self.device = config, rank, world, device
         self.folder = Path(config.run.dir)
         lock = lock or RunLock(self.folder)
@@ -82,8 +88,8 @@ class Trainer:
     def run(self) -> None:
         """The training loop."""
         session = self.session
-        watching = Watchdog(self.rank, self.world, self.config.engine.timeout_s)
-        with Stop() as stop, watching as watch, session.loader, self.report:
+        watching = Watchdog(self.rank, self.world, self.config.engine.timeout_s, peers=self._peers)
+        with Stop(self.rank == 0) as stop, watching as watch, session.loader, self.report:
             if session.done and not self.validated:
                 self._validate(watch)  # the run was killed between saving and validating
             self._mark = time.perf_counter()

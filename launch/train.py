@@ -4,6 +4,7 @@ torchrun and srun start it as well, and python alone for one rank.
 """
 
 import argparse
+import os
 import sys
 import textwrap
 from pathlib import Path
@@ -93,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
     config = load(args.cfg, args.overrides + words, [_RECIPES])
     require(config)
     require_port()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of a lost rank are pages of addresses
     if args.check:
         from c4c.check import check
 
