@@ -12,6 +12,7 @@ from io import BytesIO
 from pathlib import Path
 
 from c4c.files import lines_up_to, replace_text
+from shards.info import count
 
 _MOST_WAITING_BYTES = 64 << 20  # a step is about 3 kB
 
@@ -82,7 +83,9 @@ class Appender:
         self._flush()
         self._lost += len(self._waiting)
         if self._lost:
-            self._say(f"warning: {self._lost} of the last records of {self._path} are lost: there was no room for them")
+            self._say(
+                f"warning: {count(self._lost, 'record')} of {self._path} could not be written and will be missing"
+            )
         os.close(self._file)
 
     def _flush(self) -> None:
@@ -99,7 +102,7 @@ class Appender:
             self._late = max(self._late, len(self._waiting))
             return
         if self._late:
-            self._say(f"{self._path} can be written again; {self._late} records came late")
+            self._say(f"{self._path} can be written again; {count(self._late, 'record')} came late")
             self._late = 0
 
     def _append(self, record: bytes) -> None:

@@ -10,6 +10,8 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
+from shards.info import count
+
 _LINE_EVERY_S = 5.0
 
 
@@ -89,9 +91,9 @@ class Report:
     def summary(self, steps: int, bad: int, *commands: str) -> None:
         """The end of a run that went all the way: what came of it, and what to do next."""
         best = f"; best t2v R@1 {self._best:.1f}" if self._best > float("-inf") else ""
-        left_out = f"; {bad} steps left out" if bad else ""
+        left_out = f"; {count(bad, 'step')} left out" if bad else ""
         took = span(time.monotonic() - self._started)
-        self.say(f"done: {steps} steps, {took} for the last {steps - self._first}{best}{left_out}. Next:")
+        self.say(f"done: {count(steps, 'step')}, {took} for the last {steps - self._first}{best}{left_out}. Next:")
         for command in commands:
             self.say(f"    {command}")
 
@@ -106,7 +108,7 @@ class Report:
 
 def metrics_table(result: dict) -> Table:
     """The table that launch/eval.py prints."""
-    table = Table(title=f"{result['n_texts']} texts, {result['n_videos']} videos")
+    table = Table(title=f"{count(result['n_texts'], 'text')}, {count(result['n_videos'], 'video')}")
     for name in ("", "R@1 %", "R@5 %", "R@10 %", "MdR", "MnR"):
         table.add_column(name, justify="left" if not name else "right")
     for way, title in (("t2v", "text to video"), ("v2t", "video to text")):

@@ -22,6 +22,7 @@ from c4c.report import Report
 from c4c.run import last_validation, mark_done, prepare, save_description, scores, validations
 from c4c.session import Outcome, Session, make_deterministic
 from pipelines.loader import Batch
+from shards.info import count
 
 _LAST_START_S = 30.0  # what a restarted run waits for the processes of the start before to be gone
 
@@ -183,7 +184,9 @@ class Trainer:
         if self.rank == 0 and last_validation(self.folder) == done:  # a signal at the last step leaves that to do
             mark_done(self.folder, done, best or checkpoint.tag_of(done))
         if done < self.total:
-            self.report.say(f"{self.patience.most} validations in a row were no better: that is all (train.patience)")
+            self.report.say(
+                f"{count(self.patience.most, 'validation')} in a row no better: that is all (train.patience)"
+            )
         self.report.summary(
             done, self.bad.total,
             f"python launch/eval.py --ckpt {run}{tag}",
@@ -198,8 +201,8 @@ class Trainer:
         if moved:
             self.report.say(f"an earlier run in {self.folder} was moved to {moved}; run.resume=auto would continue it")
         self.report.say(
-            f"{config.model.backbone} + {config.model.head}, {session.weights / 1e6:.1f} M weights; {len(session.split)} "
-            f"videos, {session.loader.order.pairs} pairs; {self.total} steps of {config.train.batch_size} on {self.world} "
+            f"{config.model.backbone} + {config.model.head}, {session.weights / 1e6:.1f} M weights; "
+            f"{count(len(session.split), 'video')}, {count(session.loader.order.pairs, 'pair')}; {count(self.total, 'step')} of {config.train.batch_size} on {self.world} "
             f"x {self.device.type}, ZeRO {config.engine.zero_stage}, {config.engine.precision}; -> {self.folder}"
         )
         if config.engine.compile:
