@@ -16,7 +16,7 @@ test: $(VENV)/ready
 	python -m pytest -q
 
 kills: $(VENV)/ready
-	python tests/launch/kills.py --tries 20
+	python tests/launch/kills.py --tries 20 && python tests/launch/faults.py
 
 lint: $(VENV)/ready
 	ruff check . && ruff format --check .

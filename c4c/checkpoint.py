@@ -180,6 +180,14 @@ def best(run: Path) -> str | None:
     return max(scores, key=lambda tag: (scores[tag], tag), default=None)
 
 
+def resolve(run: Path, tag: str | None) -> str:
+    """The name of a kept checkpoint. tag: its name, `best`, or None for the newest. Raises CheckpointError."""
+    tag = (best(run) if tag == "best" else tag) or latest(run)
+    if tag not in tags(run):
+        raise CheckpointError(f"{run} has no checkpoint {tag}; there are {_listed(run)}")
+    return tag
+
+
 def restore(engine, run: Path, tag: str | None = None) -> dict:
     """Load a checkpoint (the newest) into the engine, on every rank; returns its state.json.
 
@@ -348,10 +356,7 @@ def load_weights(run: Path, tag: str | None = None) -> dict[str, Tensor]:
     """
     from safetensors.torch import load_file
 
-    tag = (best(run) if tag == "best" else tag) or latest(run)
-    folder = run / FOLDER / tag
-    if tag not in tags(run):
-        raise CheckpointError(f"{run} has no checkpoint {tag}; there are {_listed(run)}")
+    folder = run / FOLDER / resolve(run, tag)
     if not any(folder.glob("*_states.pt")):  # which are DeepSpeed's
         _refuse_damage(folder, (MODEL,))
     with _reading(folder):

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import inspect
 import re
+import sys
 import types
 import typing
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import Any
 import yaml
 
 from c4c.deepspeed_keys import wrong_key
+from c4c.files import parse_yaml, read_yaml
 from c4c.optim import TrainConfig
 from c4c.run import RunConfig, require_wandb
 from c4c.settings import CheckpointConfig, EngineConfig, ModelConfig
@@ -76,7 +78,7 @@ def _check_deepspeed(located: Any, given: dict) -> None:
         for key in path.split("."):
             located = located[key]
         kind = "unknown key " if wrong.startswith(("did you mean", "there are")) else ""
-        raise ConfigError(f"{kind}deepspeed.{path} in {_where(located)}: {wrong}")
+        raise ConfigError(f"{kind}deepspeed.{_cut(path)} in {_where(located)}: {_cut(wrong, 500)}")
 
 
 def override_data(data: DataConfig, overrides: list[str]) -> DataConfig:
@@ -90,11 +92,11 @@ def _override(tree: dict, overrides: list[str]) -> None:
     for word in overrides:
         key, equals, text = word.partition("=")
         if not equals or not key:
-            raise ConfigError(f"{word!r} on the command line: write it as key=value, for example train.lr=1e-4")
+            raise ConfigError(f"{_short(word)} on the command line: write it as key=value, for example train.lr=1e-4")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{word!r} on the command line: the value is not YAML ({error})") from error
+            value = parse_yaml(text)
+        except ValueError as error:
+            raise ConfigError(f"{_short(word)} on the command line: the value is not YAML: {error}") from error
         _merge(tree, _nested(key.split("."), (value, "the command line")))
 
 
@@ -158,15 +160,15 @@ def _read(path: Path, search: list[Path], parents: tuple[Path, ...]) -> dict:
     if path.resolve() in [parent.resolve() for parent in parents]:
         raise ConfigError(f"{path} extends itself, by way of {', '.join(map(str, parents))}")
     try:
-        text = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
+        text = read_yaml(path) or {}
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     if not isinstance(text, dict):
         raise ConfigError(f"{path}: the top level must be keys and values")
     bases = text.pop("extends", None) or []
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise ConfigError(f"extends={bases!r} in {path}: must be the name of a file, or a list of names")
+        raise ConfigError(f"extends={_short(bases)} in {path}: must be the name of a file, or a list of names")
     tree: dict = {}
     for base in bases:  # its own folder first: where the command is run from must not change what a file means
         _merge(tree, _read(_find(base, [path.parent, *search, Path()]), search, (*parents, path)))
@@ -198,7 +200,7 @@ def _merge(tree: dict, over: dict) -> None:
 
 def _build(cls: type, tree: dict, prefix: str) -> Any:
     if not isinstance(tree, dict):
-        raise ConfigError(f"{prefix[:-1]} in {tree[1]}: must hold keys and values, not {tree[0]!r}")
+        raise ConfigError(f"{prefix[:-1]} in {tree[1]}: must hold keys and values, not {_short(tree[0])}")
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
     values = {}
@@ -215,7 +217,7 @@ def _build(cls: type, tree: dict, prefix: str) -> Any:
     try:
         return cls(**values)
     except ValueError as error:
-        raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
+        raise error if isinstance(error, ConfigError) else ConfigError(_cut(str(error), 800)) from error
 
 
 def _unknown(prefix: str, key: str, names: list[str], value: Any) -> str:
@@ -225,7 +227,7 @@ def _unknown(prefix: str, key: str, names: list[str], value: Any) -> str:
     near = difflib.get_close_matches(prefix + key, sorted(known), 1, cutoff=0.5)
     near = near or [full for full in sorted(known) if full.split(".")[-1] == key]
     hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(prefix + n for n in names)}"
-    return f"unknown key {prefix}{key} in {_where(value)}: {hint}"
+    return f"unknown key {prefix}{_cut(key)} in {_where(value)}: {hint}"
 
 
 def _fields_of(f: dataclasses.Field) -> tuple:
@@ -243,7 +245,7 @@ def _where(value: Any) -> str:
 
 def _mapping(value: Any, key: str) -> dict:
     if not isinstance(value, dict) and value[0] is not None:
-        raise ConfigError(f"{key}={value[0]!r} in {value[1]}: must hold keys and values")
+        raise ConfigError(f"{key}={_short(value[0])} in {value[1]}: must hold keys and values")
     return _unlocated(value) or {}
 
 
@@ -261,7 +263,17 @@ def _leaf(kind: Any, located: Any, key: str) -> Any:
         if converted is not _NO:
             return converted
     names = " or ".join(_type_name(o) for o in options)
-    raise ConfigError(f"{key}={value!r} in {where}: must be {names}")
+    raise ConfigError(f"{key}={_short(value)} in {where}: must be {names}")
+
+
+def _short(value: Any) -> str:
+    """A value as Python writes it, of a length that a sentence can hold."""
+    return _cut(repr(value))
+
+
+def _cut(text: str, most: int = 200) -> str:
+    text = text if text.isprintable() else repr(text)[1:-1]
+    return text if len(text) <= most else f"{text[:most]}…"
 
 
 _NO = object()
@@ -276,7 +288,7 @@ def _convert(kind: Any, value: Any) -> Any:
         except ValueError:
             return _NO
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return float(value) if abs(value) <= sys.float_info.max else _NO
     if typing.get_origin(kind) is tuple:
         item = typing.get_args(kind)[0]
         parts = [_convert(item, v) for v in value] if isinstance(value, (list, tuple)) else [_NO]

@@ -104,6 +104,12 @@ def _name_ranks(env: MutableMapping[str, str]) -> None:
         env["MASTER_PORT"] = str(free_port())
 
 
+def launched() -> int:
+    """How many ranks a launcher has started; 1 without one."""
+    tasks = "1" if "WORLD_SIZE" in os.environ else os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    return max(int(os.environ.get("WORLD_SIZE", 1)), int(tasks))
+
+
 def restarted(device: torch.device | str = "cpu") -> bool:
     """Whether torchrun (--max-restarts) or Slurm (--requeue) has started this run before, as any of the ranks was told:
     an agent of torchrun counts only the restarts that began with it."""

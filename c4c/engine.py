@@ -1,6 +1,8 @@
 """The model inside a DeepSpeed engine: one place derives DeepSpeed's configuration from ours."""
 
 import math
+import os
+import subprocess
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -245,7 +247,12 @@ def build_engine(learner: Learner, config: EngineConfig, train: TrainConfig, wor
     learner.parts = [group.pop("part") for group in groups]
     settings = deepspeed_config(config, train, world, extra)
     _try(settings, config, extra)
-    engine, *_ = deepspeed.initialize(model=learner, model_parameters=groups, config=settings)
+    try:
+        engine, *_ = deepspeed.initialize(model=learner, model_parameters=groups, config=settings)
+    except (RuntimeError, ImportError, OSError, subprocess.SubprocessError) as error:
+        if (said := _not_compiled(error)) is None:
+            raise
+        raise ValueError(said) from error
     if world == 1:
         engine.buffered_allreduce_fallback = lambda *_, **__: None  # there and back, without a rank to add anything
     if engine.optimizer is engine.basic_optimizer:
@@ -258,6 +265,21 @@ def build_engine(learner: Learner, config: EngineConfig, train: TrainConfig, wor
     if config.compile:
         compile_towers(model, config.zero_stage)
     return engine
+
+
+def _not_compiled(error: BaseException) -> str | None:
+    """If that is what `error` is, that DeepSpeed could not compile an optimizer, and what to do about it."""
+    text, cause = str(error).strip(), error.__cause__ or error
+    words = ("JIT load", "building extension", "Ninja", "CUDA_HOME", "shared object", "torch_extensions")
+    if not isinstance(error, subprocess.SubprocessError) and not any(word in text for word in words):
+        return None
+    lines = [line.strip() for line in f"{text}\n{cause}".splitlines()]
+    reason = next((line for line in lines if "rror" in line and "building extension" not in line), lines[0])
+    return (
+        f"DeepSpeed could not compile or load its optimizer: {reason[:300].rstrip('.')}. It needs g++ (and nvcc for a GPU), Python's headers, and "
+        f"room in {os.environ.get('TORCH_EXTENSIONS_DIR', '~/.cache/torch_extensions')}; "
+        "python -c 'import c4c.engine as e; e.compile_ops()' does that alone"
+    )
 
 
 def _try(settings: dict, config: EngineConfig, extra: dict) -> None:

@@ -1,5 +1,6 @@
 """How an error that ends a run is told. Nothing heavy is imported before one of torch's own kind is asked for."""
 
+import os
 import sys
 import time
 
@@ -15,6 +16,14 @@ def speak(error: BaseException, rank: int) -> None:
     if lost:
         text = f"the connection to another rank broke ({text.strip().partition(chr(10))[0][:200]}): that one ended first, and says why if it could"
     print(f"error{f' on rank {rank}' if rank else ''}: {text}", file=sys.stderr, flush=True)
+
+
+def end_with(error: BaseException) -> int:
+    """Tell an error that ends a command, and return its exit code. Raises it again if it is a bug and no mistake."""
+    if isinstance(error, RuntimeError) and not lost_peer(error):
+        raise error
+    speak(error, int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))))
+    return 1
 
 
 def lost_peer(error: RuntimeError) -> bool:

@@ -7,12 +7,19 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from rich.console import Console
 from torch import Tensor
 
+from c4c import checkpoint
+from c4c.config import override_data
+from c4c.distributed import launched, quiet_libraries, start_distributed, stop_distributed
 from c4c.files import replace_text
 from c4c.loss import world_size
 from c4c.metrics import ranks, report
 from c4c.model import CLIP4Clip
+from c4c.pretrained import open_checkpoint
+from c4c.report import EvalReport, metrics_table
+from c4c.run import is_run
 from pipelines.config import DataConfig
 from pipelines.loader import texts_of
 from pipelines.tokens import tokenize
@@ -20,10 +27,13 @@ from pipelines.videos import VideoReader
 from shards.dataset import Split
 
 Encode = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # frames, mask, tokens -> texts, videos
+Tell = Callable[[str, int, int], None]  # "videos" or "captions", how many of them all ranks have encoded, of how many
 
 
 @torch.no_grad()
-def features(encode: Encode, split: Split, config: DataConfig, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def features(
+    encode: Encode, split: Split, config: DataConfig, device: torch.device, tell: Tell = lambda *_: None
+) -> tuple[Tensor, Tensor, Tensor]:
     """(texts [N, D], videos [M, ...], video of each text int64 [N]), complete and in the split's order on every rank.
 
     Ranks share the work; each video and each caption is encoded once.
@@ -37,10 +47,11 @@ def features(encode: Encode, split: Split, config: DataConfig, device: torch.dev
 
     reader, videos, texts = VideoReader(split, config, rank=rank, world=world, device=device), {}, {}
     try:
-        for indices, frames, mask in reader:
+        for turn, (indices, frames, mask) in enumerate(reader, 1):
             # a rank that has run out still runs the model, for the sake of ZeRO-3's collectives
             _, found = encode(*((frames, mask) if len(indices) else (none, no_mask)), no_text)
             videos |= {int(i): f for i, f in zip(indices, found.float(), strict=False)}
+            tell("videos", min(turn * world * size, len(split)), len(split))
     finally:
         reader.close()
     for i in range(-(-len(captions) // (world * size))):
@@ -48,6 +59,7 @@ def features(encode: Encode, split: Split, config: DataConfig, device: torch.dev
         tokens = tokenize([captions[j][1] for j in indices], config.max_words).to(device) if len(indices) else no_text
         found, _ = encode(none, no_mask, tokens)
         texts |= {int(j): f for j, f in zip(indices, found.float(), strict=False)}
+        tell("captions", min((i + 1) * world * size, len(captions)), len(captions))
     owner = torch.tensor([v for v, _ in captions], device=device)
     return _collect(texts, len(captions), device), _collect(videos, len(split), device), owner
 
@@ -63,23 +75,97 @@ def _collect(mine: dict[int, Tensor], total: int, device: torch.device) -> Tenso
 
 @torch.no_grad()
 def evaluate(
-    model: CLIP4Clip, encode: Encode, split: Split, config: DataConfig, device: torch.device
+    model: CLIP4Clip,
+    encode: Encode,
+    split: Split,
+    config: DataConfig,
+    device: torch.device,
+    tell: Tell = lambda *_: None,
 ) -> tuple[dict, Tensor]:
     """(t2v and v2t metrics of `split`, 0-based rank of each text's video [N]); the same on every rank."""
-    texts, videos, owner = features(encode, split, config, device)
+    texts, videos, owner = features(encode, split, config, device, tell)
     by_text, by_video = ranks(texts, videos, owner, model.head.score)
     return report(by_text, by_video), by_text
 
 
+def evaluate_checkpoint(
+    name: str,
+    tag: str | None,
+    split: Split,
+    words: list[str],
+    device: str | None = None,
+    json_to: Path | None = None,
+    ranks_to: Path | None = None,
+) -> dict:
+    """What `launch/eval.py` does, on every rank that a launcher started: print the metrics of a checkpoint on a split.
+
+    name, tag: as `c4c.pretrained.open_checkpoint` takes them; words: `data.key=value`, over the checkpoint's own settings;
+    json_to, ranks_to: files to write as well. Raises ValueError for what cannot be done.
+    """
+    quiet_libraries()
+    rank, world, place = _start(device)
+    try:
+        if is_run(name):
+            tag = checkpoint.resolve(Path(name), tag)
+        model, data = open_checkpoint(name, tag)
+        data = override_data(data, words)
+        model.check_data(data, name)
+        with EvalReport(on=rank == 0) as progress:
+            model = model.to(place)
+            result, found = evaluate(model, model, split, data, place, progress.tell)
+        result |= {"checkpoint": _named(name, tag), "split": str(split.path), "split_digest": split.digest}
+        if rank == 0:
+            console = Console()
+            console.print(metrics_table(result))
+            where = f"{world} x {place.type}" if world > 1 else str(place)
+            for line in (f"checkpoint  {result['checkpoint']}{_better(name, tag)}", f"split       {split.path}",
+                         f"encoded     {progress.pace}, {where}"):  # fmt: skip
+                console.print(line, highlight=False, markup=False, soft_wrap=True)
+            if json_to:
+                json_to.parent.mkdir(parents=True, exist_ok=True)
+                replace_text({json_to: json.dumps(result, indent=2) + "\n"})
+            if ranks_to:
+                write_ranks(ranks_to, split, data, found)
+        return result
+    finally:
+        stop_distributed()
+
+
+def _start(device: str | None) -> tuple[int, int, torch.device]:
+    """Rank, world and device."""
+    if device and device.startswith("cuda"):
+        index, there = int(device.partition(":")[2] or 0), torch.cuda.device_count()
+        if index >= there:
+            raise ValueError(f"--device {device}: this machine has {there} GPUs that torch can use")
+    if launched() > 1:
+        if device and ":" in device:
+            raise ValueError(
+                f"--device {device}: each of {launched()} ranks takes a GPU of its own; write --device cuda"
+            )
+        rank, world, own = start_distributed()
+        return rank, world, torch.device("cpu") if device == "cpu" else own
+    return 0, 1, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _named(name: str, tag: str | None) -> str:
+    return str(Path(name) / checkpoint.FOLDER / tag) if tag else name
+
+
+def _better(name: str, tag: str | None) -> str:
+    """A word on a run's best checkpoint, if it is another."""
+    best = checkpoint.best(Path(name)) if tag else None
+    return "" if best in (None, tag) else f"    (the best of the run's own validations is {best}: --tag best)"
+
+
 def write_ranks(path: Path, split: Split, config: DataConfig, by_text: Tensor) -> None:
-    """One JSON object a text: the text, its video's key and meta, and the video's rank, from 1."""
+    """One JSON object a text: the text, its video's id and meta, and the video's rank, from 1."""
     found = iter(by_text.tolist())
     lines = []
     for index in range(len(split)):
         video = split.video(index)
         meta = split.json(video).get("meta", {})
         for text in texts_of(split, index, config):
-            row = {"rank": next(found) + 1, "video": video.key, "text": text, "meta": meta}
+            row = {"rank": next(found) + 1, "video": video.id, "text": text, "meta": meta}
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_text({path: "".join(lines)})

@@ -1,10 +1,44 @@
-"""Text files that stay whole: written beside and renamed, so that a kill or a full disk leaves the old or the new text."""
+"""Small files of text: read with errors of one sentence, and written so that a kill or a full disk leaves the old or the
+new text."""
 
+import contextlib
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from pipelines.quarantine import json_object
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds. Raises ValueError that names the file and what is wrong with it."""
+    try:
+        return parse_yaml(path.read_bytes().decode())
+    except ValueError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+
+
+def parse_yaml(text: str) -> Any:
+    """Raises ValueError: what is wrong, and in which line."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        said = getattr(error, "problem", None) or str(error).partition("\n")[0]
+        raise ValueError(f"{said}{line}") from error
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def read_json_object(path: Path) -> dict:
+    """What a JSON file holds. Raises ValueError that names the file if that is no object."""
+    row = json_object(path.read_text(errors="replace"))
+    if row is None:
+        raise ValueError(f"{path} is damaged: it holds no JSON object")
+    return row
 
 
 def replace_text(files: dict[Path, str]) -> None:
@@ -20,7 +54,13 @@ def replace_text(files: dict[Path, str]) -> None:
             os.replace(temporary, path)
     finally:
         for temporary in beside.values():
-            temporary.unlink(missing_ok=True)
+            discard(temporary)
+
+
+def discard(temporary: Path) -> None:
+    """Delete a file, if it is there. That it cannot be deleted is no error beside the one that made it useless."""
+    with contextlib.suppress(OSError):
+        temporary.unlink(missing_ok=True)
 
 
 def _write(path: Path, beside: Path, text: str) -> None:

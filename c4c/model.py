@@ -51,7 +51,11 @@ class CLIP4Clip(nn.Module):
     @classmethod
     def from_weights(cls, weights: Weights, source: object, allow: tuple[str, ...] = ()) -> "CLIP4Clip":
         """from_checkpoint for weights that are in memory; source: what to call them where they do not fit."""
-        model = cls(weights.spec, weights.head, weights.linear_patch, weights.blocks, weights.segments)
+        try:
+            model = cls(weights.spec, weights.head, weights.linear_patch, weights.blocks, weights.segments)
+        except (KeyError, TypeError, AttributeError, ArithmeticError, AssertionError, RuntimeError) as error:
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+            raise ValueError(f"{source}: its description of the towers is damaged ({reason})") from error
         model.head.start_from(model.clip)
         load_strictly(model, weights.state, source, allow)
         return model.eval()

@@ -22,7 +22,7 @@ def replay(config: Config, step: int) -> bool:
     if config.run.deterministic:
         make_deterministic()
     folder = Path(config.run.dir)
-    recorded = _recorded(folder, step)
+    then = recorded(folder, step)
     before = [t for t in checkpoint.tags(folder) if checkpoint.step_of(t) < step]
     tag, notes = checkpoint.newest_whole(folder, before=step) if before else (None, [])
     rank, world, device = start_distributed(config.engine.timeout_s + 300)
@@ -35,16 +35,16 @@ def replay(config: Config, step: int) -> bool:
         with session.loader:
             for batch in session.batches(step - session.done):
                 outcome = session.step(batch)
-        same = _compare(recorded, outcome, say)
+        same = _compare(then, outcome, say)
         say(f"rank 0's videos: {' '.join(batch.keys)}")
         return same
     finally:
         stop_distributed()
 
 
-def _recorded(folder: Path, step: int) -> dict:
+def recorded(folder: Path, step: int) -> dict:
     path = folder / "metrics.jsonl"
-    found = {row["step"]: row for row in json_lines(path) if "step" in row}
+    found = {row["step"]: row for row in json_lines(path) if isinstance(row.get("step"), int)}
     if step not in found:
         raise ValueError(f"--replay {step}: {path} holds steps {min(found, default=0)} to {max(found, default=0)}")
     return found[step]

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.constrain import Constrain
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from shards.info import count
@@ -104,6 +104,43 @@ class Report:
             f"validation after step {step}: t2v R@1 {t2v['R1']:.1f}  R@5 {t2v['R5']:.1f}  R@10 {t2v['R10']:.1f}  "
             f"MdR {t2v['MdR']:.1f}   v2t R@1 {v2t['R1']:.1f}   best t2v R@1 {self._best:.1f}"
         )
+
+
+class EvalReport:
+    """How far an evaluation is: bars on a terminal, a line every few seconds elsewhere. Does nothing where `on` is false."""
+
+    def __init__(self, on: bool):
+        self._console = Console(stderr=True, soft_wrap=True, quiet=not on)
+        self._live = on and sys.stderr.isatty()
+        self._bars = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[after]}"),
+            console=self._console, transient=True, disable=not self._live,
+        )  # fmt: skip
+        self._tasks: dict[str, int] = {}
+        self._began = self._last = self._last_line = time.monotonic()
+        self.pace = ""  # of the videos, once all are encoded
+
+    def __enter__(self) -> "EvalReport":
+        self._began = self._last = self._last_line = time.monotonic()
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bars.stop()
+
+    def tell(self, kind: str, done: int, total: int) -> None:
+        """`done` of `total` videos or captions (that is `kind`) are encoded."""
+        if kind not in self._tasks:
+            self._tasks[kind], self._began = self._bars.add_task(kind, total=total, after=""), self._last
+        self._last = time.monotonic()
+        seconds = max(self._last - self._began, 1e-9)
+        after = f"{done / seconds:.1f}/s"
+        self._bars.update(self._tasks[kind], completed=done, after=after)
+        if kind == "videos":
+            self.pace = f"{done} videos in {seconds:.1f} s, {done / seconds:.1f} clips/s"
+        if not self._live and self._last - self._last_line > _LINE_EVERY_S:
+            self._last_line = self._last
+            self._console.print(f"{done} of {total} {kind} encoded, {after}", highlight=False)
 
 
 def metrics_table(result: dict) -> Table:

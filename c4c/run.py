@@ -1,5 +1,6 @@
 """A run folder: everything that evaluation, search and resuming need, and all that was measured."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -10,14 +11,13 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import yaml
-
-from c4c.files import replace_text
+from c4c.files import read_json_object, read_yaml, replace_text
 from pipelines.quarantine import json_lines
 
 RESUME = ("never", "auto")
 DONE = "done.json"
 SCORE = "val/t2v_R1_pct"
+_NAMED = 8  # of many differences
 _PACKAGES = (
     "torch",
     "nvidia-dali-cuda130",
@@ -88,7 +88,7 @@ def mark_done(folder: Path, step: int, best: str) -> None:
 def read_done(folder: Path) -> dict | None:
     """What `mark_done` wrote, None if the run did not go all the way."""
     path = folder / DONE
-    return json.loads(path.read_text()) if path.exists() else None
+    return read_json_object(path) if path.exists() else None
 
 
 def is_run(name: str) -> bool:
@@ -107,9 +107,9 @@ def read_config(folder: Path) -> dict:
             f"{folder} is not a run folder: it has no config.yaml. --ckpt takes the folder that run.dir named"
         )
     try:
-        config = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is damaged, it is not YAML: {' '.join(str(error).split())}") from error
+        config = read_yaml(path)
+    except ValueError as error:
+        raise ValueError(f"{error}: the file is damaged") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} is damaged: it holds no settings")
     return config
@@ -135,7 +135,8 @@ def check_continuation(folder: Path, config: dict, defaults: dict | None = None,
     free = (*_FREE, *free)
     keys = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and not k.startswith(free)]
     if keys:
-        changes = "; ".join(f"{k} was {before.get(k)}, is {now.get(k)}" for k in keys)
+        changes = "; ".join(f"{k} was {before.get(k)}, is {now.get(k)}" for k in keys[:_NAMED])
+        changes += f"; and {len(keys) - _NAMED} more" if len(keys) > _NAMED else ""
         why = "; the learning rate's schedule spans all steps" if _LENGTH.intersection(keys) else ""
         anew = shlex.join([f"model.init_from={folder}", f"run.dir={_free_name(folder, '-')}"])
         raise ValueError(
@@ -172,8 +173,11 @@ def scores(folder: Path) -> dict[int, float]:
 
 
 def _scores(folder: Path) -> list[tuple[int, float]]:
-    rows = json_lines(folder / "eval.jsonl")
-    return [(row["step"], score(row)) for row in rows if "step" in row and (SCORE in row or "val/t2v_R1" in row)]
+    found = []
+    for row in json_lines(folder / "eval.jsonl"):
+        with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):  # a damaged line
+            found.append((int(row["step"]), float(score(row))))
+    return found
 
 
 def _free_name(folder: Path, suffix: str = ".old") -> Path:

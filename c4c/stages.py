@@ -26,10 +26,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
 from rich.table import Table
 
 from c4c.config import Config, ConfigError, load, to_dict
+from c4c.files import read_json_object, read_yaml
 from c4c.run import DONE, check_continuation, read_done
 
 _STARTED_FROM = "started_from.json"
@@ -71,10 +71,14 @@ def read(path: Path, overrides: list[str] = (), search: list[Path] = (), launche
     if found is None:
         raise ConfigError(f"no pipeline {path}; looked at {', '.join(map(str, [path, *(s / path for s in search)]))}")
     try:
-        tree = yaml.safe_load(found.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{found} is not YAML: {error}") from error
-    if not isinstance(tree, dict) or not isinstance(tree.get("stages"), list) or tree.keys() - {"stages", "launcher"}:
+        tree = read_yaml(found)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    right = {"stages": list, "launcher": str}
+    if (
+        not isinstance(tree, dict) or "stages" not in tree
+        or not all(isinstance(value, right.get(key, ())) for key, value in tree.items())
+    ):  # fmt: skip
         raise ConfigError(f"{found}: a pipeline holds `stages`, a list, and perhaps `launcher`; see c4c/stages.py")
     names = [str(entry.get("name")) if isinstance(entry, dict) else "" for entry in tree["stages"]]
     for word in overrides:
@@ -96,7 +100,9 @@ def _stage(entry: dict, overrides: list[str], before: dict[str, Stage], path: Pa
     needed = {"name", "cfg" if kind == "train" else "eval"}
     if not isinstance(entry, dict) or not needed <= entry.keys() <= _KEYS[kind]:
         known = " or ".join(", ".join(sorted(keys)) for keys in _KEYS.values())
-        raise ConfigError(f"{path}: {entry} is no stage; one has {known}")
+        raise ConfigError(f"{path}: {str(entry)[:200]} is no stage; one has {known}")
+    if not isinstance(entry.get("cfg", ""), str) or not isinstance(entry.get("set") or {}, dict):
+        raise ConfigError(f"{path}: stage {entry['name']}: cfg must be the name of a file, and set keys and values")
     name = str(entry["name"])
     if name in before or not name.replace("-", "").replace("_", "").isalnum():
         raise ConfigError(f"{path}: stage {name!r}: a name of letters, digits, - and _ that no other stage has")
@@ -150,9 +156,19 @@ def table(pipeline: Pipeline) -> Table:
         out.add_column(name, justify="left" if not name else "right")
     for stage in pipeline.stages:
         if stage.of:
-            row = json.loads(stage.result.read_text())["t2v"]
-            out.add_row(stage.name, *(f"{row[k]:.1f}" for k in ("R1", "R5", "R10", "MdR")))
+            out.add_row(stage.name, *(f"{value:.1f}" for value in scored(stage.result)))
     return out
+
+
+def scored(result: Path) -> list[float]:
+    """Text-to-video R@1, R@5, R@10 and MdR of an evaluation. Raises StageError if its file is damaged."""
+    try:
+        row = json.loads(result.read_bytes())["t2v"]
+        return [float(row[k]) for k in ("R1", "R5", "R10", "MdR")]
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
+        raise StageError(
+            f"{result} is damaged ({type(error).__name__}: {error}): delete it, and the same command evaluates again"
+        ) from error
 
 
 def _train(stage: Stage, command: list[str], say: Callable[[str], None]) -> None:
@@ -180,7 +196,7 @@ def _check_source(stage: Stage) -> None:
     if not (stage.run / "config.yaml").exists():
         stage.run.mkdir(parents=True, exist_ok=True)
         note.write_text(json.dumps(now) + "\n")
-    elif (json.loads(note.read_text()) if note.exists() else None) != now:
+    elif (read_json_object(note) if note.exists() else None) != now:
         raise StageError(
             f"stage {stage.name}: {stage.run} did not start from what {stage.source.run} holds now. Move it aside to start anew"
         )

@@ -15,13 +15,14 @@ from pathlib import Path
 import open_clip
 import safetensors
 import torch
-import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
 from c4c import archives, towers
 from c4c.checkpoint import load_weights
-from c4c.files import looked_in
+from c4c.config import from_dict
+from c4c.files import looked_in, read_json_object
+from c4c.run import read_config
 
 _ARCHIVE_EXTRAS = {"input_resolution", "context_length", "vocab_size"}  # sizes that OpenAI's archives carry as tensors
 
@@ -143,18 +144,11 @@ def to_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _from_run(folder: Path, tag: str | None) -> Weights:
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise ValueError(f"{folder} is not a run folder: it has no config.yaml")
-    config = yaml.safe_load(path.read_text())
-    model = config["model"]
+    config = from_dict(read_config(folder))
+    model, about = config.model, folder / "towers.json"
     state = load_weights(folder, tag)
-    spec = towers.named(model["backbone"])
-    about = folder / "towers.json"
-    if about.is_file():
-        spec = json.loads(about.read_text())
-    frames = config["data"]["num_frames"]
-    return Weights(state, spec, model["head"], model["linear_patch"], model.get("head_layers", 4), frames, "c4c run")
+    spec = read_json_object(about) if about.is_file() else towers.named(model.backbone)
+    return Weights(state, spec, model.head, model.linear_patch, model.head_layers, config.data.num_frames, "c4c run")
 
 
 def _load(path: Path) -> tuple[dict, dict[str, str]]:

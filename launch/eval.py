@@ -1,10 +1,10 @@
-"""Evaluate a run, or any checkpoint:  python launch/eval.py --ckpt runs/demo [--json out.json]
+"""Evaluate a run, or any checkpoint:  python launch/eval.py --ckpt runs/demo [--tag best] [--json out.json]
 
 python launch/eval.py --ckpt openai:ViT-B-32 --data data/msrvtt/test [data.num_frames=8]
+deepspeed launch/eval.py --ckpt runs/msrvtt          # several ranks share the videos; torchrun and srun start it as well
 """
 
 import argparse
-import json
 import re
 import sys
 from pathlib import Path
@@ -12,27 +12,35 @@ from pathlib import Path
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description="Rank every test video for every caption, with a run's checkpoint or any other."
+        description="Rank every test video for every caption, with a run's checkpoint or any other. Started by deepspeed, "
+        "torchrun or srun, ranks share the work."
     )
     parser.add_argument(
         "--ckpt", required=True,
         help="a run folder; a file of weights (CLIP4Clip, mmaction2, OpenAI, open_clip, safetensors); or TAG:BACKBONE as "
         "open_clip names them, openai:ViT-B-32",
     )  # fmt: skip
-    parser.add_argument("--tag", help="a checkpoint of the run: its name, or best (the latest)")
-    parser.add_argument("--data", help="a packed split (the run's own data.test)")
+    parser.add_argument(
+        "--tag",
+        help="a checkpoint of the run: its name, or `--tag best` for the best validated one (default: the latest)",
+    )
+    parser.add_argument("--data", help="a packed split (default: the run's own data.test)")
     parser.add_argument("--json", type=Path, help="write the metrics here too")
     parser.add_argument("--ranks", type=Path, help="write each text's rank here, one JSON object a line")
-    parser.add_argument("--device", help="cuda or cpu (cuda where there is one)")
+    parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # launchers pass it
     parser.add_argument(
         "overrides", nargs="*", metavar="data.key=value", help="data settings other than the checkpoint's"
     )
     args = parser.parse_intermixed_args()
     try:
         return run(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except (ValueError, OSError, RuntimeError) as error:
+        from c4c.errors import end_with
+
+        return end_with(error)
+    except KeyboardInterrupt:
+        return 130
 
 
 def run(args: argparse.Namespace) -> int:
@@ -58,32 +66,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--ranks {args.ranks}: {test} is remote; copy the split to a disk, which --ranks needs")
     split = Split(test, asked.local)
 
-    import torch
-    from rich.console import Console
+    from c4c.evaluate import evaluate_checkpoint
 
-    from c4c.engine import quiet_libraries
-    from c4c.evaluate import evaluate, write_ranks
-    from c4c.files import replace_text
-    from c4c.pretrained import open_checkpoint
-    from c4c.report import metrics_table
-
-    quiet_libraries()
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"--device {args.device}: this machine has {torch.cuda.device_count()} GPUs that torch can use"
-        )
-    model, data = open_checkpoint(args.ckpt, args.tag)
-    data = override_data(data, words)
-    model.check_data(data, args.ckpt)
-    model = model.to(device)
-    result, found = evaluate(model, model, split, data, device)
-    Console().print(metrics_table(result))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        replace_text({args.json: json.dumps(result, indent=2) + "\n"})
-    if args.ranks:
-        write_ranks(args.ranks, split, data, found)
+    evaluate_checkpoint(args.ckpt, args.tag, split, words, args.device, args.json, args.ranks)
     return 0
 
 

@@ -272,7 +272,7 @@ class Loader:
             valid=(torch.arange(rows) < len(pairs)).to(device),
             frame_numbers=numbers,
             pairs=pairs,
-            keys=[r.video.key for r in requests],
+            keys=[r.video.id for r in requests],
             captions=[bag[0] for bag in texts],
         )
 

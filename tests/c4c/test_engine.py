@@ -221,3 +221,15 @@ def test_a_part_that_inductor_rejects_runs_as_it_is(works, monkeypatch):
     assert [str(w.message) for w in said if "engine.compile" in str(w.message)] == [
         "engine.compile: a part of a tower runs uncompiled (a6.so: file too short)"
     ][works:]
+
+
+def test_a_compiler_that_fails_is_one_sentence():
+    built = RuntimeError(
+        "Error building extension 'fused_adam': [1/2] c++ -MMD\nfused_adam.cpp:3: fatal error: Python.h: none\n"
+    )
+    assert engine._not_compiled(built).startswith(
+        "DeepSpeed could not compile or load its optimizer: fused_adam.cpp:3: fatal error: Python.h: none. It needs g++"
+    )
+    missing = RuntimeError("Unable to JIT load the fused_adam op due to ninja not being installed.")
+    assert "due to ninja not being installed. It needs" in engine._not_compiled(missing)
+    assert engine._not_compiled(RuntimeError("shapes do not fit")) is None

@@ -5,6 +5,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +15,13 @@ from c4c.evaluate import evaluate as metrics
 from c4c.export import export, main
 from c4c.model import CLIP4Clip
 from c4c.pretrained import open_checkpoint
+from c4c.report import EvalReport
 from pipelines.config import DataConfig
+from pipelines.loader import Loader
 from shards.dataset import Split
+from shards.datasets import demo
+from shards.pack import pack
+from shards.profiles import Profile
 from tests.launch.runs import ROOT, lines
 
 pytestmark = pytest.mark.timeout(1200)  # the first launch in a new environment compiles DeepSpeed's optimizer
@@ -43,14 +49,24 @@ def validated(run, step: int) -> dict:
     return result | {"n_texts": line["val/n_texts"], "n_videos": line["val/n_videos"]}
 
 
+def metrics_of(file) -> dict:
+    """Of what eval.py wrote: without what was evaluated."""
+    result = json.loads(file.read_text())
+    return {key: result[key] for key in ("t2v", "v2t", "n_texts", "n_videos")}
+
+
 @pytest.mark.parametrize("way", WAYS)
-def test_every_stage_and_number_of_ranks_gives_the_runs_own_metrics(way, runs, evaluate, tmp_path):
+def test_every_stage_and_number_of_ranks_gives_the_runs_own_metrics(way, runs, evaluate, launcher, tmp_path):
     file = tmp_path / "new" / "out.json"
     code, out, err = evaluate("--ckpt", runs[way], "--json", file)
     assert (code, err) == (0, "")
-    result = json.loads(file.read_text())
-    assert result == validated(runs[way], 10)
-    assert list(result) == ["t2v", "v2t", "n_texts", "n_videos"]
+    result, run = json.loads(file.read_text()), runs[way]
+    assert metrics_of(file) == validated(run, 10)
+    assert list(result) == ["t2v", "v2t", "n_texts", "n_videos", "checkpoint", "split", "split_digest"]
+    assert (result["checkpoint"], result["split"]) == (str(run / "checkpoints" / "step00000010"), str(launcher.test))
+    assert result["split_digest"] == Split(launcher.test).digest
+    assert f"checkpoint  {run / 'checkpoints' / 'step00000010'}" in out and f"split       {launcher.test}" in out
+    assert "encoded     17 videos in " in out and " clips/s, " in out
     assert list(result["t2v"]) == list(result["v2t"]) == ["R1", "R5", "R10", "MdR", "MnR"]
     assert "17 texts, 17 videos" in out
     assert "text to video" in out
@@ -58,11 +74,48 @@ def test_every_stage_and_number_of_ranks_gives_the_runs_own_metrics(way, runs, e
     assert f"{result['t2v']['R10']:.1f}" in out
 
 
+def test_ranks_of_a_launcher_share_the_work(runs, launcher, tmp_path):
+    """17 videos on 3 ranks in batches of 2: the last of one rank is empty. Rank 0 alone prints and writes."""
+    run, out, found = runs["1 rank"], tmp_path / "out.json", tmp_path / "ranks.jsonl"
+    words = ["--ckpt", run, "--json", out, "--ranks", found, "data.eval_batch_size=2"]
+    code, said, err = launcher.finish(launcher.launch(3, "launch/eval.py", *map(str, words)))
+    assert code == 0, err
+    assert metrics_of(out) == validated(run, 10)
+    assert said.count("text to video") == 1 and "3 x cpu" in said
+    assert [row["video"] for row in lines(found)] == [Split(launcher.test).video(i).id for i in range(17)]
+
+
+def test_ids_are_written_as_the_user_wrote_them(runs, evaluate, tmp_path):
+    items = demo.generate(tmp_path / "source", seed=1, train=0, test=3, workers=1)["test"]
+    odd = [replace(item, id=f"my phone/{item.id}") for item in items]
+    pack(odd, tmp_path / "odd", dataset="demo", split="test", profile=Profile(short_side=64), workers=1)
+    found = tmp_path / "ranks.jsonl"
+    assert evaluate("--ckpt", runs["1 rank"], "--data", tmp_path / "odd", "--ranks", found)[0] == 0
+    assert [row["video"] for row in lines(found)] == [item.id for item in odd]
+    data = DataConfig(image_size=64, num_frames=2, threads=1)
+    with Loader(Split(tmp_path / "odd"), data, batch_size=3, seed=0, device="cpu") as loader:
+        (batch,) = loader.batches(count=1)
+    assert sorted(batch.keys) == sorted(item.id for item in odd)
+
+
+def test_an_evaluation_says_how_far_it_is(capsys, monkeypatch):
+    monkeypatch.setattr("c4c.report._LINE_EVERY_S", 0)
+    with EvalReport(on=True) as progress:
+        progress.tell("videos", 5, 20)
+        progress.tell("videos", 20, 20)
+        progress.tell("captions", 7, 7)
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("5 of 20 videos encoded, ") and last.startswith("7 of 7 captions encoded, ")
+    assert progress.pace.startswith("20 videos in ") and progress.pace.endswith(" clips/s")
+    with EvalReport(on=False) as progress:
+        progress.tell("videos", 5, 20)
+    assert capsys.readouterr().err == ""
+
+
 def test_an_earlier_checkpoint(runs, evaluate, tmp_path):
     run = runs["2 ranks, ZeRO 2"]
     assert evaluate("--ckpt", run, "--tag", "step00000005", "--json", tmp_path / "out.json")[0] == 0
-    result = json.loads((tmp_path / "out.json").read_text())
-    assert result == validated(run, 5) != validated(run, 10)
+    assert metrics_of(tmp_path / "out.json") == validated(run, 5) != validated(run, 10)
 
 
 def test_another_split(runs, evaluate, launcher, tmp_path):
@@ -77,7 +130,7 @@ def test_as_a_command(runs, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     assert "17 texts, 17 videos" in done.stdout
-    assert json.loads((tmp_path / "out.json").read_text()) == validated(runs["1 rank"], 10)
+    assert metrics_of(tmp_path / "out.json") == validated(runs["1 rank"], 10)
 
 
 # ---- what cannot be done ----
@@ -113,7 +166,7 @@ def test_what_cannot_be_done_is_refused_before_the_weights_are_read(name, evalua
     def read(*_):
         raise AssertionError("the weights were read")
 
-    monkeypatch.setattr("c4c.pretrained.open_checkpoint", read)
+    monkeypatch.setattr("c4c.evaluate.open_checkpoint", read)
     words, said = UNREASONABLE[name]
     data = [] if "--data" in words else ["--data", launcher.test]
     assert said in refused(evaluate("--ckpt", "openai:ViT-B-32", *data, *words))
@@ -255,7 +308,7 @@ def test_any_file_of_weights(model, evaluate, launcher, tmp_path):
         one = CLIP4Clip(quick, heads[name]).eval() if name in heads else model
         one.load_state_dict(model.state_dict())
         expected, _ = metrics(one, one, Split(launcher.test), data, torch.device("cpu"))
-        assert json.loads((tmp_path / "out.json").read_text()) == expected
+        assert metrics_of(tmp_path / "out.json") == expected
 
 
 def test_a_checkpoint_that_open_clip_names(model, evaluate, launcher, tmp_path, monkeypatch):
@@ -267,7 +320,7 @@ def test_a_checkpoint_that_open_clip_names(model, evaluate, launcher, tmp_path, 
     assert evaluate(*words, "data.num_frames=5")[0] == 0
     data = DataConfig(num_frames=5, image_size=64)
     expected, _ = metrics(model, model, Split(launcher.test), data, torch.device("cpu"))
-    assert json.loads((tmp_path / "out.json").read_text()) == expected
+    assert metrics_of(tmp_path / "out.json") == expected
 
 
 def test_checkpoints_that_cannot_be_had(evaluate, launcher, monkeypatch, tmp_path):
