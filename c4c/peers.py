@@ -65,7 +65,9 @@ class Peers:
             )
         elif gone:
             names = " and ".join(f"rank {rank} (pid {self._places[rank][1]})" for rank in gone)
-            why = f"{names} vanished: {self._unless()}killed, usually because memory ran out (dmesg tells)"
+            # rank 0 cannot leave word that it ended with an error: the store ends with it
+            unless = "unless it gave a reason above, " if 0 in gone else ""
+            why = f"{names} vanished: {unless}it was killed, usually because memory ran out (dmesg tells)"
         else:
             return None
         return f"{why}. Go on with\n    {command_again('run.resume=auto')}"
@@ -88,10 +90,6 @@ class Peers:
             return within(_STORE_S, lambda: [rank for rank in ended if not self._store.check([_ended(rank)])])
         except Exception:
             return ended
-
-    def _unless(self) -> str:
-        """Rank 0 cannot leave word that it ended with an error: the store ends with it."""
-        return "unless it gave a reason above, it was " if not _runs(self._places[0][1]) else "it was "
 
 
 def _ended(rank: int) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))  # without its environment too, c4c.launched says what to do
 
-from c4c.launched import Starting, missing_package, own_rank, require_port
+from c4c.launched import Starting, missing_package, require_port
 
 _RECIPES = Path(__file__).parent / "cfg"
 
@@ -25,12 +25,9 @@ def main() -> int:
         print(f"error: {missing_package(error)}", file=sys.stderr)
         return 1
     except (ValueError, OSError, RuntimeError) as error:
-        from c4c.errors import lost_peer, speak
+        from c4c.errors import end_with
 
-        if isinstance(error, RuntimeError) and not lost_peer(error):
-            raise
-        speak(error, own_rank())
-        return 1
+        return end_with(error)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -92,6 +92,17 @@ def test_a_signal_before_the_first_step_is_one_line(work, number, rank):
     assert err == ("" if rank else f"stopped by {name} before the first step. Start again with\n    {command}\n")
 
 
+def test_a_signal_because_of_a_lost_rank_says_that():
+    work = 'from c4c.launched import explained_by\n    with explained_by(lambda: "rank 1 vanished"): time.sleep(60)'
+    env = os.environ | {"PYTHONPATH": str(ROOT), "RANK": "0"}
+    process = subprocess.Popen([sys.executable, "-c", STARTING.format(work=work)], env=env, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.2)
+    process.terminate()
+    assert process.communicate(timeout=30)[1] == "error: rank 1 vanished\n"
+
+
 @pytest.mark.parametrize("words", [["launch/train.py", "--cfg", "demo.yaml"], ["launch/train.py", "--keys"],
                                    ["launch/pipeline.py", "--cfg", "two_stage.yaml"], ["-m", "c4c.export", "--ckpt", "a", "--to", "b.safetensors"]])  # fmt: skip
 def test_without_the_environment_it_says_so(words, monkeypatch):
