@@ -11,9 +11,10 @@ _TTY = 2  # standard error, where the bars are
 class Foreground:
     """`with Foreground(on)`: Ctrl-C reaches this process alone, and not the launcher that started it.
 
-    deepspeed and torchrun die of a Ctrl-C at once, with a traceback: the shell's prompt would come back while rank 0 still
-    saves. So rank 0 (`on`) takes the terminal for a process group of its own, and gives it back at the end and for Ctrl-Z.
-    Only where the launcher leads the terminal's process group: a script or make must get its Ctrl-C.
+    deepspeed dies of a Ctrl-C at once, with a traceback: the shell's prompt would come back while rank 0 still saves. So rank
+    0 (`on`) takes the terminal for a process group of its own, and gives it back at the end and for Ctrl-Z. Only where the
+    launcher leads the terminal's process group: a script or make must get its Ctrl-C. torchrun gives ranks sessions of
+    their own, which have no terminal to take.
     """
 
     def __init__(self, on: bool):
