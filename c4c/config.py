@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from c4c.deepspeed_keys import wrong_key
-from c4c.files import parse_yaml, read_yaml
+from c4c.files import looked_in, parse_yaml, read_yaml
 from c4c.optim import TrainConfig
 from c4c.run import RunConfig, require_wandb
 from c4c.settings import CheckpointConfig, EngineConfig, ModelConfig
@@ -69,6 +69,13 @@ def require(config: Config) -> None:
             "random weights"
         )
     require_wandb(config.run.wandb)
+
+
+def require_data(data: DataConfig) -> None:
+    """Raise ConfigError if a split's folder is not there. What it holds is checked when it is opened."""
+    for path in (*([data.train] if isinstance(data.train, str) else data.train), data.test):
+        if "://" not in path and not Path(path).is_dir():
+            raise ConfigError(f"there is no folder {path}{looked_in(path)}. Pack one with: python -m c4c.shard --help")
 
 
 def _check_deepspeed(located: Any, given: dict) -> None:

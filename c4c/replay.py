@@ -6,6 +6,7 @@ from pathlib import Path
 from c4c import checkpoint
 from c4c.config import Config
 from c4c.distributed import start_distributed, stop_distributed
+from c4c.files import looked_in
 from c4c.report import Report
 from c4c.session import Outcome, Session, make_deterministic
 from pipelines.quarantine import json_lines
@@ -22,6 +23,8 @@ def replay(config: Config, step: int) -> bool:
     if config.run.deterministic:
         make_deterministic()
     folder = Path(config.run.dir)
+    if not folder.is_dir():
+        raise ValueError(f"--replay {step}: there is no run folder {folder}{looked_in(folder)}")
     then = recorded(folder, step)
     before = [t for t in checkpoint.tags(folder) if checkpoint.step_of(t) < step]
     tag, notes = checkpoint.newest_whole(folder, before=step) if before else (None, [])

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shlex
+import tempfile
 import time
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -54,6 +55,21 @@ def require_wandb(project: str) -> None:
         raise ValueError(
             f"run.wandb={project}: the package is not installed; pip install wandb, or leave run.wandb out"
         )
+
+
+def require_folder(folder: Path) -> None:
+    """Raise ValueError if the run folder cannot be made or written to."""
+    there = folder
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    reason = f"{there} is a file"
+    if there.is_dir():
+        try:
+            with tempfile.TemporaryFile(dir=there):
+                return
+        except OSError as error:
+            reason = f"{error.strerror} in {there}"
+    raise ValueError(f"run.dir={folder} cannot be written to: {reason}")
 
 
 def prepare(folder: Path, resume: str) -> Path | None:

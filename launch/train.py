@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))  # without its environment too, c4c.launched says what to do
 
-from c4c.launched import Starting, missing_package, require_port
+from c4c.launched import Starting, missing_package, own_rank, require_port
 
 _RECIPES = Path(__file__).parent / "cfg"
 
@@ -84,12 +84,13 @@ def _epilog() -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Imports come after what they would hold up: help needs none, and a mistake in the settings few."""
-    from c4c.config import load, require
+    from c4c.config import load, require, require_data
 
     words = [f"run.seed={args.seed}"] if args.seed is not None else []
     words += ["run.deterministic=true"] if args.deterministic else []
     config = load(args.cfg, args.overrides + words, [_RECIPES])
     require(config)
+    require_data(config.data)
     require_port()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of a lost rank are pages of addresses
     if args.check:
@@ -101,6 +102,10 @@ def run(args: argparse.Namespace) -> int:
 
         return 0 if replay(config, args.replay) else 1
     else:
+        from c4c.run import require_folder
+
+        if own_rank() == 0:
+            require_folder(Path(config.run.dir))
         from c4c.train import train
 
         train(config)
