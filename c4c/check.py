@@ -11,6 +11,7 @@ from c4c.report import Report, span
 from c4c.session import Session, make_deterministic
 from c4c.train import memory_gib
 from pipelines.survey import notes
+from shards import count
 from shards.dataset import Split
 from shards.remote import Local
 
@@ -45,7 +46,7 @@ def check(config: Config) -> None:
         mark = time.perf_counter()
         first = Part(config.data.test, config.data.eval_batch_size * world, config.data.local)
         session.evaluate(first)
-        say(f"evaluation: {len(first)} of {len(session.test)} videos in {time.perf_counter() - mark:.2f} s")
+        say(f"evaluation: {len(first)} of {count(len(session.test), 'video')} in {time.perf_counter() - mark:.2f} s")
         _describe(say, config, session, steps, folder)
         say(f"all {'else ' * damaged}is well; nothing was written to the run folder")
     finally:
@@ -104,7 +105,7 @@ def _describe(say, config: Config, session: Session, steps: list[float], folder:
         f"{f', {host:.2f} GiB on the host' if host else ''}; with activations {memory_gib():.2f} GiB at most in these steps"
     )
     say(
-        f"an epoch: {session.per_epoch} steps of {config.train.batch_size} pairs; the run: {session.total} steps, about "
+        f"an epoch: {count(session.per_epoch, 'step')} of {count(config.train.batch_size, 'pair')}; the run: {count(session.total, 'step')}, about "
         f"{span(remaining * last)} at {last:.2f} s a step, without validations"
     )
     sets = [config.data.train] if isinstance(config.data.train, str) else config.data.train

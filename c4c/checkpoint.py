@@ -16,7 +16,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ import torch.distributed as dist
 from crc32c import crc32c
 from torch import Tensor
 
+from c4c.files import looked_in, with_usual_mode
 from c4c.run import scores
 from c4c.settings import CheckpointConfig
 
@@ -139,6 +140,7 @@ def write(run: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: di
         beside.mkdir()
         for name, content in tensors.items():
             save_file(content, beside / name)
+            with_usual_mode(beside / name)
         state = state | {"files": {name: _measured(beside / name) for name in tensors}}
         (beside / STATE).write_text(json.dumps(state | {"crc32c": _own_checksum(state)}, indent=2) + "\n")
         for file in beside.iterdir():
@@ -235,10 +237,18 @@ def latest(run: Path) -> str:
     if tag in tags(run):
         return tag
     if not run.is_dir():
-        raise CheckpointError(f"there is no run folder {run}")
+        raise CheckpointError(f"there is no run folder {run}{looked_in(run)}")
     if tag is None and not tags(run):
         raise CheckpointError(f"{run} holds no checkpoint (no {FOLDER}/latest): train it first, or longer")
     return newest_whole(run)[0]
+
+
+def trained_on(run: Path) -> str | None:
+    """The digest of the data that a run was trained on, as its newest readable checkpoint has it."""
+    for tag in reversed(tags(run)):
+        with suppress(CheckpointError, OSError):
+            return read_state(run / FOLDER / tag).get("data")
+    return None
 
 
 def newest_whole(run: Path, before: float = float("inf")) -> tuple[str, list[str]]:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import difflib
+import inspect
+import re
 import sys
 import types
 import typing
@@ -12,7 +14,7 @@ from typing import Any
 import yaml
 
 from c4c.deepspeed_keys import wrong_key
-from c4c.files import parse_yaml, read_yaml
+from c4c.files import looked_in, parse_yaml, read_yaml
 from c4c.optim import TrainConfig
 from c4c.run import RunConfig, require_wandb
 from c4c.settings import CheckpointConfig, EngineConfig, ModelConfig
@@ -69,6 +71,13 @@ def require(config: Config) -> None:
     require_wandb(config.run.wandb)
 
 
+def require_data(data: DataConfig) -> None:
+    """Raise ConfigError if a split's folder is not there. What it holds is checked when it is opened."""
+    for path in (*([data.train] if isinstance(data.train, str) else data.train), data.test):
+        if "://" not in path and not Path(path).is_dir():
+            raise ConfigError(f"there is no folder {path}{looked_in(path)}. Pack one with: python -m c4c.shard --help")
+
+
 def _check_deepspeed(located: Any, given: dict) -> None:
     """Of a file that is read now. A run that ignored a key in its day can still be read."""
     if found := wrong_key(given):
@@ -110,6 +119,36 @@ def to_dict(config: Config) -> dict:
 
 def dump(config: Config) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def describe_keys() -> str:
+    """A paragraph for each group of settings: what it is for, and its keys with defaults and the comments in the source."""
+    lines = []
+    for group, kind in typing.get_type_hints(Config).items():
+        if not dataclasses.is_dataclass(kind):
+            lines += [f"{group}.*  DeepSpeed's own keys, passed through", ""]
+            continue
+        lines.append(f"{group}  {inspect.getdoc(kind)}")
+        above: list[str] = []
+        for line in inspect.getsource(kind).partition("    def ")[0].splitlines():
+            comment = re.fullmatch(r"    # (.*)", line)
+            if field_line := re.match(r"    (\w+): [^=]+ = ([^#]*)(?:# (.*))?$", line):
+                name, _, beside = field_line.groups()
+                default = _plain(kind.__dataclass_fields__[name].default)
+                lines.append(f"    {group}.{name}={_as_word(default)}")
+                lines += [f"        {text}" for text in (*above, beside) if text]
+            elif inside := re.match(r"        [^#\"]+ # (.*)$", line):  # a default that stands on a line of its own
+                lines.append(f"        {inside.group(1)}")
+            above = [*above, comment.group(1)] if comment else []
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _as_word(value: Any) -> str:
+    """As it is written on the command line."""
+    if value in ("", None):
+        return "''" if value == "" else "null"
+    return value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True).split("\n")[0]
 
 
 def _find(name: str, search: list[Path]) -> Path:

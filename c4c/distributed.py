@@ -3,7 +3,6 @@
 import logging
 import os
 import re
-import shlex
 import sys
 import time
 import uuid
@@ -13,6 +12,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from c4c.launched import free_port
 
 
 def start_distributed(timeout_s: float = 1800.0) -> tuple[int, int, torch.device]:
@@ -100,7 +101,7 @@ def _name_ranks(env: MutableMapping[str, str]) -> None:
         env.setdefault(name, value)
     env.setdefault("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", env["WORLD_SIZE"]))  # deepspeed's name for it
     if "MASTER_PORT" not in env:
-        env["MASTER_PORT"] = str(_free_port())
+        env["MASTER_PORT"] = str(free_port())
 
 
 def launched() -> int:
@@ -117,21 +118,6 @@ def restarted(device: torch.device | str = "cpu") -> bool:
     if dist.is_initialized():
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
     return most.item() > 0
-
-
-def command_again(*words: str) -> str:
-    """The command that started this rank, as a person would type it, with further words at its end."""
-    env, given = os.environ, [w for w in sys.argv if not w.startswith("--local_rank") and w not in words]
-    local, world = env.get("LOCAL_WORLD_SIZE", "1"), env.get("WORLD_SIZE", "1")
-    start = "python"
-    if "TORCHELASTIC_RUN_ID" in env:
-        start = f"torchrun --nproc_per_node {local}"
-    elif "SLURM_STEP_NUM_TASKS" in env:
-        start = "srun python"
-    elif "LOCAL_SIZE" in env:  # deepspeed's launcher
-        start = "deepspeed" if local != world else f"deepspeed --num_accelerators {world}"
-    more = "" if local == world or start == "srun python" else "    (on the same machines as before)"
-    return shlex.join([*start.split(), *given, *words]) + more
 
 
 def stop_distributed() -> None:
@@ -165,11 +151,3 @@ def compile_ops() -> None:
 def _find_ninja() -> None:
     """An environment that is not activated still has ninja, with which DeepSpeed compiles."""
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]

@@ -1,8 +1,9 @@
 """How an error that ends a run is told. Nothing heavy is imported before one of torch's own kind is asked for."""
 
-import os
 import sys
 import time
+
+from c4c.launched import own_rank
 
 OTHERS_FIRST_S = 5.0  # what every rank has to say rank 0 says; its launcher then ends the others before they repeat it
 
@@ -22,7 +23,7 @@ def end_with(error: BaseException) -> int:
     """Tell an error that ends a command, and return its exit code. Raises it again if it is a bug and no mistake."""
     if isinstance(error, RuntimeError) and not lost_peer(error):
         raise error
-    speak(error, int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))))
+    speak(error, own_rank())
     return 1
 
 

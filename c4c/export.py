@@ -9,18 +9,13 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from safetensors.torch import save_file
-
-from c4c.engine import quiet_libraries
-from c4c.files import replace_text, require_writable
-from c4c.model import CLIP4Clip
-from c4c.run import is_run
-from c4c.weights import to_official
+if TYPE_CHECKING:  # imports come after what they would hold up: --help and paths that cannot be
+    from c4c.model import CLIP4Clip
 
 
-def describe(model: CLIP4Clip) -> dict:
+def describe(model: "CLIP4Clip") -> dict:
     """What `c4c.weights.read` needs to build the model again."""
     return {
         "spec": model.spec,
@@ -31,11 +26,16 @@ def describe(model: CLIP4Clip) -> dict:
     }
 
 
-def export(model: CLIP4Clip, path: Path, official: bool) -> None:
+def export(model: "CLIP4Clip", path: Path, official: bool) -> None:
     """Write the model's weights to `path`. Raises ValueError if the file's ending does not suit the layout."""
+    import torch
+    from safetensors.torch import save_file
+
+    from c4c.files import replace_text, with_usual_mode
+    from c4c.weights import to_official
+
     state = {k: v.detach().contiguous().cpu() for k, v in model.state_dict().items()}
     check_ending(path, official)
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.tmp")
     try:
         if official:
@@ -44,6 +44,7 @@ def export(model: CLIP4Clip, path: Path, official: bool) -> None:
             about = json.dumps(describe(model), sort_keys=True)
             save_file(state, beside, metadata={"format": "pt", "c4c": about})
             replace_text({path.with_suffix(".json"): json.dumps(describe(model), indent=2) + "\n"})
+        with_usual_mode(beside)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
@@ -63,20 +64,38 @@ def main() -> int:
     parser.add_argument("--to", type=Path, required=True, help="the file to write")
     parser.add_argument("--official", action="store_true", help="in the official CLIP4Clip layout")
     args = parser.parse_args()
-    quiet_libraries()
     try:
-        check_ending(args.to, args.official)
-        require_writable("--to", args.to)
-        if args.tag and not is_run(str(args.ckpt)):
-            raise ValueError(f"--tag {args.tag} names a run's checkpoint, and {args.ckpt} is no run folder")
-        model = CLIP4Clip.from_checkpoint(args.ckpt, tag=args.tag)
-        export(model, args.to, args.official)
+        weights, about = run(args.ckpt, args.tag, args.to, args.official)
+    except ModuleNotFoundError as error:
+        from c4c.launched import missing_package
+
+        print(f"error: {missing_package(error)}", file=sys.stderr)
+        return 1
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    weights = sum(p.numel() for p in model.parameters())
-    print(f"{args.to}: {model.head.name}, {model.linear_patch}, {weights / 1e6:.1f} M weights")
+    print(f"{args.to}: {about}, {weights / 1e6:.1f} M weights")
     return 0
+
+
+def run(ckpt: Path, tag: str | None, to: Path, official: bool) -> tuple[int, str]:
+    """Export; returns the number of weights, and head and patches in words. Raises ValueError and OSError."""
+    from c4c.files import looked_in, require_writable
+    from c4c.run import is_run
+
+    check_ending(to, official)
+    if not to.parent.is_dir():
+        raise ValueError(f"--to {to}: there is no folder {to.parent}{looked_in(to)}. Make it first, or name another")
+    require_writable("--to", to)
+    if tag and not is_run(str(ckpt)):
+        raise ValueError(f"--tag {tag} names a run's checkpoint, and {ckpt} is no run folder")
+    from c4c.distributed import quiet_libraries
+    from c4c.model import CLIP4Clip
+
+    quiet_libraries()
+    model = CLIP4Clip.from_checkpoint(ckpt, tag=tag)
+    export(model, to, official)
+    return sum(p.numel() for p in model.parameters()), f"{model.head.name}, {model.linear_patch}"
 
 
 if __name__ == "__main__":

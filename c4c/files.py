@@ -100,6 +100,18 @@ def _require_room(option: str, path: Path, folder: Path) -> None:
     raise ValueError(f"{option} {path} cannot be written: {reason}")
 
 
+def with_usual_mode(path: Path) -> None:
+    """Give a file the mode that files of this process get. safetensors makes its own readable to their owner alone."""
+    status = Path("/proc/self/status").read_text()
+    umask = next(int(line.split()[1], 8) for line in status.splitlines() if line.startswith("Umask:"))
+    path.chmod(0o666 & ~umask)
+
+
+def looked_in(path: str | Path) -> str:
+    """For a message that a path is not there: which folder a relative one was looked for in."""
+    return "" if Path(path).is_absolute() else f" (looked in {Path.cwd()})"
+
+
 def lines_up_to(path: Path, step: int) -> str:
     """The text of a JSON-lines file without torn lines and without those whose `step` is above `step`."""
     kept = [line for line in path.read_text(errors="replace").split("\n") if _step(line) <= step]

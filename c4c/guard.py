@@ -2,7 +2,6 @@
 
 import json
 import os
-import queue
 import signal
 import socket
 import sys
@@ -10,13 +9,15 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from datetime import timedelta
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from c4c.errors import OTHERS_FIRST_S
+from c4c.peers import Peers, own_connection, within
+from c4c.terminal import Foreground
 from pipelines.quarantine import append_line
 
 BAD_STEPS = "bad_steps.jsonl"
@@ -25,23 +26,31 @@ BAD_STEPS = "bad_steps.jsonl"
 class Stop:
     """`with Stop() as stop`: SIGTERM and SIGINT only set `stop.signal`, so that the step can end and be saved.
 
-    Launchers send both, and again, for one Ctrl-C; none of it ends the process. Elsewhere than in a main thread: nothing.
+    Launchers send both, and again, for one Ctrl-C; none of it ends the process. At a terminal the launcher gets a second
+    Ctrl-C, and then ends the ranks. Elsewhere than in a main thread: nothing. first: whether this is rank 0.
     """
 
-    def __init__(self):
+    def __init__(self, first: bool = False):
         self.signal: str | None = None
         self._before: dict = {}
+        self._terminal = Foreground(first)
 
     def __enter__(self) -> "Stop":
         if threading.current_thread() is threading.main_thread():
             self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+            signal.set_wakeup_fd(-1)  # c4c.launched.Starting's
+            self._terminal.__enter__()
         return self
 
     def __exit__(self, *_) -> None:
+        if self._before:
+            self._terminal.__exit__()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, _frame) -> None:
+        if self.signal:
+            self._terminal.pass_on(number)
         self.signal = self.signal or signal.Signals(number).name
 
 
@@ -117,21 +126,22 @@ class BadSteps:
         if not bad:
             return ""
         self.total += 1
-        parts = [keys]
+        parts, listing = [keys], self._folder / BAD_STEPS
         if world > 1:
             parts = [None] * world
             dist.all_gather_object(parts, keys)
         if rank == 0:
             row = {"step": step, "loss": str(loss), "keys": [key for part in parts for key in part]}
-            append_line(self._folder / BAD_STEPS, row)
+            with suppress(OSError):  # a full disk: what is said below names the step all the same
+                append_line(listing, row)
         said = f"step {step} was left out: its loss is {loss}, or a gradient is not finite"
         if self._in_a_row >= self._most:
             raise ValueError(
                 f"{said}; that is the {self._in_a_row}th in a row (train.max_bad_steps). The videos of these steps are in "
-                f"{self._folder / BAD_STEPS}; --replay {step} runs one again. Usual reasons: train.lr too high, "
+                f"{listing}; --replay {step} runs one again. Usual reasons: train.lr too high, "
                 "engine.precision=fp16 where bf16 would do"
             )
-        return f"warning: {said}. Its videos are in {self._folder / BAD_STEPS}"
+        return f"warning: {said}. Its videos are in {listing}"
 
 
 class Watchdog:
@@ -139,50 +149,78 @@ class Watchdog:
 
     Each rank's thread tells all others, by way of the store that the ranks met at, what its main thread is doing. A rank
     whose own work stands still for `timeout_s` seconds compares them: the one furthest behind is what all wait for.
+    The time for which this process itself was stopped does not count. peers: see there; told of such times.
     """
 
-    def __init__(self, rank: int, world: int, timeout_s: float, end: Callable[[int], None] = os._exit):
+    def __init__(
+        self, rank: int, world: int, timeout_s: float, end: Callable[[int], None] = os._exit, peers: Peers | None = None
+    ):
+        self._peers = peers or Peers(rank, world, timeout_s)
         self._rank, self._world, self._timeout, self._end = rank, world, timeout_s, end
         self._turn, self._doing, self._since, self._beat = 0, "starting", time.monotonic(), 0
         self._main = threading.main_thread().ident
-        self._stopped = threading.Event()
+        self._stopped, self._pausing = threading.Event(), threading.Lock()
+        self._back, self._computed, self._paused_turn = float("inf"), 0.0, 0
         self._interval = min(5.0, timeout_s / 8)
         self._thread = threading.Thread(target=self._watch, name="c4c-watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
         if self._world > 1:
-            store = (
-                dist.distributed_c10d._get_default_store().clone()
-            )  # its own connection: no waiting for the main thread
-            store.set_timeout(timedelta(seconds=max(2.0, 2 * self._interval)))
-            self._store = store
+            self._store = own_connection(max(2.0, 2 * self._interval))
+            self._expect(self._interval)
             self._thread.start()
         return self
 
     def __exit__(self, *_) -> None:
-        self._stopped.set()
         if self._thread.is_alive():
+            self._note_pause()  # the thread may not have come to it
+            self._stopped.set()
             self._thread.join()
 
     def now(self, doing: str) -> None:
         """Called by the main thread of every rank in the same order."""
+        if self._peers.paused_s and self._turn > self._paused_turn + 6:
+            self._peers.paused_s = 0.0  # the others waited
         self._turn, self._doing, self._since = self._turn + 1, doing, time.monotonic()
 
     def _watch(self) -> None:
-        lost = "rank 0, at which the ranks meet, does not answer: "
+        lost, gone = "rank 0, at which the ranks meet, does not answer: ", None
         try:
             while not self._stopped.wait(self._interval):
+                self._expect(2 * self._interval + 4)  # for the store, twice
+                if gone and (gone := self._peers.explain()):
+                    self._peers.say(gone)  # the main thread did not notice, as with NCCL
+                    self._end(1)
+                else:
+                    gone = self._peers.explain()
                 late = time.monotonic() - self._since > self._timeout
                 try:
-                    _within(2 * self._interval, self._publish)
+                    within(2 * self._interval, self._publish)
                     if late:
-                        self._report(_within(8 * self._interval + 1, self._slowest))
+                        self._expect(8 * self._interval + 1)
+                        self._report(within(8 * self._interval + 1, self._slowest))
                 except TimeoutError:
                     if late:
                         self._report(f"{lost}its process is stopped, or its machine gone")
+                self._expect(self._interval)
         except Exception:  # the store went with the rank that held it
             if not self._stopped.wait(2 * self._interval):  # at the end of a run that is how it should be
                 self._report(f"{lost}it ended, or its machine is gone")
+
+    def _expect(self, seconds: float) -> None:
+        """The watching thread will be back in so long at most."""
+        self._note_pause()
+        with self._pausing:
+            self._back, self._computed = time.monotonic() + seconds, time.process_time()
+
+    def _note_pause(self) -> None:
+        """See whether this process was stopped (SIGSTOP, Ctrl-Z, a debugger): time went by in which it did not compute."""
+        with self._pausing:
+            late, computed = time.monotonic() - self._back, time.process_time() - self._computed
+            if late > 2 * self._interval and computed < 0.1 * late:
+                self._back = self._since = time.monotonic()
+                self._paused_turn = self._turn
+                self._peers.paused_s += late
 
     def _publish(self) -> None:
         self._beat += 1
@@ -216,34 +254,18 @@ class Watchdog:
         return "; ".join(words) or f"all ranks are {after[0]['doing']} since {after[0]['for_s']} s"
 
     def _report(self, found: str) -> None:
+        turn = self._turn
         if self._rank:
             time.sleep(OTHERS_FIRST_S)
+            if self._turn != turn:
+                return  # it goes on
         stack = ""
         if f"rank {self._rank} (" in found or "all ranks" in found:
             stack = "".join(traceback.format_stack(sys._current_frames()[self._main])[-4:])
         text = f"error: no step for {self._timeout:.0f} s (engine.timeout_s): {found}. The others wait for it in vain"
         print(f"{text}\n{stack}", file=sys.stderr, flush=True)
+        self._peers.leave()
         self._end(1)
-
-
-def _within(seconds: float, call: Callable):
-    """What `call` returns or raises. TimeoutError if it takes longer: the store of a stopped process blocks for ever."""
-    came: queue.Queue = queue.Queue()
-
-    def run() -> None:
-        try:
-            came.put((call(), None))
-        except Exception as error:
-            came.put((None, error))
-
-    threading.Thread(target=run, name="c4c-watchdog-store", daemon=True).start()
-    try:
-        result, error = came.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError from None
-    if error is not None:
-        raise error
-    return result
 
 
 def _place(state: dict | None) -> str:

@@ -14,6 +14,7 @@ from c4c.settings import ModelConfig
 from c4c.weights import Weights, read, read_backbone
 from pipelines.config import DataConfig
 
+_NAMED = 3  # weights of each kind that an error names
 MAX_SCALE = 100.0  # CLIP's bound on the temperature's inverse
 
 
@@ -163,6 +164,7 @@ def build(config: ModelConfig, num_frames: int) -> CLIP4Clip:
 def _start(config: ModelConfig, weights: Weights, num_frames: int) -> CLIP4Clip:
     source = config.init_from
     spec = towers.named(config.backbone) | {"quick_gelu": weights.spec["quick_gelu"]}
+    _same_size(config.backbone, spec, weights, source)
     model = CLIP4Clip(spec, config.head, config.linear_patch, config.head_layers, num_frames)
     clip = {k: v for k, v in weights.state.items() if k.startswith("clip.")}
     if config.linear_patch == "3d" and "clip.visual.conv2.weight" not in clip:
@@ -184,22 +186,43 @@ def _start(config: ModelConfig, weights: Weights, num_frames: int) -> CLIP4Clip:
     return model
 
 
+def _same_size(backbone: str, spec: dict, weights: Weights, source: str) -> None:
+    """Raise ValueError that names the backbone to set if the weights are of another size."""
+    theirs, own = towers.sizes(weights.spec), towers.sizes(spec)
+    differing = [name for name in own if theirs[name] != own[name]]
+    if differing:
+        found, asked = (", ".join(f"{name} {of[name]}" for name in differing) for of in (theirs, own))
+        names = towers.of_size(weights.spec)[:3]
+        hint = f"set model.backbone={names[0]}" if names else "no backbone that c4c knows is of that size"
+        hint += f" (or {', '.join(names[1:])})" if names[1:] else ""
+        raise ValueError(
+            f"model.init_from={source} has {found}; model.backbone={backbone} has {asked}: {hint}, or take other weights"
+        )
+
+
 def load_strictly(model: nn.Module, state: dict[str, Tensor], source: object, allow: tuple[str, ...] = ()) -> None:
-    """Load weights; raises ValueError that lists every missing, unexpected or mis-shaped one.
+    """Load weights; raises ValueError that counts missing, unexpected and mis-shaped ones, and names the first of each.
 
     Missing and unexpected ones that a pattern in `allow` matches are left out.
     """
     own = model.state_dict()
-    wrong = [f"missing {k}" for k in own.keys() - state.keys() if not _allowed(k, allow)]
-    wrong += [f"unexpected {k}" for k in state.keys() - own.keys() if not _allowed(k, allow)]
-    wrong += [
-        f"{k} has shape {list(state[k].shape)}, the model {list(own[k].shape)}"
-        for k in own.keys() & state.keys()
-        if own[k].shape != state[k].shape
+    wrong = [
+        [f"missing {k}" for k in own.keys() - state.keys() if not _allowed(k, allow)],
+        [f"unexpected {k}" for k in state.keys() - own.keys() if not _allowed(k, allow)],
+        [
+            f"{k} has shape {list(state[k].shape)}, the model {list(own[k].shape)}"
+            for k in own.keys() & state.keys()
+            if own[k].shape != state[k].shape
+        ],
     ]
-    if wrong:
-        raise ValueError(f"the weights in {source} do not fit the model: {'; '.join(sorted(wrong))}")
+    if any(wrong):
+        raise ValueError(f"the weights in {source} do not fit the model: {'; '.join(map(_few, filter(None, wrong)))}")
     model.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
+
+
+def _few(lines: list[str]) -> str:
+    more = f"; {len(lines) - _NAMED} more" if len(lines) > _NAMED else ""
+    return "; ".join(sorted(lines)[:_NAMED]) + more
 
 
 def _allowed(name: str, patterns: tuple[str, ...]) -> bool:

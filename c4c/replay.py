@@ -6,6 +6,7 @@ from pathlib import Path
 from c4c import checkpoint
 from c4c.config import Config
 from c4c.distributed import start_distributed, stop_distributed
+from c4c.files import looked_in
 from c4c.report import Report
 from c4c.session import Outcome, Session, make_deterministic
 from pipelines.quarantine import json_lines
@@ -16,22 +17,22 @@ _ROUNDING = 1e-4  # relative: other ranks, another ZeRO stage, another machine
 def replay(config: Config, step: int) -> bool:
     """Run from the newest checkpoint before `step` up to it and compare; whether it came out the same, to rounding.
 
-    Called on every rank; writes nothing. Raises ValueError if there is no such checkpoint or step.
+    Without such a checkpoint it starts where the run did, at step 0. Called on every rank; writes nothing. Raises ValueError
+    if there is no such step.
     """
     if config.run.deterministic:
         make_deterministic()
     folder = Path(config.run.dir)
-    before = [t for t in checkpoint.tags(folder) if checkpoint.step_of(t) < step]
-    if not before:
-        there = ", ".join(checkpoint.tags(folder)) or "none"
-        raise ValueError(f"--replay {step}: {folder} keeps no checkpoint of an earlier step; there are {there}")
+    if not folder.is_dir():
+        raise ValueError(f"--replay {step}: there is no run folder {folder}{looked_in(folder)}")
     then = recorded(folder, step)
-    tag, notes = checkpoint.newest_whole(folder, before=step)
+    before = [t for t in checkpoint.tags(folder) if checkpoint.step_of(t) < step]
+    tag, notes = checkpoint.newest_whole(folder, before=step) if before else (None, [])
     rank, world, device = start_distributed(config.engine.timeout_s + 300)
     try:
-        session = Session(config, rank, world, device, resume=folder, tag=tag)
+        session = Session(config, rank, world, device, resume=folder, tag=tag, from_start=not tag)
         say = Report(rank == 0, 1, 1, 0).say
-        say(f"replaying step {step} from {tag}")
+        say(f"replaying step {step} from {tag or 'the start of the run'}")
         for note in notes:
             say(note)
         with session.loader:

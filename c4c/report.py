@@ -5,9 +5,12 @@ import time
 from collections.abc import Iterable
 
 from rich.console import Console
+from rich.constrain import Constrain
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
+
+from shards import count
 
 _LINE_EVERY_S = 5.0
 
@@ -71,7 +74,7 @@ class Report:
             shown["best R@1"] = f"{self._best:.1f}%"
         return shown
 
-    def _screen(self, step: int, epoch: str, eta: float, shown: dict[str, str]) -> Table:
+    def _screen(self, step: int, epoch: str, eta: float, shown: dict[str, str]) -> Constrain:
         of_epoch = (step - 1) % self._per_epoch + 1
         self._bars.update(self._run, completed=step, description=f"step {step}/{self._total}", after=f"ETA {span(eta)}")
         self._bars.update(
@@ -83,14 +86,14 @@ class Report:
         whole = Table.grid(expand=True)
         whole.add_row(self._bars)
         whole.add_row(table)
-        return whole
+        return Constrain(whole, self.console.width - len("^C") - 1)  # what a terminal echoes must not start a new line
 
     def summary(self, steps: int, bad: int, *commands: str) -> None:
         """The end of a run that went all the way: what came of it, and what to do next."""
         best = f"; best t2v R@1 {self._best:.1f}" if self._best > float("-inf") else ""
-        left_out = f"; {bad} steps left out" if bad else ""
+        left_out = f"; {count(bad, 'step')} left out" if bad else ""
         took = span(time.monotonic() - self._started)
-        self.say(f"done: {steps} steps, {took} for the last {steps - self._first}{best}{left_out}. Next:")
+        self.say(f"done: {count(steps, 'step')}, {took} for the last {steps - self._first}{best}{left_out}. Next:")
         for command in commands:
             self.say(f"    {command}")
 
@@ -142,7 +145,7 @@ class EvalReport:
 
 def metrics_table(result: dict) -> Table:
     """The table that launch/eval.py prints."""
-    table = Table(title=f"{result['n_texts']} texts, {result['n_videos']} videos")
+    table = Table(title=f"{count(result['n_texts'], 'text')}, {count(result['n_videos'], 'video')}")
     for name in ("", "R@1 %", "R@5 %", "R@10 %", "MdR", "MnR"):
         table.add_column(name, justify="left" if not name else "right")
     for way, title in (("t2v", "text to video"), ("v2t", "video to text")):

@@ -3,16 +3,16 @@
 import contextlib
 import importlib.util
 import json
-import math
 import os
 import platform
-import secrets
+import shlex
+import tempfile
 import time
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from c4c.files import lines_up_to, read_json_object, read_yaml, replace_text
+from c4c.files import read_json_object, read_yaml, replace_text
 from pipelines.quarantine import json_lines
 
 RESUME = ("never", "auto")
@@ -55,6 +55,21 @@ def require_wandb(project: str) -> None:
         raise ValueError(
             f"run.wandb={project}: the package is not installed; pip install wandb, or leave run.wandb out"
         )
+
+
+def require_folder(folder: Path) -> None:
+    """Raise ValueError if the run folder cannot be made or written to."""
+    there = folder
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    reason = f"{there} is a file"
+    if there.is_dir():
+        try:
+            with tempfile.TemporaryFile(dir=there):
+                return
+        except OSError as error:
+            reason = f"{error.strerror} in {there}"
+    raise ValueError(f"run.dir={folder} cannot be written to: {reason}")
 
 
 def prepare(folder: Path, resume: str) -> Path | None:
@@ -124,20 +139,25 @@ _FREE = ("run.dir", "run.resume", "run.deterministic", "run.wandb", "checkpoint.
          "data.prefetch", "data.read_timeout_s", "data.local_", "data.ahead", "data.server_timeout_s", "cache.dir",
          "cache.max_gb", "data.eval_batch_size", "data.max_bad_fraction", "data.lane")  # fmt: skip
 
+_LENGTH = {"train.epochs", "train.max_steps"}
 
-def check_continuation(folder: Path, config: dict, defaults: dict | None = None) -> None:
+
+def check_continuation(folder: Path, config: dict, defaults: dict | None = None, free: tuple[str, ...] = ()) -> None:
     """Raise ValueError, naming every difference, if `config` would not continue the run in `folder`.
 
-    defaults: what a setting was before there was a key for it.
+    defaults: what a setting was before there was a key for it. free: further keys that may differ.
     """
     before, now = _flat(defaults or {}) | _flat(read_config(folder)), _flat(config)
-    keys = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and not k.startswith(_FREE)]
+    free = (*_FREE, *free)
+    keys = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and not k.startswith(free)]
     if keys:
         changes = "; ".join(f"{k} was {before.get(k)}, is {now.get(k)}" for k in keys[:_NAMED])
         changes += f"; and {len(keys) - _NAMED} more" if len(keys) > _NAMED else ""
+        why = "; the learning rate's schedule spans all steps" if _LENGTH.intersection(keys) else ""
+        anew = shlex.join([f"model.init_from={folder}", f"run.dir={_free_name(folder, '-')}"])
         raise ValueError(
-            f"run.resume=auto: {folder} was made with other settings ({changes}). Set them back, choose another run.dir, "
-            "or start anew with run.resume=never, which moves the old run aside"
+            f"run.resume=auto: {folder} was made with other settings ({changes}{why}). Set them back, or train its weights "
+            f"further as a new run: {anew} (run.resume=never moves the old run aside and starts anew)"
         )
 
 
@@ -176,71 +196,9 @@ def _scores(folder: Path) -> list[tuple[int, float]]:
     return found
 
 
-class Metrics:
-    """RUN/metrics.jsonl, one object a step; RUN/eval.jsonl, one a validation; and both in TensorBoard.
-
-    wandb: a project to send them to as well; config: what is shown beside them there.
-    """
-
-    def __init__(self, folder: Path, resumed_at: int, wandb: str = "", config: dict | None = None):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._wandb = _start_wandb(folder, wandb, config) if wandb else None
-        _forget_after(folder, resumed_at)
-        self._steps = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 closed in close()
-        self._evals = open(folder / "eval.jsonl", "a", buffering=1)  # noqa: SIM115
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at)
-
-    def step(self, step: int, values: dict) -> None:
-        self._write(self._steps, step, values)
-
-    def validation(self, step: int, values: dict) -> None:
-        units = {"MdR": "rank", "MnR": "rank"}  # the others are per cent
-        flat = {f"val/{way}_{k}_{units.get(k, 'pct')}": v for way in ("t2v", "v2t") for k, v in values[way].items()}
-        self._write(self._evals, step, flat | {"val/n_texts": values["n_texts"], "val/n_videos": values["n_videos"]})
-
-    def close(self) -> None:
-        self._steps.close()
-        self._evals.close()
-        self._board.close()
-        if self._wandb:
-            self._wandb.finish()
-
-    def _write(self, file, step: int, values: dict) -> None:
-        # JSON has no NaN
-        known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        file.write(json.dumps({"step": step, **known, "time_unix_s": round(time.time(), 3)}) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
-        if self._wandb:
-            self._wandb.log(values, step=step)
-
-
-def _start_wandb(folder: Path, project: str, config: dict | None):
-    import wandb
-
-    known = folder / "wandb_id"  # a new run in the folder is another run there too
-    if not known.exists():
-        known.write_text(secrets.token_hex(8))
-    return wandb.init(
-        project=project, name=folder.name, id=known.read_text(), resume="allow", dir=str(folder), config=config or {}
-    )
-
-
-def _forget_after(folder: Path, step: int) -> None:
-    """A resumed run writes the steps after its checkpoint anew."""
-    texts = {}
-    for name in ("metrics.jsonl", "eval.jsonl", "bad_steps.jsonl"):
-        if (path := folder / name).exists():
-            kept = lines_up_to(path, step)
-            if kept.encode() != path.read_bytes():
-                texts[path] = kept
-    replace_text(texts)
-
-
-def _free_name(folder: Path) -> Path:
+def _free_name(folder: Path, suffix: str = ".old") -> Path:
     n = 1
-    while (target := folder.with_name(f"{folder.name}.old{n}")).exists():
+    while (target := folder.with_name(f"{folder.name}{suffix}{n}")).exists():
         n += 1
     return target
 

@@ -40,22 +40,23 @@ class Session:
     """One rank's engine and loader. Raises ValueError for what cannot be done.
 
     resume: the run folder to load the state from, None for a new start; tag: which of its checkpoints, None for the newest
-    that is whole. `notes` says where that is not simply the latest.
+    that is whole. `notes` says where that is not simply the latest. from_start: start at step 0 as the run in `resume` did.
     """
 
     def __init__(
         self, config: Config, rank: int, world: int, device: torch.device, *, resume: Path | None = None,
-        tag: str | None = None, quarantine: Path | None = None,
+        tag: str | None = None, from_start: bool = False, quarantine: Path | None = None,
     ):  # fmt: skip
         self.config, self.rank, self.world, self.device = config, rank, world, device
         require(config)
         self.split = open_splits(config.data.train, config.data.local)
         self.test = Split(config.data.test, config.data.local)
         if resume:
-            check_continuation(resume, to_dict(config), to_dict(Config()))
+            same_data = checkpoint.trained_on(resume) == self.split.digest
+            check_continuation(resume, to_dict(config), to_dict(Config()), ("data.train",) if same_data else ())
         guard.agree(_identity(config, self.split, self.test), world)
-        self.tag, self.notes = tag, []
-        if resume and tag is None:
+        self.tag, self.notes = tag, []  # of the checkpoint to go on from, None at the start of a run
+        if resume and tag is None and not from_start:
             self.tag, self.notes = guard.on_first_rank(lambda: checkpoint.newest_whole(resume), rank, world)
         torch.manual_seed(config.run.seed)
         self.model = build(config.model, config.data.num_frames)
@@ -66,7 +67,7 @@ class Session:
                           "engine.offload=optimizer, or engine.zero_stage=3 on several ranks"):  # fmt: skip
             learner = Learner(self.model, config.train.loss)
             self.engine = build_engine(learner, config.engine, config.train, world, config.deepspeed)
-        state = checkpoint.restore(self.engine, resume, self.tag) if resume else {}
+        state = checkpoint.restore(self.engine, resume, self.tag) if self.tag else {}
         self.done = int(state.get("step", 0))  # steps
         self._same_data(state, resume)
         self.loader = Loader(

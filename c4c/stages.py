@@ -91,7 +91,11 @@ def read(path: Path, overrides: list[str] = (), search: list[Path] = (), launche
         mine = [word.partition(".")[2] for word in overrides if word.partition(".")[0] == str(entry.get("name"))]
         stage = _stage(entry, mine, stages, found, search)
         stages[stage.name] = stage
-    command = shlex.split(launcher or tree.get("launcher", "deepspeed"))
+    launcher = str(launcher or tree.get("launcher", "deepspeed"))
+    try:
+        command = shlex.split(launcher)
+    except ValueError as error:
+        raise ConfigError(f"launcher {launcher!r}: {error}") from error
     return Pipeline(tuple(command), list(stages.values()))
 
 
@@ -221,7 +225,10 @@ def _call(command: list[str], say: Callable[[str], None]) -> int:
     ):
         command = [str(beside), *command[1:]]
     say(shlex.join(command))
-    process = subprocess.Popen(command)
+    try:
+        process = subprocess.Popen(command)
+    except OSError as error:
+        raise StageError(f"{command[0]} cannot be started ({error.strerror}): is the environment active?") from error
     stopped: list[int] = []
 
     def forward(number: int, _frame) -> None:

@@ -4,6 +4,7 @@
 """
 
 import logging
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
@@ -42,6 +43,26 @@ def named(backbone: str) -> dict:
         "vision_cfg": vision,
         "text_cfg": text,
     }
+
+
+def sizes(spec: dict) -> dict[str, int]:
+    """What the shapes of the weights depend on, by names for people."""
+    vision, text = CLIPVisionCfg(**spec["vision_cfg"]), CLIPTextCfg(**spec["text_cfg"])
+    return {
+        "picture size": vision.image_size, "patch size": vision.patch_size, "width": vision.width, "layers": vision.layers,
+        "text width": text.width, "text layers": text.layers, "words": text.context_length, "vocabulary": text.vocab_size,
+        "feature size": spec["embed_dim"],
+    }  # fmt: skip
+
+
+def of_size(spec: dict) -> list[str]:
+    """Names of the backbones whose towers are as large, those with the same activation first."""
+    fits = []
+    for name in open_clip.list_models():
+        with suppress(ValueError):
+            if sizes(own := named(name)) == sizes(spec):
+                fits.append((own["quick_gelu"] != spec["quick_gelu"], len(name), name))
+    return [name for *_, name in sorted(fits)]
 
 
 def build(spec: dict) -> CLIP:

@@ -11,15 +11,19 @@ import torch.distributed as dist
 from c4c import checkpoint
 from c4c.checkpoint import CheckpointError, Saver
 from c4c.config import Config, dump, to_dict
-from c4c.distributed import command_again, restarted, start_distributed, stop_distributed
+from c4c.distributed import restarted, start_distributed, stop_distributed
 from c4c.flops import peak, per_pair
 from c4c.guard import BadSteps, Patience, Stop, Watchdog, on_first_rank
+from c4c.launched import command_again, explained_by
 from c4c.lock import RunLock
+from c4c.logs import Metrics
+from c4c.peers import Peers
 from c4c.report import Report
-from c4c.run import Metrics, last_validation, mark_done, prepare, save_description, scores, validations
+from c4c.run import last_validation, mark_done, prepare, save_description, scores, validations
 from c4c.session import Outcome, Session, make_deterministic
 from pipelines.loader import Batch
 from pipelines.survey import notes
+from shards import count
 
 _LAST_START_S = 30.0  # what a restarted run waits for the processes of the start before to be gone
 
@@ -32,7 +36,8 @@ def train(config: Config) -> None:
     rank, world, device = start_distributed(config.engine.timeout_s + 300)
     lock = RunLock(Path(config.run.dir))
     try:
-        Trainer(config, rank, world, device, lock).run()
+        with Peers(rank, world, config.engine.timeout_s) as peers, explained_by(peers.explain):
+            Trainer(config, rank, world, device, lock, peers).run()
     finally:
         lock.release()
         stop_distributed()
@@ -41,7 +46,11 @@ def train(config: Config) -> None:
 class Trainer:
     """One rank's part of a run."""
 
-    def __init__(self, config: Config, rank: int, world: int, device: torch.device, lock: RunLock | None = None):
+    def __init__(
+        self, config: Config, rank: int, world: int, device: torch.device, lock: RunLock | None = None,
+        peers: Peers | None = None,
+    ):  # fmt: skip
+        self._peers = peers
         self.config, self.rank, self.world, self.device = config, rank, world, device
         self.folder = Path(config.run.dir)
         lock = lock or RunLock(self.folder)
@@ -66,7 +75,7 @@ class Trainer:
         self.metrics = None
         if rank == 0:
             save_description(self.folder, dump(config), self.session.model.spec)
-            self.metrics = Metrics(self.folder, self.session.done, config.run.wandb, to_dict(config))
+            self.metrics = Metrics(self.folder, self.session.done, config.run.wandb, to_dict(config), self.report.say)
         self._introduce(moved)
 
     def _make_folder(self, resume: str, lock: RunLock) -> Path | None:
@@ -81,8 +90,8 @@ class Trainer:
     def run(self) -> None:
         """The training loop."""
         session = self.session
-        watching = Watchdog(self.rank, self.world, self.config.engine.timeout_s)
-        with Stop() as stop, watching as watch, session.loader, self.report:
+        watching = Watchdog(self.rank, self.world, self.config.engine.timeout_s, peers=self._peers)
+        with Stop(self.rank == 0) as stop, watching as watch, session.loader, self.report:
             if session.done and not self.validated:
                 self._validate(watch)  # the run was killed between saving and validating
             self._mark = time.perf_counter()
@@ -176,7 +185,9 @@ class Trainer:
         if self.rank == 0 and last_validation(self.folder) == done:  # a signal at the last step leaves that to do
             mark_done(self.folder, done, best or checkpoint.tag_of(done))
         if done < self.total:
-            self.report.say(f"{self.patience.most} validations in a row were no better: that is all (train.patience)")
+            self.report.say(
+                f"{count(self.patience.most, 'validation')} in a row no better: that is all (train.patience)"
+            )
         self.report.summary(
             done, self.bad.total,
             f"python launch/eval.py --ckpt {run}{tag}",
@@ -191,8 +202,8 @@ class Trainer:
         if moved:
             self.report.say(f"an earlier run in {self.folder} was moved to {moved}; run.resume=auto would continue it")
         self.report.say(
-            f"{config.model.backbone} + {config.model.head}, {session.weights / 1e6:.1f} M weights; {len(session.split)} "
-            f"videos, {session.loader.order.pairs} pairs; {self.total} steps of {config.train.batch_size} on {self.world} "
+            f"{config.model.backbone} + {config.model.head}, {session.weights / 1e6:.1f} M weights; "
+            f"{count(len(session.split), 'video')}, {count(session.loader.order.pairs, 'pair')}; {count(self.total, 'step')} of {config.train.batch_size} on {self.world} "
             f"x {self.device.type}, ZeRO {config.engine.zero_stage}, {config.engine.precision}; -> {self.folder}"
         )
         if config.engine.compile:
@@ -201,8 +212,22 @@ class Trainer:
             self.report.say(note)
         for note in notes(session.split, session.test, config.data) if self.rank == 0 else ():
             self.report.say(f"warning: {note}")
-        if session.done:
-            self.report.say(f"continuing after step {session.done}")
+        self.report.say(f"weights: {self._origin()}")
+
+    def _origin(self) -> str:
+        """Where the weights come from."""
+        model, session = self.config.model, self.session
+        if session.tag:
+            return f"{self.folder / checkpoint.FOLDER / session.tag}, continuing after step {session.done}"
+        if model.init_from == "scratch":
+            return f"random (model.init_from=scratch, run.seed={self.config.run.seed})"
+        source = Path(model.init_from)
+        if not source.exists():
+            return f"open_clip's {model.init_from} of {model.backbone}"
+        if not source.is_dir():
+            return str(source)
+        tag = checkpoint.best(source) if model.init_tag == "best" else model.init_tag
+        return str(source / checkpoint.FOLDER / (tag or checkpoint.latest(source)))
 
 
 def memory_gib() -> float:

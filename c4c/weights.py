@@ -7,10 +7,8 @@ open_clip            {"state_dict": …} or bare, perhaps under `module.`; `text
 c4c                  a run folder, or a safetensors file that c4c.export wrote
 """
 
-import io
 import json
 import pickle
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +18,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from c4c import towers
+from c4c import archives, towers
 from c4c.checkpoint import load_weights
 from c4c.config import from_dict
-from c4c.files import read_json_object
+from c4c.files import looked_in, read_json_object
 from c4c.run import read_config
 
 _ARCHIVE_EXTRAS = {"input_resolution", "context_length", "vocab_size"}  # sizes that OpenAI's archives carry as tensors
@@ -52,7 +50,7 @@ def read(path: str | Path, quick_gelu: bool | None = None, tag: str | None = Non
     if path.is_dir():
         return _from_run(path, tag)
     if not path.is_file():
-        raise ValueError(f"{path}: there is no such file or folder of weights")
+        raise ValueError(f"{path}: there is no such file or folder of weights{looked_in(path)}")
     raw, metadata = _load(path)
     if "c4c" in metadata:
         about = json.loads(metadata["c4c"])
@@ -74,7 +72,7 @@ def read_backbone(backbone: str, source: str, tag: str | None = None) -> Weights
     tags = open_clip.list_pretrained_tags_by_model(backbone)
     if source not in tags:
         raise ValueError(
-            f"model.init_from={source}: no such file, folder, or open_clip tag of {backbone}; its tags are "
+            f"model.init_from={source}: no such file or folder{looked_in(source)}, and no open_clip tag of {backbone}; its tags are "
             f"{', '.join(tags) or 'none: use scratch, or a file'}"
         )
     about = open_clip.get_pretrained_cfg(backbone, source)
@@ -158,11 +156,7 @@ def _load(path: Path) -> tuple[dict, dict[str, str]]:
         if path.suffix == ".safetensors":
             with safetensors.safe_open(path, "pt") as file:
                 return load_file(path), file.metadata() or {}
-        if _is_torchscript(path):
-            return _read_torchscript(path), {}
-        raw = torch.load(path, map_location="cpu", weights_only=True)
-    except ValueError:
-        raise
+        raw = _unpickled(path)
     except Exception as error:  # torch and safetensors raise many kinds for files that are not theirs
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
@@ -173,78 +167,16 @@ def _load(path: Path) -> tuple[dict, dict[str, str]]:
     return raw, {}
 
 
+def _unpickled(path: Path) -> object:
+    if archives.is_torchscript(path):
+        return archives.read_torchscript(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # it holds more than tensors, as mmengine's checkpoints do
+        if not archives.is_archive(path):
+            raise
+        return archives.read_archive(path)
+
+
 def _floats(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.float() for k, v in state.items()}
-
-
-def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
-
-
-_STORAGES = {
-    "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16, "FloatStorage": torch.float32,
-    "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32, "BoolStorage": torch.bool,
-}  # fmt: skip
-
-
-class _Module:
-    """Stands for any class of a TorchScript archive: only its attributes matter."""
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-
-
-class _Unpickler(pickle.Unpickler):
-    """Reads an archive's data.pkl into `_Module`s and tensors, and knows nothing else that a pickle could ask for."""
-
-    def __init__(self, archive: zipfile.ZipFile, root: str):
-        super().__init__(io.BytesIO(archive.read(f"{root}/data.pkl")))
-        self._archive, self._root = archive, root
-
-    def find_class(self, module: str, name: str):
-        if module.startswith("__torch__"):
-            return _Module
-        known = {
-            ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
-            ("collections", "OrderedDict"): dict,
-            ("torch.jit._pickle", "build_intlist"): list,
-            ("torch.jit._pickle", "build_doublelist"): list,
-            ("torch.jit._pickle", "build_boollist"): list,
-            ("torch.jit._pickle", "build_tensorlist"): list,
-            ("torch.jit._pickle", "restore_type_tag"): lambda value, _: value,
-        }
-        if (module, name) in known:
-            return known[module, name]
-        if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
-        raise pickle.UnpicklingError(f"the archive asks for {module}.{name}")
-
-    def persistent_load(self, pid: tuple) -> Tensor:
-        _, dtype, key, _, numel = pid
-        data = bytearray(self._archive.read(f"{self._root}/data/{key}"))
-        return torch.frombuffer(data, dtype=dtype, count=numel) if numel else torch.empty(0, dtype=dtype)
-
-
-def _rebuild(storage: Tensor, offset: int, size: tuple, stride: tuple, *_) -> Tensor:
-    return storage.as_strided(tuple(size), tuple(stride), offset)
-
-
-def _read_torchscript(path: Path) -> dict[str, Tensor]:
-    """The parameters and buffers of a TorchScript archive, by name, without TorchScript."""
-    with zipfile.ZipFile(path) as archive:
-        root = next(n for n in archive.namelist() if n.endswith("/data.pkl")).removesuffix("/data.pkl")
-        top = _Unpickler(archive, root).load()
-    out: dict[str, Tensor] = {}
-
-    def walk(module: _Module, prefix: str) -> None:
-        for name, value in vars(module).items():
-            if isinstance(value, Tensor):
-                out[prefix + name] = value
-            elif isinstance(value, _Module):
-                walk(value, f"{prefix}{name}.")
-
-    walk(top, "")
-    return out

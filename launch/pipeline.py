@@ -7,9 +7,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from rich.console import Console
+sys.path.append(str(Path(__file__).parents[1]))  # without its environment too, c4c.launched says what to do
 
-from c4c.stages import read, run, table
+from c4c.launched import missing_package
 
 
 def main() -> int:
@@ -19,16 +19,27 @@ def main() -> int:
     parser.add_argument("--launcher", default="", help="how training is started (the file's, or deepspeed)")
     parser.add_argument("overrides", nargs="*", metavar="STAGE.key=value", help="settings that replace the files'")
     args = parser.parse_intermixed_args()
-    console = Console(stderr=True, soft_wrap=True)
-    folder = Path(__file__).parent
     try:
-        stages = read(args.cfg, args.overrides, [folder / "cfg"], args.launcher)
-        run(stages, folder, lambda text: console.print(text, highlight=False, markup=False))
-        Console().print(table(stages))
+        run(args, Path(__file__).parent)
+    except ModuleNotFoundError as error:
+        print(f"error: {missing_package(error)}", file=sys.stderr)
+        return 1
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def run(args: argparse.Namespace, folder: Path) -> None:
+    """folder: of train.py, eval.py and cfg. Raises ValueError and OSError."""
+    from rich.console import Console
+
+    from c4c.stages import read, run, table
+
+    console = Console(stderr=True, soft_wrap=True)
+    stages = read(args.cfg, args.overrides, [folder / "cfg"], args.launcher)
+    run(stages, folder, lambda text: console.print(text, highlight=False, markup=False))
+    Console().print(table(stages))
 
 
 if __name__ == "__main__":

@@ -6,13 +6,37 @@ torchrun and srun start it as well, and python alone for one rank.
 import argparse
 import os
 import sys
+import textwrap
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1]))  # without its environment too, c4c.launched says what to do
+
+from c4c.launched import Starting, missing_package, own_rank, require_port
+
+_RECIPES = Path(__file__).parent / "cfg"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Train a text-to-video retrieval model.", epilog="key=value words override "
-                                     "the configuration, for example train.lr=1e-4 run.dir=runs/mine")  # fmt: skip
+    args = _parser().parse_intermixed_args()
+    try:
+        with Starting("" if args.check or args.replay is not None else "before the first step"):
+            return run(args)
+    except ModuleNotFoundError as error:
+        print(f"error: {missing_package(error)}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError, RuntimeError) as error:
+        from c4c.errors import end_with
+
+        return end_with(error)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Train a text-to-video retrieval model.", epilog=_epilog(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     parser.add_argument("--cfg", required=True, help="a yaml file: a path, or the name of one in launch/cfg")
+    parser.add_argument("--keys", action=_PrintKeys, nargs=0, help="print every key with its default, and exit")
     parser.add_argument("--seed", type=int, help="the same as run.seed=N")
     parser.add_argument(
         "--deterministic", action="store_true", help="the same as run.deterministic=true: equal losses, bit for bit"
@@ -31,28 +55,44 @@ def main() -> int:
         "--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS
     )  # launchers pass it
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
-    args = parser.parse_intermixed_args()
-    try:
-        return run(args)
-    except (ValueError, OSError, RuntimeError) as error:
-        from c4c.errors import lost_peer, speak
+    return parser
 
-        if isinstance(error, RuntimeError) and not lost_peer(error):
-            raise
-        speak(error, int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))))
-        return 1
-    except KeyboardInterrupt:
-        return 130
+
+class _PrintKeys(argparse.Action):
+    def __call__(self, parser, *_) -> None:
+        try:
+            from c4c.config import describe_keys
+        except ModuleNotFoundError as error:
+            parser.exit(1, f"error: {missing_package(error)}\n")
+        print(describe_keys())
+        parser.exit()
+
+
+def _epilog() -> str:
+    recipes = {path.name: path.read_text() for path in sorted(_RECIPES.glob("*.yaml"))}
+    lines = [
+        f"  {name:25} {textwrap.shorten(text.partition(chr(10))[0].lstrip('# '), 90, placeholder=' …')}"
+        for name, text in recipes.items()
+        if "\nstages:" not in text  # which launch/pipeline.py runs
+    ]
+    return (
+        "recipes in launch/cfg:\n" + "\n".join(lines) + "\n\n"
+        "keys: run.* data.* cache.* clips.* model.* train.* engine.* checkpoint.* deepspeed.*; --keys prints them all.\n"
+        "For example: train.lr=1e-4 run.dir=runs/mine\n"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Imports come after what they would hold up: help needs none, and a mistake in the settings few."""
-    from c4c.config import load, require
+    from c4c.config import load, require, require_data
 
     words = [f"run.seed={args.seed}"] if args.seed is not None else []
     words += ["run.deterministic=true"] if args.deterministic else []
-    config = load(args.cfg, args.overrides + words, [Path(__file__).parent / "cfg"])
+    config = load(args.cfg, args.overrides + words, [_RECIPES])
     require(config)
+    require_data(config.data)
+    require_port()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of a lost rank are pages of addresses
     if args.check:
         from c4c.check import check
 
@@ -62,6 +102,10 @@ def run(args: argparse.Namespace) -> int:
 
         return 0 if replay(config, args.replay) else 1
     else:
+        from c4c.run import require_folder
+
+        if own_rank() == 0:
+            require_folder(Path(config.run.dir))
         from c4c.train import train
 
         train(config)

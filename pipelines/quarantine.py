@@ -27,9 +27,7 @@ class Quarantine:
         if self._bad[video.index] == 1:
             warnings.warn(f"{self._split}: {video.id} cannot be used and is replaced: {reason}", stacklevel=2)
             if self._file is not None and not self._listed(video.key):
-                append_line(
-                    self._file, {"split": str(self._split), "key": video.key, "id": video.id, "reason": str(reason)}
-                )
+                self._list(video, reason)
         bad = sum(self._bad.values())
         if bad > self._limit * max(self.read, 1000):
             verify = "; ".join(
@@ -39,6 +37,14 @@ class Quarantine:
                 f"{bad} of {self.read} samples read from {self._split} are bad, more than "
                 f"data.max_bad_fraction={self._limit} allows. Last: {video.id}: {reason}. Run: {verify}"
             )
+
+    def _list(self, video: "Video", reason: Exception) -> None:
+        try:
+            append_line(
+                self._file, {"split": str(self._split), "key": video.key, "id": video.id, "reason": str(reason)}
+            )
+        except OSError as error:  # a full disk is no reason to end a run
+            warnings.warn(f"{self._file} could not be written: {error.strerror}", stacklevel=2)
 
     def _listed(self, key: str) -> bool:
         """Whether another rank, or this run before it was resumed, has listed the video."""

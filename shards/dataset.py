@@ -406,7 +406,8 @@ def _shards_planned(path: Path) -> str:
 
 def _read_info(path: Path) -> dict:
     if not path.is_dir():
-        raise ShardError(f"there is no folder {path}. Pack one with: python -m c4c.shard --help")
+        looked = "" if path.is_absolute() else f" (looked in {Path.cwd()})"
+        raise ShardError(f"there is no folder {path}{looked}. Pack one with: python -m c4c.shard --help")
     if not (path / "dataset.json").exists():
         inside = sorted(p.parent.name for p in path.glob("*/dataset.json"))
         if inside:

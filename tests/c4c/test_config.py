@@ -1,6 +1,7 @@
 """From YAML and words to a Config, and what is said when that cannot be."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from c4c.config import ConfigError, dump, from_dict, load, require, to_dict
+from c4c.config import ConfigError, describe_keys, dump, from_dict, load, require, to_dict
 from c4c.deepspeed_keys import KEYS
 from c4c.heads import HEADS
 
@@ -340,3 +341,13 @@ def test_a_bag_of_captions_needs_the_loss_that_is_made_for_it():
     for name in ("pretrain_howto100m.yaml", "pretrain_webvid.yaml"):
         config = load(name, [], [SHIPPED])
         assert (config.train.loss == "mil_nce") == config.clips.cut == (config.clips.bag > 1)
+
+
+def test_every_key_is_described(write):
+    text = describe_keys()
+    words = re.findall(r"^    (\S+=.*)$", text, re.MULTILINE)
+    keys = {f"{group}.{key}" for group, keys in to_dict(load(write("a.yaml", ""))).items() for key in keys}
+    assert {word.partition("=")[0] for word in words} == keys
+    assert load(write("a.yaml", ""), words) == load(write("a.yaml", ""))  # each can be pasted
+    assert "train.batch_size=128\n        pairs a step, over all ranks\n" in text
+    assert "data.random_crop=0.0\n        in training: least share" in text

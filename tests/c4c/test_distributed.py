@@ -7,7 +7,8 @@ import pytest
 import torch.distributed as dist
 
 from c4c import distributed
-from c4c.distributed import _name_ranks, command_again, common_word
+from c4c.distributed import _name_ranks, common_word
+from c4c.launched import command_again
 
 
 def named(**env) -> dict:

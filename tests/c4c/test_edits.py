@@ -16,9 +16,10 @@ import yaml
 from c4c import checkpoint, stages, weights
 from c4c.config import from_dict, load, require, to_dict
 from c4c.guard import BAD_STEPS
+from c4c.logs import Metrics
 from c4c.pretrained import open_checkpoint
 from c4c.replay import recorded
-from c4c.run import Metrics, check_continuation, last_validation, mark_done, read_config, read_done, validations
+from c4c.run import check_continuation, last_validation, mark_done, read_config, read_done, validations
 from pipelines.quarantine import append_line, json_lines
 from tests.edits import changed, damaged, edited_json, edited_lines
 

@@ -1,15 +1,20 @@
 """Weights in every layout that users have: recognised, sized by their shapes, never executed, and written back."""
 
+import collections
 import json
+import os
 import pickle
+import sys
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from c4c import towers
-from c4c.export import export
+from c4c.export import export, main
 from c4c.heads import HEADS
 from c4c.model import CLIP4Clip, ModelConfig, build
 from c4c.weights import read
@@ -136,6 +141,28 @@ def test_export_and_back(head, tmp_path):
         assert torch.equal(scores(CLIP4Clip.from_checkpoint(tmp_path / "m.bin")), scores(model))
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_exported_files_have_the_usual_mode(umask, tmp_path):
+    before = os.umask(umask)
+    try:
+        export(tiny(), tmp_path / "m.safetensors", official=False)
+        export(tiny(), tmp_path / "m.bin", official=True)
+    finally:
+        os.umask(before)
+    assert {p.name: p.stat().st_mode & 0o777 for p in tmp_path.iterdir()} == dict.fromkeys(
+        ("m.safetensors", "m.json", "m.bin"), 0o666 & ~umask
+    )
+
+
+def test_a_missing_folder_is_refused_before_anything_is_read(tmp_path, monkeypatch, capsys):
+    to = tmp_path / "new" / "m.safetensors"
+    monkeypatch.setattr("sys.argv", ["export", "--ckpt", str(tmp_path / "gone"), "--to", str(to)])
+    assert main() == 1
+    err = f"error: --to {to}: there is no folder {to.parent}. Make it first, or name another\n"
+    assert capsys.readouterr().err == err
+    assert not to.parent.exists()
+
+
 def test_what_does_not_fit_is_listed(tmp_path):
     state = load_file(GOLDEN / "seqTransf.safetensors")
     del state["transformerClip.resblocks.0.ln_1.bias"]
@@ -156,17 +183,63 @@ def test_what_does_not_fit_is_listed(tmp_path):
     CLIP4Clip.from_checkpoint(tmp_path / "w.bin", allow=("head.stranger", "head.transformerClip.*.ln_1.bias"))
 
 
-def test_files_that_run_code_are_refused(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return Path.touch, (tmp_path / "ran",)
+def test_nothing_in_a_file_is_run(tmp_path):
+    """Old pickles are refused; from torch's archives the tensors are taken, and what else a pickle asks for is passed over."""
 
-    (tmp_path / "evil.bin").write_bytes(pickle.dumps({"clip.logit_scale": Evil()}))
-    torch.save({"clip.logit_scale": Evil()}, tmp_path / "evil.pt")
-    for name in ("evil.bin", "evil.pt"):
-        with pytest.raises(ValueError, match="refused"):
-            CLIP4Clip.from_checkpoint(tmp_path / name)
-    assert not (tmp_path / "ran").exists()
+    class Evil:
+        def __init__(self, call, *args):
+            self._call = call, args
+
+        def __reduce__(self):
+            return self._call
+
+    ran = tmp_path / "ran"
+    evils = [Evil(Path.touch, ran), Evil(os.system, f"touch {ran}"), Evil(eval, f"open({str(ran)!r}, 'w')")]
+    (tmp_path / "evil.bin").write_bytes(pickle.dumps({"clip.logit_scale": evils}))
+    with pytest.raises(ValueError, match="refused"):
+        CLIP4Clip.from_checkpoint(tmp_path / "evil.bin")
+    torch.save({"clip.logit_scale": evils}, tmp_path / "evil.pt")
+    with pytest.raises(ValueError, match=r"not the weights of a CLIP ViT|neither"):
+        CLIP4Clip.from_checkpoint(tmp_path / "evil.pt")
+    state = {f"clip.{k}": v for k, v in clip_state().items()}
+    torch.save({"state_dict": state, "message_hub": evils}, tmp_path / "mixed.pth")
+    read(tmp_path / "mixed.pth")
+    assert not ran.exists()
+
+
+def test_an_mmengine_checkpoint_loads(tmp_path, monkeypatch):
+    """Beside the weights it holds objects of a package that is not installed here: a HistoryBuffer of numpy arrays."""
+    package = types.ModuleType("mmengine.logging.history_buffer")
+
+    class HistoryBuffer:
+        def __init__(self):
+            self._log_history, self._count_history = np.arange(3.0), np.ones(3, dtype=np.int64)
+            self._statistics_methods = {"mean": len}
+
+    class MessageHub(collections.OrderedDict):
+        pass
+
+    for kind in (HistoryBuffer, MessageHub):
+        kind.__module__, kind.__qualname__ = package.__name__, kind.__name__
+        setattr(package, kind.__name__, kind)
+    for name in ("mmengine", "mmengine.logging", package.__name__):
+        monkeypatch.setitem(sys.modules, name, package)
+    model = tiny("TransformerAdapter")
+    state = collections.OrderedDict((f"clip.{k}", v) for k, v in model.clip.state_dict().items())
+    state |= {f"adapter.{k}": v for k, v in model.head.state_dict().items()}
+    state["clip.logit_scale"] = torch.nn.Parameter(state["clip.logit_scale"])
+    state._metadata = {"": {"version": 1}}  # as module.state_dict() has it
+    hub = MessageHub(loss=HistoryBuffer(), lr=[HistoryBuffer(), {HistoryBuffer()}])
+    saved = {"meta": {"epoch": 5, "numpy": np.float64(2)}, "state_dict": state, "message_hub": hub}
+    torch.save(saved, tmp_path / "epoch_5.pth")
+    monkeypatch.undo()
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "epoch_5.pth", weights_only=True)
+    weights = read(tmp_path / "epoch_5.pth")
+    assert (weights.kind, weights.head) == ("mmaction2", "TransformerAdapter")
+    for name, value in model.state_dict().items():
+        assert torch.equal(weights.state[name], value), name
+    assert torch.equal(scores(CLIP4Clip.from_checkpoint(tmp_path / "epoch_5.pth")), scores(model))
 
 
 def test_other_files_are_named(tmp_path):

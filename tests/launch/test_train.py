@@ -10,6 +10,7 @@ import torch
 
 from c4c import checkpoint
 from c4c.checkpoint import latest, tags
+from c4c.config import dump, load
 from c4c.run import read_config
 from tests.launch.kills import curve, kill_and_go_on, validations
 from tests.launch.runs import ROOT, STEPS_PER_EPOCH, lines, losses
@@ -125,13 +126,14 @@ def _other_settings(launcher) -> list[str]:
     run = launcher.folder / "other"
     (run / "checkpoints").mkdir(parents=True)
     (run / "checkpoints" / "latest").write_text("step00000001")
-    (run / "config.yaml").write_text("train: {lr: 0.5}")
+    before = load("demo.yaml", launcher.words("train.lr=0.5")[2:], [ROOT / "launch" / "cfg"])
+    (run / "config.yaml").write_text(dump(before))
     return [f"run.dir={run}", "run.resume=auto"]
 
 
 MISTAKES = {
     "an unknown key": (["train.batchsize=3"], "unknown key train.batchsize in the command line: did you mean train.batch_size?"),
-    "no such folder": (["data.train=nowhere"], "there is no folder nowhere. Pack one with"),
+    "no such folder": (["data.train=nowhere"], f"there is no folder nowhere (looked in {ROOT}). Pack one with"),
     "no folder": (["data.test=''"], "data.test is not set: name the folder of a packed split"),
     "an incomplete split": (_incomplete_split, "is incomplete: 000000.parquet is missing"),
     "another picture size": (["data.image_size=32"], "ViT-demo-16 takes pictures of 64: set data.image_size=64"),
@@ -142,7 +144,9 @@ MISTAKES = {
     "no epochs": (["train.epochs=0"], "train.epochs=0 trains nothing"),
     "no learning rate": (["train.lr=.nan"], "train.lr=nan: must be at least 0"),
     "more frames than positions": (["model.head=seqTransf", "data.num_frames=78"], "data.num_frames=78 is more than the 77 frames"),
-    "a run of other settings": (_other_settings, "train.lr was 0.5, is 0.001"),
+    "a file for a run": (["run.dir=/dev/null/x"], "run.dir=/dev/null/x cannot be written to: /dev/null is a file"),
+    "no place for a run": (["run.dir=/proc/x"], "run.dir=/proc/x cannot be written to: No such file or directory in /proc"),
+    "a run of other settings": (_other_settings, "made with other settings (train.lr was 0.5, is 0.001)"),
 }  # fmt: skip
 
 
@@ -211,7 +215,10 @@ def test_a_run_goes_on_after_a_fault_in_its_checkpoints(fault, launcher, runs):
 
 def test_a_mistake_without_the_launcher(launcher):
     code, _, err = launcher.finish(launcher.without_deepspeed("data.train=nowhere"))
-    assert (code, err) == (1, "error: there is no folder nowhere. Pack one with: python -m c4c.shard --help\n")
+    assert (code, err) == (
+        1,
+        f"error: there is no folder nowhere (looked in {ROOT}). Pack one with: python -m c4c.shard --help\n",
+    )
 
 
 def test_a_batch_that_two_ranks_cannot_share(launcher):

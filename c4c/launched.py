@@ -1,0 +1,141 @@
+"""What a launcher told this process, and how to start it again. Imports nothing heavy: it is asked before torch is there."""
+
+import errno
+import os
+import shlex
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_DEFAULT_PORT = "29500"  # of deepspeed's launcher
+
+
+def own_rank() -> int:
+    """This process's rank, 0 without a launcher."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+
+
+def command_again(*words: str, port: int | str | None = None) -> str:
+    """The command that started this rank, as a person would type it, with further words at its end.
+
+    port: for the ranks to meet at; None: as before.
+    """
+    env, given = os.environ, [w for w in sys.argv if not w.startswith("--local_rank") and w not in words]
+    local, world = env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", "1")), env.get("WORLD_SIZE", "1")
+    start = "python"
+    if "TORCHELASTIC_RUN_ID" in env:
+        start = f"torchrun --nproc_per_node {local}"
+        start += f" --master_port {port}" if port else ""
+    elif "SLURM_STEP_NUM_TASKS" in env:
+        start = f"MASTER_PORT={port} srun python" if port else "srun python"
+    elif "LOCAL_SIZE" in env:
+        start = "deepspeed" if local != world else f"deepspeed --num_accelerators {world}"
+        port = port or env.get("MASTER_PORT", _DEFAULT_PORT)
+        start += f" --master_port {port}" if world != "1" and str(port) != _DEFAULT_PORT else ""
+    more = "" if local == world or "srun" in start else "    (on the same machines as before)"
+    return f"{start} {shlex.join([*given, *words])}{more}"
+
+
+def require_port() -> None:
+    """On rank 0: raise ValueError if another program has the port at which the ranks are to meet; a single rank takes another."""
+    env = os.environ
+    meets_at_agent = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if own_rank() or meets_at_agent or "MASTER_PORT" not in env or _is_free(port := int(env["MASTER_PORT"])):
+        return
+    free = next((p for p in range(port + 1, 65536) if _is_free(p)), None) or free_port()
+    if env.get("WORLD_SIZE") == "1":
+        env["MASTER_PORT"] = str(free)
+        return
+    raise ValueError(
+        f"port {port}, at which the ranks meet, is taken, perhaps by another training: name another one\n"
+        f"    {command_again(port=free)}"
+    )
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a run that has just ended does not hold it
+        try:
+            s.bind(("", port))
+        except OSError as error:
+            return error.errno != errno.EADDRINUSE
+    return True
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def missing_package(error: ModuleNotFoundError) -> str:
+    """What to do about it, in one sentence."""
+    if sys.prefix != sys.base_prefix:
+        return f"the package {error.name} is not installed in {sys.prefix}: pip install -r requirements.txt -c constraints.txt"
+    activate = Path(__file__).parents[1] / ".venv" / "bin" / "activate"
+    how = f"source {shlex.quote(str(activate))}" if activate.is_file() else "`make demo` makes it in .venv"
+    return f"the package {error.name} is not installed for {sys.executable}: activate the environment first ({how})"
+
+
+def _explain() -> str | None:
+    """What `explained_by` was given."""
+
+
+@contextmanager
+def explained_by(call: Callable[[], str | None]) -> Iterator[None]:
+    """While ranks run: `call` tells why a launcher may be ending this one, None if it does not know."""
+    global _explain
+    before, _explain = _explain, call
+    try:
+        yield
+    finally:
+        _explain = before
+
+
+class Starting:
+    """`with Starting("before the first step")`: SIGTERM and SIGINT end the process at once, and rank 0 says so in one line.
+
+    The process exits with 128 + the signal's number. A thread does it, since the main thread may be waiting in C code.
+    `c4c.guard.Stop` takes over while steps are taken. Elsewhere than in a main thread: nothing.
+    """
+
+    def __init__(self, when: str = ""):
+        self._when, self._once, self._before = when, threading.Lock(), {}
+
+    def __enter__(self) -> "Starting":
+        if threading.current_thread() is threading.main_thread():
+            self._reader, self._writer = os.pipe()
+            os.set_blocking(self._writer, False)
+            threading.Thread(target=self._wait, name="c4c-signals", daemon=True).start()
+            self._before = {s: signal.signal(s, self._signalled) for s in (signal.SIGTERM, signal.SIGINT)}
+            signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._before:
+            signal.set_wakeup_fd(-1)
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+            os.close(self._writer)  # which ends the thread
+
+    def _signalled(self, number: int, _frame) -> None:
+        self._end(number, say=signal.set_wakeup_fd(-1) == self._writer)  # Stop, which resets it, has said all there is
+
+    def _wait(self) -> None:
+        while came := os.read(self._reader, 1):
+            if came[0] in (signal.SIGTERM, signal.SIGINT):
+                self._end(came[0], say=True)
+        os.close(self._reader)
+
+    def _end(self, number: int, say: bool) -> None:
+        if not self._once.acquire(blocking=False):
+            return  # the other thread is at it
+        name = signal.Signals(number).name
+        if say and own_rank() == 0:
+            reason = f"error: {why}" if (why := _explain()) else f"stopped by {name} {self._when}".strip()
+            print(reason if why else f"{reason}. Start again with\n    {command_again()}", file=sys.stderr, flush=True)
+        os._exit(128 + number)

@@ -1,0 +1,165 @@
+"""What is recorded at every step and validation: JSON lines, TensorBoard's curves, and Weights & Biases if asked for."""
+
+import json
+import math
+import os
+import secrets
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+
+from c4c.files import lines_up_to, replace_text
+from shards import count
+
+_MOST_WAITING_BYTES = 64 << 20  # a step is about 3 kB
+
+
+class Metrics:
+    """RUN/metrics.jsonl, one object a step; RUN/eval.jsonl, one a validation; and both in TensorBoard.
+
+    wandb: a project to send them to as well; config: what is shown beside them there. say: told what cannot be written.
+    """
+
+    def __init__(
+        self, folder: Path, resumed_at: int, wandb: str = "", config: dict | None = None,
+        say: Callable[[str], None] = lambda text: None,
+    ):  # fmt: skip
+        self._wandb = _start_wandb(folder, wandb, config) if wandb else None
+        _forget_after(folder, resumed_at)
+        self._steps = Appender(folder / "metrics.jsonl", say)
+        self._evals = Appender(folder / "eval.jsonl", say)
+        self._board = Board(folder / "tensorboard", resumed_at, say)
+
+    def step(self, step: int, values: dict) -> None:
+        self._write(self._steps, step, values)
+
+    def validation(self, step: int, values: dict) -> None:
+        units = {"MdR": "rank", "MnR": "rank"}  # the others are per cent
+        flat = {f"val/{way}_{k}_{units.get(k, 'pct')}": v for way in ("t2v", "v2t") for k, v in values[way].items()}
+        self._write(self._evals, step, flat | {"val/n_texts": values["n_texts"], "val/n_videos": values["n_videos"]})
+
+    def close(self) -> None:
+        self._steps.close()
+        self._evals.close()
+        self._board.close()
+        if self._wandb:
+            self._wandb.finish()
+
+    def _write(self, file: "Appender", step: int, values: dict) -> None:
+        # JSON has no NaN
+        known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        row = {"step": step, **known, "time_unix_s": round(time.time(), 3)}
+        file.add(json.dumps(row).encode() + b"\n")
+        self._board.add(step, values)
+        if self._wandb:
+            self._wandb.log(values, step=step)
+
+
+class Appender:
+    """Appends records to a file, each whole or not at all.
+
+    A record that cannot be written (a full disk) waits in memory, and every further record tries it again: training goes on.
+    Beyond `most` waiting bytes the oldest are lost. Raises OSError if the file cannot be opened.
+    """
+
+    def __init__(self, path: Path, say: Callable[[str], None], most: int = _MOST_WAITING_BYTES):
+        self._path, self._say, self._most = path, say, most
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        self._waiting: deque[bytes] = deque()
+        self._waiting_bytes = self._late = self._lost = 0
+
+    def add(self, record: bytes) -> None:
+        self._waiting.append(record)
+        self._waiting_bytes += len(record)
+        self._flush()
+        while self._waiting_bytes > self._most:
+            self._waiting_bytes -= len(self._waiting.popleft())
+            self._lost += 1
+
+    def close(self) -> None:
+        self._flush()
+        self._lost += len(self._waiting)
+        if self._lost:
+            self._say(
+                f"warning: {count(self._lost, 'record')} of {self._path} could not be written and will be missing"
+            )
+        os.close(self._file)
+
+    def _flush(self) -> None:
+        try:
+            while self._waiting:
+                self._append(self._waiting[0])
+                self._waiting_bytes -= len(self._waiting.popleft())
+        except OSError as error:
+            if not self._late:
+                self._say(
+                    f"warning: {self._path} cannot be written ({error.strerror}). Training goes on, and what belongs there is "
+                    "kept in memory until there is room"
+                )
+            self._late = max(self._late, len(self._waiting))
+            return
+        if self._late:
+            self._say(f"{self._path} can be written again; {count(self._late, 'record')} came late")
+            self._late = 0
+
+    def _append(self, record: bytes) -> None:
+        size = os.fstat(self._file).st_size
+        try:
+            while record:
+                record = record[os.write(self._file, record) :]
+        except OSError:
+            os.ftruncate(self._file, size)
+            raise
+
+
+class Board:
+    """A file of TensorBoard's in `folder`, for steps after `resumed_at`. Written at once, so that a kill loses nothing."""
+
+    def __init__(self, folder: Path, resumed_at: int, say: Callable[[str], None]):
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary, self._encode = event_pb2.Event, summary_pb2.Summary, RecordWriter
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        self._file = Appender(folder / name, say)
+        self._add(file_version="brain.Event:2")
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # later steps of earlier files do not count
+        self._add(step=resumed_at, session_log=start)
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        scalars = [self._summary.Value(tag=name, simple_value=float(value)) for name, value in values.items()]
+        self._add(step=step, summary=self._summary(value=scalars))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _add(self, **event) -> None:
+        record = BytesIO()
+        self._encode(record).write(self._event(wall_time=time.time(), **event).SerializeToString())
+        self._file.add(record.getvalue())
+
+
+def _start_wandb(folder: Path, project: str, config: dict | None):
+    import wandb
+
+    known = folder / "wandb_id"  # a new run in the folder is another run there too
+    if not known.exists():
+        known.write_text(secrets.token_hex(8))
+    return wandb.init(
+        project=project, name=folder.name, id=known.read_text(), resume="allow", dir=str(folder), config=config or {}
+    )
+
+
+def _forget_after(folder: Path, step: int) -> None:
+    """A resumed run writes the steps after its checkpoint anew."""
+    texts = {}
+    for name in ("metrics.jsonl", "eval.jsonl", "bad_steps.jsonl"):
+        if (path := folder / name).exists():
+            kept = lines_up_to(path, step)
+            if kept.encode() != path.read_bytes():
+                texts[path] = kept
+    replace_text(texts)

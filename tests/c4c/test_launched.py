@@ -1,0 +1,123 @@
+"""Before torch is there: ports, signals while a command starts, packages that are missing."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from c4c.launched import command_again, free_port, require_port
+from tests.launch.runs import ROOT
+
+
+@pytest.fixture
+def deepspeed_env(monkeypatch):
+    """Of rank 0 of two that deepspeed's launcher started."""
+    env = {
+        "RANK": "0",
+        "LOCAL_SIZE": "2",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    for name in ("LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("sys.argv", ["launch/train.py", "--local_rank=0", "--cfg", "demo.yaml"])
+    return env
+
+
+def test_a_port_that_is_taken_is_named_with_a_command_that_works(deepspeed_env, monkeypatch):
+    port = int(deepspeed_env["MASTER_PORT"])
+    require_port()
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", port))
+        other.listen()
+        with pytest.raises(ValueError, match=f"port {port}, at which the ranks meet, is taken") as caught:
+            require_port()
+        monkeypatch.setenv("RANK", "1")
+        require_port()  # one rank says it
+    command = str(caught.value).splitlines()[1].split()
+    assert command[:4] == ["deepspeed", "--num_accelerators", "2", "--master_port"]
+    assert command[5:] == ["launch/train.py", "--cfg", "demo.yaml"]
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("MASTER_PORT", command[4])
+    require_port()
+    assert command_again().split() == command
+
+
+def test_a_single_rank_takes_another_port(deepspeed_env, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("LOCAL_SIZE", "1")
+    with socket.socket() as other:
+        other.bind(("", int(deepspeed_env["MASTER_PORT"])))
+        other.listen()
+        require_port()
+        assert os.environ["MASTER_PORT"] != deepspeed_env["MASTER_PORT"]
+        require_port()
+
+
+STARTING = """
+import sys, time
+from c4c.launched import Starting
+sys.argv = ["launch/train.py", "--cfg", "demo.yaml"]
+with Starting("before the first step"):
+    print("ready", flush=True)
+    {work}
+"""
+
+# a wait that no signal ends
+DEADLOCK = "import ctypes; c = ctypes.CDLL(None); m = ctypes.create_string_buffer(64); c.pthread_mutex_lock(m); c.pthread_mutex_lock(m)"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("work", ["time.sleep(60)", DEADLOCK], ids=["python", "C code"])
+def test_a_signal_before_the_first_step_is_one_line(work, number, rank):
+    env = os.environ | {"RANK": str(rank), "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", STARTING.format(work=work)], env=env, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    assert process.stdout.readline() == "ready\n"
+    began = time.monotonic()
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert time.monotonic() - began < 10
+    assert process.returncode == 128 + number
+    name = signal.Signals(number).name
+    command = "python launch/train.py --cfg demo.yaml"
+    assert err == ("" if rank else f"stopped by {name} before the first step. Start again with\n    {command}\n")
+
+
+def test_a_signal_because_of_a_lost_rank_says_that():
+    work = 'from c4c.launched import explained_by\n    with explained_by(lambda: "rank 1 vanished"): time.sleep(60)'
+    env = os.environ | {"PYTHONPATH": str(ROOT), "RANK": "0"}
+    process = subprocess.Popen([sys.executable, "-c", STARTING.format(work=work)], env=env, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.2)
+    process.terminate()
+    assert process.communicate(timeout=30)[1] == "error: rank 1 vanished\n"
+
+
+@pytest.mark.parametrize("words", [["launch/train.py", "--cfg", "demo.yaml"], ["launch/train.py", "--keys"],
+                                   ["launch/pipeline.py", "--cfg", "two_stage.yaml"], ["-m", "c4c.export", "--ckpt", "a", "--to", "b.safetensors"]])  # fmt: skip
+def test_without_the_environment_it_says_so(words, monkeypatch):
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run([sys._base_executable, "-S", *words], cwd=ROOT, env=env, capture_output=True, text=True)
+    (line,) = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (1, "")
+    assert line.startswith("error: the package ") and "activate the environment first (" in line
+
+
+def test_help_names_recipes_and_keys():
+    done = subprocess.run([sys.executable, "-S", "launch/train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0
+    for path in (ROOT / "launch" / "cfg").glob("*.yaml"):
+        assert (f"  {path.name} " in done.stdout) == ("two_stage" not in path.name)
+    from c4c.config import Config
+
+    assert all(f"{group}.*" in done.stdout for group in Config.__dataclass_fields__)

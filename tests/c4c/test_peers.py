@@ -1,0 +1,133 @@
+"""Two ranks that exchange something at every step; one of them is killed, stopped, or ends."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.launch.runs import ROOT, free_port
+
+RANK = """
+import os, sys, time
+import torch
+import torch.distributed as dist
+from c4c.errors import lost_peer, speak
+from c4c.guard import Stop, Watchdog
+from c4c.peers import Peers
+
+rank, timeout = int(os.environ["RANK"]), float(os.environ["TIMEOUT"])
+sys.argv = ["launch/train.py", "--cfg", "demo.yaml"]
+dist.init_process_group("gloo", rank=rank, world_size=2)
+try:
+    with Peers(rank, 2, timeout) as peers, Stop(), Watchdog(rank, 2, timeout, peers=peers) as watch:
+        for step in range(3000):
+            watch.now(f"at step {step}")
+            dist.all_reduce(torch.zeros(1))
+            if step == 5:
+                print("ready", flush=True)
+            if os.path.exists(os.environ["END"]) and rank == 1:
+                raise ValueError("a reason of its own")
+            time.sleep(0.01)
+except (ValueError, RuntimeError) as error:
+    assert isinstance(error, ValueError) or lost_peer(error)
+    speak(error, rank)
+    sys.exit(1)
+"""
+
+
+class Ranks:
+    def __init__(self, folder, timeout_s: float):
+        env = os.environ | {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "WORLD_SIZE": "2",
+            "LOCAL_SIZE": "2",
+        }
+        env |= {
+            "PYTHONPATH": str(ROOT),
+            "TIMEOUT": str(timeout_s),
+            "END": str(folder / "end"),
+            "TORCH_CPP_LOG_LEVEL": "ERROR",
+        }
+        self.both = [
+            subprocess.Popen([sys.executable, "-c", RANK], env=env | {"RANK": str(rank)}, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            for rank in (0, 1)
+        ]  # fmt: skip
+        for rank in self.both:
+            assert rank.stdout.readline() == "ready\n", rank.communicate()
+
+    def said_by(self, rank: int) -> str:
+        out = self.both[rank].communicate(timeout=60)[1]
+        assert self.both[rank].returncode == 1
+        return re.sub(r"pid \d+", "pid N", out)
+
+
+@pytest.fixture
+def ranks(tmp_path):
+    started = []
+
+    def start(timeout_s: float = 30) -> Ranks:
+        started.append(Ranks(tmp_path, timeout_s))
+        return started[-1]
+
+    yield start
+    for process in (p for ranks in started for p in ranks.both if p.poll() is None):
+        process.kill()
+        process.communicate()
+
+
+COMMAND = "Go on with\n    deepspeed --num_accelerators 2"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_killed_is_named_at_once(rank, ranks):
+    """Before its launcher ends the others, which deepspeed's does within a second by a signal, and 30 s later by force."""
+    both = ranks()
+    began = time.monotonic()
+    both.both[rank].kill()
+    both.both[rank].wait()
+    err = both.said_by(1 - rank)
+    assert time.monotonic() - began < 5
+    reason = "it was" if rank else "unless it gave a reason above, it was"
+    said = (
+        f"error: rank {rank} (pid N) vanished: {reason} killed, usually because memory ran out (dmesg tells). {COMMAND}"
+    )
+    assert err.startswith(said) and err.endswith(" launch/train.py --cfg demo.yaml run.resume=auto\n")
+    assert err.count("\n") == 2
+
+
+def test_a_rank_that_ends_with_an_error_did_not_vanish(ranks, tmp_path):
+    both = ranks()
+    (tmp_path / "end").touch()
+    assert both.said_by(1) == "error on rank 1: a reason of its own\n"
+    assert both.said_by(0).startswith("error: the connection to another rank broke (")
+
+
+def test_a_rank_that_was_stopped_blames_itself(ranks):
+    both = ranks(timeout_s=2)
+    os.kill(both.both[0].pid, signal.SIGSTOP)
+    assert "rank 0, at which the ranks meet, does not answer: its process is stopped" in both.said_by(1)
+    os.kill(both.both[0].pid, signal.SIGCONT)
+    err = both.said_by(0)
+    assert re.match(
+        r"error: rank 0, this process, was stopped itself for \d+ s \(engine\.timeout_s is 2\), and the other ranks ended",
+        err,
+    )
+    assert COMMAND in err and "vanished" not in err
+
+
+def test_ranks_that_were_all_stopped_go_on(ranks):
+    both = ranks(timeout_s=2)
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for rank in both.both:
+            os.kill(rank.pid, number)
+        time.sleep(3.5)
+    assert [rank.poll() for rank in both.both] == [None, None]
+    both.both[1].kill()
+    both.both[1].wait()
+    assert both.said_by(0).startswith("error: rank 1 (pid N) vanished")

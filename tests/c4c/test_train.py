@@ -1,0 +1,126 @@
+"""Training in this process, on one rank: what it says, what it continues, what it repeats."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from c4c import checkpoint, towers
+from c4c.config import Config, load
+from c4c.replay import replay
+from c4c.train import Trainer, train
+from tests.launch.runs import ROOT, Launcher, losses, make_splits
+
+STEPS = 5
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_group():
+    """DeepSpeed keeps the process group that it first sees, so all runs of this process have to share one."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("c4c.train", "c4c.replay"):
+            patch.setattr(f"{module}.stop_distributed", lambda: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def launcher(tmp_path_factory) -> Launcher:
+    folder = tmp_path_factory.mktemp("train")
+    make_splits(folder)
+    return Launcher(folder)
+
+
+@pytest.fixture(scope="module")
+def settings(launcher):
+    """settings(*words) -> the configuration of a run of one epoch."""
+
+    def made(*words: str) -> Config:
+        short = ["train.epochs=1", "data.num_frames=2", "checkpoint.every_steps=3", "data.eval_batch_size=32"]
+        return load("demo.yaml", launcher.words(*short, *words)[2:], [ROOT / "launch" / "cfg"])
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def run(launcher, settings) -> Path:
+    """A finished run with checkpoints after step 3 and 5."""
+    folder = launcher.folder / "run"
+    train(settings(f"run.dir={folder}"))
+    assert checkpoint.tags(folder) == ["step00000003", "step00000005"]
+    return folder
+
+
+@pytest.fixture
+def stopped(run, tmp_path) -> Path:
+    """A copy of the run as it was after step 3."""
+    folder = shutil.copytree(run, tmp_path / "stopped")
+    shutil.rmtree(folder / "checkpoints" / "step00000005")
+    (folder / "done.json").unlink()
+    checkpoint.point(folder, "step00000003")
+    return folder
+
+
+def test_the_same_data_at_another_path_is_continued(stopped, run, launcher, settings, tmp_path, capsys):
+    moved = shutil.copytree(launcher.train, tmp_path / "moved")
+    train(settings(f"run.dir={stopped}", f"data.train={moved}", "run.resume=auto"))
+    assert losses(stopped) == losses(run)
+    tag = stopped / "checkpoints" / "step00000003"
+    assert f"weights: {tag}, continuing after step 3\n" in capsys.readouterr().err
+
+
+def test_other_data_is_refused(stopped, launcher, settings):
+    before = {p: p.read_bytes() for p in stopped.rglob("*") if p.is_file() and p.name != ".lock"}
+    with pytest.raises(ValueError, match=f"data.train was {launcher.train}, is {launcher.test}"):
+        train(settings(f"run.dir={stopped}", f"data.train={launcher.test}", "run.resume=auto"))
+    assert {p: p.read_bytes() for p in stopped.rglob("*") if p.is_file() and p.name != ".lock"} == before
+
+
+def test_more_epochs_are_a_new_run_from_the_weights(run, settings):
+    with pytest.raises(ValueError, match=r"train\.epochs was 1\.0, is 2\.0") as caught:
+        train(settings(f"run.dir={run}", "run.resume=auto", "train.epochs=2"))
+    words = [word for word in str(caught.value).split() if word.startswith(("model.init_from=", "run.dir="))]
+    assert words == [f"model.init_from={run}", f"run.dir={run}-1"]
+    config = settings(*words, "train.epochs=2", "train.max_steps=1")
+    train(config)
+    first = json.loads((Path(config.run.dir) / "metrics.jsonl").read_text())
+    assert first["train/loss"] < losses(run)[0]
+
+
+@pytest.mark.parametrize("step", [2, 3, 4])
+def test_a_step_is_repeated_bit_for_bit(step, run, settings, capsys):
+    """The first two from the seed, since no earlier checkpoint is kept; the last from the one after step 3."""
+    assert replay(settings(f"run.dir={run}", "run.resume=auto"), step)
+    err = capsys.readouterr().err
+    start = "the start of the run" if step < 4 else "step00000003"
+    assert err.startswith(f"replaying step {step} from {start}\n")
+    assert "the same, bit for bit\n" in err
+
+
+def test_the_start_line_says_where_the_weights_come_from(run, tmp_path):
+    (tmp_path / "w.pt").touch()
+    origins = {
+        "scratch": "random (model.init_from=scratch, run.seed=42)",
+        "openai": "open_clip's openai of ViT-B-32",
+        str(tmp_path / "w.pt"): str(tmp_path / "w.pt"),
+        str(run): str(run / "checkpoints" / "step00000005"),
+    }
+    for source, said in origins.items():
+        model = SimpleNamespace(init_from=source, init_tag="", backbone="ViT-B-32")
+        config = SimpleNamespace(model=model, run=SimpleNamespace(seed=42))
+        trainer = SimpleNamespace(config=config, session=SimpleNamespace(tag=None), folder=tmp_path)
+        assert Trainer._origin(trainer) == said
+
+
+def test_weights_of_another_size_name_the_backbone_to_set(launcher, settings):
+    file = launcher.folder / "small.pt"
+    torch.save(towers.build(towers.named("ViT-S-16")).state_dict(), file)
+    with pytest.raises(ValueError) as caught:
+        train(settings(f"model.init_from={file}", "run.dir=nowhere", "model.backbone=ViT-B-32"))
+    assert str(caught.value) == (
+        f"model.init_from={file} has patch size 16, width 384, text width 384, feature size 384; model.backbone=ViT-B-32 has "
+        "patch size 32, width 768, text width 512, feature size 512: set model.backbone=ViT-S-16, or take other weights"
+    )
+    assert not Path("nowhere").exists()
