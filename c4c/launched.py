@@ -34,8 +34,9 @@ def command_again(*words: str, port: int | str | None = None) -> str:
         start = f"MASTER_PORT={port} srun python" if port else "srun python"
     elif "LOCAL_SIZE" in env:
         start = "deepspeed" if local != world else f"deepspeed --num_accelerators {world}"
-        port = port or env.get("MASTER_PORT", _DEFAULT_PORT)
-        start += f" --master_port {port}" if world != "1" and str(port) != _DEFAULT_PORT else ""
+        if not port and local == world != "1":  # on several machines the person knows the options
+            port = env.get("MASTER_PORT", _DEFAULT_PORT)
+        start += f" --master_port {port}" if port and str(port) != _DEFAULT_PORT else ""
     more = "" if local == world or "srun" in start else "    (on the same machines as before)"
     return f"{start} {shlex.join([*given, *words])}{more}"
 

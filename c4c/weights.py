@@ -71,8 +71,9 @@ def read_backbone(backbone: str, source: str, tag: str | None = None) -> Weights
         return read(source, quick_gelu=spec["quick_gelu"] or None, tag=tag)
     tags = open_clip.list_pretrained_tags_by_model(backbone)
     if source not in tags:
+        looked = looked_in(source) if "/" in source else ""
         raise ValueError(
-            f"model.init_from={source}: no such file or folder{looked_in(source)}, and no open_clip tag of {backbone}; its tags are "
+            f"model.init_from={source}: no such file, folder{looked}, or open_clip tag of {backbone}; its tags are "
             f"{', '.join(tags) or 'none: use scratch, or a file'}"
         )
     about = open_clip.get_pretrained_cfg(backbone, source)
