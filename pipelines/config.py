@@ -58,9 +58,7 @@ class DataConfig:
     local_dir: str = ""  # folder on a disk of this machine for what is read from URLs; empty: ~/.cache/c4c/shards
     local_gb: float = 20.0  # of that folder at most, 1e9 bytes each, for all ranks of the machine together
     ahead: int = 16  # batches whose bytes are fetched from URLs ahead of the one in the making, up to half of local_gb
-    server_timeout_s: float = (
-        300.0  # a server that gives nothing right for so long ends the run; the most a request takes
-    )
+    server_timeout_s: float = 300.0  # the most that a request takes; a server that fails for so long ends the run
     num_frames: int = 12  # frames a video
     # uniform, head, tail (CLIP4Clip's rules over `fps` frames a second), segment (mmaction2's), random (any, in training).
     # Where a video's frame rate varies, they go by seconds; uniform_by_frame and so on count frames there as the originals do

@@ -429,7 +429,7 @@ def main(descriptor: int, parent: int) -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no worker outlives a killed packer
         if os.getppid() != parent:
             os._exit(1)
-    with Connection(descriptor) as pipe, contextlib.suppress(EOFError, BrokenPipeError):
+    with Connection(descriptor) as pipe, contextlib.suppress(EOFError, OSError):  # the packer is gone
         while True:
             job = pipe.recv()
             try:
