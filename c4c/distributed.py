@@ -91,7 +91,8 @@ def _name_ranks(env: MutableMapping[str, str]) -> None:
         env["LOCAL_RANK"] = env["SLURM_LOCALID"]
         # 4(x2),3 is two machines of 4 tasks and one of 3
         env["LOCAL_WORLD_SIZE"] = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", env["WORLD_SIZE"])).group()
-        env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))
+        # below the ports that Linux hands out
+        env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 12000))
         if int(env.get("SLURM_STEP_NUM_NODES", 1)) > 1 and "MASTER_ADDR" not in env:
             raise ValueError(
                 "MASTER_ADDR is not set: ranks on several machines have to be told where the first one is. Before srun:  "

@@ -24,7 +24,7 @@ from pipelines.quarantine import append_line, json_lines
 from tests.edits import changed, damaged, edited_json, edited_lines
 
 CFG = Path(__file__).parents[2] / "launch" / "cfg"
-IN_A_TEST = 1500
+IN_A_TEST = 600
 
 
 def make_run(run: Path) -> None:
