@@ -69,7 +69,7 @@ class _PrintKeys(argparse.Action):
 
 
 def _epilog() -> str:
-    recipes = {path.name: path.read_text() for path in sorted(_RECIPES.glob("*.yaml"))}
+    recipes = {path.name: _text(path) for path in sorted(_RECIPES.glob("*.yaml"))}
     lines = [
         f"  {name:25} {textwrap.shorten(text.partition(chr(10))[0].lstrip('# '), 90, placeholder=' …')}"
         for name, text in recipes.items()
@@ -80,6 +80,13 @@ def _epilog() -> str:
         "keys: run.* data.* cache.* clips.* model.* train.* engine.* checkpoint.* deepspeed.*; --keys prints them all.\n"
         "For example: train.lr=1e-4 run.dir=runs/mine\n"
     )
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError as error:
+        return f"# cannot be read: {error.strerror}"
 
 
 def run(args: argparse.Namespace) -> int:

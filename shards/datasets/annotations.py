@@ -2,6 +2,7 @@
 
 import codecs
 import csv
+import errno
 import json
 import math
 import os
@@ -15,6 +16,11 @@ from typing import Any
 from shards import ShardError
 from shards.datasets import Caption, Counts
 from shards.datasets.files import EXTENSIONS
+
+
+class DiskError(ShardError):
+    """A disk, a server or the machine failed: no file is to blame, and another try may do."""
+
 
 _ENCODINGS = {
     codecs.BOM_UTF8: "utf-8-sig",
@@ -240,9 +246,14 @@ def _text(path: Path) -> str:
 
 
 def unreadable(path: Path, error: OSError) -> ShardError:
+    """The error to raise, a DiskError where it says nothing of the file itself."""
     if isinstance(error, FileNotFoundError):
         return ShardError(f"{path}: there is no such file")
-    return ShardError(f"{path} cannot be read ({error.strerror}): name a file of text")
+    of_the_file = (
+        isinstance(error, (IsADirectoryError, NotADirectoryError, PermissionError)) or error.errno == errno.ELOOP
+    )
+    kind, hint = (ShardError, ": name a file of text") if of_the_file else (DiskError, "")
+    return kind(f"{path} cannot be read ({error.strerror}){hint}")
 
 
 def _nul(path: Path, line: int) -> ShardError:

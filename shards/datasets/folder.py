@@ -24,7 +24,16 @@ from typing import Any
 
 from shards import ShardError
 from shards.datasets import Caption, Item, Reading, conclude, examples
-from shards.datasets.annotations import expect, numbered_lines, parse_json, read_csv, read_json, read_lines, seconds
+from shards.datasets.annotations import (
+    DiskError,
+    expect,
+    numbered_lines,
+    parse_json,
+    read_csv,
+    read_json,
+    read_lines,
+    seconds,
+)
 from shards.datasets.files import EXTENSIONS, Files
 
 BESIDE = (".txt", ".json")
@@ -184,6 +193,8 @@ def _beside(files: Files, path: str, id: str, notes: _Notes) -> Item:
             data = data if isinstance(data, dict) else {"captions": data}
             more, meta, cut = _entry(data, str(file), notes, ("video", "id"))
             captions += more
+    except DiskError:
+        raise
     except ShardError as error:
         problem = str(error)
     return Item(id, files.at(path), tuple(captions), meta, *cut, problem)

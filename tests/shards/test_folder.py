@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import re
 from pathlib import Path
 
@@ -230,3 +232,24 @@ def test_two_splits_of_a_demo(tmp_path: Path, capsys: pytest.CaptureFixture) -> 
     assert describe(tmp_path / "train")["name"] == "demo train"
     assert describe(tmp_path / "test")["profile"] == "intra, fps 3, short_side 64, quality 3, chroma 420"
     assert json.loads((tmp_path / "test" / "dataset.json").read_text())["videos"] == 2
+
+
+def test_a_disk_that_fails_is_not_a_bad_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captions beside a video that cannot be read for now end the command: the video is not left out for good."""
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.mp4").write_bytes(b"")
+        (tmp_path / f"{name}.txt").write_text(name)
+    (tmp_path / "b.txt").write_bytes(b"\xff\xff\xff")
+    read = Path.read_bytes
+
+    def failing(self: Path) -> bytes:
+        if self.name == "a.txt":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(self))
+        return read(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", failing)
+        with pytest.raises(ShardError, match=r"a\.txt cannot be read \(Input/output error\)"):
+            reading("folder", tmp_path)
+    first, second = reading("folder", tmp_path).items
+    assert not first.problem and "the text is not in UTF-8" in second.problem
