@@ -6,11 +6,11 @@ torchrun and srun start it as well, and python alone for one rank.
 import argparse
 import os
 import sys
-import textwrap
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))  # without its environment too, c4c.launched says what to do
 
+from c4c.helptext import PrintKeys, describe_recipes
 from c4c.launched import Starting, missing_package, own_rank, require_port
 
 _RECIPES = Path(__file__).parent / "cfg"
@@ -32,11 +32,11 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Train a text-to-video retrieval model.", epilog=_epilog(),
+        description="Train a text-to-video retrieval model.", epilog=describe_recipes(_RECIPES),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--cfg", required=True, help="a yaml file: a path, or the name of one in launch/cfg")
-    parser.add_argument("--keys", action=_PrintKeys, nargs=0, help="print every key with its default, and exit")
+    parser.add_argument("--keys", action=PrintKeys, nargs=0, help="print every key with its default, and exit")
     parser.add_argument("--seed", type=int, help="the same as run.seed=N")
     parser.add_argument(
         "--deterministic", action="store_true", help="the same as run.deterministic=true: equal losses, bit for bit"
@@ -56,37 +56,6 @@ def _parser() -> argparse.ArgumentParser:
     )  # launchers pass it
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
     return parser
-
-
-class _PrintKeys(argparse.Action):
-    def __call__(self, parser, *_) -> None:
-        try:
-            from c4c.config import describe_keys
-        except ModuleNotFoundError as error:
-            parser.exit(1, f"error: {missing_package(error)}\n")
-        print(describe_keys())
-        parser.exit()
-
-
-def _epilog() -> str:
-    recipes = {path.name: _text(path) for path in sorted(_RECIPES.glob("*.yaml"))}
-    lines = [
-        f"  {name:25} {textwrap.shorten(text.partition(chr(10))[0].lstrip('# '), 90, placeholder=' …')}"
-        for name, text in recipes.items()
-        if "\nstages:" not in text  # which launch/pipeline.py runs
-    ]
-    return (
-        "recipes in launch/cfg:\n" + "\n".join(lines) + "\n\n"
-        "keys: run.* data.* cache.* clips.* model.* train.* engine.* checkpoint.* deepspeed.*; --keys prints them all.\n"
-        "For example: train.lr=1e-4 run.dir=runs/mine\n"
-    )
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace")
-    except OSError as error:
-        return f"# cannot be read: {error.strerror}"
 
 
 def run(args: argparse.Namespace) -> int:

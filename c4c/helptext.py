@@ -1,0 +1,41 @@
+"""What `launch/train.py --help` and `--keys` print. Imports nothing heavy: `--help` is for those who have installed nothing yet."""
+
+import argparse
+import textwrap
+from pathlib import Path
+
+from c4c.launched import missing_package
+
+
+def describe_recipes(folder: Path) -> str:
+    """A line for each yaml file that launch/train.py takes: its name and its first comment."""
+    texts = {path.name: _text(path) for path in sorted(folder.glob("*.yaml"))}
+    lines = [
+        f"  {name:25} {textwrap.shorten(text.partition(chr(10))[0].lstrip('# '), 90, placeholder=' …')}"
+        for name, text in texts.items()
+        if "\nstages:" not in text  # which launch/pipeline.py runs
+    ]
+    return (
+        "recipes in launch/cfg:\n" + "\n".join(lines) + "\n\n"
+        "keys: run.* data.* cache.* clips.* model.* train.* engine.* checkpoint.* deepspeed.*; --keys prints them all.\n"
+        "For example: train.lr=1e-4 run.dir=runs/mine\n"
+    )
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError as error:
+        return f"# cannot be read: {error.strerror}"
+
+
+class PrintKeys(argparse.Action):
+    """The option `--keys`: print every key of the configuration with its default, and exit."""
+
+    def __call__(self, parser, *_) -> None:
+        try:
+            from c4c.config import describe_keys
+        except ModuleNotFoundError as error:
+            parser.exit(1, f"error: {missing_package(error)}\n")
+        print(describe_keys())
+        parser.exit()
