@@ -66,11 +66,6 @@ def main() -> int:
     args = parser.parse_args()
     try:
         weights, about = run(args.ckpt, args.tag, args.to, args.official)
-    except ModuleNotFoundError as error:
-        from c4c.launched import missing_package
-
-        print(f"error: {missing_package(error)}", file=sys.stderr)
-        return 1
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

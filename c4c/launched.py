@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 
 _DEFAULT_PORT = "29500"  # of deepspeed's launcher
 
@@ -80,6 +81,14 @@ def missing_package(error: ModuleNotFoundError) -> str:
     activate = Path(__file__).parents[1] / ".venv" / "bin" / "activate"
     how = f"source {shlex.quote(str(activate))}" if activate.is_file() else "`make demo` makes it in .venv"
     return f"the package {error.name} is not installed for {sys.executable}: activate the environment first ({how})"
+
+
+def explain_missing(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A `sys.excepthook` that tells of a missing package in one sentence."""
+    if isinstance(error, ModuleNotFoundError):
+        print(f"error: {missing_package(error)}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def _explain() -> str | None:

@@ -9,6 +9,10 @@ import re
 import sys
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1]))  # without its environment too, c4c.launched says what to do
+
+from c4c.launched import missing_package
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(
@@ -35,6 +39,9 @@ def main() -> int:
     args = parser.parse_intermixed_args()
     try:
         return run(args)
+    except ModuleNotFoundError as error:
+        print(f"error: {missing_package(error)}", file=sys.stderr)
+        return 1
     except (ValueError, OSError, RuntimeError) as error:
         from c4c.errors import end_with
 

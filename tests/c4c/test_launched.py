@@ -104,7 +104,8 @@ def test_a_signal_because_of_a_lost_rank_says_that():
 
 
 @pytest.mark.parametrize("words", [["launch/train.py", "--cfg", "demo.yaml"], ["launch/train.py", "--keys"],
-                                   ["launch/pipeline.py", "--cfg", "two_stage.yaml"], ["-m", "c4c.export", "--ckpt", "a", "--to", "b.safetensors"]])  # fmt: skip
+                                   ["launch/pipeline.py", "--cfg", "two_stage.yaml"], ["launch/eval.py", "--ckpt", "a"],
+                                   ["-m", "c4c.export", "--ckpt", "a", "--to", "b.safetensors"], ["-m", "c4c.shard", "info", "a"]])  # fmt: skip
 def test_without_the_environment_it_says_so(words, monkeypatch):
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run([sys._base_executable, "-S", *words], cwd=ROOT, env=env, capture_output=True, text=True)
