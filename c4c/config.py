@@ -90,6 +90,8 @@ def _check_deepspeed(located: Any, given: dict) -> None:
 
 def override_data(data: DataConfig, overrides: list[str]) -> DataConfig:
     """`data` with `data.key=value` words over it. Raises ConfigError."""
+    if foreign := [word for word in overrides if not word.startswith("data.")]:
+        raise ConfigError(f"{_short(foreign[0])} on the command line: only data.key=value words count here")
     tree = {"data": _located(_plain(dataclasses.asdict(data)), "the checkpoint")}
     _override(tree, overrides)
     return _build(Config, tree, "").data

@@ -119,20 +119,27 @@ def evaluate_checkpoint(
             result, found = evaluate(model, model, split, data, place, progress.tell)
         result |= {"checkpoint": _named(name, tag), "split": str(split.path), "split_digest": split.digest}
         if rank == 0:
-            console = Console()
-            console.print(metrics_table(result))
-            where = f"{world} x {place.type}" if world > 1 else str(place)
-            for line in (f"checkpoint  {result['checkpoint']}{_better(name, tag)}", f"split       {split.path}",
-                         f"encoded     {progress.pace}, {where}"):  # fmt: skip
-                console.print(line, highlight=False, markup=False, soft_wrap=True)
             if json_to:
-                json_to.parent.mkdir(parents=True, exist_ok=True)
                 replace_text({json_to: json.dumps(result, indent=2) + "\n"})
             if ranks_to:
                 write_ranks(ranks_to, split, data, found)
+            where = f"{world} x {place.type}" if world > 1 else str(place)
+            _show(result, f"checkpoint  {result['checkpoint']}{_better(name, tag)}", f"split       {split.path}",
+                  f"encoded     {progress.pace}, {where}")  # fmt: skip
         return result
     finally:
         stop_distributed()
+
+
+def _show(result: dict, *lines: str) -> None:
+    """Print the metrics. Raises OSError."""
+    console = Console()
+    try:
+        console.print(metrics_table(result))
+        for line in lines:
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+    except OSError as error:
+        raise OSError(f"the metrics cannot be printed ({error.strerror}); --json FILE writes them") from error
 
 
 def _start(device: str | None) -> tuple[int, int, torch.device]:
@@ -171,5 +178,4 @@ def write_ranks(path: Path, split: Split, config: DataConfig, by_text: Tensor) -
         for text in texts_of(split, index, config):
             row = {"rank": next(found) + 1, "video": video.id, "text": text, "meta": meta}
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    path.parent.mkdir(parents=True, exist_ok=True)
     replace_text({path: "".join(lines)})

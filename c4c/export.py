@@ -27,11 +27,12 @@ def describe(model: "CLIP4Clip") -> dict:
 
 
 def export(model: "CLIP4Clip", path: Path, official: bool) -> None:
-    """Write the model's weights to `path`. Raises ValueError if the file's ending does not suit the layout."""
+    """Write the model's weights to `path`. Raises ValueError if the file's ending does not suit the layout, and OSError."""
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    from c4c.files import replace_text, with_usual_mode
+    from c4c.files import discard, replace_text, with_usual_mode
     from c4c.weights import to_official
 
     state = {k: v.detach().contiguous().cpu() for k, v in model.state_dict().items()}
@@ -46,8 +47,11 @@ def export(model: "CLIP4Clip", path: Path, official: bool) -> None:
             replace_text({path.with_suffix(".json"): json.dumps(describe(model), indent=2) + "\n"})
         with_usual_mode(beside)
         os.replace(beside, path)
+    except (RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
+        reason = str(error).partition("\n")[0]
+        raise OSError(f"{path} could not be written ({reason}): is there room on the disk?") from error
     finally:
-        beside.unlink(missing_ok=True)
+        discard(beside)
 
 
 def check_ending(path: Path, official: bool) -> None:
@@ -55,6 +59,11 @@ def check_ending(path: Path, official: bool) -> None:
     if official != (path.suffix != ".safetensors"):
         right = "any ending but .safetensors" if official else "the ending .safetensors"
         raise ValueError(f"--to {path}: {'the official' if official else 'this'} layout takes {right}")
+
+
+def _is_weights(start: bytes) -> bool:
+    """Whether a file begins as safetensors, a zip of torch or a pickle of torch does."""
+    return start[8:9] == b"{" or start[:2] in (b"PK", b"\x80\x02")
 
 
 def main() -> int:
@@ -75,13 +84,14 @@ def main() -> int:
 
 def run(ckpt: Path, tag: str | None, to: Path, official: bool) -> tuple[int, str]:
     """Export; returns the number of weights, and head and patches in words. Raises ValueError and OSError."""
-    from c4c.files import looked_in, require_writable
+    from c4c.files import require_writable
     from c4c.run import is_run
 
     check_ending(to, official)
-    if not to.parent.is_dir():
-        raise ValueError(f"--to {to}: there is no folder {to.parent}{looked_in(to)}. Make it first, or name another")
-    require_writable("--to", to)
+    require_writable(f"--to {to}", to, _is_weights)
+    if not official:
+        beside = to.with_suffix(".json")
+        require_writable(f"--to {to} also writes {beside}, which", beside, lambda start: b'"spec"' in start)
     if tag and not is_run(str(ckpt)):
         raise ValueError(f"--tag {tag} names a run's checkpoint, and {ckpt} is no run folder")
     from c4c.distributed import quiet_libraries

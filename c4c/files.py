@@ -4,12 +4,15 @@ new text."""
 import contextlib
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from pipelines.quarantine import json_object
+
+_ROOM = 1 << 16  # bytes that have to be free where a command will write
 
 
 def read_yaml(path: Path) -> Any:
@@ -73,31 +76,41 @@ def _write(path: Path, beside: Path, text: str) -> None:
         raise OSError(error.errno, f"{path} could not be written and stays as it was: {error.strerror}") from error
 
 
-def require_writable(option: str, path: Path) -> None:
-    """Raise ValueError if a file at `path`, which a command writes at its end, cannot be written. Makes no folder."""
+def require_writable(named: str, path: Path, is_ours: Callable[[bytes], bool] | None = None) -> None:
+    """Raise ValueError if a file at `path`, which a command writes at its end, cannot be written.
+
+    named: the option and its value; is_ours: whether a file that is there, given its first 64 kB, may be replaced.
+    """
     if os.path.isdir(path):
-        raise ValueError(f"{option} {path} cannot be written: it is a folder; name a file")
-    _require_room(option, path, path.parent)
+        raise ValueError(f"{named} cannot be written: it is a folder; name a file")
+    if not os.path.lexists(path.parent):
+        raise ValueError(f"{named}: there is no folder {path.parent}{looked_in(path)}. Make it first, or name another")
+    _require_room(named, path.parent)
+    if is_ours and os.path.lexists(path):
+        with open(path, "rb") as file:
+            if (start := file.read(1 << 16)) and not is_ours(start):
+                raise ValueError(f"{named} would replace a file of another kind: name another, or delete it first")
 
 
-def require_folder(option: str, path: Path) -> None:
+def require_folder(named: str, path: Path) -> None:
     """Raise ValueError if nothing can be written into the folder `path`, which a command makes. Makes no folder."""
     if os.path.lexists(path) and not os.path.isdir(path):
-        raise ValueError(f"{option} {path} cannot be written: it is no folder; name one")
-    _require_room(option, path, path)
+        raise ValueError(f"{named} cannot be written: it is no folder; name one")
+    _require_room(named, path)
 
 
-def _require_room(option: str, path: Path, folder: Path) -> None:
+def _require_room(named: str, folder: Path) -> None:
     while not os.path.lexists(folder) and folder != folder.parent:
         folder = folder.parent
     reason = f"{folder} is not a folder"
     if os.path.isdir(folder):
         try:
-            with tempfile.TemporaryFile(dir=folder):
-                return
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(bytes(_ROOM))
+            return
         except OSError as error:
             reason = f"{error.strerror} in {folder}"
-    raise ValueError(f"{option} {path} cannot be written: {reason}")
+    raise ValueError(f"{named} cannot be written: {reason}")
 
 
 def with_usual_mode(path: Path) -> None:

@@ -24,7 +24,7 @@ BAD_STEPS = "bad_steps.jsonl"
 
 
 class Stop:
-    """`with Stop() as stop`: SIGTERM and SIGINT only set `stop.signal`, so that the step can end and be saved.
+    """`with Stop() as stop`: SIGTERM, SIGINT and SIGHUP only set `stop.signal`, so that the step can end and be saved.
 
     Launchers send both, and again, for one Ctrl-C; none of it ends the process. At a terminal the launcher gets a second
     Ctrl-C, and then ends the ranks. Elsewhere than in a main thread: nothing. first: whether this is rank 0.
@@ -37,7 +37,10 @@ class Stop:
 
     def __enter__(self) -> "Stop":
         if threading.current_thread() is threading.main_thread():
-            self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+            heeded = [signal.SIGTERM, signal.SIGINT]
+            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup's
+                heeded.append(signal.SIGHUP)
+            self._before = {s: signal.signal(s, self._note) for s in heeded}
             signal.set_wakeup_fd(-1)  # c4c.launched.Starting's
             self._terminal.__enter__()
         return self

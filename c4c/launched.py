@@ -8,11 +8,40 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import TextIO
 
 _DEFAULT_PORT = "29500"  # of deepspeed's launcher
+
+
+class Lossy:
+    """A text stream that drops what cannot be written: the terminal is gone, or the disk of the log is full."""
+
+    def __init__(self, stream: TextIO | None):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError, AttributeError):  # ValueError: it is closed
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError, AttributeError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+
+def open_streams() -> None:
+    """Give a process that was started without standard output or error somewhere to write: libraries do not ask. Errors and
+    reports that nobody can read any more end no run."""
+    nowhere = [name for name in ("stdout", "stderr") if getattr(sys, name) is None]
+    for name in nowhere:
+        setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 for as long as the process lives
+    sys.stderr = Lossy(sys.stderr)
 
 
 def own_rank() -> int:
@@ -40,6 +69,12 @@ def command_again(*words: str, port: int | str | None = None) -> str:
         start += f" --master_port {port}" if port and str(port) != _DEFAULT_PORT else ""
     more = "" if local == world or "srun" in start else "    (on the same machines as before)"
     return f"{start} {shlex.join([*given, *words])}{more}"
+
+
+def beside_script(name: str) -> str:
+    """The path, for a shell, of another script of launch/, written as this one was called."""
+    own = Path(sys.argv[0])
+    return shlex.quote(str(own.with_name(name) if own.parent.name == "launch" else Path("launch", name)))
 
 
 def require_port() -> None:

@@ -25,7 +25,7 @@ def refuse_place(out: Path, videos: str) -> Iterable[str]:
     target, source = out.resolve(), None if "://" in videos else Path(videos).resolve()
     if any((target / name).exists() for name in _RECORDS):  # it was begun
         return
-    require_folder("--out", out)
+    require_folder(f"--out {out}", out)
     if source and (source == target or target in source.parents):
         where = "is the folder of the videos" if source == target else f"holds the videos ({videos})"
         raise ShardError(f"--out {out} {where}: name another, such as {_beside(out)}")

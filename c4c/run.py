@@ -6,13 +6,12 @@ import json
 import os
 import platform
 import shlex
-import tempfile
 import time
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from c4c.files import read_json_object, read_yaml, replace_text
+from c4c.files import read_json_object, read_yaml, replace_text, require_folder
 from pipelines.quarantine import json_lines
 
 RESUME = ("never", "auto")
@@ -57,19 +56,18 @@ def require_wandb(project: str) -> None:
         )
 
 
-def require_folder(folder: Path) -> None:
+_FILES = ("config.yaml", "towers.json", "versions.json", "metrics.jsonl", "eval.jsonl", DONE, "quarantine.jsonl", "bad_steps.jsonl",
+          "checkpoints/latest")  # fmt: skip
+
+
+def require_place(folder: Path) -> None:
     """Raise ValueError if the run folder cannot be made or written to."""
-    there = folder
-    while not there.exists() and there != there.parent:
-        there = there.parent
-    reason = f"{there} is a file"
-    if there.is_dir():
-        try:
-            with tempfile.TemporaryFile(dir=there):
-                return
-        except OSError as error:
-            reason = f"{error.strerror} in {there}"
-    raise ValueError(f"run.dir={folder} cannot be written to: {reason}")
+    require_folder(f"run.dir={folder}", folder)
+    for name in _FILES:
+        if (folder / name).is_dir():
+            raise ValueError(
+                f"run.dir={folder}: {folder / name} is a folder, and a run keeps a file of that name: move it away"
+            )
 
 
 def prepare(folder: Path, resume: str) -> Path | None:
@@ -120,7 +118,7 @@ def read_config(folder: Path) -> dict:
         raise ValueError(f"there is no run folder {folder} (looked in {Path.cwd()})")
     if not path.is_file():
         raise ValueError(
-            f"{folder} is not a run folder: it has no config.yaml. --ckpt takes the folder that run.dir named"
+            f"{folder} is not a run folder: it has no config.yaml. A run folder is what run.dir named in training"
         )
     try:
         config = read_yaml(path)
@@ -147,7 +145,12 @@ def check_continuation(folder: Path, config: dict, defaults: dict | None = None,
 
     defaults: what a setting was before there was a key for it. free: further keys that may differ.
     """
-    before, now = _flat(defaults or {}) | _flat(read_config(folder)), _flat(config)
+    try:
+        before, now = _flat(defaults or {}) | _flat(read_config(folder)), _flat(config)
+    except ValueError as error:
+        raise ValueError(
+            f"run.resume=auto: {error}. Put a copy of the file back, or start anew with run.resume=never, which moves the old run aside"
+        ) from error
     free = (*_FREE, *free)
     keys = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and not k.startswith(free)]
     if keys:

@@ -225,7 +225,7 @@ def _dataset(args) -> int:
 def _check_demo(args) -> None:
     if is_remote(args.out):
         raise ShardError(f"--out {args.out}: the demo set is generated into a folder")
-    require_folder("--out", args.out)
+    require_folder(f"--out {args.out}", args.out)
 
 
 def _check_numbers(args) -> None:

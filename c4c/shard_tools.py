@@ -164,7 +164,7 @@ def token_lengths(path: Path) -> dict[int, Lengths]:
 
 
 def _preview(args) -> int:
-    require_writable("--out", args.out)
+    require_writable(f"--out {args.out}", args.out, lambda start: start.lstrip().startswith(b"<"))
     with task("preview", "videos") as on_video:
         bad = preview(
             find_splits(args.path), args.out, count=args.count, seed=args.seed, frames=args.frames, width=args.width,
@@ -189,7 +189,7 @@ def _frames(args) -> int:
     if rule and args.positions is not None:
         flag = next(iter(rule)).replace("_", "-")
         raise ShardError(f"--{flag} and --positions: give a rule that chooses frames, or the frames themselves")
-    require_folder("--out", args.out)
+    require_folder(f"--out {args.out}", args.out)
     split = Split(args.path, Local(patience_s=_PATIENCE_S))
     written = write_frames(split, args.key, args.out, positions=args.positions, **rule)
     video = split.find(args.key)
@@ -226,7 +226,7 @@ def _repair(args) -> int:
 
 
 def _merge(args) -> int:
-    require_folder("--out", args.out)
+    require_folder(f"--out {args.out}", args.out)
     with task("merge", "shards") as on_shard:
         made = merge(args.paths, args.out, name=args.name, prefix=args.prefix, copy=args.copy, on_shard=on_shard)
     _say_made(made)
@@ -234,7 +234,7 @@ def _merge(args) -> int:
 
 
 def _split(args) -> int:
-    require_folder("--out", args.out)
+    require_folder(f"--out {args.out}", args.out)
     parts = [_part(text) for text in args.parts]
     names = [p.name for p in parts]
     if len(set(names)) < len(names) or sum(p.size is None and p.ids is None for p in parts) > 1:

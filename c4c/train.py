@@ -14,7 +14,7 @@ from c4c.config import Config, dump, to_dict
 from c4c.distributed import restarted, start_distributed, stop_distributed
 from c4c.flops import peak, per_pair
 from c4c.guard import BadSteps, Patience, Stop, Watchdog, on_first_rank
-from c4c.launched import command_again, explained_by
+from c4c.launched import beside_script, command_again, explained_by
 from c4c.lock import RunLock
 from c4c.logs import Metrics
 from c4c.peers import Peers
@@ -190,7 +190,7 @@ class Trainer:
             )
         self.report.summary(
             done, self.bad.total,
-            f"python launch/eval.py --ckpt {run}{tag}",
+            f"python {beside_script('eval.py')} --ckpt {run}{tag}",
             f"tensorboard --logdir {run}",
             f"python -m c4c.export --ckpt {run}{tag} --to model.safetensors",
         )  # fmt: skip

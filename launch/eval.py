@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))  # without its environment too, c4c.launched says what to do
 
-from c4c.launched import missing_package
+from c4c.launched import missing_package, open_streams
 
 
 def main() -> int:
@@ -37,6 +37,7 @@ def main() -> int:
         "overrides", nargs="*", metavar="data.key=value", help="data settings other than the checkpoint's"
     )
     args = parser.parse_intermixed_args()
+    open_streams()
     try:
         return run(args)
     except ModuleNotFoundError as error:
@@ -61,9 +62,15 @@ def run(args: argparse.Namespace) -> int:
 
     if args.device and not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
         raise ValueError(f"--device {args.device}: must be cpu, cuda or cuda:N")
-    for option, path in (("--json", args.json), ("--ranks", args.ranks)):
-        if path:
-            require_writable(option, path)
+    for option in ("ckpt", "data"):
+        if getattr(args, option) == "":
+            raise ValueError(f"--{option} is empty: is a variable of the shell not set?")
+    if args.json:
+        require_writable(f"--json {args.json}", args.json, lambda start: b'"t2v"' in start)
+    if args.ranks:
+        require_writable(f"--ranks {args.ranks}", args.ranks, lambda start: start.startswith(b'{"rank"'))
+        if args.json and args.json.resolve() == args.ranks.resolve():
+            raise ValueError(f"--json and --ranks both name {args.ranks}: name two files")
     words = [*args.overrides, *([f"data.test={args.data}"] if args.data else [])]
     named = from_dict(read_config(Path(args.ckpt))).data if is_run(args.ckpt) else DataConfig()
     asked = override_data(named, words)

@@ -11,13 +11,14 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))  # without its environment too, c4c.launched says what to do
 
 from c4c.helptext import PrintKeys, describe_recipes
-from c4c.launched import Starting, missing_package, own_rank, require_port
+from c4c.launched import Starting, missing_package, open_streams, own_rank, require_port
 
 _RECIPES = Path(__file__).parent / "cfg"
 
 
 def main() -> int:
     args = _parser().parse_intermixed_args()
+    open_streams()
     try:
         with Starting("" if args.check or args.replay is not None else "before the first step"):
             return run(args)
@@ -78,10 +79,10 @@ def run(args: argparse.Namespace) -> int:
 
         return 0 if replay(config, args.replay) else 1
     else:
-        from c4c.run import require_folder
+        from c4c.run import require_place
 
         if own_rank() == 0:
-            require_folder(Path(config.run.dir))
+            require_place(Path(config.run.dir))
         from c4c.train import train
 
         train(config)

@@ -8,16 +8,16 @@ import pytest
 from c4c.files import require_writable
 
 
-def refused(path) -> str:
+def refused(path, is_ours=None) -> str:
     with pytest.raises(ValueError) as caught:
-        require_writable("--to", path)
+        require_writable(f"--to {path}", path, is_ours)
     return str(caught.value)
 
 
 def test_what_can_be_written_leaves_no_trace(tmp_path):
-    require_writable("--to", tmp_path / "new" / "folder" / "out.json")
-    (tmp_path / "out.json").write_text("old")
     require_writable("--to", tmp_path / "out.json")
+    (tmp_path / "out.json").write_text("old")
+    require_writable("--to", tmp_path / "out.json", lambda start: start == b"old")
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("out.json", "old")]
 
 
@@ -25,7 +25,29 @@ def test_what_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     assert refused(tmp_path) == f"--to {tmp_path} cannot be written: it is a folder; name a file"
     assert refused(tmp_path / "file" / "out.json").endswith(f"cannot be written: {tmp_path / 'file'} is not a folder")
+    assert f"there is no folder {tmp_path / 'new'}. Make it first, or name another" in refused(
+        tmp_path / "new" / "out.json"
+    )
     assert "--to /proc/out.json cannot be written: " in refused(type(tmp_path)("/proc/out.json"))
+
+
+def test_a_file_of_another_kind_is_not_replaced(tmp_path):
+    (tmp_path / "weights").write_bytes(b"PK")
+    said = refused(tmp_path / "weights", lambda start: b"t2v" in start)
+    assert said.endswith("would replace a file of another kind: name another, or delete it first")
+    (tmp_path / "weights").write_bytes(b"")
+    require_writable("--to", tmp_path / "weights", lambda start: False)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="mounting needs root")
+def test_a_full_disk_is_known_at_once(tmp_path):
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", tmp_path], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        (tmp_path / "full").write_bytes(bytes(40_000))
+        assert "No space left on device in " in refused(tmp_path / "out.json")
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="mounting needs root")
@@ -33,6 +55,6 @@ def test_a_disk_that_can_only_be_read(tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", tmp_path], capture_output=True).returncode:
         pytest.skip("no file system can be mounted here")
     try:
-        assert "Read-only file system in " in refused(tmp_path / "a" / "out.json")
+        assert "Read-only file system in " in refused(tmp_path / "out.json")
     finally:
         subprocess.run(["umount", tmp_path], check=True)

@@ -25,6 +25,20 @@ def test_a_signal_only_asks_to_stop():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_terminal_that_is_closed_asks_to_stop_too():
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with Stop() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.signal == "SIGHUP"
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup leaves it
+        with Stop() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.signal is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_ranks_that_differ_are_named(monkeypatch):
     def gathers(others):
         def gather(out, mine):

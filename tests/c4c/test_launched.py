@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from c4c.launched import command_again, free_port, require_port
+from c4c.launched import command_again, free_port, open_streams, require_port
+from c4c.report import Report
 from tests.launch.runs import ROOT
 
 
@@ -122,3 +123,19 @@ def test_help_names_recipes_and_keys():
     from c4c.config import Config
 
     assert all(f"{group}.*" in done.stdout for group in Config.__dataclass_fields__)
+
+
+def test_a_screen_that_is_gone_ends_nothing(monkeypatch):
+    """A full disk behind 2>log, and 2>&-: nothing is raised, and what asks for the streams finds some."""
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stderr", full)
+        open_streams()
+        print("lost" * 10_000, file=sys.stderr, flush=True)
+        Report(True, 1, 1, 0).say("lost")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # or closing it would raise
+    monkeypatch.setattr("sys.stdout", None)
+    monkeypatch.setattr("sys.stderr", None)
+    open_streams()
+    print("nowhere")
+    sys.stdout.flush()
+    print("nowhere", file=sys.stderr, flush=True)

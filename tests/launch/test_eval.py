@@ -1,6 +1,7 @@
 """`launch/eval.py`: the metrics of a run, from its ZeRO checkpoint of any stage and number of ranks."""
 
 import json
+import os
 import runpy
 import shutil
 import subprocess
@@ -57,7 +58,7 @@ def metrics_of(file) -> dict:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_every_stage_and_number_of_ranks_gives_the_runs_own_metrics(way, runs, evaluate, launcher, tmp_path):
-    file = tmp_path / "new" / "out.json"
+    file = tmp_path / "out.json"
     code, out, err = evaluate("--ckpt", runs[way], "--json", file)
     assert (code, err) == (0, "")
     result, run = json.loads(file.read_text()), runs[way]
@@ -244,6 +245,28 @@ def test_an_earlier_checkpoint_is_exported(runs, evaluate, tmp_path, monkeypatch
         assert said in capsys.readouterr().err
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="mounting needs root")
+def test_an_export_that_does_not_fit_the_disk(runs, tmp_path, monkeypatch, capsys):
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", tmp_path], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        for words in (["--to", tmp_path / "m.safetensors"], ["--to", tmp_path / "m.bin", "--official"]):
+            monkeypatch.setattr("sys.argv", ["export", "--ckpt", str(runs["1 rank"]), *map(str, words)])
+            assert main() == 1
+            (line,) = capsys.readouterr().err.splitlines()
+            assert line.startswith(f"error: {words[1]} could not be written (") and "is there room on the disk?" in line
+        assert list(tmp_path.iterdir()) == []
+        (tmp_path / "m.json").write_text('{"R1": 1}')
+        monkeypatch.setattr(
+            "sys.argv", ["export", "--ckpt", str(runs["1 rank"]), "--to", str(tmp_path / "m.safetensors")]
+        )
+        assert main() == 1
+        assert "m.json, which would replace a file of another kind" in capsys.readouterr().err
+        assert (tmp_path / "m.json").read_text() == '{"R1": 1}'
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
 def test_a_run_without_a_checkpoint(evaluate, runs, tmp_path):
     (tmp_path / "config.yaml").write_text((runs["1 rank"] / "config.yaml").read_text())
     assert "holds no checkpoint (no checkpoints/latest): train it first, or longer" in refused(
@@ -346,3 +369,25 @@ def test_a_file_needs_to_be_told_the_data(model, evaluate, launcher, tmp_path):
     assert "names a run's checkpoint" in refused(
         evaluate("--ckpt", tmp_path / "a.bin", "--tag", "best", "--data", launcher.test)
     )
+
+
+def test_nothing_of_another_kind_is_written_over(model, evaluate, launcher, runs, tmp_path):
+    torch.save({f"clip.{k}": v for k, v in model.clip.state_dict().items()}, tmp_path / "a.bin")
+    before = (tmp_path / "a.bin").read_bytes()
+    words = ["--ckpt", tmp_path / "a.bin", "--data", launcher.test]
+    for option in ("--json", "--ranks"):
+        assert "would replace a file of another kind" in refused(evaluate(*words, option, tmp_path / "a.bin"))
+    assert "both name" in refused(evaluate(*words, "--json", tmp_path / "b", "--ranks", f"{tmp_path}/../{tmp_path.name}/b"))
+    assert (tmp_path / "a.bin").read_bytes() == before
+    assert "--data is empty" in refused(evaluate("--ckpt", runs["1 rank"], "--data", ""))
+    assert "only data.key=value words count here" in refused(evaluate(*words, "train.lr=3"))
+
+
+def test_standard_output_that_cannot_be_written(runs, tmp_path):
+    """The files are written all the same, and the error says what is wrong."""
+    out = tmp_path / "out.json"
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "launch/eval.py", "--ckpt", str(runs["1 rank"]), "--json", str(out)]
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert "error: the metrics cannot be printed (No space left on device); --json FILE writes them" in done.stderr
+    assert metrics_of(out) == validated(runs["1 rank"], 10)

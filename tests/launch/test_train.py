@@ -144,8 +144,8 @@ MISTAKES = {
     "no epochs": (["train.epochs=0"], "train.epochs=0 trains nothing"),
     "no learning rate": (["train.lr=.nan"], "train.lr=nan: must be at least 0"),
     "more frames than positions": (["model.head=seqTransf", "data.num_frames=78"], "data.num_frames=78 is more than the 77 frames"),
-    "a file for a run": (["run.dir=/dev/null/x"], "run.dir=/dev/null/x cannot be written to: /dev/null is a file"),
-    "no place for a run": (["run.dir=/proc/x"], "run.dir=/proc/x cannot be written to: No such file or directory in /proc"),
+    "a file for a run": (["run.dir=/dev/null/x"], "run.dir=/dev/null/x cannot be written: /dev/null is not a folder"),
+    "no place for a run": (["run.dir=/proc/x"], "run.dir=/proc/x cannot be written: No such file or directory in /proc"),
     "a run of other settings": (_other_settings, "made with other settings (train.lr was 0.5, is 0.001)"),
 }  # fmt: skip
 
