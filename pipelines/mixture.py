@@ -6,8 +6,11 @@ import numpy as np
 
 from pipelines.config import DataConfig
 from pipelines.order import Order
+from shards import count
 from shards.dataset import Split
 from shards.joined import Joined
+
+_SMALL_BATCH = 1024  # pairs; one up to this may be larger than the set, as in trials on a few videos
 
 
 class Mixture:
@@ -51,6 +54,11 @@ def order_of(split: Split | Joined, config: DataConfig, batch_size: int, seed: i
         )
         for number, (one, share) in enumerate(zip(splits, shares(weights, batch_size), strict=True))
     ]
+    if batch_size > max(_SMALL_BATCH, 2 * (pairs := sum(order.pairs for order in orders))):
+        raise ValueError(
+            f"train.batch_size={batch_size}: every step would be padded to it, and data.train has {count(pairs, 'pair')}. "
+            "Set a smaller one"
+        )
     return Mixture(orders, config.epoch_samples) if isinstance(split, Joined) else orders[0]
 
 
