@@ -110,9 +110,20 @@ def read_done(folder: Path) -> dict | None:
 
 
 def is_run(name: str) -> bool:
-    """Whether a checkpoint's name means a run folder, there or not: no file of weights and no TAG:BACKBONE."""
+    """Whether a checkpoint's name means a run folder, there or not: no file of any kind and no TAG:BACKBONE."""
     path = Path(name)
-    return path.is_dir() or (path.suffix == "" and ":" not in name and not path.is_file())
+    return path.is_dir() or (path.suffix == "" and ":" not in name and not path.exists())
+
+
+def _run_around(folder: Path) -> str:
+    """What to write instead of the name of a folder inside a run; nothing if it is in none."""
+    inner, tag = folder.absolute(), ""
+    if inner.parent.name == "checkpoints":
+        inner, tag = inner.parent, inner.name
+    if inner.name != "checkpoints" or not (inner.parent / "config.yaml").is_file():
+        return ""
+    run, tag = shlex.quote(str(inner.parent)), shlex.quote(tag) if tag else "step…"
+    return f"Use --ckpt {run} --tag {tag}, in training model.init_from={run} model.init_tag={tag}: "
 
 
 def read_config(folder: Path) -> dict:
@@ -122,7 +133,8 @@ def read_config(folder: Path) -> dict:
         raise ValueError(f"there is no run folder {folder} (looked in {Path.cwd()})")
     if not path.is_file():
         raise ValueError(
-            f"{folder} is not a run folder: it has no config.yaml. --ckpt takes the folder that run.dir named"
+            f"{folder} is not a run folder: it has no config.yaml. {_run_around(folder)}--ckpt takes the folder that run.dir "
+            "named"
         )
     try:
         config = read_yaml(path)
