@@ -42,7 +42,13 @@ class Mixture:
 def order_of(split: Split | Joined, config: DataConfig, batch_size: int, seed: int, drop_last: bool) -> Order | Mixture:
     """The order in which training visits a split, or several. Raises ValueError for weights that cannot be had."""
     splits = split.splits if isinstance(split, Joined) else [split]
-    weights = config.weights or tuple(s.info["videos" if config.paragraph else "captions"] for s in splits)
+    sizes = tuple(s.info["videos" if config.paragraph else "captions"] for s in splits)
+    if batch_size > max(_SMALL_BATCH, 2 * sum(sizes)):
+        raise ValueError(
+            f"train.batch_size={batch_size}: every step would be padded to it, and data.train has {count(sum(sizes), 'pair')}. "
+            "Set a smaller one"
+        )
+    weights = config.weights or sizes
     orders = [
         Order(
             np.broadcast_to(np.uint8(1), len(one)) if config.paragraph else one.caption_counts,
@@ -54,11 +60,6 @@ def order_of(split: Split | Joined, config: DataConfig, batch_size: int, seed: i
         )
         for number, (one, share) in enumerate(zip(splits, shares(weights, batch_size), strict=True))
     ]
-    if batch_size > max(_SMALL_BATCH, 2 * (pairs := sum(order.pairs for order in orders))):
-        raise ValueError(
-            f"train.batch_size={batch_size}: every step would be padded to it, and data.train has {count(pairs, 'pair')}. "
-            "Set a smaller one"
-        )
     return Mixture(orders, config.epoch_samples) if isinstance(split, Joined) else orders[0]
 
 
