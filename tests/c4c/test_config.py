@@ -298,6 +298,8 @@ DEEPSPEED = {
     "optimizer.params.learning=1": "unknown key deepspeed.optimizer.params.learning in the command line: there are adam_w_mode",
     "optimizer.type=Lion": "deepspeed.optimizer.type in the command line: c4c trains with AdamW alone",
     "optimizer.type=3": "c4c trains with AdamW alone",
+    "fp16.loss_scale=nan": "deepspeed.fp16.loss_scale in the command line: must be a finite number",
+    "optimizer.params.betas=[0.9, .inf]": "deepspeed.optimizer.params.betas in the command line: must be a finite number",
     "amp.enabled=true": "c4c does not use that part of DeepSpeed: set engine.precision",
     "pipeline.stages=2": "c4c does not use that part of DeepSpeed",
 }
