@@ -1,6 +1,7 @@
 """The keys that may stand under `deepspeed:`, known without importing DeepSpeed, which reads past any other in silence."""
 
 import difflib
+import math
 
 _OFFLOAD = "device nvme_path buffer_count pin_memory"
 _MONITOR = "enabled output_path job_name"
@@ -85,9 +86,19 @@ def wrong_key(tree: dict, group: str = "") -> tuple[str, str] | None:
                 path,
                 f"c4c trains with AdamW alone, which its learning rates, decay and checkpoints are made for; got {value!r}",
             )
+        if not all(_finite(part) for part in (value if isinstance(value, list) else [value])):
+            return path, "must be a finite number"
         if path in KEYS and isinstance(value, dict) and (found := wrong_key(value, path)):
             return found
     return None
+
+
+def _finite(value: object) -> bool:
+    """Whether it is no number, or a finite one; DeepSpeed takes text for a number, too."""
+    try:
+        return isinstance(value, dict) or math.isfinite(float(value))
+    except (TypeError, ValueError, OverflowError):
+        return True
 
 
 def _nearest(path: str, group: str) -> str:

@@ -73,7 +73,8 @@ def _write(path: Path, beside: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise OSError(error.errno, f"{path} could not be written and stays as it was: {error.strerror}") from error
+        kept = " and stays as it was" if os.path.lexists(path) else ""
+        raise OSError(error.errno, f"{path} could not be written{kept}: {error.strerror}") from error
 
 
 def require_writable(named: str, path: Path, is_ours: Callable[[bytes], bool] | None = None) -> None:

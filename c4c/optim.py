@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pipelines.bounds import COUNT, check_numbers
+
 if TYPE_CHECKING:  # settings are checked before torch is imported
     from torch import nn
 
@@ -45,15 +47,16 @@ class TrainConfig:
     patience: int = 0  # the run ends after so many validations in a row without a better t2v R@1; 0: it does not
 
     def __post_init__(self):
-        low = {"batch_size": 1, "lr": 0, "epochs": 0, "max_steps": 0, "weight_decay": 0, "eval_every": 0, "freeze_layers": -1,
-               "micro_batch_size": 0, "coef_lr": 0, "lr_text": 0, "lr_video": 0, "freeze_text_epochs": 0,
-               "freeze_video_epochs": 0, "accumulate": 1, "max_bad_steps": 1, "eval_every_steps": 0, "patience": 0}  # fmt: skip
-        for name, least in low.items():
-            if not getattr(self, name) >= least:  # nan is not
-                raise ValueError(f"train.{name}={getattr(self, name)}: must be at least {least}")
-        for name, value in vars(self).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"train.{name}={value}: must be a finite number")
+        counts = dict.fromkeys(
+            ("max_steps", "eval_every", "micro_batch_size", "eval_every_steps", "patience"), (0, COUNT)
+        )
+        epochs = ("epochs", "warmup_epochs", "freeze_text_epochs", "freeze_video_epochs")
+        rates = dict.fromkeys(("lr", "coef_lr", "lr_text", "lr_video", "weight_decay", "eps"), (0, math.inf))
+        shares = dict.fromkeys(("warmup_start", "warmup_fraction"), (0, 1))
+        check_numbers("train", self, {
+            **counts, **rates, **shares, **dict.fromkeys(epochs, (0, 1_000_000)), "freeze_layers": (-1, COUNT),
+            **dict.fromkeys(("batch_size", "accumulate", "max_bad_steps"), (1, COUNT)),
+        })  # fmt: skip
         if not self.epochs and not self.max_steps:
             raise ValueError(
                 "train.epochs=0 trains nothing: set it above 0, or train.max_steps; launch/eval.py --ckpt evaluates weights "
@@ -72,6 +75,16 @@ class TrainConfig:
 
     def total_steps(self, steps_per_epoch: int) -> int:
         return self.max_steps or max(1, round(self.epochs * steps_per_epoch))
+
+    def endless_warmup(self, steps_per_epoch: int) -> str:
+        """What to say of a warm-up that lasts as long as the run; nothing if it does not."""
+        total, warmup = self.total_steps(steps_per_epoch), round(self.warmup_epochs * steps_per_epoch)
+        if self.schedule != "mmaction2" or warmup < max(2, total):
+            return ""
+        return (
+            f"train.warmup_epochs={self.warmup_epochs} is {warmup} steps, and the run has {total}: the learning rate never "
+            "comes to train.lr. Set it lower, or train longer"
+        )
 
     def frozen(self, epochs: float) -> tuple[str, ...]:
         """Parts of the model that stand still after so many epochs. Decay is part of an update, so nothing of them moves."""

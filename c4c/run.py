@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from c4c.files import read_json_object, read_yaml, replace_text, require_folder
+from pipelines.bounds import check_numbers
 from pipelines.quarantine import json_lines
 
 RESUME = ("never", "auto")
@@ -42,6 +43,7 @@ class RunConfig:
     wandb: str = ""  # a project of Weights & Biases to send the metrics to as well; needs its package and a login
 
     def __post_init__(self):
+        check_numbers("run", self, {"seed": (0, 2**63 - 1)})
         if self.resume not in RESUME:
             raise ValueError(f"run.resume={self.resume}: there are {', '.join(RESUME)}")
         if not self.dir:
@@ -106,9 +108,20 @@ def read_done(folder: Path) -> dict | None:
 
 
 def is_run(name: str) -> bool:
-    """Whether a checkpoint's name means a run folder, there or not: no file of weights and no TAG:BACKBONE."""
+    """Whether a checkpoint's name means a run folder, there or not: no file of any kind and no TAG:BACKBONE."""
     path = Path(name)
-    return path.is_dir() or (path.suffix == "" and ":" not in name and not path.is_file())
+    return path.is_dir() or (path.suffix == "" and ":" not in name and not path.exists())
+
+
+def _run_around(folder: Path) -> str:
+    """What to write instead of the name of a folder inside a run; nothing if it is in none."""
+    inner, tag = folder.absolute(), ""
+    if inner.parent.name == "checkpoints":
+        inner, tag = inner.parent, inner.name
+    if inner.name != "checkpoints" or not (inner.parent / "config.yaml").is_file():
+        return ""
+    run, tag = shlex.quote(str(inner.parent)), shlex.quote(tag) if tag else "step…"
+    return f"Use --ckpt {run} --tag {tag}, in training model.init_from={run} model.init_tag={tag}: "
 
 
 def read_config(folder: Path) -> dict:
@@ -118,7 +131,7 @@ def read_config(folder: Path) -> dict:
         raise ValueError(f"there is no run folder {folder} (looked in {Path.cwd()})")
     if not path.is_file():
         raise ValueError(
-            f"{folder} is not a run folder: it has no config.yaml. A run folder is what run.dir named in training"
+            f"{folder} is not a run folder: it has no config.yaml. {_run_around(folder)}A run folder is what run.dir named in training"
         )
     try:
         config = read_yaml(path)

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,6 +78,8 @@ class Session:
         )  # fmt: skip
         self.per_epoch = self.loader.steps_per_epoch
         self.total = config.train.total_steps(self.per_epoch)
+        if rank == 0 and (said := config.train.endless_warmup(self.per_epoch)):
+            warnings.warn(said, stacklevel=2)
 
     @property
     def weights(self) -> int:

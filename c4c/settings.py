@@ -2,10 +2,13 @@
 
 import difflib
 import importlib.util
+import math
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+from pipelines.bounds import COUNT, MONTH_S, check_numbers
 
 PRECISIONS = ("bf16", "fp16", "fp32")
 OFFLOADS = ("none", "optimizer", "all")
@@ -28,8 +31,7 @@ class ModelConfig:
             raise ValueError(f"model.head={self.head}: there are {', '.join(heads)}")
         if self.linear_patch not in ("2d", "3d"):
             raise ValueError(f"model.linear_patch={self.linear_patch}: there are 2d and 3d")
-        if self.head_layers < 1:
-            raise ValueError(f"model.head_layers={self.head_layers}: must be at least 1")
+        check_numbers("model", self, {"head_layers": (1, 1000)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +57,7 @@ class EngineConfig:
             raise ValueError("engine.offload=optimizer: ZeRO does it, so engine.zero_stage must be 1, 2 or 3, not 0")
         if self.offload == "all" and self.zero_stage != 3:
             raise ValueError(f"engine.offload=all: only engine.zero_stage=3 shares out weights, not {self.zero_stage}")
-        if self.clip_grad_norm < 0:
-            raise ValueError(f"engine.clip_grad_norm={self.clip_grad_norm}: must be at least 0")
+        check_numbers("engine", self, {"clip_grad_norm": (0, math.inf), "timeout_s": (-math.inf, MONTH_S)})
         if self.timeout_s <= 0:
             raise ValueError(f"engine.timeout_s={self.timeout_s}: must be above 0")
 
@@ -75,9 +76,8 @@ class CheckpointConfig:
             raise ValueError(
                 f"checkpoint.keep_last={self.keep_last}: must be at least 1, or nothing could be evaluated"
             )
-        for name in ("every_steps", "every_minutes", "keep_best"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"checkpoint.{name}={getattr(self, name)}: must be at least 0")
+        counts = dict.fromkeys(("every_steps", "keep_best"), (0, COUNT))
+        check_numbers("checkpoint", self, {**counts, "every_minutes": (0, MONTH_S // 60)})
 
 
 def _check_backbone(name: str) -> None:

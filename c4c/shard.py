@@ -11,11 +11,11 @@ from pathlib import Path
 from c4c import shard_tools
 from c4c.files import require_folder
 from c4c.packing import closing, refuse_place
+from c4c.shard_tools import POSITIVE, SEED, console, size
 from c4c.shard_tools import bar as _bar
-from c4c.shard_tools import console, size
 from c4c.shard_tools import plain as _plain
 from c4c.shard_tools import show as _show
-from shards import ShardError, count, memory
+from shards import ShardError, count, memory, number
 from shards.datasets import Item, demo, demo_narrated, readers
 from shards.datasets.files import Files
 from shards.info import title
@@ -67,29 +67,35 @@ def _parser() -> argparse.ArgumentParser:
         "the frames of intra re-encoded in short GOPs, for small disks (%(default)s)",
     )
     packing.add_argument(
-        "--fps", type=int, default=default.fps, help="frames kept a second; 240 keeps all; not for copy (%(default)s)"
+        "--fps",
+        type=number(int, "from 1 to 240"),
+        default=default.fps,
+        help="frames kept a second; 240 keeps all; not for copy (%(default)s)",
     )
     packing.add_argument(
         "--short-side",
-        type=int,
+        type=number(int, "from 16 to 4096"),
         default=None,
         metavar="PX",
         help=f"scale the short side to this; not for copy ({default.short_side}; demo: 64)",
     )
     packing.add_argument(
         "--quality",
-        type=int,
+        type=number(int, "from 0 to 63"),
         default=None,
         help="intra: JPEG quantiser, 1 best to 31 smallest (3); h264, hevc, av1: constant rate factor (23, 26, 32)",
     )
     packing.add_argument(
         "--chroma",
-        type=int,
+        type=number(int, "that is 420 or 444"),
         default=default.chroma,
         help="intra: 420; 444 keeps full colour resolution and scales exactly, slower and larger (%(default)s)",
     )
     packing.add_argument(
-        "--gop", type=int, default=None, help="h264, hevc, av1: frames a closed GOP (a second of them, at most 12)"
+        "--gop",
+        type=number(int, "from 1 to 600"),
+        default=None,
+        help="h264, hevc, av1: frames a closed GOP (a second of them, at most 12)",
     )
     packing.add_argument(
         "--encoder",
@@ -98,9 +104,9 @@ def _parser() -> argparse.ArgumentParser:
         help="h264, hevc, av1: cpu gives the same bytes everywhere; nvenc is a GPU's; auto: nvenc where it opens "
         "(%(default)s)",
     )
-    packing.add_argument("--workers", type=int, default=None, help="processes (one a core)")
+    packing.add_argument("--workers", type=POSITIVE, default=None, help="processes (one a core)")
     packing.add_argument(
-        "--shard-videos", type=int, default=None, help="videos a shard (16 to 256 by the size of the set)"
+        "--shard-videos", type=POSITIVE, default=None, help="videos a shard (16 to 256 by the size of the set)"
     )
 
     packing.add_argument(
@@ -115,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     packing.add_argument(
         "--timeout",
-        type=float,
+        type=number(float, f"above 0 and below {_LONGEST_S:g}"),
         default=600.0,
         metavar="SECONDS",
         help="reject a video whose decoding takes longer; above 100 MB in proportion (%(default)g)",
@@ -134,9 +140,9 @@ def _parser() -> argparse.ArgumentParser:
 
     one = commands.add_parser("demo", parents=[packing], help="generate a small data set of moving shapes and pack it")
     one.add_argument("--out", type=_place, required=True, help="a folder; writes OUT/source, OUT/train and OUT/test")
-    one.add_argument("--train", type=int, default=1000, help="training videos (%(default)s)")
-    one.add_argument("--test", type=int, default=200, help="test videos (%(default)s)")
-    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--train", type=POSITIVE, default=1000, help="training videos (%(default)s)")
+    one.add_argument("--test", type=POSITIVE, default=200, help="test videos (%(default)s)")
+    one.add_argument("--seed", type=SEED, default=0)
     one.set_defaults(run=_demo)
 
     one = commands.add_parser(
@@ -144,10 +150,10 @@ def _parser() -> argparse.ArgumentParser:
         help="generate a large set of longer, carelessly narrated videos and a small clean one, and pack them",
     )  # fmt: skip
     one.add_argument("--out", type=_place, required=True, help="a folder; writes OUT/source, narrated, train and test")
-    one.add_argument("--narrated", type=int, default=600, help="narrated videos of five events each (%(default)s)")
-    one.add_argument("--train", type=int, default=200, help="videos of the small training set (%(default)s)")
-    one.add_argument("--test", type=int, default=200, help="test videos (%(default)s)")
-    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--narrated", type=POSITIVE, default=600, help="narrated videos of five events each (%(default)s)")
+    one.add_argument("--train", type=POSITIVE, default=200, help="videos of the small training set (%(default)s)")
+    one.add_argument("--test", type=POSITIVE, default=200, help="test videos (%(default)s)")
+    one.add_argument("--seed", type=SEED, default=0)
     one.set_defaults(run=_demo_narrated)
 
     for name, module in readers().items():

@@ -16,7 +16,7 @@ from rich.table import Column, Table
 from c4c.files import require_folder, require_writable
 from pipelines.config import DataConfig
 from pipelines.lengths import CONTEXT, TOKENIZER, Lengths
-from shards import ShardError, count
+from shards import ShardError, count, number
 from shards.dataset import Split, find_splits
 from shards.datasets.annotations import read_lines
 from shards.dedup import Group, Report, dedup
@@ -30,6 +30,7 @@ from shards.repair import repair
 from shards.verify import verify
 
 console = Console(stderr=True)
+POSITIVE, SEED = number(int, "of at least 1"), number(int, "from 0 to 2**63 - 1")  # types of argparse
 _PATIENCE_S = 20.0  # with a server, where somebody sits and waits
 
 
@@ -45,7 +46,7 @@ def add_commands(commands) -> None:
 
     some = "a split, or a folder of splits"
     one = add("verify", _verify, "re-read everything: crc, decode, index against tar; exit 1 if any is bad", some)
-    one.add_argument("--workers", type=int, default=None, help="processes (one a core)")
+    one.add_argument("--workers", type=POSITIVE, default=None, help="processes (one a core)")
     one.add_argument("--json", action="store_true", help="print JSON instead")
 
     one = add("info", _info, "counts, durations, sizes, codecs, captions", some)
@@ -53,17 +54,27 @@ def add_commands(commands) -> None:
 
     one = add("preview", _preview, "one HTML page of frames and captions that needs no other file", some)
     one.add_argument("--out", type=Path, default=Path("preview.html"), help="the page to write (%(default)s)")
-    one.add_argument("--count", type=int, default=24, help="videos of each split (%(default)s)")
-    one.add_argument("--seed", type=int, default=None, help="draw them at random (default: the first ones)")
-    one.add_argument("--frames", type=int, default=4, help="pictures of each video (%(default)s)")
-    one.add_argument("--width", type=int, default=240, metavar="PX", help="of a picture at most (%(default)s)")
+    one.add_argument(
+        "--count", type=number(int, "from 1 to 10000"), default=24, help="videos of each split (%(default)s)"
+    )
+    one.add_argument("--seed", type=SEED, default=None, help="draw them at random (default: the first ones)")
+    one.add_argument(
+        "--frames", type=number(int, "from 1 to 10000"), default=4, help="pictures of each video (%(default)s)"
+    )
+    one.add_argument(
+        "--width",
+        type=number(int, "from 16 to 10000"),
+        default=240,
+        metavar="PX",
+        help="of a picture at most (%(default)s)",
+    )
 
     one = add("frames", _frames, "write frames of one video as PNGs, as the loader decodes them, before any resize")
     one.add_argument("path", type=str, help="a split: a folder or a URL")
     one.add_argument("--key", required=True, help="the video: its id, or its key in the tar")
     one.add_argument("--rule", help="the frames that data.sampling=RULE shows a model in testing (uniform)")
-    one.add_argument("--num-frames", type=int, help="at most so many, as data.num_frames (12)")
-    one.add_argument("--fps", type=int, help="frames a second to choose from, as data.fps (1)")
+    one.add_argument("--num-frames", type=POSITIVE, help="at most so many, as data.num_frames (12)")
+    one.add_argument("--fps", type=POSITIVE, help="frames a second to choose from, as data.fps (1)")
     one.add_argument("--positions", type=_positions, metavar="0,5,9", help="these rows of the frame table instead")
     one.add_argument("--out", type=Path, required=True, help="the folder to write NUMBER_SECONDS.png into")
 
@@ -75,7 +86,7 @@ def add_commands(commands) -> None:
     )
     one.add_argument("--name", default=None, help="name of the data set, if dataset.json is lost (the parent folder's)")
     one.add_argument("--split", default=None, help="name of the split, if dataset.json is lost (the folder's)")
-    one.add_argument("--workers", type=int, default=None, help="processes (one a core)")
+    one.add_argument("--workers", type=POSITIVE, default=None, help="processes (one a core)")
 
     one = add("merge", _merge, "several splits of one profile as one, without copying their tars")
     one.add_argument("paths", type=_local, nargs="+", metavar="SPLIT")
@@ -92,7 +103,7 @@ def add_commands(commands) -> None:
         help="SIZE is a fraction (0.9), a number of videos (1000), a file with an id on each line, or: rest",
     )  # fmt: skip
     one.add_argument("--out", type=Path, required=True, help="writes OUT/NAME for each part")
-    one.add_argument("--seed", type=int, default=0, help="of the random choice (%(default)s)")
+    one.add_argument("--seed", type=SEED, default=0, help="of the random choice (%(default)s)")
     one.add_argument(
         "--whole-shards", action="store_true", help="keep shards together: no video is copied, sizes are approximate"
     )

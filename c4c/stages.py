@@ -118,7 +118,10 @@ def _stage(entry: dict, overrides: list[str], before: dict[str, Stage], path: Pa
     if source:
         words = [f"model.init_from={source.run}", "model.init_tag=best", *words]
     words.append("run.resume=auto")
-    config = load(entry["cfg"], words, [path.parent, *search])
+    try:
+        config = load(entry["cfg"], words, [path.parent, *search])
+    except ConfigError as error:
+        raise ConfigError(f"stage {name}: {error}") from error
     run = Path(config.run.dir)
     if same := [s.name for s in before.values() if s.config and s.run == run]:
         raise ConfigError(

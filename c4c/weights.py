@@ -24,6 +24,10 @@ from c4c.config import from_dict
 from c4c.files import looked_in, read_json_object
 from c4c.run import read_config
 
+_READ = (
+    "Read are run folders, .safetensors files, and what torch.save or TorchScript wrote, with weights of CLIP4Clip, "
+    "mmaction2, OpenAI or open_clip; files that need code to be run are refused"
+)
 _ARCHIVE_EXTRAS = {"input_resolution", "context_length", "vocab_size"}  # sizes that OpenAI's archives carry as tensors
 
 
@@ -49,12 +53,14 @@ def read(path: str | Path, quick_gelu: bool | None = None, tag: str | None = Non
     path = Path(path)
     if path.is_dir():
         return _from_run(path, tag)
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"{path}: there is no such file or folder of weights{looked_in(path)}")
     raw, metadata = _load(path)
     if "c4c" in metadata:
-        about = json.loads(metadata["c4c"])
-        return Weights(state=_floats(raw), kind="c4c", **about)
+        try:
+            return Weights(state=_floats(raw), kind="c4c", **json.loads(metadata["c4c"]))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is damaged: what it says of its model cannot be read") from error
     try:
         return recognise(raw, quick_gelu)
     except ValueError as error:
@@ -153,16 +159,19 @@ def _from_run(folder: Path, tag: str | None) -> Weights:
 
 
 def _load(path: Path) -> tuple[dict, dict[str, str]]:
+    if not path.is_file():
+        raise ValueError(f"{path} is no file of weights. {_READ}")
     try:
         if path.suffix == ".safetensors":
             with safetensors.safe_open(path, "pt") as file:
                 return load_file(path), file.metadata() or {}
         raw = _unpickled(path)
     except Exception as error:  # torch and safetensors raise many kinds for files that are not theirs
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{path} cannot be read as weights ({type(error).__name__}: {reason}). Files that need code to be run are refused"
-        ) from error
+        if isinstance(error, OSError) and error.errno is not None:
+            raise ValueError(f"{path} cannot be read ({error.strerror})") from error
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise ValueError(f"{path}: there is not enough memory for its weights") from error
+        raise ValueError(f"{path} is no file of weights, or a damaged one. {_READ}") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{path} holds a {type(raw).__name__}, not a dict of weights")
     return raw, {}

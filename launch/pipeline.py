@@ -39,7 +39,10 @@ def run(args: argparse.Namespace, folder: Path) -> None:
     console = Console(stderr=True, soft_wrap=True)
     stages = read(args.cfg, args.overrides, [folder / "cfg"], args.launcher)
     run(stages, folder, lambda text: console.print(text, highlight=False, markup=False))
-    Console().print(table(stages))
+    if any(stage.of for stage in stages.stages):
+        Console().print(table(stages))
+    else:
+        console.print("all stages are done")
 
 
 if __name__ == "__main__":

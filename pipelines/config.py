@@ -3,11 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipelines.bounds import COUNT, MONTH_S, check_numbers
 from pipelines.sampling import ORDERS, RULES
 from shards.remote import Local
 
 LANES = ("auto", "video", "intra")
 PIXELS = ("float32", "float16")
+
+_MOST_GB = 10**9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,10 +24,9 @@ class CacheConfig:
     frames: int = 0
 
     def __post_init__(self):
+        check_numbers("cache", self, {"frames": (0, COUNT), "max_gb": (-_MOST_GB, _MOST_GB)})
         if self.max_gb <= 0:
             raise ValueError(f"cache.max_gb={self.max_gb}: must be above 0; cache.dir='' turns the cache off")
-        if self.frames < 0:
-            raise ValueError(f"cache.frames={self.frames}: must be 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +39,7 @@ class ClipsConfig:
     bag: int = 1  # captions of a pair, its own and those said nearest to it; above 1 needs train.loss=mil_nce
 
     def __post_init__(self):
-        if not 0 <= self.min_s < float("inf"):
-            raise ValueError(f"clips.min_s={self.min_s}: must be 0 or more")
-        if self.bag < 1:
-            raise ValueError(f"clips.bag={self.bag}: must be at least 1")
+        check_numbers("clips", self, {"min_s": (0, MONTH_S), "bag": (1, 1000)})
         if self.bag > 1 and not self.cut:
             raise ValueError(f"clips.bag={self.bag} is of captions around a clip: set clips.cut=true, or clips.bag=1")
 
@@ -89,15 +88,16 @@ class DataConfig:
             raise ValueError(f"data.sampling must be one of {', '.join(RULES)}; got {self.sampling!r}")
         if self.lane not in LANES:
             raise ValueError(f"data.lane={self.lane}: there are {', '.join(LANES)}")
-        for name in ("num_frames", "fps", "image_size", "prefetch", "eval_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"data.{name}={getattr(self, name)}: must be at least 1")
-        for name in ("local_gb", "server_timeout_s"):
-            if getattr(self, name) <= 0:
+        check_numbers("data", self, {
+            "num_frames": (1, 4096), "fps": (1, 1000), "image_size": (1, 8192), "resize": (0, 8192), "max_words": (-COUNT, 4096),
+            "threads": (0, 1024), "prefetch": (1, 1024), "eval_batch_size": (1, 65536), "ahead": (0, 10_000),
+            **dict.fromkeys(("epoch_samples", "shuffle_block"), (0, 10**12)),
+            **dict.fromkeys(("random_crop", "flip", "colour", "max_bad_fraction"), (0, 1)),
+            **dict.fromkeys(("read_timeout_s", "server_timeout_s"), (0, MONTH_S)), "local_gb": (0, _MOST_GB),
+        })  # fmt: skip
+        for name in ("local_gb", "server_timeout_s", "read_timeout_s"):
+            if not getattr(self, name):
                 raise ValueError(f"data.{name}={getattr(self, name)}: must be above 0")
-        for name in ("epoch_samples", "shuffle_block", "ahead"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"data.{name}={getattr(self, name)}: must be 0 or more")
         sets = 1 if isinstance(self.train, str) else len(self.train)
         if self.weights and (len(self.weights) != sets or not all(0 < w < float("inf") for w in self.weights)):
             raise ValueError(
@@ -111,17 +111,12 @@ class DataConfig:
             raise ValueError(f"data.frame_order={self.frame_order}: there are {', '.join(ORDERS)}")
         if self.pixels not in PIXELS:
             raise ValueError(f"data.pixels={self.pixels}: there are {', '.join(PIXELS)}")
-        for name in ("random_crop", "flip", "colour"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"data.{name}={getattr(self, name)}: must be between 0 and 1")
-        if self.read_timeout_s <= 0:
-            raise ValueError(f"data.read_timeout_s={self.read_timeout_s}: must be above 0")
         if self.max_words < 3:
             raise ValueError(
                 f"data.max_words={self.max_words}: a caption takes a start, an end and a word, so at least 3"
             )
-        if len(self.mean) != 3 or len(self.std) != 3:
-            raise ValueError("data.mean and data.std: one number for each of red, green and blue")
+        if len(self.mean) != 3 or len(self.std) != 3 or not all(std > 0 for std in self.std):
+            raise ValueError("data.mean and data.std: one number for each of red, green and blue, those of std above 0")
 
     @property
     def short_side(self) -> int:

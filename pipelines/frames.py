@@ -14,6 +14,7 @@ from pipelines.sampling import RULES, choose, distinct
 from shards import ShardError
 from shards.dataset import Split
 from shards.schema import Video
+from shards.tar import naming
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ def write_frames(
     for position, picture in zip(wanted.tolist(), shown, strict=True):
         number, seconds = int(video.frames.number[position]), float(video.frames.time[position])
         file = out / f"{number:06d}_{seconds:.3f}.png"
-        Image.fromarray(picture).save(file)
+        with naming(file):
+            Image.fromarray(picture).save(file)
         written.append(Written(file, position, number, seconds))
     return written
 

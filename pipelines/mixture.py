@@ -6,8 +6,11 @@ import numpy as np
 
 from pipelines.config import DataConfig
 from pipelines.order import Order
+from shards import count
 from shards.dataset import Split
 from shards.joined import Joined
+
+_SMALL_BATCH = 1024  # pairs; one up to this may be larger than the set, as in trials on a few videos
 
 
 class Mixture:
@@ -39,7 +42,13 @@ class Mixture:
 def order_of(split: Split | Joined, config: DataConfig, batch_size: int, seed: int, drop_last: bool) -> Order | Mixture:
     """The order in which training visits a split, or several. Raises ValueError for weights that cannot be had."""
     splits = split.splits if isinstance(split, Joined) else [split]
-    weights = config.weights or tuple(s.info["videos" if config.paragraph else "captions"] for s in splits)
+    sizes = tuple(s.info["videos" if config.paragraph else "captions"] for s in splits)
+    if batch_size > max(_SMALL_BATCH, 2 * sum(sizes)):
+        raise ValueError(
+            f"train.batch_size={batch_size}: every step would be padded to it, and data.train has {count(sum(sizes), 'pair')}. "
+            "Set a smaller one"
+        )
+    weights = config.weights or sizes
     orders = [
         Order(
             np.broadcast_to(np.uint8(1), len(one)) if config.paragraph else one.caption_counts,

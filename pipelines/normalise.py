@@ -13,6 +13,8 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -107,15 +109,18 @@ def _library() -> ctypes.CDLL | None:
     if platform.machine() not in ("x86_64", "AMD64"):
         command.remove("-march=native")
     try:
-        return ctypes.CDLL(str(_compiled(command)))
+        with _compiled(command) as path:
+            return ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", b"") or b""
         warnings.warn(f"{SOURCE} does not compile, torch normalises: {error} {detail.decode()[-500:]}", stacklevel=2)
         return None
 
 
-def _compiled(command: list[str]) -> Path:
-    """The library's path: one a machine, source and command, in the user's cache folder or, failing that, for once."""
+@contextmanager
+def _compiled(command: list[str]) -> Iterator[Path]:
+    """The library's path: one a machine, source and command, in the user's cache folder or, failing that, for once: it is
+    gone on leaving, and stays loaded."""
     machine = f"{platform.node()} {platform.processor()} {_cpu()}"
     name = hashlib.sha256(f"{command} {machine}".encode() + SOURCE.read_bytes()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "c4c"
@@ -127,17 +132,23 @@ def _compiled(command: list[str]) -> Path:
         with tempfile.NamedTemporaryFile(dir=folder, suffix=".part", delete=False) as part:
             pass
     except OSError:
-        target = Path(tempfile.mkdtemp(prefix="c4c-")) / "normalise.so"
-        part = None
-    if target.exists():
-        os.unlink(part.name)
-        return target
-    built = part.name if part else str(target)
-    subprocess.run([*command, "-o", built, str(SOURCE)], check=True, capture_output=True, timeout=60)
-    if part:
-        os.chmod(built, 0o700)
-        os.replace(built, target)  # whole or not at all: ranks start together
-    return target
+        with tempfile.TemporaryDirectory(prefix="c4c-") as once:
+            target = Path(once) / "normalise.so"
+            _compile(command, target)
+            yield target
+        return
+    try:
+        if not target.exists():
+            _compile(command, Path(part.name))
+            os.chmod(part.name, 0o700)
+            os.replace(part.name, target)  # whole or not at all: ranks start together
+    finally:
+        Path(part.name).unlink(missing_ok=True)
+    yield target
+
+
+def _compile(command: list[str], target: Path) -> None:
+    subprocess.run([*command, "-o", str(target), str(SOURCE)], check=True, capture_output=True, timeout=60)
 
 
 def _cpu() -> str:

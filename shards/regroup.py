@@ -17,8 +17,8 @@ from shards import ShardError
 from shards.dataset import Split, read_table
 from shards.pack import finish, write_table
 from shards.schema import FORMAT_VERSION, JSON_CRCS, REJECTS, SCHEMA, upgraded
-from shards.tar import commit, read_index, safe_key, write_atomic
-from shards.tarcopy import TarCopier, link_or_copy
+from shards.tar import commit, naming, read_index, safe_key, write_atomic
+from shards.tarcopy import TarCopier, copy_file, link_or_copy
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def write_split(
         if len(pieces) == 1 and piece.rows is None and not _any_renamed(source, base):
             how[link_or_copy(base.with_suffix(".tar"), out / f"{shard}.tar", copy)] += 1
             for suffix in ("idx", "parquet"):
-                shutil.copyfile(base.with_suffix(f".{suffix}"), out / f"{shard}.{suffix}")
+                copy_file(base.with_suffix(f".{suffix}"), out / f"{shard}.{suffix}")
         else:
             _rewrite(out / shard, sources, pieces)
             how["rewritten"] += 1
@@ -86,7 +86,10 @@ def write_split(
 
 @contextmanager
 def new_folder(out: Path):
-    """A folder to fill, which becomes `out` at the end and vanishes on an error. Raises ShardError if `out` holds anything."""
+    """A folder to fill, which becomes `out` at the end and vanishes on an error; an OSError then names files of `out`.
+
+    Raises ShardError if `out` holds anything.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ShardError(f"{out} exists already and is not empty. Choose another --out.")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -95,8 +98,10 @@ def new_folder(out: Path):
     try:
         yield temporary
         commit(temporary, out)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError) and (name := str(error.filename)).startswith(str(temporary)):
+            raise OSError(error.errno, error.strerror, name.replace(str(temporary), str(out), 1)) from error
         raise
 
 
@@ -110,7 +115,7 @@ def _any_renamed(source: Source, base: Path) -> bool:
 def _rewrite(target: Path, sources: Sequence[Source], pieces: Sequence[Piece]) -> None:
     """Write one shard from samples of others; committed as the packer does, table last."""
     temporary = target.with_name(f".{target.name}.tmp")
-    copier = TarCopier(temporary)
+    copier = TarCopier(temporary, target.with_suffix(".tar"))
     tables, rejects, crcs = [], [], []
     for piece in pieces:
         table, more, some = _copy_piece(copier, sources[piece.source], piece)
@@ -137,7 +142,7 @@ def _copy_piece(copier: TarCopier, source: Source, piece: Piece) -> tuple[pa.Tab
     keys, ids, offsets, crcs = [], [], [], []
     names: dict[str, str] = {}  # old id: new id
     columns = [table.column(c).to_pylist() for c in ("key", "id", "ext", "offset", "size")]
-    with open(base.with_suffix(".tar"), "rb") as file:
+    with open(base.with_suffix(".tar"), "rb") as file, naming(file.name):
         descriptor = file.fileno()
         for row, key, old, extension, offset, size in zip(rows.tolist(), *columns, strict=True):
             at, length = index[f"{key}.json"]

@@ -511,7 +511,7 @@ def _frames(stored: FrameTable, described: dict, fps: Fraction) -> FrameTable:
 def _rewrite(tar: Path, file: BinaryIO, samples: list[_Sample], rows: list[dict]) -> None:
     """Write the tar anew with these samples, keep the old one aside, and correct the rows' offsets."""
     temporary = tar.with_name(f".{tar.name}.{os.getpid()}.tmp")
-    copier = TarCopier(temporary)
+    copier = TarCopier(temporary, tar)
     for sample, row in zip(samples, rows, strict=True):
         places = {ext: (file.fileno(), offset, size) for ext, (offset, size) in sample.members.items()}
         row["offset"] = copier.add(sample.key, places)[row["ext"]]

@@ -121,18 +121,22 @@ def read_members(path: Path) -> dict[str, tuple[int, int]]:
 
 
 @contextmanager
-def naming(path) -> Iterator[None]:
-    """An OSError in here that names no file is given this one: a write that fails does not say where."""
+def naming(path, kinds: set[int] | None = None) -> Iterator[None]:
+    """An OSError in here that names no file is given this one: a write that fails does not say where.
+
+    kinds: error numbers that are meant; None: all.
+    """
     try:
         yield
     except OSError as error:
-        if error.filename is None and error.errno is not None:
+        if error.filename is None and error.errno is not None and (kinds is None or error.errno in kinds):
             raise OSError(error.errno, error.strerror or os.strerror(error.errno), str(path)) from error
         raise
 
 
-def sync_and_close(file) -> None:
-    with naming(file.name):
+def sync_and_close(file, path=None) -> None:
+    """`path`: what the file becomes, which errors name; None: it keeps its name."""
+    with naming(path or file.name):
         file.flush()
         _sync(file.fileno())
         file.close()
@@ -153,7 +157,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     try:
         with naming(path):
             file.write(data.encode() if isinstance(data, str) else data)
-            sync_and_close(file)
+            sync_and_close(file, path)
         commit(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)

@@ -5,7 +5,6 @@ import fcntl
 import io
 import json
 import os
-import shutil
 import tarfile
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from crc32c import crc32c
 
 from shards.dataset import Table
 from shards.schema import JSON_CRCS, Video
-from shards.tar import index_text, read_index, sync_and_close
+from shards.tar import DISK_FULL, index_text, naming, read_index, sync_and_close
 
 _FICLONE = 0x40049409  # Linux: share the blocks of another file until either is written to
 _SHARDS_OPEN = 16  # of which samples are taken; a table of 256 videos takes about 3 MB
@@ -24,10 +23,14 @@ _NOT_HERE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM
 
 
 class TarCopier:
-    """Writes a tar with the bytes that `shards.tar.TarWriter` writes, its members taken from places in other files."""
+    """Writes a tar with the bytes that `shards.tar.TarWriter` writes, its members taken from places in other files.
 
-    def __init__(self, path: Path):
+    It is written at `path`, to become `target`, which errors name.
+    """
+
+    def __init__(self, path: Path, target: Path):
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115 closed in close()
+        self._target = target
         self._offset = 0
         self._index: list[str] = []
 
@@ -42,7 +45,8 @@ class TarCopier:
             if isinstance(data, bytes):
                 self._write(data)
             else:
-                copy_range(data[0], data[1], self._file.fileno(), data[2])
+                with naming(self._target, DISK_FULL):
+                    copy_range(data[0], data[1], self._file.fileno(), data[2])
                 self._offset += data[2]
             self._write(bytes(-info.size % tarfile.BLOCKSIZE))
             line.append(f"{extension} {offsets[extension]} {info.size} {info.name}")
@@ -53,7 +57,7 @@ class TarCopier:
         """End the archive and wait until it is on disk."""
         end = self._offset + 2 * tarfile.BLOCKSIZE
         self._write(bytes(2 * tarfile.BLOCKSIZE + -end % tarfile.RECORDSIZE))
-        sync_and_close(self._file)
+        sync_and_close(self._file, self._target)
 
     def index(self) -> str:
         """The text of DALI's index file."""
@@ -62,7 +66,8 @@ class TarCopier:
     def _write(self, data: bytes) -> None:
         view = memoryview(data)
         while view:  # an unbuffered file may take less than all
-            written = self._file.write(view)
+            with naming(self._target):
+                written = self._file.write(view)
             self._offset += written
             view = view[written:]
 
@@ -81,13 +86,19 @@ def copy_range(source: int, offset: int, target: int, size: int) -> None:
         offset, size = offset + done, size - done
 
 
+def copy_file(source: Path, target: Path) -> None:
+    """Make `target` a file with the bytes of `source`. Raises OSError, which names the one that is to blame."""
+    with open(source, "rb") as old, open(target, "wb") as new, naming(source), naming(target, DISK_FULL):
+        copy_range(old.fileno(), 0, new.fileno(), os.fstat(old.fileno()).st_size)
+
+
 def link_or_copy(source: Path, target: Path, copy: bool = False) -> str:
     """Make `target` a file with the bytes of `source`, sharing its blocks ("reflink") or the file itself ("link") where
     the file system can, unless `copy`. Returns "reflink", "link" or "copy"."""
     if copy:
-        shutil.copyfile(source, target)
+        copy_file(source, target)
         return "copy"
-    with open(source, "rb") as old, open(target, "wb") as new:
+    with open(source, "rb") as old, open(target, "wb") as new, naming(target):
         try:
             fcntl.ioctl(new.fileno(), _FICLONE, old.fileno())
             return "reflink"
@@ -101,7 +112,7 @@ def link_or_copy(source: Path, target: Path, copy: bool = False) -> str:
     except OSError as error:
         if error.errno not in _NOT_HERE:
             raise
-    shutil.copyfile(source, target)
+    copy_file(source, target)
     return "copy"
 
 

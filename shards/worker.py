@@ -225,8 +225,9 @@ class _Packed:
 def write_table(path: Path, temporary: Path, table: pa.Table, rejects: list[dict], json_crcs: list[int]) -> None:
     """Commit a shard's sample table; `json_crcs` are the crc32c of its rows' .json members."""
     file = open(temporary, "wb")  # noqa: SIM115 closed in sync_and_close()
-    _put_table(file, table, rejects, json_crcs)
-    sync_and_close(file)
+    with naming(path):
+        _put_table(file, table, rejects, json_crcs)
+        sync_and_close(file, path)
     commit(temporary, path)
 
 

@@ -31,6 +31,7 @@ from PIL import Image, ImageDraw
 
 from shards.datasets import Caption, Item
 from shards.datasets.demo_scenes import COLOURS, GRADUAL, SIZES, VERSION, Scene, scenes
+from shards.tar import naming
 
 GOP = 250
 OUTLINE = (12, 12, 12)
@@ -282,5 +283,6 @@ def _end_with_parent() -> None:
 def _write(path: Path, data: bytes) -> None:
     """Write a file so that it is there whole or not at all."""
     part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
+    with naming(path):
+        part.write_bytes(data)
     part.replace(path)

@@ -5,10 +5,11 @@ video's descriptions stay single, in the json's order. Names keep their extensio
 another.
 """
 
+import math
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from shards import ShardError
+from shards import ShardError, number
 from shards.datasets import Caption, Counts, Item, Reading, conclude, examples, unique
 from shards.datasets.annotations import expect, published, read_json, read_lines
 
@@ -29,12 +30,14 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--split", type=Path, help="train_list.txt, val_list.txt or test_list.txt (all annotations)")
     parser.add_argument(
-        "--seconds", type=float, help="keep only the first so many; the papers look at seconds 0 to 31: 32 (all)"
+        "--seconds",
+        type=number(float, "above 0"),
+        help="keep only the first so many; the papers look at seconds 0 to 31: 32 (all)",
     )
 
 
 def read(args: Namespace) -> Reading:
-    if args.seconds is not None and not args.seconds > 0:
+    if args.seconds is not None and not 0 < args.seconds < math.inf:
         raise ShardError(f"--seconds {args.seconds}: must be above 0")
     captions: dict[str, list[Caption]] = {}
     for nth, entry in enumerate(expect(read_json(args.annotations), list, args.annotations, "a list of descriptions")):

@@ -5,12 +5,13 @@ them. Either is several gigabytes and is read as a stream. What stays in memory 
 asked for: measured, 230 bytes each, 460 with --clips. At some hundred captions a video, 380 000 videos take 9 GB.
 """
 
+import math
 from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from shards import ShardError
+from shards import ShardError, number
 from shards.datasets import Caption, Item, Reading, conclude, examples
 from shards.datasets.annotations import read_csv, seconds
 
@@ -27,7 +28,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--clips", action="store_true", help="cut at the captions while packing (whole videos with timed captions)"
     )
     parser.add_argument(
-        "--min-duration", type=float, default=_MIN_DURATION, metavar="SECONDS",
+        "--min-duration", type=number(float, "above 0"), default=_MIN_DURATION, metavar="SECONDS",
         help="--clips: captions are joined to their neighbours until a clip is this long (%(default)s)",
     )  # fmt: skip
 
@@ -35,7 +36,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def read(args: Namespace) -> Reading:
     if args.category and not args.list:
         raise ShardError("--category is looked up in --list: give --list HowTo100M_v1.csv")
-    if not args.min_duration > 0:
+    if not 0 < args.min_duration < math.inf:
         raise ShardError(f"--min-duration {args.min_duration}: must be above 0")
     wanted, warnings = _wanted(args.list, args.category) if args.list else (None, [])
     found: dict[str, tuple[Caption, ...]] = {}

@@ -224,6 +224,56 @@ def test_a_value_that_makes_no_sense_names_its_key(word, write):
     assert refused(write("a.yaml", ""), [word]).startswith(word.partition("=")[0])
 
 
+FLOATS = [
+    f"{group}.{name}"
+    for group, part in to_dict(from_dict({})).items()
+    for name, value in part.items()
+    if type(value) is float
+]
+
+
+@pytest.mark.parametrize("number", ["nan", ".inf", "-.inf"])
+def test_no_setting_is_nan_or_infinite(number, write):
+    path = write("a.yaml", "")
+    for key in [*FLOATS, "train.betas", "data.mean", "data.std", "data.weights"]:
+        value = number if key in FLOATS else f"[{number}, 1, 1]"
+        assert re.match(rf"{key}=.*(nan|inf).*: must be a finite number$", refused(path, [f"{key}={value}"]))
+
+
+BEYOND = {
+    "data.max_bad_fraction=7": "must be at most 1",
+    "data.max_bad_fraction=-0.1": "must be at least 0",
+    "train.warmup_epochs=-1": "must be at least 0",
+    "train.warmup_fraction=2": "must be at most 1",
+    "train.epochs=1e30": "must be at most 1000000",
+    "train.batch_size=1000000000000": "must be at most 1000000000",
+    "train.patience=99999999999999999999999": "must be at most 1000000000",
+    "engine.timeout_s=1e18": "must be at most 2592000",
+    "engine.timeout_s=0": "must be above 0",
+    "run.seed=99999999999999999999999": "must be at most 9223372036854775807",
+    "run.seed=-1": "must be at least 0",
+    "data.threads=100000": "must be at most 1024",
+    "data.threads=-1": "must be at least 0",
+    "data.num_frames=999999999": "must be at most 4096",
+    "data.image_size=999999999": "must be at most 8192",
+    "data.read_timeout_s=0": "must be above 0",
+    "data.local_gb=1e20": "must be at most 1000000000",
+    "cache.max_gb=1e20": "must be at most 1000000000",
+    "cache.frames=-1": "must be at least 0",
+    "clips.min_s=1e20": "must be at most 2592000",
+    "clips.bag=1000000": "must be at most 1000",
+    "checkpoint.every_minutes=1e20": "must be at most 43200",
+    "model.head_layers=1000000": "must be at most 1000",
+}
+
+
+def test_a_number_out_of_bounds_names_its_key_and_the_bound(write):
+    path = write("a.yaml", "")
+    for word, bound in BEYOND.items():
+        message = refused(path, [word])
+        assert message.startswith(word.partition("=")[0]) and bound in message
+
+
 # ---- the whole ----
 
 
@@ -248,6 +298,8 @@ DEEPSPEED = {
     "optimizer.params.learning=1": "unknown key deepspeed.optimizer.params.learning in the command line: there are adam_w_mode",
     "optimizer.type=Lion": "deepspeed.optimizer.type in the command line: c4c trains with AdamW alone",
     "optimizer.type=3": "c4c trains with AdamW alone",
+    "fp16.loss_scale=nan": "deepspeed.fp16.loss_scale in the command line: must be a finite number",
+    "optimizer.params.betas=[0.9, .inf]": "deepspeed.optimizer.params.betas in the command line: must be a finite number",
     "amp.enabled=true": "c4c does not use that part of DeepSpeed: set engine.precision",
     "pipeline.stages=2": "c4c does not use that part of DeepSpeed",
 }

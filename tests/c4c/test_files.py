@@ -1,11 +1,12 @@
 """Files that are written at the end of long work: whether they can be is known at its start."""
 
+import errno
 import os
 import subprocess
 
 import pytest
 
-from c4c.files import require_writable
+from c4c.files import replace_text, require_writable
 
 
 def refused(path, is_ours=None) -> str:
@@ -48,6 +49,22 @@ def test_a_full_disk_is_known_at_once(tmp_path):
         assert "No space left on device in " in refused(tmp_path / "out.json")
     finally:
         subprocess.run(["umount", tmp_path], check=True)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_failed_write_says_what_became_of_the_file(tmp_path, monkeypatch, there):
+    def full(_) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = tmp_path / "a.json"
+    if there:
+        path.write_text("old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError) as caught:
+        replace_text({path: "new"})
+    kept = " and stays as it was" if there else ""
+    assert caught.value.strerror == f"{path} could not be written{kept}: No space left on device"
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["old"] * there
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="mounting needs root")

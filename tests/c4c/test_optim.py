@@ -39,6 +39,13 @@ def test_total_steps():
     assert TrainConfig(epochs=3, max_steps=40).total_steps(7) == 40
 
 
+def test_a_warm_up_that_never_ends_is_told():
+    said = TrainConfig(epochs=2, warmup_epochs=3).endless_warmup(7)
+    assert said.startswith("train.warmup_epochs=3 is 21 steps, and the run has 14: the learning rate never comes")
+    assert not TrainConfig(epochs=4, warmup_epochs=3).endless_warmup(7)
+    assert not TrainConfig(epochs=2, warmup_epochs=3, schedule="official").endless_warmup(7)
+
+
 def test_matrices_decay_and_vectors_do_not():
     learner = Learner(build(ModelConfig(backbone="ViT-demo-16", init_from="scratch"), 4))
     decayed, plain = parameter_groups(learner, TrainConfig(weight_decay=0.3))

@@ -138,6 +138,26 @@ def test_mistakes_are_answered_in_one_sentence(videos: Path, tmp_path: Path, cap
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["folder", "--fps", "nan"], "--fps: nan: must be a whole number from 1 to 240"),
+        (["msrvtt", "--fps", "1e9"], "--fps: 1e9: must be a whole number from 1 to 240"),
+        (["demo", "--short-side", "2.5"], "--short-side: 2.5: must be a whole number from 16 to 4096"),
+        (["demo", "--timeout", "long"], "--timeout: long: must be a number above 0 and below 1e+06"),
+        (["demo", "--seed", "x" * 10**4], f"--seed: {'x' * 100}: must be a whole number from 0 to 2**63 - 1"),
+        (["didemo", "--seconds", "all"], "--seconds: all: must be a number above 0"),
+        (["howto100m", "--min-duration", ""], "--min-duration: : must be a number above 0"),
+        (["verify", ".", "--workers", "all"], "--workers: all: must be a whole number of at least 1"),
+        (["preview", ".", "--width", "2.5"], "--width: 2.5: must be a whole number from 16 to 10000"),
+    ],
+)
+def test_what_is_no_number_is_answered_with_the_range(words: list[str], said: str, capsys) -> None:
+    with pytest.raises(SystemExit):
+        shard.main(words)
+    assert f"error: argument {said}\n" in capsys.readouterr().err
+
+
 def test_options_that_nothing_heeds_are_named(videos: Path, tmp_path: Path, capsys) -> None:
     command = [
         "folder",

@@ -1,6 +1,8 @@
 """Files of stages: what they come to, and what is refused before anything runs."""
 
+import argparse
 import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -86,6 +88,7 @@ def test_what_a_file_comes_to(write):
         ("stages: [{name: a, cfg: demo.yaml, sett: 3}]", [], "is no stage; one has"),
         ("stages: [{name: a, cfg: demoo.yaml}]", [], "did you mean demo.yaml"),
         ("stages: [{name: a, cfg: demo.yaml, set: {train.lrr: 1}}]", [], "did you mean train.lr?"),
+        ("stages: [{name: a, cfg: demo.yaml}]", ["a.train.lr=nan"], "stage a: train.lr=nan: must be a finite number"),
         ("stages: [{name: a b, cfg: demo.yaml}]", [], "a name of letters"),
         ("stages: [{name: a, cfg: demo.yaml}, {name: b, cfg: demo.yaml}]", [], "both have run.dir="),
         ("stages: [{name: a, cfg: demo.yaml, from: b}]", [], "training stages before it: none"),
@@ -113,6 +116,16 @@ def test_a_stage_that_does_not_end_ends_all(write, called, tmp_path):
     with pytest.raises(StageError, match=r"stage one ended with code 3, .* The same command goes on with it"):
         go(write(TWO), "one.train.lr=7")
     assert len(called) == 1 and not (tmp_path / "two").exists()
+
+
+@pytest.mark.parametrize("evaluates", [True, False])
+def test_the_end_is_told(write, called, capsys, evaluates):
+    text = TWO if evaluates else "\n".join(line for line in TWO.splitlines() if "eval:" not in line)
+    launched = runpy.run_path(str(CFG.parent / "pipeline.py"))
+    launched["run"](argparse.Namespace(cfg=write(text), overrides=[], launcher=""), CFG.parent)
+    told = capsys.readouterr()
+    assert ("text to video" in told.out and "look" in told.out) if evaluates else told.out == ""
+    assert told.err.endswith("all stages are done\n") != evaluates
 
 
 def test_other_settings_are_refused(write, called):

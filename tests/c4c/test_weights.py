@@ -5,7 +5,9 @@ import json
 import os
 import pickle
 import sys
+import tarfile
 import types
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from c4c import towers
 from c4c.export import export, main
 from c4c.heads import HEADS
 from c4c.model import CLIP4Clip, ModelConfig, build
+from c4c.run import is_run
 from c4c.weights import read
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -245,11 +248,60 @@ def test_an_mmengine_checkpoint_loads(tmp_path, monkeypatch):
 def test_other_files_are_named(tmp_path):
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
     (tmp_path / "text.safetensors").write_text("no")
-    for name, words in (("other.pt", "neither"), ("text.safetensors", "cannot be read"), ("gone.pt", "no such file")):
+    for name, words in (
+        ("other.pt", "neither"),
+        ("text.safetensors", "is no file of weights"),
+        ("gone.pt", "no such file"),
+    ):
         with pytest.raises(ValueError, match=words):
             CLIP4Clip.from_checkpoint(tmp_path / name)
     with pytest.raises(ValueError, match=r"no config\.yaml"):
         CLIP4Clip.from_checkpoint(tmp_path)
+
+
+def test_what_is_no_file_of_weights_is_called_so(tmp_path):
+    contents = {
+        "passwd": b"root:x:0:0:root:/root:/bin/bash\n",
+        "metrics.jsonl": b'{"step": 1}\n',
+        "empty.pt": b"",
+        "text.safetensors": b"no",
+        "cut.pt": b"PK\3\4",
+        "pickle.bin": pickle.dumps({"clip.logit_scale": Path()}),
+    }
+    for name, data in contents.items():
+        (tmp_path / name).write_bytes(data)
+    with tarfile.open(tmp_path / "000000.tar", "w") as tar:
+        tar.add(tmp_path / "passwd")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.write(tmp_path / "passwd")
+    np.savez(tmp_path / "a.npz", a=np.zeros(1))
+    for path in (*tmp_path.iterdir(), Path("/dev/null")):
+        with pytest.raises(
+            ValueError, match=r"is no file of weights.* Read are run folders, \.safetensors files"
+        ) as caught:
+            read(path)
+        assert str(caught.value).startswith(str(path)) and "weights_only" not in str(caught.value)
+        assert not is_run(str(path))
+    save_file({"clip.logit_scale": torch.zeros(1)}, tmp_path / "odd.safetensors", {"c4c": "{"})
+    with pytest.raises(ValueError, match=r"odd\.safetensors is damaged: what it says of its model"):
+        read(tmp_path / "odd.safetensors")
+
+
+def test_a_folder_inside_a_run_names_the_run_and_the_checkpoint(tmp_path, monkeypatch):
+    inner = tmp_path / "checkpoints" / "step00000005"
+    inner.mkdir(parents=True)
+    for folder in (inner, inner.parent):
+        with pytest.raises(ValueError, match=r"has no config\.yaml\. --ckpt takes"):
+            read(folder)
+    (tmp_path / "config.yaml").write_text("{}")
+    for folder, tag in ((inner, inner.name), (inner.parent, "step…")):
+        with pytest.raises(
+            ValueError, match=rf"Use --ckpt {tmp_path} --tag {tag}, in training model\.init_from={tmp_path} "
+        ):
+            read(folder)
+    monkeypatch.chdir(inner.parent)
+    with pytest.raises(ValueError, match=rf"Use --ckpt {tmp_path} --tag step00000005, "):
+        read(inner.name)
 
 
 def test_heads_start_from_the_weights_towers(tmp_path, monkeypatch):

@@ -377,7 +377,9 @@ def test_nothing_of_another_kind_is_written_over(model, evaluate, launcher, runs
     words = ["--ckpt", tmp_path / "a.bin", "--data", launcher.test]
     for option in ("--json", "--ranks"):
         assert "would replace a file of another kind" in refused(evaluate(*words, option, tmp_path / "a.bin"))
-    assert "both name" in refused(evaluate(*words, "--json", tmp_path / "b", "--ranks", f"{tmp_path}/../{tmp_path.name}/b"))
+    assert "both name" in refused(
+        evaluate(*words, "--json", tmp_path / "b", "--ranks", f"{tmp_path}/../{tmp_path.name}/b")
+    )
     assert (tmp_path / "a.bin").read_bytes() == before
     assert "--data is empty" in refused(evaluate("--ckpt", runs["1 rank"], "--data", ""))
     assert "only data.key=value words count here" in refused(evaluate(*words, "train.lr=3"))

@@ -142,7 +142,7 @@ MISTAKES = {
     "no weights": (["model.init_from=''"], "model.init_from is not set"),
     "a deepspeed key that is ignored": (["deepspeed.gradient_cliping=2"], "did you mean deepspeed.gradient_clipping?"),
     "no epochs": (["train.epochs=0"], "train.epochs=0 trains nothing"),
-    "no learning rate": (["train.lr=.nan"], "train.lr=nan: must be at least 0"),
+    "no learning rate": (["train.lr=.nan"], "train.lr=nan: must be a finite number"),
     "more frames than positions": (["model.head=seqTransf", "data.num_frames=78"], "data.num_frames=78 is more than the 77 frames"),
     "a file for a run": (["run.dir=/dev/null/x"], "run.dir=/dev/null/x cannot be written: /dev/null is not a folder"),
     "no place for a run": (["run.dir=/proc/x"], "run.dir=/proc/x cannot be written: No such file or directory in /proc"),

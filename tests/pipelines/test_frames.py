@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +83,19 @@ def test_mistakes_are_one_sentence(numbered, tmp_path: Path, capsys) -> None:
         said = capsys.readouterr().err
         assert message in said and "Traceback" not in said
     assert not (tmp_path / "none").exists()
+
+
+def test_a_full_disk_names_the_picture(numbered, tmp_path: Path, capsys) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+    try:
+        code = main(["frames", str(numbered.intra.path), "--key", "short", "--positions", "0", "--out", str(tmp_path)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = " ".join(capsys.readouterr().err.split())
+    assert code == 1 and re.search(
+        rf"error: {tmp_path}/\d+_0\.\d+\.png cannot be read or written \(File too large\)", said
+    )
 
 
 # ---- shards of format 1 ----

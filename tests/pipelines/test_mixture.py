@@ -65,8 +65,16 @@ def test_weights_become_whole_numbers():
         DataConfig(train=("a", "b"), weights=(1.0,))
     with pytest.raises(ValueError, match="one number above 0 for each of the 2"):
         DataConfig(train=("a", "b"), weights=(1.0, 0.0))
-    with pytest.raises(ValueError, match=r"data\.shuffle_block=-1: must be 0 or more"):
+    with pytest.raises(ValueError, match=r"data\.shuffle_block=-1: must be at least 0"):
         DataConfig(shuffle_block=-1)
+
+
+def test_a_batch_far_larger_than_the_set_is_refused(numbered):
+    pairs = int(sum(numbered.intra.caption_counts))
+    with pytest.warns(UserWarning, match="batches hold 12 pairs"):
+        assert order_of(numbered.intra, DataConfig(), 1024, 0, False).pairs == pairs < 512
+    with pytest.raises(ValueError, match=rf"train\.batch_size=1025: .* data\.train has {pairs} pairs"):
+        order_of(numbered.intra, DataConfig(), 1025, 0, False)
 
 
 @pytest.fixture

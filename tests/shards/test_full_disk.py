@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from shards import ShardError, tar
 from shards.datasets import Item
+from shards.merge import Part, merge, split
 from shards.repair import repair
 from shards.storage import Folder
 from shards.worker import Job, pack_shard
@@ -88,3 +91,47 @@ def test_a_failed_repair_leaves_dataset_json_as_it_was(copied: Path, items, tmp_
     with pytest.raises(OSError, match="No space left") as caught:
         repair(tmp_path / "out", workers=1)
     assert caught.value.filename.endswith("out/dataset.json") and files(tmp_path / "out") == before
+
+
+@contextmanager
+def room(size: int):
+    """No file may become larger than this."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [10, 5000, None])  # of the largest file; None: all but the end of the largest
+def test_a_full_disk_while_splits_are_merged_or_divided(copied: Path, rough: Path, tmp_path: Path, size) -> None:
+    size = max(p.stat().st_size for p in copied.glob("*.tar")) - 10 if size is None else size
+    out = tmp_path / "out"
+    for make in (
+        lambda: merge([copied, rough], out, copy=True, prefix=True),
+        lambda: split(copied, out, [Part("a", 0.4), Part("b")], seed=1),
+    ):
+        with room(size), pytest.raises(OSError, match="File too large") as caught:
+            make()
+        assert Path(caught.value.filename).is_relative_to(out) and ".tmp" not in caught.value.filename
+        assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_a_full_disk_under_linked_tars(copied: Path, rough: Path, tmp_path: Path) -> None:
+    with room(10), pytest.raises(OSError) as caught:
+        merge([copied, rough], tmp_path / "out", prefix=True)
+    assert caught.value.filename == f"{tmp_path}/out/000000.idx"
+
+
+def test_a_source_that_cannot_be_read_is_named(copied: Path, rough: Path, tmp_path: Path, monkeypatch) -> None:
+    def broken(*_) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "copy_file_range", broken)
+    with pytest.raises(OSError) as caught:
+        merge([copied, rough], tmp_path / "out", copy=True, prefix=True)
+    assert caught.value.filename == f"{copied}/000000.tar"
+    with pytest.raises(OSError) as caught:
+        split(copied, tmp_path / "out", [Part("a", 0.4), Part("b")], seed=1)
+    assert Path(caught.value.filename).parent == copied

@@ -146,6 +146,7 @@ SPLIT_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "another digest": (lambda s: edit(s, lambda i: i.update(digest="0" * 64)), r"^dataset\.json: digest is 0{64}, the tables say"),
     "rejected": (lambda s: edit(s, lambda i: i.update(rejected_videos=7)), r"^dataset\.json: rejected_videos is 7, the tables say 0"),
     "counts": (other_counts, r"^captions\.npy does not fit the tables"),
+    "counts missing": (lambda s: (s / "captions.npy").unlink(), r"^captions\.npy is missing\. Rebuild .*repair"),
     "no counts": (lambda s: (s / "captions.npy").write_bytes(b"PK\3\4"), r"^captions\.npy cannot be read"),
     "rejects": (lambda s: (s / "rejects.jsonl").write_text('{"id": "x"}\n'), r"^rejects\.jsonl does not say what the tables"),
     "no rejects": (lambda s: (s / "rejects.jsonl").unlink(), r"^rejects\.jsonl is missing"),
