@@ -10,7 +10,6 @@ from c4c.distributed import start_distributed, stop_distributed
 from c4c.report import Report, span
 from c4c.session import Session, make_deterministic
 from c4c.train import memory_gib
-from pipelines.survey import notes
 from shards import count
 from shards.dataset import Split
 from shards.remote import Local
@@ -30,7 +29,7 @@ def check(config: Config) -> None:
         session = Session(config, rank, world, device, resume=folder if resuming else None)
         for note in session.notes:
             say(note)
-        for note in notes(session.split, session.test, config.data) if rank == 0 else ():
+        for note in session.warnings() if rank == 0 else ():
             say(f"warning: {note}")
         damaged = rank == 0 and _any_damaged(say, folder)
         steps, waits = [], []

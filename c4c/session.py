@@ -2,7 +2,6 @@
 
 import os
 import platform
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from c4c.model import build
 from c4c.optim import freeze
 from c4c.run import check_continuation
 from pipelines.loader import Batch, Loader
+from pipelines.survey import notes
 from shards.dataset import Split
 from shards.joined import open_splits
 
@@ -78,8 +78,11 @@ class Session:
         )  # fmt: skip
         self.per_epoch = self.loader.steps_per_epoch
         self.total = config.train.total_steps(self.per_epoch)
-        if rank == 0 and (said := config.train.endless_warmup(self.per_epoch)):
-            warnings.warn(said, stacklevel=2)
+
+    def warnings(self) -> list[str]:
+        """What a person should know before the steps begin. Reads captions for a second."""
+        found = notes(self.split, self.test, self.config.data)
+        return found + list(filter(None, [self.config.train.endless_warmup(self.per_epoch)]))
 
     @property
     def weights(self) -> int:

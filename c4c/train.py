@@ -22,7 +22,6 @@ from c4c.report import Report
 from c4c.run import last_validation, mark_done, prepare, save_description, scores, validations
 from c4c.session import Outcome, Session, make_deterministic
 from pipelines.loader import Batch
-from pipelines.survey import notes
 from shards import count
 
 _LAST_START_S = 30.0  # what a restarted run waits for the processes of the start before to be gone
@@ -210,7 +209,7 @@ class Trainer:
             self.report.say("the towers are compiled in the first steps, which takes minutes on some machines")
         for note in session.notes:
             self.report.say(note)
-        for note in notes(session.split, session.test, config.data) if self.rank == 0 else ():
+        for note in session.warnings() if self.rank == 0 else ():
             self.report.say(f"warning: {note}")
         self.report.say(f"weights: {self._origin()}")
 
