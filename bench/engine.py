@@ -65,11 +65,11 @@ def main() -> int:
 
 
 def make_splits(folder: Path) -> None:
-    from shards.datasets import demo
-    from shards.pack import pack
-    from shards.profiles import Profile
+    from shards.demo import shapes
+    from shards.packing.pack import pack
+    from shards.video.profiles import Profile
 
-    items = demo.generate(folder / "source", seed=0, train=VIDEOS, test=4, workers=os.cpu_count())
+    items = shapes.generate(folder / "source", seed=0, train=VIDEOS, test=4, workers=os.cpu_count())
     for split in ("train", "test"):
         pack(items[split], folder / split, dataset="demo", split=split, profile=Profile(), workers=os.cpu_count())
 

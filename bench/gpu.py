@@ -50,10 +50,10 @@ from pipelines.graph import Graph, Plan  # noqa: E402
 from pipelines.lane import Lane, Request  # noqa: E402
 from pipelines.read import Reader  # noqa: E402
 from pipelines.sampling import choose  # noqa: E402
-from shards.dataset import Split  # noqa: E402
-from shards.datasets import Caption, Item  # noqa: E402
-from shards.pack import pack  # noqa: E402
-from shards.profiles import Profile  # noqa: E402
+from shards.annotations import Caption, Item  # noqa: E402
+from shards.packing.pack import pack  # noqa: E402
+from shards.split import Split  # noqa: E402
+from shards.video.profiles import Profile  # noqa: E402
 
 FRAMES, WORDS, PAIRS = 12, 77, 900_000  # a clip, a caption; five epochs of MSR-VTT 9k
 NAMES, WARM = 4, 4  # names of each clip; steps that are not counted

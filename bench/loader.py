@@ -59,10 +59,10 @@ from bench.told import (  # noqa: E402
 from pipelines.config import CacheConfig, DataConfig  # noqa: E402
 from pipelines.loader import Loader  # noqa: E402
 from pipelines.sampling import choose  # noqa: E402
-from shards.dataset import Split  # noqa: E402
-from shards.datasets import Caption, Item  # noqa: E402
-from shards.pack import pack  # noqa: E402
-from shards.profiles import Profile  # noqa: E402
+from shards.annotations import Caption, Item  # noqa: E402
+from shards.packing.pack import pack  # noqa: E402
+from shards.split import Split  # noqa: E402
+from shards.video.profiles import Profile  # noqa: E402
 
 SECONDS = 2.0  # a round of a way lasts about so long at least
 BATCH = 32  # the official recipe's on each of four GPUs; fewer where they do not divide the clips

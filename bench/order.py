@@ -82,7 +82,7 @@ def run(what: str, args: argparse.Namespace, pairs: int = 0) -> dict:
 def measure(path: Path, args: argparse.Namespace) -> dict:
     from pipelines.config import DataConfig
     from pipelines.mixture import order_of
-    from shards.dataset import Split
+    from shards.split import Split
 
     before = resident()
     start = time.perf_counter()

@@ -33,9 +33,9 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from shards.frames import scaled_size
-from shards.pick import pick_frames
-from shards.profiles import PROFILES, Profile, store
+from shards.video.picture import scaled_size
+from shards.video.profiles import PROFILES, Profile, store
+from shards.video.random_access import pick_frames
 
 ROOT = Path(__file__).parents[1]
 WIDTH, HEIGHT, SHORT_SIDE, RATE = 320, 240, 224, 3

@@ -31,11 +31,11 @@ sys.path.insert(0, str(ROOT))  # also when it is started as a script
 from bench.store import Store  # noqa: E402
 from pipelines.config import DataConfig  # noqa: E402
 from pipelines.loader import Loader  # noqa: E402
-from shards.dataset import Split  # noqa: E402
-from shards.datasets import Caption, Item  # noqa: E402
-from shards.pack import pack  # noqa: E402
-from shards.profiles import Profile  # noqa: E402
+from shards.annotations import Caption, Item  # noqa: E402
+from shards.packing.pack import pack  # noqa: E402
 from shards.remote import Local  # noqa: E402
+from shards.split import Split  # noqa: E402
+from shards.video.profiles import Profile  # noqa: E402
 from tests.videos import encode  # noqa: E402
 
 SHARD_VIDEOS, BATCH = 8, 32

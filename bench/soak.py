@@ -21,7 +21,7 @@ from rich.table import Table
 
 from pipelines.config import CacheConfig, DataConfig
 from pipelines.loader import Loader
-from shards.dataset import Split
+from shards.split import Split
 
 GROWTH_MIB = 64  # more than this between the first tenth of the time and the end counts as growth
 

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from bench import rivals
 from bench.packing import psnr
-from shards.frames import scaled_size
+from shards.video.picture import scaled_size
 
 PSNR_CLIPS = 4
 COMPRESSED = "compressed, "

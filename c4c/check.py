@@ -11,8 +11,8 @@ from c4c.report import Report, span
 from c4c.session import Session, make_deterministic
 from c4c.train import memory_gib
 from shards import count
-from shards.dataset import Split
 from shards.remote import Local
+from shards.split import Split
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 

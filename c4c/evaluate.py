@@ -26,7 +26,7 @@ from pipelines.loader import texts_of
 from pipelines.survey import notes
 from pipelines.tokens import tokenize
 from pipelines.videos import VideoReader
-from shards.dataset import Split
+from shards.split import Split
 
 Encode = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # frames, mask, tokens -> texts, videos
 Tell = Callable[[str, int, int], None]  # "videos" or "captions", how many of them all ranks have encoded, of how many

@@ -10,9 +10,9 @@ from c4c.shard_tools import console, plain
 from pipelines.config import DataConfig
 from pipelines.lengths import TOKENIZER, Lengths
 from shards import ShardError
-from shards.datasets import Item
-from shards.info import left_out
+from shards.annotations import Item
 from shards.storage import is_remote
+from shards.tools.info import left_out
 
 _RECORDS = ("dataset.json", "packing.json")
 

@@ -20,8 +20,8 @@ from c4c.optim import freeze
 from c4c.run import check_continuation
 from pipelines.loader import Batch, Loader
 from pipelines.survey import notes
-from shards.dataset import Split
-from shards.joined import open_splits
+from shards.concat import open_splits
+from shards.split import Split
 
 
 @dataclass(frozen=True)

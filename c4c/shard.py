@@ -16,12 +16,13 @@ from c4c.shard_tools import bar as _bar
 from c4c.shard_tools import plain as _plain
 from c4c.shard_tools import show as _show
 from shards import ShardError, count, memory, number
-from shards.datasets import Item, demo, demo_narrated, readers
-from shards.datasets.files import Files
-from shards.info import title
-from shards.pack import finish_parts, missing, pack, some
-from shards.profiles import ENCODERS, PROFILES, Profile
+from shards.annotations import Item, readers
+from shards.annotations.files import Files
+from shards.demo import narrated, shapes
+from shards.packing.pack import finish_parts, missing, pack, some
 from shards.storage import is_remote, place
+from shards.tools.info import title
+from shards.video.profiles import ENCODERS, PROFILES, Profile
 
 _LONGEST_S = 1e6  # of --timeout
 _REJECTS_SHOWN, _NOTES_SHOWN = 5, 5  # lines on the screen; a list with missing files may have thousands
@@ -185,7 +186,7 @@ def _demo(args) -> int:
     _check_demo(args)
     with _bar() as progress:
         task = progress.add_task("videos", total=args.train + args.test, note="")
-        items = demo.generate(
+        items = shapes.generate(
             args.out / "source", seed=args.seed, train=args.train, test=args.test, workers=args.workers,
             progress=partial(_show, progress, task),
         )  # fmt: skip
@@ -198,14 +199,14 @@ def _demo_narrated(args) -> int:
     _check_demo(args)
     with _bar() as progress:
         task = progress.add_task("videos", total=args.narrated, note="")
-        narrated = demo_narrated.generate(
+        told = narrated.generate(
             args.out / "source/narrated", seed=args.seed, videos=args.narrated, small=(args.train, args.test),
             workers=args.workers, progress=partial(_show, progress, task),
         )  # fmt: skip
-        small = demo.generate(
+        small = shapes.generate(
             args.out / "source/small", seed=args.seed, train=args.train, test=args.test, workers=args.workers
         )  # fmt: skip
-    for split, items in ({"narrated": narrated} | small).items():
+    for split, items in ({"narrated": told} | small).items():
         _pack(args, items, args.out / split, "demo", split, short_side=64)
     return 0
 

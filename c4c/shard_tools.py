@@ -17,17 +17,17 @@ from c4c.files import require_folder, require_writable
 from pipelines.config import DataConfig
 from pipelines.lengths import CONTEXT, TOKENIZER, Lengths
 from shards import ShardError, count, number
-from shards.dataset import Split, find_splits
-from shards.datasets.annotations import read_lines
-from shards.dedup import Group, Report, dedup
-from shards.hashes import tables
-from shards.info import describe, measure
-from shards.merge import Part, merge, split
-from shards.preview import preview
-from shards.regroup import Made
+from shards.annotations.text import read_lines
 from shards.remote import Local
-from shards.repair import repair
-from shards.verify import verify
+from shards.split import Split, find_splits
+from shards.tools.dedup import Group, Report, dedup
+from shards.tools.hashes import tables
+from shards.tools.info import describe, measure
+from shards.tools.preview import preview
+from shards.tools.regroup import Made
+from shards.tools.repair import repair
+from shards.tools.reshard import Part, merge, split
+from shards.tools.verify import verify
 
 console = Console(stderr=True)
 POSITIVE, SEED = number(int, "of at least 1"), number(int, "from 0 to 2**63 - 1")  # types of argparse

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from c4c.files import require_writable
     from c4c.run import is_run, read_config
     from pipelines.config import DataConfig
-    from shards.dataset import Split
+    from shards.split import Split
     from shards.storage import is_remote, place
 
     if args.device and not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipelines.config import DataConfig
-from shards.video import scaled_size
+from shards.video.picture import scaled_size
 
 _RATIO = 4 / 3  # of a random crop's sides, either way; torchvision's RandomResizedCrop
 _TRIES = 10

@@ -23,7 +23,7 @@ from pipelines.lane import lane_name
 from pipelines.loader import Batch, Loader
 from pipelines.stats import STAGES, Stats
 from shards import ShardError
-from shards.dataset import Split
+from shards.split import Split
 
 
 def main(words: list[str] | None = None) -> int:

@@ -18,7 +18,7 @@ from pipelines.read import BadSample, Request, Source
 from pipelines.sampling import generator
 from pipelines.stats import Stats
 from shards.schema import Video
-from shards.video import scaled_size
+from shards.video.picture import scaled_size
 
 _UNDER_WAY = 2  # groups of clips at once, the one that is waited for included
 

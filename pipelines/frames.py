@@ -12,8 +12,8 @@ from pipelines.graph import Graph, Plan
 from pipelines.read import BadSample, Reader
 from pipelines.sampling import RULES, choose, distinct
 from shards import ShardError
-from shards.dataset import Split
 from shards.schema import Video
+from shards.split import Split
 from shards.tar import naming
 
 

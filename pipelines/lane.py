@@ -32,10 +32,10 @@ from pipelines.resize import resized
 from pipelines.sampling import candidates, choose, distinct, draws
 from pipelines.stats import Stats
 from pipelines.workers import Hung, Job, Work, Workers
-from shards.dataset import Split
-from shards.joined import Joined
+from shards.concat import Concat
 from shards.schema import Video
-from shards.video import scaled_size
+from shards.split import Split
+from shards.video.picture import scaled_size
 
 __all__ = ["BadSample", "Lane", "Reading", "Request", "Source", "Undecodable", "lane_name"]
 
@@ -60,7 +60,7 @@ class Undecodable(Exception):
         self.rows = rows
 
 
-def lane_name(split: Split | Joined, config: DataConfig) -> str:
+def lane_name(split: Split | Concat, config: DataConfig) -> str:
     """The lane that suits a split. Raises ValueError if the one asked for does not."""
     intra = split.info["profile"]["name"] == "intra"
     if config.lane == "intra" and not intra:
@@ -79,7 +79,7 @@ class Lane:
 
     def __init__(
         self,
-        split: Split | Joined,
+        split: Split | Concat,
         config: DataConfig,
         device: torch.device,
         max_clips: int,

@@ -25,8 +25,8 @@ from pipelines.sampling import choose, draws, generator, ordered
 from pipelines.stats import Stats
 from pipelines.tokens import tokenize
 from shards import ShardError
-from shards.dataset import Split
-from shards.joined import Joined
+from shards.concat import Concat
+from shards.split import Split
 
 _FAILED = object()  # in the queue, instead of a batch: `_error` says why
 _REPLACEMENT_TRIES = 64  # batches looked through for a replacement
@@ -82,7 +82,7 @@ class Loader:
 
     def __init__(
         self,
-        split: Split | Joined,
+        split: Split | Concat,
         config: DataConfig,
         *,
         batch_size: int,

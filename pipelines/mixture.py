@@ -7,8 +7,8 @@ import numpy as np
 from pipelines.config import DataConfig
 from pipelines.order import Order
 from shards import count
-from shards.dataset import Split
-from shards.joined import Joined
+from shards.concat import Concat
+from shards.split import Split
 
 _SMALL_BATCH = 1024  # pairs; one up to this may be larger than the set, as in trials on a few videos
 
@@ -39,9 +39,9 @@ class Mixture:
         return np.concatenate(parts)[np.argsort(places, kind="stable")]
 
 
-def order_of(split: Split | Joined, config: DataConfig, batch_size: int, seed: int, drop_last: bool) -> Order | Mixture:
+def order_of(split: Split | Concat, config: DataConfig, batch_size: int, seed: int, drop_last: bool) -> Order | Mixture:
     """The order in which training visits a split, or several. Raises ValueError for weights that cannot be had."""
-    splits = split.splits if isinstance(split, Joined) else [split]
+    splits = split.splits if isinstance(split, Concat) else [split]
     sizes = tuple(s.info["videos" if config.paragraph else "captions"] for s in splits)
     if batch_size > max(_SMALL_BATCH, 2 * sum(sizes)):
         raise ValueError(
@@ -60,7 +60,7 @@ def order_of(split: Split | Joined, config: DataConfig, batch_size: int, seed: i
         )
         for number, (one, share) in enumerate(zip(splits, shares(weights, batch_size), strict=True))
     ]
-    return Mixture(orders, config.epoch_samples) if isinstance(split, Joined) else orders[0]
+    return Mixture(orders, config.epoch_samples) if isinstance(split, Concat) else orders[0]
 
 
 def shares(weights: Sequence[float], batch_size: int) -> list[int]:

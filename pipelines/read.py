@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 from crc32c import crc32c
 
-from shards import ShardError
-from shards.dataset import NoMoreFiles, Split, limit_reached
-from shards.joined import Joined
-from shards.pieces import Full
+from shards import ShardError, VideoError
+from shards.concat import Concat
+from shards.disk_cache import Full
 from shards.remote import Unreachable
 from shards.schema import Video
-from shards.video import VideoError, pick_frames
+from shards.split import NoMoreFiles, Split, limit_reached
+from shards.video.random_access import pick_frames
 
 _PAUSE = 0.2  # seconds before a read that failed is tried again
 
@@ -58,7 +58,7 @@ class Reader:
     """Fetches frames of one split. Safe to use from several threads. Raises BadSample, and Unreachable
     or Full where it is not the sample's fault. Bytes of a remote split that fail their checksum are fetched once more."""
 
-    def __init__(self, split: Split | Joined):
+    def __init__(self, split: Split | Concat):
         self._split = split
 
     def jpegs(self, video: Video, positions: np.ndarray) -> Source:

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from pipelines.config import DataConfig
-from shards.video import scaled_size
+from shards.video.picture import scaled_size
 
 
 def resized(pictures: list[np.ndarray], config: DataConfig, whole: bool) -> np.ndarray:

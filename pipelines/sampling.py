@@ -12,9 +12,9 @@ from fractions import Fraction
 
 import numpy as np
 
-from shards.probe import nearest as nearest_time
-from shards.probe import steady
 from shards.schema import Video
+from shards.video.probe import nearest as nearest_time
+from shards.video.probe import steady
 
 _BY_FRAME = "_by_frame"
 _COUNTING = ("uniform", "head", "tail", "segment")

@@ -5,13 +5,13 @@ from collections.abc import Callable
 
 from pipelines.config import DataConfig
 from pipelines.lengths import TOKENIZER, Lengths
-from shards.dataset import Split
-from shards.joined import Joined
+from shards.concat import Concat
+from shards.split import Split
 
 _SECONDS = 1.0  # for the captions of a split; of a larger one the first are looked at
 
 
-def notes(train: Split | Joined | None, test: Split | None, config: DataConfig) -> list[str]:
+def notes(train: Split | Concat | None, test: Split | None, config: DataConfig) -> list[str]:
     """Warnings: the same videos in training and test, pictures that are scaled up, captions that are cut."""
     trained = [] if train is None else getattr(train, "splits", [train])
     tested = [] if test is None else [test]

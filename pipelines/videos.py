@@ -12,7 +12,7 @@ from pipelines.config import DataConfig
 from pipelines.lane import BadSample, Lane, Reading, Request, Source, Undecodable
 from pipelines.sampling import choose, ordered
 from shards import ShardError
-from shards.dataset import Split
+from shards.split import Split
 
 
 class VideoReader:

@@ -27,3 +27,7 @@ def count(n: int, what: str) -> str:
 
 class ShardError(ValueError):
     """Something on disk, or in a command that writes to disk, is not as it must be. The message says what to do."""
+
+
+class VideoError(ValueError):
+    """A video that cannot be used, and why."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import ClassVar, TypeVar
 
 from shards import ShardError
-from shards.pieces import Pieces
+from shards.disk_cache import DiskCache
 from shards.schema import Video
 from shards.storage import filesystem, short, status_of, unreachable
 from shards.summary import read_summary
@@ -51,9 +51,9 @@ class Local:
     max_gb: float = 20.0
     patience_s: float = 300.0
 
-    def pieces(self) -> Pieces:
+    def pieces(self) -> DiskCache:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        return Pieces(self.folder or Path(home) / "c4c" / "shards", int(self.max_gb * 1e9))
+        return DiskCache(self.folder or Path(home) / "c4c" / "shards", int(self.max_gb * 1e9))
 
 
 class RemoteFiles:

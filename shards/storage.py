@@ -16,9 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from shards import ShardError
+from shards import ShardError, VideoError
 from shards.tar import DISK_FULL, UNSUPPORTED, commit, naming, sync_and_close
-from shards.video import VideoError
 
 _PACKAGES = {
     "s3": "s3fs",

@@ -13,8 +13,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from crc32c import crc32c
 
-from shards.dataset import Table
 from shards.schema import JSON_CRCS, Video
+from shards.split import Table
 from shards.tar import DISK_FULL, index_text, naming, read_index, sync_and_close
 
 _FICLONE = 0x40049409  # Linux: share the blocks of another file until either is written to

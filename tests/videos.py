@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import av
 import numpy as np
 
-from shards.writer import usual_priority
+from shards.video.writer import usual_priority
 
 SIDE = 4  # blocks: 12 bits of number and 4 of checksum, in the central square
 DARK, LIGHT = 40, 215

@@ -8,8 +8,8 @@ import fsspec
 import pytest
 
 from c4c.check import Part
-from shards.dataset import Split
 from shards.remote import Local
+from shards.split import Split
 from tests.shards import sets
 
 

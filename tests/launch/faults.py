@@ -194,11 +194,11 @@ class Set:
 
     def undisturbed(self) -> None:
         """The splits, the run and the metrics that all others are compared with."""
-        from shards.datasets import demo
-        from shards.pack import pack
-        from shards.profiles import Profile
+        from shards.demo import shapes
+        from shards.packing.pack import pack
+        from shards.video.profiles import Profile
 
-        items = demo.generate(self.folder / "source", seed=0, train=12, test=6, workers=2)
+        items = shapes.generate(self.folder / "source", seed=0, train=12, test=6, workers=2)
         for split in ("train", "test"):
             pack(
                 items[split], self.whole / split, dataset="demo", split=split, profile=Profile(short_side=64), workers=2

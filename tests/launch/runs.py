@@ -13,9 +13,9 @@ from pathlib import Path
 
 import psutil
 
-from shards.datasets import demo
-from shards.pack import pack
-from shards.profiles import Profile
+from shards.demo import shapes
+from shards.packing.pack import pack
+from shards.video.profiles import Profile
 
 ROOT = Path(__file__).parents[2]
 STEPS_PER_EPOCH = 5  # as many as a video has captions; batches of 40 of the 48 that fit, so that ranks get padding
@@ -30,7 +30,7 @@ SETTINGS = [
 
 def make_splits(folder: Path) -> None:
     """FOLDER/train and FOLDER/test, packed: 40 and 17 generated videos."""
-    items = demo.generate(folder / "source", seed=0, train=40, test=17, workers=2)
+    items = shapes.generate(folder / "source", seed=0, train=40, test=17, workers=2)
     for split in ("train", "test"):
         pack(items[split], folder / split, dataset="demo", split=split, profile=Profile(short_side=64), workers=2)
 

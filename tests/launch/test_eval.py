@@ -19,10 +19,10 @@ from c4c.pretrained import open_checkpoint
 from c4c.report import EvalReport
 from pipelines.config import DataConfig
 from pipelines.loader import Loader
-from shards.dataset import Split
-from shards.datasets import demo
-from shards.pack import pack
-from shards.profiles import Profile
+from shards.demo import shapes
+from shards.packing.pack import pack
+from shards.split import Split
+from shards.video.profiles import Profile
 from tests.launch.runs import ROOT, lines
 
 pytestmark = pytest.mark.timeout(1200)  # the first launch in a new environment compiles DeepSpeed's optimizer
@@ -87,7 +87,7 @@ def test_ranks_of_a_launcher_share_the_work(runs, launcher, tmp_path):
 
 
 def test_ids_are_written_as_the_user_wrote_them(runs, evaluate, tmp_path):
-    items = demo.generate(tmp_path / "source", seed=1, train=0, test=3, workers=1)["test"]
+    items = shapes.generate(tmp_path / "source", seed=1, train=0, test=3, workers=1)["test"]
     odd = [replace(item, id=f"my phone/{item.id}") for item in items]
     pack(odd, tmp_path / "odd", dataset="demo", split="test", profile=Profile(short_side=64), workers=1)
     found = tmp_path / "ranks.jsonl"

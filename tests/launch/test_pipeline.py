@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from c4c import checkpoint, stages
 from c4c.run import read_done
-from shards.datasets import demo_narrated
-from shards.pack import pack
-from shards.profiles import Profile
+from shards.demo import narrated
+from shards.packing.pack import pack
+from shards.video.profiles import Profile
 from tests.launch.runs import ROOT, lines
 
 pytestmark = pytest.mark.timeout(600)
@@ -115,7 +115,7 @@ def pipeline():
 def folders(launcher, pipeline, tmp_path_factory) -> dict[str, Path]:
     """Of an unbroken pipeline and of one killed twice."""
     data = launcher.folder
-    videos = demo_narrated.generate(data / "source/narrated", videos=10, workers=2)
+    videos = narrated.generate(data / "source/narrated", videos=10, workers=2)
     pack(videos, data / "narrated", dataset="demo", split="narrated", profile=Profile(short_side=64), workers=2)
     out = {name: tmp_path_factory.mktemp(name) for name in ("unbroken", "killed")}
     for name, folder in out.items():

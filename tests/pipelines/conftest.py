@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from shards.dataset import Split
-from shards.datasets import Caption, Item
-from shards.pack import pack
-from shards.profiles import Profile
+from shards.annotations import Caption, Item
+from shards.packing.pack import pack
+from shards.split import Split
+from shards.video.profiles import Profile
 from tests.videos import encode
 
 SIDE = 64  # short side that the intra shards store, pixels

@@ -115,7 +115,7 @@ FILL = """
 import sys
 from pipelines.config import CacheConfig
 from pipelines.loader import Loader
-from shards.dataset import Split
+from shards.split import Split
 from tests.pipelines.test_cache import SMALL
 with Loader(Split(sys.argv[1]), SMALL, batch_size=4, seed=0, cache=CacheConfig(dir=sys.argv[2], max_gb=1)) as loader:
     for i, batch in enumerate(loader.batches()):

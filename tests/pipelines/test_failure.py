@@ -18,8 +18,8 @@ from pipelines.read import Reader
 from pipelines.videos import VideoReader
 from pipelines.workers import Hung, Workers
 from shards import ShardError
-from shards.dataset import Split
 from shards.remote import Unreachable
+from shards.split import Split
 from tests.pipelines.conftest import pack_videos
 from tests.pipelines.test_loader import SMALL, run
 from tests.videos import encode

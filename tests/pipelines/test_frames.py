@@ -16,13 +16,13 @@ from c4c.shard import main
 from pipelines.frames import pictures, write_frames
 from pipelines.sampling import choose
 from shards import ShardError
-from shards.dataset import Split
-from shards.datasets import Caption, Item
-from shards.merge import merge
-from shards.pack import pack
-from shards.profiles import Profile
-from shards.verify import verify
-from shards.video import pick_frames
+from shards.annotations import Caption, Item
+from shards.packing.pack import pack
+from shards.split import Split
+from shards.tools.reshard import merge
+from shards.tools.verify import verify
+from shards.video.profiles import Profile
+from shards.video.random_access import pick_frames
 from tests.pipelines.test_remote import store  # noqa: F401 a fixture
 from tests.shards.test_profiles import rotated
 from tests.videos import encode, number_in

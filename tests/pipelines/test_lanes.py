@@ -16,8 +16,8 @@ from pipelines.loader import Loader
 from pipelines.resize import resized
 from pipelines.sampling import extractor_frames, segment_frames
 from pipelines.videos import VideoReader
-from shards.dataset import Split
-from shards.video import grid, scaled_size
+from shards.split import Split
+from shards.video.picture import grid, scaled_size
 from tests.pipelines.conftest import NUMBERED, SIDE, pack_videos
 from tests.videos import encode_pictures, number_in
 

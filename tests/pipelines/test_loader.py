@@ -17,7 +17,7 @@ from pipelines.loader import Batch, Loader
 from pipelines.tokens import tokenize
 from pipelines.videos import VideoReader
 from shards import ShardError
-from shards.dataset import Split
+from shards.split import Split
 
 SMALL = DataConfig(num_frames=3, image_size=32, max_words=12, threads=1)
 PROFILES = ["copy", "intra"]

@@ -16,13 +16,13 @@ from PIL import Image
 from pipelines.bench import measure
 from pipelines.config import DataConfig
 from pipelines.frames import write_frames
-from shards.dataset import Split
-from shards.datasets import Caption, Item
-from shards.pack import pack
-from shards.preview import preview
-from shards.profiles import Profile
-from shards.repair import repair
-from shards.verify import verify
+from shards.annotations import Caption, Item
+from shards.packing.pack import pack
+from shards.split import Split
+from shards.tools.preview import preview
+from shards.tools.repair import repair
+from shards.tools.verify import verify
+from shards.video.profiles import Profile
 from tests.shards.test_matrix import FPS, PLAIN, made, plain, with_edit
 from tests.videos import number_in
 

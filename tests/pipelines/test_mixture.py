@@ -13,8 +13,8 @@ from pipelines.loader import Loader
 from pipelines.mixture import Mixture, order_of, shares
 from pipelines.order import Order
 from shards import ShardError
-from shards.dataset import Split
-from shards.joined import Joined, open_splits
+from shards.concat import Concat, open_splits
+from shards.split import Split
 
 SMALL = DataConfig(num_frames=3, image_size=32, max_words=12, threads=1)
 COUNTS = [np.tile([1, 2, 3], 40), np.tile([4], 30), np.tile([1, 5], 10)]  # 240, 120 and 60 pairs
@@ -100,12 +100,12 @@ def test_joined_splits_read_as_one(two):
         joined.video(24)
     with pytest.raises(ShardError, match="hold the same videos: name the set once"):
         open_splits([two.intra.path, two.intra.path])
-    assert Joined([two.copy, two.other]).info["profile"] == {"name": "mixed"}
+    assert Concat([two.copy, two.other]).info["profile"] == {"name": "mixed"}
     assert isinstance(open_splits([two.intra.path]), Split) and isinstance(open_splits(str(two.intra.path)), Split)
 
 
 def test_a_loader_mixes_splits_and_goes_on_exactly(two):
-    joined, config = Joined([two.intra, two.other]), replace(SMALL, train=("a", "b"), weights=(2.0, 1.0))
+    joined, config = Concat([two.intra, two.other]), replace(SMALL, train=("a", "b"), weights=(2.0, 1.0))
 
     def run(start, count, **options):
         with Loader(joined, config, batch_size=6, seed=0, **options) as loader:
@@ -125,7 +125,7 @@ def test_a_loader_mixes_splits_and_goes_on_exactly(two):
 
 
 def test_without_weights_a_set_gets_as_many_as_it_has_captions(two):
-    order = order_of(Joined([two.intra, two.other]), SMALL, 6, 0, False)
+    order = order_of(Concat([two.intra, two.other]), SMALL, 6, 0, False)
     assert [o.batch_size for o in order.orders] == [3, 3]
     first, second = ([o.batch(0, s).tolist() for s in range(8)] for o in order.orders)
     assert first != second, "sets of the same size are not shuffled alike"

@@ -10,11 +10,11 @@ from pipelines.clips import Clip, clip_of_pair
 from pipelines.config import CacheConfig, ClipsConfig, DataConfig
 from pipelines.loader import Loader
 from pipelines.tokens import tokenize
-from shards.dataset import Split
-from shards.datasets import Caption, Item
-from shards.joined import Joined
-from shards.pack import pack
-from shards.profiles import Profile
+from shards.annotations import Caption, Item
+from shards.concat import Concat
+from shards.packing.pack import pack
+from shards.split import Split
+from shards.video.profiles import Profile
 from tests.pipelines.conftest import pack_videos
 from tests.videos import encode, number_in
 
@@ -112,7 +112,7 @@ def test_frames_drawn_do_not_depend_on_ranks_or_where_the_run_began(splits):
 
 
 def test_sets_with_and_without_narration_mix(splits):
-    mixed = Joined([splits["silent"], splits["intra"]])
+    mixed = Concat([splits["silent"], splits["intra"]])
     data = replace(DATA, train=("a", "b"), weights=(1.0, 3.0))
     batches = epoch(mixed, data)
     silent = [(b, i) for b, i, v, c in rows(batches) if v < 2]

@@ -17,10 +17,10 @@ from pipelines.config import ClipsConfig, DataConfig
 from pipelines.frames import write_frames
 from pipelines.loader import Loader
 from pipelines.sampling import choose
-from shards.dataset import Split
-from shards.preview import preview
-from shards.verify import verify
-from shards.video import pick_frames
+from shards.split import Split
+from shards.tools.preview import preview
+from shards.tools.verify import verify
+from shards.video.random_access import pick_frames
 
 FILES = Path(__file__).parents[1] / "files"
 

@@ -17,10 +17,10 @@ from pipelines.ahead import Ahead
 from pipelines.loader import Loader
 from pipelines.videos import VideoReader
 from shards import ShardError, remote
-from shards.dataset import Split
-from shards.joined import Joined, open_splits
-from shards.pieces import Full, Pieces
+from shards.concat import Concat, open_splits
+from shards.disk_cache import DiskCache, Full
 from shards.remote import Local, RemoteFiles, Server, Unreachable, patiently
+from shards.split import Split
 from tests.pipelines.test_loader import SMALL, run
 
 # ---- the folder ----
@@ -32,7 +32,7 @@ def held(folder: Path) -> int:
 
 
 def test_the_longest_unused_piece_makes_way_and_the_bound_holds(tmp_path):
-    pieces = Pieces(tmp_path, 100_000)
+    pieces = DiskCache(tmp_path, 100_000)
     fetched = []
 
     def get(i: int) -> bytes:
@@ -53,8 +53,8 @@ def test_the_longest_unused_piece_makes_way_and_the_bound_holds(tmp_path):
 
 
 def test_what_is_in_use_stays(tmp_path, monkeypatch):
-    monkeypatch.setattr("shards.pieces._FULL_WAIT", 0.1)
-    pieces = Pieces(tmp_path, 50_000)
+    monkeypatch.setattr("shards.disk_cache._FULL_WAIT", 0.1)
+    pieces = DiskCache(tmp_path, 50_000)
     for i in (0, 1):
         pieces.bring(f"set/{i}", lambda: bytes(20_000))
     with open(tmp_path / "set/0", "rb") as first, open(tmp_path / "set/1", "rb") as second:
@@ -68,7 +68,7 @@ def test_what_is_in_use_stays(tmp_path, monkeypatch):
 
 
 def test_what_a_killed_process_left_is_cleared_away(tmp_path):
-    pieces = Pieces(tmp_path, 50_000)
+    pieces = DiskCache(tmp_path, 50_000)
     pieces.bring("set/0", lambda: bytes(20_000))
     (tmp_path / "set/1.part").write_bytes(bytes(20_000))  # nobody has it locked
     (tmp_path / "set/0").write_bytes(bytes(100))  # as after a crash of the machine: shorter than it was
@@ -81,7 +81,7 @@ def test_what_a_killed_process_left_is_cleared_away(tmp_path):
 def _hammer(folder: str, seed: int, fetched) -> None:
     import random
 
-    pieces, draw = Pieces(Path(folder), 300_000), random.Random(seed)
+    pieces, draw = DiskCache(Path(folder), 300_000), random.Random(seed)
     for _ in range(150):
         i = draw.randrange(30)
 
@@ -119,7 +119,7 @@ def held_now(folder: Path) -> int:
 
 
 def test_one_of_many_fetches(tmp_path):
-    pieces, fetched, go = Pieces(tmp_path, 10**6), [], threading.Barrier(8)
+    pieces, fetched, go = DiskCache(tmp_path, 10**6), [], threading.Barrier(8)
 
     def get() -> bytes:
         fetched.append(1)
@@ -315,5 +315,5 @@ def test_what_can_never_succeed_is_said_at_once(url, tmp_path, store):
         patiently(refused, "s3://x", 60, Server())
     with pytest.raises(TypeError):
         patiently(lambda _: None + 1, "s3://x", 60, Server())
-    assert isinstance(open_splits([url["intra"], url["copy"]], Local(tmp_path)), Joined)
+    assert isinstance(open_splits([url["intra"], url["copy"]], Local(tmp_path)), Concat)
     assert isinstance(at(url["intra"], tmp_path).remote, RemoteFiles)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from pipelines.sampling import candidates, choose, extractor_frames, nearest, segment_frames
-from shards.decode import on_grid
-from shards.probe import timeline
-from shards.video import grid
+from shards.video.decode import on_grid
+from shards.video.picture import grid
+from shards.video.probe import timeline
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 RATES = [Fraction(24), Fraction(25), Fraction(30000, 1001), Fraction(30)]

@@ -14,8 +14,8 @@ import pytest
 from pipelines.config import DataConfig
 from pipelines.lengths import Lengths, token_count
 from pipelines.survey import lengths, notes
-from shards.dataset import Split
-from shards.joined import open_splits
+from shards.concat import open_splits
+from shards.split import Split
 from tests.pipelines.conftest import SIDE
 from tests.pipelines.test_tokens import CAPTIONS
 

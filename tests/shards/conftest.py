@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from shards.datasets import Caption, Item
+from shards.annotations import Caption, Item
 from tests.shards import sets
 
 

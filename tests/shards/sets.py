@@ -6,10 +6,10 @@ from argparse import ArgumentParser
 from fractions import Fraction
 from pathlib import Path
 
-from shards.datasets import Caption, Item, Reading, readers
-from shards.datasets.files import Files
-from shards.pack import pack
-from shards.profiles import Profile
+from shards.annotations import Caption, Item, Reading, readers
+from shards.annotations.files import Files
+from shards.packing.pack import pack
+from shards.video.profiles import Profile
 from tests.videos import encode
 
 INTRA = Profile(name="intra", fps=3, short_side=64)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from shards import ShardError
-from shards.datasets import Counts, Reading
+from shards.annotations import Counts, Reading
 from tests.shards.sets import reading
 from tests.shards.test_readers import texts, videos, write
 

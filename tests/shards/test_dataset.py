@@ -14,10 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from shards import ShardError, dataset
-from shards.dataset import Split, Table, find_splits
-from shards.datasets import Item
-from shards.video import scan
+from shards import ShardError
+from shards import split as dataset
+from shards.annotations import Item
+from shards.split import Split, Table, find_splits
+from shards.video.source import scan
 from tests.shards.sets import files, packed
 
 

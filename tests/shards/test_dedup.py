@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from c4c.shard import main
-from shards import dedup as module
-from shards.dataset import Split
-from shards.datasets import Caption, Item
-from shards.dedup import Group, RepeatedCaption, dedup
-from shards.profiles import Profile
+from shards.annotations import Caption, Item
+from shards.split import Split
+from shards.tools import dedup as module
+from shards.tools.dedup import Group, RepeatedCaption, dedup
+from shards.video.profiles import Profile
 from tests.shards.sets import COPY, packed
 
 

@@ -5,9 +5,8 @@ import io
 import av
 import pytest
 
-from shards.datasets import demo_narrated
-from shards.datasets.demo_narrated import CHATTER_LINES, EVENTS, SECONDS, generate, narrated
-from shards.datasets.demo_scenes import scenes
+from shards.demo.narrated import CHATTER_LINES, EVENTS, FPS, SECONDS, generate, narrated
+from shards.demo.scenes import scenes
 
 
 def test_no_event_of_the_small_sets_test_is_shown():
@@ -52,5 +51,5 @@ def test_the_same_bytes_however_they_are_made(tmp_path):
         generate(tmp_path / "a", seed=2, videos=3, small=(4, 4))
     with av.open(io.BytesIO(items[0].path.read_bytes())) as file:
         frames = sum(1 for _ in file.decode(video=0))
-    assert frames == EVENTS * SECONDS * demo_narrated.FPS
+    assert frames == EVENTS * SECONDS * FPS
     assert items[0].meta["shown"][1][:2] == [SECONDS, 2 * SECONDS]

@@ -17,13 +17,13 @@ import pytest
 from c4c.shard_tools import token_lengths
 from pipelines.config import DataConfig
 from pipelines.survey import notes
-from shards import dedup, verify
-from shards.dataset import Split, find_splits
-from shards.datasets import Caption, Item
-from shards.info import describe, measure
-from shards.merge import Part, merge, split
-from shards.pack import finish_parts, missing
-from shards.repair import repair
+from shards.annotations import Caption, Item
+from shards.packing.pack import finish_parts, missing
+from shards.split import Split, find_splits
+from shards.tools import dedup, verify
+from shards.tools.info import describe, measure
+from shards.tools.repair import repair
+from shards.tools.reshard import Part, merge, split
 from tests.shards.sets import COPY, packed, reading
 from tests.shards.test_summary import edited
 from tests.videos import encode

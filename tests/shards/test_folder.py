@@ -14,8 +14,8 @@ from rich.console import Console
 
 from c4c import shard, shard_tools
 from shards import ShardError
-from shards.datasets import Caption, Counts, Item
-from shards.info import describe
+from shards.annotations import Caption, Counts, Item
+from shards.tools.info import describe
 from tests.shards.sets import files, reading
 from tests.videos import encode
 

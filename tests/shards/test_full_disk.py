@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from shards import ShardError, tar
-from shards.datasets import Item
-from shards.merge import Part, merge, split
-from shards.repair import repair
+from shards.annotations import Item
+from shards.packing.worker import Job, pack_shard
 from shards.storage import Folder
-from shards.worker import Job, pack_shard
+from shards.tools.repair import repair
+from shards.tools.reshard import Part, merge, split
 from tests.shards.sets import COPY, files, packed
 
 

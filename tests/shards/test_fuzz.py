@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from shards.dataset import Split
-from shards.datasets import Caption, Item
-from shards.profiles import Profile
-from shards.verify import verify
+from shards.annotations import Caption, Item
+from shards.split import Split
+from shards.tools.verify import verify
+from shards.video.profiles import Profile
 from tests.shards.sets import COPY, INTRA, files, packed
 from tests.videos import encode
 

@@ -12,9 +12,10 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation
 from crc32c import crc32c
 from PIL import Image
 
-from shards.encode import to_intra as encode_intra
 from shards.schema import FrameTable
-from shards.video import Source, grid, scan
+from shards.video.encode import to_intra as encode_intra
+from shards.video.picture import grid
+from shards.video.source import Source, scan
 from tests.videos import encode, encode_pictures, number_in
 
 

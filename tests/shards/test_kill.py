@@ -23,9 +23,9 @@ SHARDS = 5
 PACKER = """
 import os, resource, sys
 from pathlib import Path
-from shards.datasets import Caption, Item
-from shards.pack import pack
-from shards.profiles import Profile
+from shards.annotations import Caption, Item
+from shards.packing.pack import pack
+from shards.video.profiles import Profile
 folder, out, workers, limit = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 if limit:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards.frames import VideoError
-from shards.profiles import Profile, store
-from shards.video import decode_stored, pick_frames
-from shards.writer import usual_priority
+from shards import VideoError
+from shards.video.profiles import Profile, store
+from shards.video.random_access import decode_stored, pick_frames
+from shards.video.writer import usual_priority
 from tests.videos import number_in, picture
 
 COUNT, FPS, SIZE = 36, 25, (96, 64)

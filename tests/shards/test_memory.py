@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from shards import scheduler
-from shards.datasets import Item
-from shards.scheduler import Supervisor
-from shards.worker import Job
+from shards.annotations import Item
+from shards.packing import scheduler
+from shards.packing.scheduler import Supervisor
+from shards.packing.worker import Job
 from tests.shards.sets import COPY, files, packed
 
 PACK = """
@@ -55,9 +55,9 @@ def test_a_video_that_takes_too_much_memory_is_named(items, tmp_path, monkeypatc
     def short(*_):
         raise MemoryError
 
-    monkeypatch.setattr("shards.worker.store", short)
+    monkeypatch.setattr("shards.packing.worker.store", short)
     monkeypatch.setattr("shards.memory.limit", lambda: (600_000_000, "-v"))
-    from shards.worker import pack_shard
+    from shards.packing.worker import pack_shard
 
     said = []
     pack_shard(Job("000000", tuple(items[:2]), tmp_path, COPY), lambda event: said.append(event.progress))

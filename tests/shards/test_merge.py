@@ -12,11 +12,11 @@ import pytest
 
 from c4c.shard import main
 from shards import ShardError, tarcopy
-from shards.dataset import Split
-from shards.merge import Part, merge, split
-from shards.regroup import Piece, Source, new_folder, write_split
+from shards.split import Split
 from shards.tar import read_index, read_members
-from shards.verify import verify
+from shards.tools.regroup import Piece, Source, new_folder, write_split
+from shards.tools.reshard import Part, merge, split
+from shards.tools.verify import verify
 from tests.shards.sets import files
 
 

@@ -15,14 +15,15 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from shards import ShardError, scheduler
-from shards import pack as packing
-from shards.dataset import Split
-from shards.datasets import Caption, Item
-from shards.profiles import Profile
+from shards import ShardError
+from shards.annotations import Caption, Item
+from shards.packing import pack as packing
+from shards.packing import scheduler
+from shards.packing.worker import Job, Progress, pack_shard
+from shards.split import Split
 from shards.tar import read_index
-from shards.video import scan
-from shards.worker import Job, Progress, pack_shard
+from shards.video.profiles import Profile
+from shards.video.source import scan
 from tests.shards.sets import COPY, INTRA, files, packed
 from tests.shards.test_video import audio_only
 

@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from c4c.shard import main
-from shards.dataset import Split
-from shards.datasets import Caption, Item
-from shards.preview import preview
+from shards.annotations import Caption, Item
+from shards.split import Split
+from shards.tools.preview import preview
 from tests.shards.sets import packed
 from tests.videos import number_in
 

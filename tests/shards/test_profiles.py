@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 
 from pipelines.sampling import choose
-from shards import ShardError, decode, encode, profiles, writer
-from shards.frames import VideoError, grid
-from shards.profiles import PROFILES, Profile, Stored, store
-from shards.video import pick_frames
+from shards import ShardError, VideoError
+from shards.video import decode, encode, profiles, writer
+from shards.video.picture import grid
+from shards.video.profiles import PROFILES, Profile, Stored, store
+from shards.video.random_access import pick_frames
 from tests import videos
 from tests.videos import number_in
 

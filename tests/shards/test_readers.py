@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from shards import ShardError
-from shards.datasets import Caption, Counts, howto100m, readers
+from shards.annotations import Caption, Counts, howto100m, readers
 from tests.shards.sets import reading
 
 

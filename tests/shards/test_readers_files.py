@@ -15,8 +15,8 @@ from rich.console import Console
 
 from c4c import shard
 from shards import ShardError
-from shards.dataset import Split
-from shards.datasets.files import Files
+from shards.annotations.files import Files
+from shards.split import Split
 from tests.shards.sets import files, reading
 from tests.shards.test_readers import paths, texts, videos, write
 from tests.videos import encode

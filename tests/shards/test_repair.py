@@ -16,13 +16,13 @@ import webdataset
 
 from c4c.shard import main
 from shards import ShardError
-from shards.dataset import Split
-from shards.datasets import Item
-from shards.pack import input_digest
-from shards.profiles import Profile
-from shards.repair import repair
+from shards.annotations import Item
+from shards.packing.pack import input_digest
+from shards.split import Split
 from shards.tar import read_index
-from shards.verify import verify
+from shards.tools.repair import repair
+from shards.tools.verify import verify
+from shards.video.profiles import Profile
 from tests.shards.sets import COPY, files, packed
 from tests.videos import encode
 

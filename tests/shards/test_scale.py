@@ -21,15 +21,14 @@ import pytest
 from upath import UPath
 
 from c4c.shard import main
-from shards import ShardError, storage
-from shards.dataset import Split
-from shards.datasets import Caption, Item
-from shards.pack import finish_parts, missing, pack
+from shards import ShardError, VideoError, storage
+from shards.annotations import Caption, Item
+from shards.packing.pack import finish_parts, missing, pack
+from shards.packing.worker import Job, pack_shard
 from shards.schema import REJECTS
+from shards.split import Split
 from shards.tar import MAX_KEY, read_members, safe_key
-from shards.verify import verify
-from shards.video import VideoError
-from shards.worker import Job, pack_shard
+from shards.tools.verify import verify
 from tests.shards.sets import COPY, INTRA, files, packed
 from tests.videos import encode
 
@@ -131,15 +130,15 @@ def test_parts_that_are_none_are_refused(text: str, capsys: pytest.CaptureFixtur
 
 SPELL = """
 import os, signal, time
-import shards.profiles
-real = shards.profiles.store
+import shards.video.profiles
+real = shards.video.profiles.store
 def store(file, name, *rest):
     if name == "v1.mp4":
         time.sleep(3600)
     if name == "v2.mp4":
         os.kill(os.getpid(), signal.SIGSEGV)
     return real(file, name, *rest)
-shards.profiles.store = store
+shards.video.profiles.store = store
 """
 
 

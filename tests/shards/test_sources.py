@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from shards import ShardError
-from shards.dataset import Split
-from shards.datasets import Caption, Item
-from shards.worker import Job, folders_of, pack_shard
+from shards.annotations import Caption, Item
+from shards.packing.worker import Job, folders_of, pack_shard
+from shards.split import Split
 from tests.shards.sets import COPY, files, packed
 from tests.videos import encode
 

@@ -14,7 +14,7 @@ import pytest
 
 from c4c.shard import main
 from shards import ShardError
-from shards.dataset import Split
+from shards.split import Split
 from shards.summary import checked
 
 EDITS = 3000

@@ -13,7 +13,7 @@ import pytest
 import webdataset
 
 from shards import tar
-from shards.dataset import Split
+from shards.split import Split
 from shards.tar import TarWriter, key_to_name, read_index, read_members, safe_extension, safe_key
 
 NAMES = [

@@ -18,16 +18,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from c4c.shard import main
-from shards import ShardError, scheduler, worker
-from shards.dataset import Split
-from shards.datasets import Caption, Item
-from shards.pack import pack
-from shards.profiles import Profile
-from shards.repair import repair
+from shards import ShardError
+from shards.annotations import Caption, Item
+from shards.packing import scheduler, worker
+from shards.packing.pack import pack
+from shards.packing.update import JOURNAL, STAGING
+from shards.packing.worker import Progress, pack_shard
 from shards.schema import JSON_CRCS, REJECTS
-from shards.update import JOURNAL, STAGING
-from shards.verify import verify
-from shards.worker import Progress, pack_shard
+from shards.split import Split
+from shards.tools.repair import repair
+from shards.tools.verify import verify
+from shards.video.profiles import Profile
 from tests.shards.sets import COPY, INTRA, files, packed
 from tests.shards.test_pack import killed
 from tests.videos import encode
@@ -363,9 +364,9 @@ def test_a_stopped_update_to_another_list_is_no_hindrance(many, decoded, tmp_pat
 UPDATER = """
 import sys
 from pathlib import Path
-from shards.datasets import Caption, Item
-from shards.pack import pack
-from shards.profiles import Profile
+from shards.annotations import Caption, Item
+from shards.packing.pack import pack
+from shards.video.profiles import Profile
 folder, out, new = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "new"
 names = sorted(folder.glob("*.mp4"))
 items = [Item(p.stem, p, (Caption(f"{p.stem} {new and i % 3 == 0}"),)) for i, p in enumerate(names[2:] if new else names[:6])]

@@ -14,9 +14,9 @@ import pytest
 
 from c4c.shard import main
 from shards import ShardError
-from shards.dataset import Split
+from shards.split import Split
 from shards.tar import read_index
-from shards.verify import _verify_video, verify
+from shards.tools.verify import _verify_video, verify
 
 
 def flip(path: Path, at: int) -> None:

@@ -13,8 +13,11 @@ import pytest
 from crc32c import crc32c
 from PIL import Image
 
-from shards.decode import Pass
-from shards.video import Source, VideoError, grid, pick_frames, scaled_size, scan, upright
+from shards import VideoError
+from shards.video.decode import Pass
+from shards.video.picture import grid, scaled_size, upright
+from shards.video.random_access import pick_frames
+from shards.video.source import Source, scan
 from tests.videos import encode, number_in, picture
 
 SHORT_GOP = {"bf": "3", "g": "12"}

@@ -1,0 +1,169 @@
+"""HowTo100M: HowTo100M_v1.csv with caption.json or raw_caption.json, as long videos or as clips cut at the captions.
+
+The files are those of the HowTo100M page. The speech in `caption.json` has lost its stop words, `raw_caption.json` keeps
+them. Either is several gigabytes and is read as a stream. What stays in memory is the captions of the videos that are
+asked for: measured, 230 bytes each, 460 with --clips. At some hundred captions a video, 380 000 videos take 9 GB.
+"""
+
+import math
+from argparse import ArgumentParser, Namespace
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from shards import ShardError, number
+from shards.annotations import Caption, Item, Reading, conclude, examples
+from shards.annotations.text import read_csv, seconds
+
+_MIN_DURATION = 5.0  # seconds
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--annotations", type=Path, required=True, help="caption.json or raw_caption.json")
+    parser.add_argument("--list", type=Path, help="HowTo100M_v1.csv: the videos to pack (all of the annotations)")
+    parser.add_argument(
+        "--category", help="of the list, only those whose category_1 is this ('Food and Entertaining': 380 000 videos)"
+    )
+    parser.add_argument(
+        "--clips", action="store_true", help="cut at the captions while packing (whole videos with timed captions)"
+    )
+    parser.add_argument(
+        "--min-duration", type=number(float, "above 0"), default=_MIN_DURATION, metavar="SECONDS",
+        help="--clips: captions are joined to their neighbours until a clip is this long (%(default)s)",
+    )  # fmt: skip
+
+
+def read(args: Namespace) -> Reading:
+    if args.category and not args.list:
+        raise ShardError("--category is looked up in --list: give --list HowTo100M_v1.csv")
+    if not 0 < args.min_duration < math.inf:
+        raise ShardError(f"--min-duration {args.min_duration}: must be above 0")
+    wanted, warnings = _wanted(args.list, args.category) if args.list else (None, [])
+    found: dict[str, tuple[Caption, ...]] = {}
+    for id, entry in _stream(args.annotations):
+        if wanted is None or id in wanted:
+            captions = _captions(entry, f"{args.annotations}: {id}")
+            found[id] = found[id] + captions if id in found else captions
+    ids = list(found if wanted is None else wanted)
+    if unknown := [id for id in ids if id not in found]:
+        warnings.append(f"{examples(unknown, 'video')} of {args.list.name} not in {args.annotations.name}")
+    items: list[Item] = []
+    untimed: list[str] = []
+    for id in ids:
+        meta, captions = (wanted or {}).get(id, {}), found.pop(id, ())
+        path = args.videos.find(id)
+        if args.clips and captions and not args.videos.lacks(id):
+            timed = _timed(captions)
+            if len(timed) < len(captions):
+                untimed.append(id)
+            if not timed:
+                items.append(Item(id, path, captions, meta, problem="no caption has both text and times to cut at"))
+            items += (
+                Item(f"{id}_{start * 1000:.0f}_{end * 1000:.0f}", path, (caption,), {**meta, "video": id}, start, end)
+                for start, end, caption in clips(captions, args.min_duration)
+            )
+        else:
+            items.append(Item(id, path, captions, meta))
+    if not args.clips and args.min_duration != _MIN_DURATION:
+        warnings.append(f"--min-duration {args.min_duration:g} has no use without --clips")
+    if untimed:
+        warnings.append(
+            f"{examples(untimed, 'video')} with captions left out by --clips: no text, no times, or said twice"
+        )
+    return conclude(items, args.videos, warnings=warnings)
+
+
+def _wanted(path: Path, category: str | None) -> tuple[dict[str, dict], list[str]]:
+    """{video id: the other columns} of the list, in its order, and a note of videos that it has several times."""
+    columns = ("video_id", "category_1", "category_2", "rank", "task_id")
+    wanted: dict[str, dict] = {}
+    others, again = Counter(), []
+    for row in read_csv(path, columns):
+        others[row["category_1"]] += 1
+        id = row["video_id"].strip()
+        if not id:
+            raise ShardError(f"{path}, line {row['line']}: the video is not named")
+        if category in (None, row["category_1"]):
+            meta = {name: row[name] for name in columns[1:]}
+            if wanted.setdefault(id, meta) is not meta:
+                again.append(id)
+    if not wanted:
+        there = ", ".join(repr(name) for name, _ in others.most_common(20))
+        raise ShardError(f"{path}: no video has the category_1 {category!r}; there are {there or 'no rows'}")
+    return wanted, [f"{examples(again, 'row')} of {path.name} repeat a video: the first is used"] if again else []
+
+
+class _Entry(dict):
+    """A dict that remembers a key that was set twice: ijson cannot be stopped from inside."""
+
+    twice = ""
+
+    def __setitem__(self, key: str, value: object) -> None:
+        self.twice = key if key in self else self.twice
+        super().__setitem__(key, value)
+
+
+def _stream(path: Path) -> Iterator[tuple[str, dict]]:
+    import ijson  # here: no other reader needs it
+
+    try:
+        with open(path, "rb") as file:
+            for id, entry in ijson.kvitems(file, "", use_float=True, map_type=_Entry):
+                if isinstance(entry, _Entry) and entry.twice:
+                    raise ShardError(f"{path}: {id} holds the key {entry.twice!r} twice. Join the two")
+                yield id, entry
+    except FileNotFoundError as error:
+        raise ShardError(f"{path}: there is no such file") from error
+    except ijson.JSONError as error:
+        raise ShardError(f"{path} is not a JSON object of videos ({' '.join(str(error).split())})") from error
+
+
+def _captions(entry: dict, where: str) -> tuple[Caption, ...]:
+    try:
+        told = zip(entry["text"], entry["start"], entry["end"], strict=True)
+        return tuple(
+            Caption(" ".join((text or "").split()), seconds(start, where), seconds(end, where))
+            for text, start, end in told
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, ShardError):
+            raise
+        raise ShardError(f"{where}: needs lists text, start and end of the same length ({error})") from error
+
+
+def clips(captions: tuple[Caption, ...], shortest: float) -> Iterator[tuple[float, float, Caption]]:
+    """(start, end, caption) of clips of at least `shortest` seconds, in order of time.
+
+    A caption is joined to those after it until the clip is long enough. Silence longer than `shortest` is not bridged:
+    a clip that ends there too early is widened around its middle instead. Empty captions and those without times are
+    passed over, as are those that are there twice.
+    """
+    timed = _timed(captions)
+    group: list[Caption] = []
+    waiting: tuple[float, float, Caption] | None = None  # another group may come to the same seconds
+    for nth, caption in enumerate(timed, 1):
+        after = timed[nth] if nth < len(timed) else None
+        group.append(caption)
+        start, end = group[0].start, max(c.end for c in group)
+        if end - start < shortest and after and after.start - end <= shortest:
+            continue
+        if end - start < shortest:
+            start = max(0.0, (start + end - shortest) / 2)
+            end = start + shortest
+        if waiting and waiting[:2] == (start, end):
+            group.insert(0, waiting[2])
+        elif waiting:
+            yield waiting
+        text = " ".join(c.text for c in group)
+        waiting = start, end, Caption(text, group[0].start, max(c.end for c in group))
+        group = []
+    if waiting:
+        yield waiting
+
+
+def _timed(captions: tuple[Caption, ...]) -> list[Caption]:
+    """The captions with text and times, in order of time, each once: the speech recogniser says some things twice."""
+    timed = {
+        c: None for c in captions if c.text and c.start is not None and c.end is not None and c.end >= c.start >= 0
+    }
+    return sorted(timed, key=lambda c: (c.start, c.end))

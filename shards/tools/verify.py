@@ -1,0 +1,205 @@
+"""Re-read a whole split and name everything that is not as it was packed."""
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import BinaryIO
+
+import pyarrow.parquet as pq
+from crc32c import crc32c
+
+from shards import ShardError, VideoError, count
+from shards.packing.pack import summarise
+from shards.schema import CAPTION_COUNTS, JSON_CRCS, Video
+from shards.split import Split, Table, read_counts
+from shards.summary import read_summary
+from shards.tar import key_to_name, read_index, read_members
+from shards.tools.hashes import tables
+from shards.tools.repair import command
+from shards.video.probe import open_video
+from shards.video.random_access import decode_stored
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong, and where: `shard` is None if the trouble is the split's own, `key` is a video's key, or None if it is
+    the shard's. `remedy` says what to do."""
+
+    shard: str | None
+    key: str | None
+    what: str
+    remedy: str = ""
+
+    @property
+    def id(self) -> str | None:
+        """The video's name as the annotations write it."""
+        return self.key and key_to_name(self.key)
+
+    def __str__(self) -> str:
+        where = "".join(f"{name}: " for name in (self.shard, self.id) if name)
+        return f"{where}{self.what}{'. ' + self.remedy if self.remedy else ''}"
+
+
+def verify(
+    path: Path, workers: int | None = None, on_shard: Callable[[int, int], None] = lambda done, total: None
+) -> list[Problem]:
+    """Check every shard of a split: crc32c, full decode, index against tar, table against both. [] if all is well.
+
+    `on_shard(done, total)` is called with shards. Raises ShardError if `path` is not a finished split.
+    """
+    problems, jobs, first = [], [], 0
+    if not (path / "dataset.json").exists():
+        Split(path)  # raises with the right words
+        raise ShardError(f"{path} is not a finished split")
+    info = read_summary((path / "dataset.json").read_bytes(), path)
+    for shard in info["shards"]:
+        jobs.append((path, shard, first, info["profile"]))
+        first += shard["videos"]
+    with ProcessPoolExecutor(min(workers or os.cpu_count() or 1, max(1, len(jobs))), get_context("spawn")) as pool:
+        on_shard(0, len(jobs))
+        for done, found in enumerate(pool.map(_verify_shard, jobs), 1):
+            problems += found
+            on_shard(done, len(jobs))
+    return problems + _verify_split(path, info, whole=all(p.key for p in problems))
+
+
+def _verify_split(path: Path, info: dict, whole: bool) -> list[Problem]:
+    """The files of the split against each other; `whole`: all tables can be read and are the right ones."""
+    remedy = f"Rebuild it from the tars: {command(path)}"
+    names, problems = {shard["name"] for shard in info["shards"]}, []
+    for file in sorted(p for p in path.iterdir() if p.suffix in (".tar", ".idx", ".parquet")):
+        if file.stem not in names:
+            problems.append(Problem(None, None, f"{file.name} is no shard of this split", "Move it elsewhere"))
+    if not whole:
+        return problems
+    found = summarise(path, info["profile"], [shard["name"] for shard in info["shards"]])
+    for what, value in found.info.items():
+        if what == "shards":
+            value = [{k: v for k, v in a.items() if k in b} for a, b in zip(value, info[what], strict=True)]
+        if info[what] != value:
+            differs = f"{what} is {info[what]}" if isinstance(value, str | int) else f"{what} differ"
+            told = f", the tables say {value}" if isinstance(value, str | int) else " from the tables"
+            problems.append(Problem(None, None, f"dataset.json: {differs}{told}", remedy))
+    counts, rejects = path / CAPTION_COUNTS, path / "rejects.jsonl"
+    try:
+        if read_counts(counts.read_bytes()).tolist() != found.counts:
+            raise ValueError("does not fit the tables")
+    except FileNotFoundError:  # of a split packed before there was such a file, too: it is read slowly
+        problems.append(Problem(None, None, f"{CAPTION_COUNTS} is missing", remedy))
+    except (OSError, ValueError) as error:
+        problems.append(Problem(None, None, f"{CAPTION_COUNTS} {error}", remedy))
+    if not rejects.exists() or rejects.read_bytes() != found.rejects_text:
+        missing = "is missing" if not rejects.exists() else "does not say what the tables say"
+        problems.append(Problem(None, None, f"rejects.jsonl {missing}", remedy))
+    keys: dict[str, str] = {}
+    for shard, table in zip(info["shards"], tables(Split(path), ["key"]), strict=True):
+        for key in table.column("key").to_pylist():
+            if keys.setdefault(key, shard["name"]) != shard["name"]:
+                problems.append(Problem(shard["name"], key, f"shard {keys[key]} holds a video of that name, too"))
+    return problems
+
+
+def _verify_shard(job: tuple[Path, dict, int, dict]) -> list[Problem]:
+    path, shard, first, profile = job
+    name, problems = shard["name"], []
+    tar_path = path / f"{name}.tar"
+    missing = [s for s in ("tar", "idx", "parquet") if not (path / f"{name}.{s}").exists()]
+    copy = "Copy the tar again, or run the packing command again"
+    rebuild = f"Rebuild it from the tar: {command(path)}"
+    if missing:
+        return [Problem(name, None, f"{name}.{s} is missing", copy if s == "tar" else rebuild) for s in missing]
+    try:
+        table = Table(path / f"{name}.parquet", name, first, crc=shard.get("table_crc32c"))
+        json_crcs = json.loads(pq.read_schema(path / f"{name}.parquet").metadata[JSON_CRCS])
+        if len(json_crcs) != table.rows:
+            raise ValueError(f"it has {table.rows} rows and {len(json_crcs)} checksums")
+    except Exception as error:  # Arrow raises many kinds for a damaged file
+        return [Problem(name, None, f"the sample table cannot be read ({str(error).splitlines()[0]})", rebuild)]
+    size = tar_path.stat().st_size
+    if size != shard["bytes"]:
+        remedy = f"Copy the tar again, or keep the samples that are whole: {command(path, '--truncate')}"
+        problems.append(Problem(name, None, f"the tar has {size} bytes, {shard['bytes']} were packed", remedy))
+    if table.rows != shard["videos"]:
+        what = f"{count(table.rows, 'video')} in the table, {shard['videos']} in dataset.json"
+        problems.append(Problem(name, None, what, rebuild))
+    try:
+        members = read_members(tar_path)
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        members = None
+        if not problems:
+            problems.append(Problem(name, None, f"the tar is damaged ({error})", copy))
+    try:
+        index = read_index(path / f"{name}.idx")
+        if members is not None and index != members:
+            wrong = sorted(k for k in index.keys() | members.keys() if index.get(k) != members.get(k))
+            problems += [Problem(name, k.split(".")[0], f"index and tar disagree about {k}", rebuild) for k in wrong]
+    except ValueError as error:
+        problems.append(Problem(name, None, f"the index cannot be read ({error})", rebuild))
+    leave_out = f"Copy the tar again, or leave the sample out: {command(path, '--drop')}"
+    with open(tar_path, "rb") as file:
+        for row in range(table.rows):
+            video = table.video(row)
+            if any(p.key == video.key for p in problems):
+                continue
+            what = _verify_members(video, file, members, json_crcs[row], profile)
+            problems += [Problem(name, video.key, what, leave_out if what in _DAMAGED else rebuild)] if what else []
+    return problems
+
+
+_BYTES, _JSON = "crc32c differs: its bytes changed after packing", "crc32c differs: its json changed after packing"
+_DAMAGED = (_BYTES, _JSON)
+
+
+def _verify_members(video: Video, file: BinaryIO, members: dict | None, json_crc: int, profile: dict) -> str | None:
+    member = f"{video.key}.{video.ext}"
+    if members is not None:
+        if members.get(member) != (video.offset, video.size):
+            return f"table and tar disagree about {member}"
+        offset, size = members.get(f"{video.key}.json", (0, 0))
+        file.seek(offset)
+        described = file.read(size)
+        if crc32c(described) != json_crc:
+            return _JSON
+        if (packed := json.loads(described).get("profile")) != profile:
+            return f"its json says that it was packed with {packed}, dataset.json says {profile}"
+    file.seek(video.offset)
+    return _verify_video(video, file.read(video.size))
+
+
+def _verify_video(video: Video, data: bytes) -> str | None:
+    if len(data) != video.size:
+        return f"the tar ends after {len(data)} of its {video.size} bytes"
+    if crc32c(data) != video.crc32c:
+        return _BYTES
+    frames = video.frames
+    if frames.sliceable:
+        for i in range(len(frames)):
+            start, size = int(frames.offset[i]), int(frames.size[i])
+            if crc32c(data[start : start + size]) != frames.crc32c[i]:
+                return f"the frame table is wrong about frame {i}"
+    try:
+        if frames.sliceable and (there := _packets(data)) != len(frames):
+            return f"{there} frames are in the file, the table has {len(frames)}"
+        low, high = video.inside
+        read = lambda at, size: data[at:] if size < 0 else data[at : at + size]  # noqa: E731
+        decoded = sum(1 for _ in decode_stored(video, read, range(low, high)))
+    except VideoError as error:
+        return f"it does not decode: {error}"
+    if decoded != high - low:
+        return f"{decoded} frames decode, the table has {high - low}"
+    return None
+
+
+def _packets(data: bytes) -> int:
+    """Packets of the video from its first keyframe on, as the table lists them."""
+    container, stream = open_video(io.BytesIO(data))
+    with container:
+        packets = [(packet.pts, packet.is_keyframe) for packet in container.demux(stream) if packet.size]
+    first = next((i for i, (_, key) in enumerate(packets) if key), 0)
+    return sum(first == 0 or pts is None or pts >= packets[first][0] for pts, _ in packets[first:])

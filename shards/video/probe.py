@@ -1,0 +1,343 @@
+"""What the packets of a video file say before one of them is decoded: which frames there are and when each is shown.
+
+Headers claim rates, durations and counts, and many are wrong: a browser's recording says 1000 frames a second, a trimmed
+file counts what its edit list hides, an AVI counts chunks that are empty. So all three follow from the packets.
+"""
+
+import itertools
+import struct
+from array import array
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import BinaryIO
+
+import av
+import numpy as np
+
+from shards import VideoError
+from shards.video.picture import short
+
+av.logging.set_level(av.logging.PANIC)  # libav's own lines say nothing that our errors do not
+
+UNKNOWN = -(2**63)  # a packet without stamp or place
+_BUFFER = 1 << 18  # bytes a read
+_USUAL_RATES = [Fraction(n * 1000, 1001) for n in (24, 30, 48, 60, 120)] + [Fraction(n) for n in range(1, 241)]
+
+
+class Packets:
+    """Stamps, duration, place in the file, size, flags and crc32c of packets, in decode order; 46 bytes each."""
+
+    def __init__(self):
+        self.pts, self.dts, self.place = array("q"), array("q"), array("q")
+        self.duration, self.size = array("q"), array("i")
+        self.key, self.discard = array("b"), array("b")
+        self.crc = array("I")
+
+    def __len__(self) -> int:
+        return len(self.pts)
+
+    def add(self, packet: av.Packet, crc: int = 0) -> None:
+        self.pts.append(UNKNOWN if packet.pts is None else packet.pts)
+        self.dts.append(UNKNOWN if packet.dts is None else packet.dts)
+        self.duration.append(packet.duration or 0)
+        self.place.append(-1 if packet.pos is None else packet.pos)
+        self.size.append(packet.size)
+        self.key.append(packet.is_keyframe)
+        self.discard.append(packet.is_discard)
+        self.crc.append(crc)
+
+    def only(self, places: list[int]) -> "Packets":
+        """The packets at these places."""
+        out = Packets()
+        for name, values in vars(self).items():
+            getattr(out, name).extend(values[i] for i in places)
+        return out
+
+
+def open_video(file: BinaryIO) -> tuple[av.container.InputContainer, av.VideoStream]:
+    """Open an encoded video at the beginning of a seekable file; it is read as far as needed, never all into memory.
+
+    The stream is the one that libav calls best, and never a cover picture. Raises VideoError if there is none.
+    """
+    file.seek(0)
+    if not file.read(1):
+        raise VideoError("the file is empty (0 bytes)")
+    file.seek(0)
+    try:
+        container = av.open(file, "r", metadata_errors="ignore", buffer_size=_BUFFER)
+    except (av.FFmpegError, ValueError) as error:
+        raise VideoError(_unreadable(error)) from error
+    films = [s for s in container.streams.video if "attached_pic" not in str(s.disposition).lower()]
+    if not films:
+        kinds = sorted({s.type for s in container.streams}) or ["none"]
+        container.close()
+        raise VideoError(f"no video stream in the file (streams: {', '.join(kinds)})")
+    best = container.streams.best("video")
+    stream = best if best in films else films[0]
+    if stream.codec_context is None:
+        container.close()
+        raise VideoError("no decoder for its video stream")
+    stream.codec_context.thread_count = 1  # the packer runs one process a core
+    return container, stream
+
+
+def _unreadable(error: Exception) -> str:
+    log = getattr(error, "log", None)
+    if log and "moov atom not found" in str(log):
+        return (
+            "not a readable video file: its index (the moov box of an mp4) is missing. Was it downloaded, or recorded, "
+            "to its end?"
+        )
+    return f"not a readable video file ({short(error)})"
+
+
+def stores_no_stamps(container: av.container.InputContainer) -> bool:
+    """Whether frames have no presentation times in this container, so that libav's are guesses: AVI and bare streams."""
+    return container.format.name == "avi" or bool(container.format.flags & av.format.Flags.no_timestamps.value)
+
+
+def has_jumps(container: av.container.InputContainer) -> bool:
+    """Whether time stamps of this container may jump, as those of a broadcast do (MPEG-TS and MPEG-PS)."""
+    return container.format.name in ("mpegts", "mpeg")
+
+
+def edits_twice(container: av.container.InputContainer, stream: av.VideoStream) -> bool:
+    """Whether the edit list of an mp4 goes to and fro, so that what is shown later may stand earlier."""
+    if container.format.name.split(",")[0] != "mov":
+        return False
+    stamps = [entry.timestamp for entry in stream.index_entries]
+    return any(after < before for before, after in itertools.pairwise(stamps))
+
+
+def clock_zero(container: av.container.InputContainer, first: Fraction) -> Fraction:
+    """The time stamp, in seconds, at which a player's clock shows 0: where the first of picture and sound begins.
+
+    `first` is that of the first picture shown. Sound before 0 is what a decoder needs to start, and is not played.
+    """
+    sounds = [s.start_time * s.time_base for s in container.streams.audio if s.start_time is not None]
+    zero = min([first, *sounds])
+    if zero >= 0 or has_jumps(container):  # there, libav counts down from where stamps start anew
+        return zero
+    return min(first, Fraction(0))
+
+
+# ---- what the times make of a video ----
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """When the frames of a video, or of a cut of it, are shown.
+
+    times     float64 [frames], seconds, increasing; 0 is where a player's clock shows 0, or where the cut begins
+    fps       frames a second: what the header says if the times agree, else what they say
+    steady    whether all frames are shown for as long, so that their numbers tell their times
+    duration  seconds from 0 to the end of the last frame
+    """
+
+    times: np.ndarray
+    fps: Fraction
+    steady: bool
+    duration: float
+
+    @property
+    def drift(self) -> float:
+        """Seconds by which a frame is at most shown off from where counting frames puts it."""
+        return 0.0 if self.steady else drift(self.times, np.arange(len(self.times)), float(self.fps))
+
+
+def timeline(times: np.ndarray, last_two: tuple[float, float], claimed: Fraction | None, tick: float) -> Timeline:
+    """`last_two`: what the packets of the last two frames say of their duration (seconds; 0: nothing). `claimed` is the
+    header's rate, and `tick` the unit of the time stamps in seconds."""
+    fps = _rate(times, claimed, tick)
+    even = steady(times, np.arange(len(times)), tick)
+    return Timeline(times, fps, even, float(times[-1]) + _last(times, last_two, float(1 / fps), even, tick))
+
+
+def _rate(times: np.ndarray, claimed: Fraction | None, tick: float) -> Fraction:
+    count, span = len(times) - 1, float(times[-1] - times[0])
+    if count < 1 or span <= 0:
+        return Fraction(claimed) if claimed else Fraction(1)
+    if claimed and abs(count / float(claimed) - span) <= 2 * tick + 0.01 * span:
+        return Fraction(claimed).limit_denominator(100_000)
+    for usual in _USUAL_RATES:
+        if abs(count / float(usual) - span) <= min(2 * tick, 0.01 * span):
+            return usual
+    return Fraction(count / span).limit_denominator(100_000)
+
+
+def _last(times: np.ndarray, told: tuple[float, float], usual: float, even: bool, tick: float) -> float:
+    """For how long the last frame is shown."""
+    if even and len(times) > 1:
+        return usual
+    if len(times) < 2:
+        return told[1] or usual
+    before = float(times[-1] - times[-2])
+    believable = told[1] > 0 and abs(told[0] - before) <= max(1.5 * tick, 0.1 * before)
+    return told[1] if believable else before
+
+
+def steady(times: np.ndarray, numbers: np.ndarray, tick: float = 0.0) -> bool:
+    """Whether frames `numbers` are shown where a constant rate puts them, to one frame."""
+    count = int(numbers[-1] - numbers[0])
+    if count < 1:
+        return True
+    interval = float(times[-1] - times[0]) / count
+    off = np.abs(times - times[0] - (numbers - numbers[0]) * interval).max()
+    return bool(off <= max(interval, 2 * tick))
+
+
+def drift(times: np.ndarray, numbers: np.ndarray, fps: float) -> float:
+    """Seconds by which a frame is at most shown off from where counting at `fps` puts it."""
+    return float(np.abs(times - times[0] - (numbers - numbers[0]) / fps).max())
+
+
+def nearest(times: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """For each wanted time the position of the nearest of `times` (sorted, not empty); the earlier of two."""
+    right = np.minimum(times.searchsorted(wanted), len(times) - 1)
+    left = np.maximum(right - 1, 0)
+    return np.where(wanted - times[left] <= times[right] - wanted, left, right)
+
+
+def increasing(stamps: np.ndarray, interval: int, longest: float) -> np.ndarray:
+    """Stamps (int64, in ticks) as a player's clock goes through them: without leaps back, or over more than `longest`.
+
+    A frame that is stamped a little early follows the one before by a tick; one that is far off begins a new count, as
+    players and ffmpeg do (its `-dts_delta_threshold` of 10 s).
+    """
+    out, shift = stamps.tolist(), 0
+    for i in range(1, len(out)):
+        step = out[i] + shift - out[i - 1]
+        if step < -2 * interval or step > longest:
+            shift += interval - step
+        out[i] = max(out[i] + shift, out[i - 1] + 1)
+    return np.asarray(out, np.int64)
+
+
+def locally_sorted(stamps: np.ndarray) -> np.ndarray:
+    """Stamps in order, if they are a few places off: those of containers that give the order of decoding as that of showing."""
+    order = np.argsort(stamps, kind="stable")
+    moved = np.abs(order - np.arange(len(stamps))).max(initial=0)
+    return stamps[order] if moved <= 16 else stamps
+
+
+JUMP = 10.0  # seconds between two frames that are no pause
+
+
+# ---- whether all of a file is there ----
+
+
+def refuse_cut_short(
+    file: BinaryIO, container: av.container.InputContainer, stream: av.VideoStream, packets: Packets
+) -> None:
+    """Raise VideoError if the file ends before what it says it holds. Its bytes must prove it: a count alone may be wrong."""
+    before = file.tell()
+    try:
+        _refuse_cut_short(file, container, stream, packets)
+    finally:
+        file.seek(before)  # libav goes on reading there
+
+
+def _refuse_cut_short(
+    file: BinaryIO, container: av.container.InputContainer, stream: av.VideoStream, packets: Packets
+) -> None:
+    file.seek(0, 2)
+    size, kind = file.tell(), container.format.name.split(",")[0]
+    if kind == "mov":
+        entries = stream.index_entries
+        there = sum(entry.pos + entry.size <= size for entry in entries)
+        if there < len(entries):
+            _cut_short(len(entries), there)
+        if _fragment_end(file) > size:
+            raise VideoError("the file is cut short: its last fragment promises more bytes than are there")
+    elif kind == "flv" and _flv_end(file, size) > size:
+        raise VideoError("the file is cut short: it ends inside a tag")
+    elif kind == "asf" and (promised := _asf_size(file)) > size:
+        raise VideoError(f"the file is cut short: its header promises {promised} bytes, {size} are there")
+    elif kind == "gif" and not _ends_with(file, size, b";"):
+        raise VideoError("the file is cut short: the end mark of a GIF is missing")
+    elif kind == "avi" and packets:
+        chunks = max(packets.dts) + 1  # of the video, empty ones among them
+        if chunks < stream.frames and _riff_end(file) > size + 1:
+            _cut_short(stream.frames, chunks)
+    elif kind == "matroska" and packets and _segment_end(file) > size:
+        base = float(stream.time_base)
+        end = (max(packets.pts) + packets.duration[-1]) * base
+        said = float(container.duration or 0) / 1e6
+        if not said or end < said - max(0.5, 0.01 * said):
+            raise VideoError(
+                f"the file is cut short: its header promises {said:.1f} s, {end:.1f} s are there"
+                if said else "the file is cut short: its header promises more bytes than are there"
+            )  # fmt: skip
+
+
+def _cut_short(promised: int, there: int) -> None:
+    raise VideoError(f"the file is cut short: its header promises {promised} frames, {there} are there")
+
+
+def _riff_end(file: BinaryIO) -> int:
+    """Where the RIFF chunk of an AVI ends; 0 if its writer left that open."""
+    file.seek(0)
+    head = file.read(8)
+    size = struct.unpack("<I", head[4:])[0] if head[:4] == b"RIFF" and len(head) == 8 else 0
+    return size + 8 if size not in (0, 0xFFFFFFFF) else 0
+
+
+def _fragment_end(file: BinaryIO) -> int:
+    """Where the last box of a fragmented mp4 ends (ISO 14496-12, 4.2 and 8.8); 0 for an mp4 without fragments."""
+    at, end, fragments = 0, 0, False
+    while True:
+        file.seek(at)
+        head = file.read(16)
+        if len(head) < 8:
+            return end if fragments else 0
+        length, kind = struct.unpack(">I4s", head[:8])
+        if length == 1 and len(head) == 16:
+            length = struct.unpack(">Q", head[8:])[0]
+        if length < 8:  # 0: to the end of the file
+            return end if fragments else 0
+        fragments = fragments or kind == b"moof"
+        at += length
+        end = at if kind in (b"moof", b"mdat") else end
+
+
+def _flv_end(file: BinaryIO, size: int) -> int:
+    """Where the last tag of an FLV ends (Adobe FLV 10.1, E.3)."""
+    file.seek(5)
+    at = struct.unpack(">I", file.read(4).rjust(4, b"\0"))[0] + 4
+    while at + 11 <= size:
+        file.seek(at + 1)
+        at += 15 + int.from_bytes(file.read(3), "big")
+    return at - 4 if at - 4 <= size < at else at  # some writers leave out the last tag's size
+
+
+def _asf_size(file: BinaryIO) -> int:
+    """The size of the file that an ASF header states (ASF 3.2, file properties); 0 if it was broadcast."""
+    file.seek(0)
+    head = file.read(1 << 16)
+    at = head.find(bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365"))
+    if at < 0 or len(head) < at + 92 or head[at + 88] & 1:
+        return 0
+    return struct.unpack("<Q", head[at + 40 : at + 48])[0]
+
+
+def _ends_with(file: BinaryIO, size: int, mark: bytes) -> bool:
+    file.seek(max(0, size - 64))
+    return file.read().rstrip(b"\0").endswith(mark)
+
+
+def _segment_end(file: BinaryIO) -> int:
+    """Where the Segment of a Matroska file ends; 0 if its writer left that open (RFC 8794, 4 to 6)."""
+    file.seek(0)
+    head, at = file.read(4096), 0
+    while at + 12 <= len(head):
+        length = 8 - head[at].bit_length() + 1  # of an element's ID, in bytes
+        name, at = head[at : at + length], at + length
+        width = 8 - head[at].bit_length() + 1 if head[at] else 9
+        if width > 8 or length > 4:
+            return 0
+        value = int.from_bytes(head[at : at + width], "big") & ((1 << 7 * width) - 1)
+        at += width
+        if name == b"\x18\x53\x80\x67":
+            return 0 if value == (1 << 7 * width) - 1 else at + value
+        at += value
+    return 0

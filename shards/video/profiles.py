@@ -1,0 +1,156 @@
+"""What is stored of a video: one function from a source file to the bytes and the frame table of its stored form."""
+
+import io
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import BinaryIO
+
+from crc32c import crc32c
+
+from shards import ShardError, VideoError
+from shards.schema import Coding, FrameTable
+from shards.tar import safe_extension
+from shards.video.encode import cut_copy, nvenc_opens, to_gops, to_intra
+from shards.video.source import Source, scan
+
+# name: the default of --quality and its range
+_QUALITY = {"intra": (3, 1, 31), "copy": (0, 0, 0), "h264": (23, 0, 51), "hevc": (26, 0, 51), "av1": (32, 1, 63)}
+PROFILES = tuple(_QUALITY)
+ENCODERS = ("cpu", "nvenc", "auto")
+_FIELDS = {
+    "intra": ("name", "fps", "short_side", "quality", "chroma"),
+    "copy": ("name",),
+    **dict.fromkeys(("h264", "hevc", "av1"), ("name", "fps", "short_side", "quality", "gop", "encoder")),
+}
+_PIECE = 1 << 20  # bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """What is stored of each video.
+
+    `intra` keeps the frames of the extractor's grid at `fps` frames a second (above a source's own rate: all of its
+    frames) as JPEGs of `short_side` pixels. `h264`, `hevc` and `av1` re-encode the same frames in closed GOPs of `gop`
+    frames (None: a second of them, at most 12). `copy` keeps the source bytes and heeds none of it.
+
+    `quality` is MJPEG's quantiser (1 best, 31 worst) or the encoder's constant rate factor (None: 3, 23, 26, 32 for
+    intra, h264, hevc, av1). `chroma` is for intra: 420, or 444 for exact scaling and full colour resolution. `encoder`
+    cpu gives the same bytes on every machine with the same libraries; nvenc's depend on the GPU and its driver too, so
+    it is used only where it is asked for; auto means nvenc where it works, see `resolved`.
+    """
+
+    name: str = "intra"
+    fps: int = 3
+    short_side: int = 224
+    quality: int | None = None
+    chroma: int = 420
+    gop: int | None = None
+    encoder: str = "cpu"
+
+    def __post_init__(self):
+        if self.name not in PROFILES:
+            raise ShardError(f"--profile {self.name}: there are {', '.join(PROFILES)}")
+        default, best, worst = _QUALITY[self.name]
+        if self.quality is None or self.name == "copy":
+            object.__setattr__(self, "quality", default)
+        if self.gop is None:
+            object.__setattr__(self, "gop", max(1, min(self.fps, 12)))
+        limits = (("fps", 1, 240), ("short_side", 16, 4096), ("quality", best, worst), ("gop", 1, 600))
+        for name, low, high in limits:
+            if not low <= getattr(self, name) <= high:
+                flag = name.replace("_", "-")
+                raise ShardError(f"--{flag} {getattr(self, name)}: must be between {low} and {high} for {self.name}")
+        if self.chroma not in (420, 444):
+            raise ShardError(f"--chroma {self.chroma}: there are 420 and 444")
+        if self.encoder not in ENCODERS:
+            raise ShardError(f"--encoder {self.encoder}: there are {', '.join(ENCODERS)}")
+        if self.encodes and self.short_side % 2:
+            raise ShardError(f"--short-side {self.short_side}: {self.name} needs an even number of pixels")
+
+    @property
+    def encodes(self) -> bool:
+        """Whether it re-encodes video."""
+        return self.name in ("h264", "hevc", "av1")
+
+    def resolved(self) -> "Profile":
+        """The same with the encoder that this machine has in place of auto. Raises ShardError if nvenc is wanted and
+        does not open."""
+        if not self.encodes or self.encoder == "cpu":
+            return self
+        opens = nvenc_opens(self.name)
+        if self.encoder == "nvenc" and not opens:
+            raise ShardError(
+                f"--encoder nvenc: {self.name}_nvenc does not open here (it needs an NVIDIA GPU with that encoder and its "
+                "driver). Use --encoder cpu, or auto."
+            )
+        return replace(self, encoder="nvenc" if opens else "cpu")
+
+    def describe(self) -> dict:
+        """What a split's record says of it: all that the stored bytes depend on."""
+        return {name: value for name, value in asdict(self).items() if name in _FIELDS[self.name]}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A video in its stored form. `file` is seekable, stands at its beginning and holds `size` bytes; `crc32c` is of
+    all of them. Width and height are as displayed; `rotation` and `mirrored` are what is left to be done to decoded frames.
+    Numbers in `frames` count from the first frame of the cut."""
+
+    source: Source
+    file: BinaryIO
+    size: int
+    crc32c: int
+    frames: FrameTable
+    codec: str
+    extension: str
+    extradata: bytes
+    width: int
+    height: int
+    rotation: int = 0
+    mirrored: bool = False
+    coding: Coding | None = None
+
+
+def store(file: BinaryIO, name: str, profile: Profile, start: float | None = None, end: float | None = None) -> Stored:
+    """The stored form of the video in `file` (seekable; `name` is what it is called), cut to the frames with
+    start <= time < end, in seconds as a player's clock shows them.
+
+    Memory does not grow with the video, and the work with the cut, not with what is around it. Frame numbers count from
+    the first kept frame on and times from the start of the cut, as if it were a video of its own; a cut with `copy` begins at the keyframe
+    before, so its table holds frames of negative numbers. Raises VideoError if any of it does not decode.
+    """
+    begin, stop = 0.0 if start is None else max(0.0, start), math.inf if end is None else end
+    if not begin < stop:
+        raise VideoError(f"the cut is empty: it starts at {begin:g} s and ends at {stop:g} s")
+    if profile.name == "copy" and (begin, stop) == (0.0, math.inf):
+        return _untouched(file, name)
+    if profile.name == "copy":
+        source, written = cut_copy(file, begin, stop)
+    else:
+        common = {"rate": profile.fps, "short_side": profile.short_side, "quality": profile.quality}
+        common |= {"start": begin, "end": stop}
+        if profile.name == "intra":
+            source, written = to_intra(file, chroma=profile.chroma, **common)
+        else:
+            encoder = profile.resolved().encoder
+            source, written = to_gops(file, codec=profile.name, gop=profile.gop, encoder=encoder, **common)
+    size, crc = _measure(written.file)
+    return Stored(source, written.file, size, crc, written.frames, written.codec, written.extension, written.extradata,
+                  written.width, written.height, written.rotation, written.mirrored, written.coding)  # fmt: skip
+
+
+def _untouched(file: BinaryIO, name: str) -> Stored:
+    source = scan(file)
+    size, crc = _measure(file)
+    return Stored(source, file, size, crc, source.frames, source.codec, safe_extension(name), source.extradata,
+                  source.width, source.height, source.rotation, source.mirrored, source.coding)  # fmt: skip
+
+
+def _measure(file: BinaryIO) -> tuple[int, int]:
+    """Size and crc32c of a file, read in pieces; it stands at its beginning afterwards."""
+    size, crc = 0, 0
+    file.seek(0)
+    while piece := file.read(_PIECE):
+        size, crc = size + len(piece), crc32c(piece, crc)
+    file.seek(0, io.SEEK_SET)
+    return size, crc
