@@ -85,7 +85,8 @@ def test_mistakes_are_one_sentence(numbered, tmp_path: Path, capsys) -> None:
     assert not (tmp_path / "none").exists()
 
 
-def test_a_full_disk_names_the_picture(numbered, tmp_path: Path, capsys) -> None:
+def test_a_full_disk_names_the_picture(numbered, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("c4c.files._ROOM", 0)  # or it would be known before
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
     try:
