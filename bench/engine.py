@@ -3,7 +3,7 @@
     python bench/engine.py [--ranks 1] [--rounds 4] [--block 8] [--json bench/results/engine.json] [key=value ...]
 
 Both train the same model with the same loss, precision and AdamW, in the same process and in turn: a block of steps of
-c4c/train.py (shards read and decoded, DeepSpeed, metrics, screen), a block of the bare loop (one set of random tensors,
+c4c/training/trainer.py (shards read and decoded, DeepSpeed, metrics, screen), a block of the bare loop (one set of random tensors,
 torch.optim.AdamW(fused), clipping; DistributedDataParallel on several ranks). The first steps of a block are not
 counted: they find batches that were made ahead during the other's. Overhead is the median over rounds of the ratio of
 their median steps. A last block is timed in parts: data (waiting for it), forward, backward, optimizer (update, with
@@ -80,9 +80,9 @@ def measure(args: argparse.Namespace) -> None:
     import torch
 
     from c4c.config import load
-    from c4c.distributed import start_distributed, stop_distributed
-    from c4c.flops import peak, per_pair
-    from c4c.train import Trainer
+    from c4c.models.flops import peak, per_pair
+    from c4c.training.trainer import Trainer
+    from c4c.zero.distributed import start_distributed, stop_distributed
 
     rank, world, device = start_distributed()
     (args.measure / "bench.yaml").write_text("{}")
@@ -198,9 +198,9 @@ class Plain:
     def __init__(self, config, split, device, world: int):
         import torch
 
-        from c4c.engine import Learner
-        from c4c.model import build
-        from c4c.optim import parameter_groups
+        from c4c.models.clip4clip import build
+        from c4c.training.optim import parameter_groups
+        from c4c.zero.engine import Learner
 
         torch.manual_seed(config.run.seed)
         data, rows = config.data, -(-config.train.batch_size // world)

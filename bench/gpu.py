@@ -9,7 +9,7 @@ own: one that fails is reported with its error and costs only itself, and OUT is
 `raw`       DALI's image and video decoders alone, on stored JPEGs of short sides 224 and 256 and of 240, and on H.264
 `lanes`     the loader alone (python -m pipelines.bench): clips a second, frames decoded per used one, share of the host's cores
 `equal`     the same frames by the GPU's lanes and by the CPU's: PSNR
-`step …`    c4c/train.py on one batch that is there already: eager, compiled, with plain attention
+`step …`    c4c/training/trainer.py on one batch that is there already: eager, compiled, with plain attention
 `train …`   the same on batches from a lane or from the warm cache: share of the eager step's rate, data wait
 `losses`    the first steps in 16 bits on the GPU beside fp32 on the CPU
 
@@ -273,11 +273,11 @@ class Finished(Exception):
 
 
 def training(args: argparse.Namespace) -> dict:
-    """Steps of c4c/train.py, on one batch again and again or on the loader's."""
+    """Steps of c4c/training/trainer.py, on one batch again and again or on the loader's."""
     from c4c.config import load
-    from c4c.distributed import start_distributed, stop_distributed
-    from c4c.flops import peak, per_pair
-    from c4c.train import Trainer
+    from c4c.models.flops import peak, per_pair
+    from c4c.training.trainer import Trainer
+    from c4c.zero.distributed import start_distributed, stop_distributed
 
     part, stored = args.part, "h264" if args.part.endswith("h264") else "intra"
     rank, world, device = start_distributed()

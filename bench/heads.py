@@ -19,7 +19,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from c4c.run import read_done
+from c4c.training.run_folder import read_done
 
 ROOT = Path(__file__).parents[1]
 

@@ -21,8 +21,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from c4c import stages
-from c4c.run import validations
+from c4c.training import stages
+from c4c.training.run_folder import validations
 
 ROOT = Path(__file__).parents[1]
 CE = {"train.loss": "cross_entropy", "clips.bag": 1}

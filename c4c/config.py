@@ -13,11 +13,11 @@ from typing import Any
 
 import yaml
 
-from c4c.deepspeed_keys import wrong_key
 from c4c.files import looked_in, parse_yaml, read_yaml
-from c4c.optim import TrainConfig
-from c4c.run import RunConfig, require_wandb
 from c4c.settings import CheckpointConfig, EngineConfig, ModelConfig
+from c4c.training.optim import TrainConfig
+from c4c.training.run_folder import RunConfig, require_wandb
+from c4c.zero.keys import wrong_key
 from pipelines.config import CacheConfig, ClipsConfig, DataConfig
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # imports come after what they would hold up: --help and paths that cannot be
-    from c4c.model import CLIP4Clip
+    from c4c.models.clip4clip import CLIP4Clip
 
 
 def describe(model: "CLIP4Clip") -> dict:
-    """What `c4c.weights.read` needs to build the model again."""
+    """What `c4c.models.weights.read` needs to build the model again."""
     return {
         "spec": model.spec,
         "head": model.head.name,
@@ -33,7 +33,7 @@ def export(model: "CLIP4Clip", path: Path, official: bool) -> None:
     from safetensors.torch import save_file
 
     from c4c.files import discard, replace_text, with_usual_mode
-    from c4c.weights import to_official
+    from c4c.models.weights import to_official
 
     state = {k: v.detach().contiguous().cpu() for k, v in model.state_dict().items()}
     check_ending(path, official)
@@ -85,7 +85,7 @@ def main() -> int:
 def run(ckpt: Path, tag: str | None, to: Path, official: bool) -> tuple[int, str]:
     """Export; returns the number of weights, and head and patches in words. Raises ValueError and OSError."""
     from c4c.files import require_writable
-    from c4c.run import is_run
+    from c4c.training.run_folder import is_run
 
     check_ending(to, official)
     require_writable(f"--to {to}", to, _is_weights)
@@ -94,8 +94,8 @@ def run(ckpt: Path, tag: str | None, to: Path, official: bool) -> tuple[int, str
         require_writable(f"--to {to} also writes {beside}, which", beside, lambda start: b'"spec"' in start)
     if tag and not is_run(str(ckpt)):
         raise ValueError(f"--tag {tag} names a run's checkpoint, and {ckpt} is no run folder")
-    from c4c.distributed import quiet_libraries
-    from c4c.model import CLIP4Clip
+    from c4c.models.clip4clip import CLIP4Clip
+    from c4c.zero.distributed import quiet_libraries
 
     quiet_libraries()
     model = CLIP4Clip.from_checkpoint(ckpt, tag=tag)

@@ -81,14 +81,16 @@ class CheckpointConfig:
 
 
 def _check_backbone(name: str) -> None:
-    """Raise ValueError if open_clip has no such model. What kind of model it is c4c.towers sees when it is built."""
+    """Raise ValueError if open_clip has no such model. What kind of model it is c4c.models.towers sees when it is built."""
     if "open_clip" in sys.modules or ":" in name:  # which may have been told of more models
-        from c4c import towers
+        from c4c.models import towers
 
         towers.named(name)
         return
     package = Path(importlib.util.find_spec("open_clip").origin).parent
-    known = {file.stem for folder in (package / "model_configs", _HERE / "backbones") for file in folder.glob("*.json")}
+    known = {
+        file.stem for folder in (package / "model_configs", _MODELS / "backbones") for file in folder.glob("*.json")
+    }
     if name not in known:
         near = difflib.get_close_matches(name, sorted(known), 1)
         hint = f"Did you mean {near[0]}? " if near else ""
@@ -100,10 +102,10 @@ def _check_backbone(name: str) -> None:
 
 def _heads() -> list[str]:
     """Names of the heads: each file of c4c/heads holds some."""
-    if "c4c.heads" in sys.modules:
-        return list(sys.modules["c4c.heads"].HEADS)
-    files = sorted((_HERE / "heads").glob("*.py"))
+    if "c4c.models.heads" in sys.modules:
+        return list(sys.modules["c4c.models.heads"].HEADS)
+    files = sorted((_MODELS / "heads").glob("*.py"))
     return [name for file in files for name in re.findall(r'^    name = "(\w+)"', file.read_text(), re.MULTILINE)]
 
 
-_HERE = Path(__file__).parent
+_MODELS = Path(__file__).parent / "models"

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     """What can be refused is refused first, and what takes long is imported after that."""
     from c4c.config import from_dict, override_data
     from c4c.files import require_writable
-    from c4c.run import is_run, read_config
+    from c4c.training.run_folder import is_run, read_config
     from pipelines.config import DataConfig
     from shards.split import Split
     from shards.storage import is_remote, place
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--ranks {args.ranks}: {test} is remote; copy the split to a disk, which --ranks needs")
     split = Split(test, asked.local)
 
-    from c4c.evaluate import evaluate_checkpoint
+    from c4c.retrieval.evaluate import evaluate_checkpoint
 
     evaluate_checkpoint(args.ckpt, args.tag, split, words, args.device, args.json, args.ranks)
     return 0

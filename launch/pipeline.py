@@ -34,7 +34,7 @@ def run(args: argparse.Namespace, folder: Path) -> None:
     """folder: of train.py, eval.py and cfg. Raises ValueError and OSError."""
     from rich.console import Console
 
-    from c4c.stages import read, run, table
+    from c4c.training.stages import read, run, table
 
     console = Console(stderr=True, soft_wrap=True)
     stages = read(args.cfg, args.overrides, [folder / "cfg"], args.launcher)

@@ -71,19 +71,19 @@ def run(args: argparse.Namespace) -> int:
     require_port()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of a lost rank are pages of addresses
     if args.check:
-        from c4c.check import check
+        from c4c.training.check import check
 
         check(config)
     elif args.replay is not None:
-        from c4c.replay import replay
+        from c4c.training.replay import replay
 
         return 0 if replay(config, args.replay) else 1
     else:
-        from c4c.run import require_place
+        from c4c.training.run_folder import require_place
 
         if own_rank() == 0:
             require_place(Path(config.run.dir))
-        from c4c.train import train
+        from c4c.training.trainer import train
 
         train(config)
     return 0

@@ -9,9 +9,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from c4c import engine as engines
-from c4c.engine import Learner
-from c4c.model import CLIP4Clip
+from c4c.models.clip4clip import CLIP4Clip
+from c4c.zero import engine as engines
+from c4c.zero.engine import Learner
 
 SPEC = {
     "embed_dim": 16,

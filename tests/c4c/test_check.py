@@ -7,7 +7,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from c4c.check import Part
+from c4c.training.check import Part
 from shards.remote import Local
 from shards.split import Split
 from tests.shards import sets

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from c4c import checkpoint
-from c4c.checkpoint import CheckpointConfig, CheckpointError, latest, load_weights, restore, save, tags
-from c4c.model import ModelConfig, build
+from c4c.models.clip4clip import build
+from c4c.settings import CheckpointConfig, ModelConfig
+from c4c.zero import checkpoint
+from c4c.zero.checkpoint import CheckpointError, latest, load_weights, restore, save, tags
 
 FLAG = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
@@ -341,7 +342,7 @@ def test_the_same_step_again_replaces_the_old_one(tmp_path):
 def test_weights_of_a_stage_0_checkpoint(tmp_path):
     model = build(ModelConfig(backbone="ViT-demo-16", init_from="scratch"), 12)
     state = {f"model.{name}": value for name, value in model.state_dict().items()}
-    state["model.clip.logit_scale"] = state["model.clip.logit_scale"].reshape(1)  # as c4c.engine.Learner has it
+    state["model.clip.logit_scale"] = state["model.clip.logit_scale"].reshape(1)  # as c4c.zero.engine.Learner has it
     write(tmp_path, {"mp_rank_00_model_states.pt": {"module": state}})
     loaded = load_weights(tmp_path)
     assert loaded.keys() == model.state_dict().keys()

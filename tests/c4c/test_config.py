@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from c4c.config import ConfigError, describe_keys, dump, from_dict, load, require, to_dict
-from c4c.deepspeed_keys import KEYS
-from c4c.heads import HEADS
+from c4c.models.heads import HEADS
+from c4c.zero.keys import KEYS
 
 SHIPPED = Path(__file__).parents[2] / "launch" / "cfg"
 

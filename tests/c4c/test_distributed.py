@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch.distributed as dist
 
-from c4c import distributed
-from c4c.distributed import _name_ranks, common_word
 from c4c.launched import command_again
+from c4c.zero import distributed
+from c4c.zero.distributed import _name_ranks, common_word
 
 
 def named(**env) -> dict:

@@ -13,13 +13,15 @@ from pathlib import Path
 import torch
 import yaml
 
-from c4c import checkpoint, stages, weights
 from c4c.config import from_dict, load, require, to_dict
-from c4c.guard import BAD_STEPS
-from c4c.logs import Metrics
-from c4c.pretrained import open_checkpoint
-from c4c.replay import recorded
-from c4c.run import check_continuation, last_validation, mark_done, read_config, read_done, validations
+from c4c.models import weights
+from c4c.models.pretrained import open_checkpoint
+from c4c.training import stages
+from c4c.training.guard import BAD_STEPS
+from c4c.training.metric_log import Metrics
+from c4c.training.replay import recorded
+from c4c.training.run_folder import check_continuation, last_validation, mark_done, read_config, read_done, validations
+from c4c.zero import checkpoint
 from pipelines.quarantine import append_line, json_lines
 from tests.edits import changed, damaged, edited_json, edited_lines
 

@@ -6,12 +6,13 @@ import warnings
 import pytest
 import torch
 
-from c4c import engine
-from c4c.compiled import compile_towers, or_as_it_is
-from c4c.engine import EngineConfig, Learner, deepspeed_config
-from c4c.loss import contrastive_loss
-from c4c.model import ModelConfig, build
-from c4c.optim import TrainConfig
+from c4c.losses import contrastive_loss
+from c4c.models.clip4clip import build
+from c4c.models.compiled import compile_towers, or_as_it_is
+from c4c.settings import EngineConfig, ModelConfig
+from c4c.training.optim import TrainConfig
+from c4c.zero import engine
+from c4c.zero.engine import Learner, deepspeed_config
 
 TRAIN = TrainConfig(batch_size=12, lr=0.1, betas=(0.7, 0.8), eps=1e-7, weight_decay=0.2)
 

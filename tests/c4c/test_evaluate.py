@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from c4c import evaluate as module
-from c4c.evaluate import evaluate, features
-from c4c.heads.mean import MeanPooling
+from c4c.models.heads.mean import MeanPooling
+from c4c.retrieval import evaluate as module
+from c4c.retrieval.evaluate import evaluate, features
 from pipelines.config import DataConfig
 
 CAPTIONS = [["0"], ["1", "1", "1"], ["2", "2"], ["3"], ["4"]]  # each says which video it belongs to

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from c4c import flops, towers
-from c4c.model import CLIP4Clip
+from c4c.models import flops, towers
+from c4c.models.clip4clip import CLIP4Clip
 
 
 def test_of_a_pair_as_torch_counts_them():

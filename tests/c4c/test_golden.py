@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy, normalize
 
 from c4c.config import load
-from c4c.heads.mean import masked_mean
-from c4c.loss import contrastive_loss
-from c4c.model import CLIP4Clip
-from c4c.optim import freeze, official_lr_factor, parameter_groups
+from c4c.losses import contrastive_loss
+from c4c.models.clip4clip import CLIP4Clip
+from c4c.models.heads.mean import masked_mean
+from c4c.training.optim import freeze, official_lr_factor, parameter_groups
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 RECIPES = Path(__file__).parents[2] / "launch/cfg"
@@ -146,7 +146,7 @@ def test_new_modules_start_as_in_the_official_loader(case):
     fresh.clip.load_state_dict(clip, strict=False)
     fresh.head.start_from(fresh.clip)
     if kernel is not None:
-        from c4c.towers import build, to_3d
+        from c4c.models.towers import build, to_3d
 
         plain = build(case.model.spec)
         plain.load_state_dict(clip)
@@ -220,7 +220,7 @@ def test_official_schedule():
 )
 def test_bert_adam_is_fused_adam_without_bias_correction(name):
     """The optimizer that the official recipe's settings make of DeepSpeed's, against BertAdam's own steps."""
-    from c4c.engine import quiet_libraries
+    from c4c.zero.distributed import quiet_libraries
 
     quiet_libraries()
     from deepspeed.ops.adam import FusedAdam

@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from c4c import guard
 from c4c.errors import lost_peer, speak
-from c4c.guard import BadSteps, Patience, Stop, Watchdog, agree, out_of_memory
+from c4c.training import guard
+from c4c.training.guard import BadSteps, Patience, Stop, Watchdog, agree, out_of_memory
 
 
 def test_a_signal_only_asks_to_stop():

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from c4c.heads import HEADS
-from c4c.model import CLIP4Clip, ModelConfig, build
+from c4c.models.clip4clip import CLIP4Clip, build
+from c4c.models.heads import HEADS
+from c4c.settings import ModelConfig
 from tests.c4c.test_weights import SPEC, tiny
 
 

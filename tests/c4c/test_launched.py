@@ -10,7 +10,7 @@ import time
 import pytest
 
 from c4c.launched import command_again, free_port, open_streams, require_port
-from c4c.report import Report
+from c4c.training.screen import Report
 from tests.launch.runs import ROOT
 
 

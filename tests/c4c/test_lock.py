@@ -8,14 +8,14 @@ import time
 
 import pytest
 
-from c4c.lock import FILE, RunLock
+from c4c.training.lock import FILE, RunLock
 from tests.launch.runs import ROOT
 
 # holds the lock and has a child process, as a loader's workers are
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from c4c.lock import RunLock
+from c4c.training.lock import RunLock
 lock = RunLock(Path(sys.argv[1]))
 lock.take()
 child = os.fork()
@@ -78,7 +78,9 @@ def test_it_follows_a_run_that_is_moved_aside(tmp_path):
     run.rename(tmp_path / "run.old1")
     run.mkdir()
     lock.take()
-    code = "import sys; from pathlib import Path; from c4c.lock import RunLock; RunLock(Path(sys.argv[1])).take()"
+    code = (
+        "import sys; from pathlib import Path; from c4c.training.lock import RunLock; RunLock(Path(sys.argv[1])).take()"
+    )
     for folder, status in ((run, 1), (tmp_path / "run.old1", 0)):
         assert (
             subprocess.run([sys.executable, "-c", code, folder], cwd=ROOT, stderr=subprocess.DEVNULL).returncode
@@ -91,5 +93,5 @@ def test_a_file_system_without_locks_is_no_hindrance(tmp_path, monkeypatch):
     def without(*_):
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr("c4c.lock.fcntl.lockf", without)
+    monkeypatch.setattr("c4c.training.lock.fcntl.lockf", without)
     RunLock(tmp_path).take()

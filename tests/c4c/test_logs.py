@@ -8,8 +8,8 @@ import types
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from c4c.logs import Appender, Metrics
-from c4c.run import last_validation, require_wandb, validations
+from c4c.training.metric_log import Appender, Metrics
+from c4c.training.run_folder import last_validation, require_wandb, validations
 
 RESULT = {"t2v": {"R1": 10.0, "MdR": 3.0}, "v2t": {"R1": 20.0, "MdR": 4.0}, "n_texts": 5, "n_videos": 4}
 

@@ -9,8 +9,8 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from c4c.heads.mean import MeanPooling
-from c4c.loss import contrastive_loss
+from c4c.losses import contrastive_loss
+from c4c.models.heads.mean import MeanPooling
 
 ROWS, WIDTH = 8, 6
 VALID = torch.tensor([1, 1, 1, 1, 1, 0, 0, 0]).bool()  # on 4 ranks: 2, 2, 1 and 0 rows

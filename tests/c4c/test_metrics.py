@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from c4c.metrics import of_matrix, ranks, report, summarize
+from c4c.retrieval.metrics import of_matrix, ranks, report, summarize
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "metrics.npz")
 SQUARE = [

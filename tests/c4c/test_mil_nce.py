@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from c4c.loss import mil_nce_loss
+from c4c.losses import mil_nce_loss
 
 WIDTH, ROWS, SLOTS = 5, 6, 12  # videos, caption slots
 OWNER = torch.tensor([0, 0, 0, 1, 2, 2, -1, 3, 4, 4, -1, -1])  # video 5 is padding, and has no captions

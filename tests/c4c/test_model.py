@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from c4c.heads import HEADS
-from c4c.heads.mean import MeanPooling
-from c4c.model import CLIP4Clip, ModelConfig, build, load_strictly
+from c4c.models.clip4clip import CLIP4Clip, build, load_strictly
+from c4c.models.heads import HEADS
+from c4c.models.heads.mean import MeanPooling
+from c4c.settings import ModelConfig
 
 CONFIG = ModelConfig(backbone="ViT-demo-16", init_from="scratch")
 START, END = 49406, 49407

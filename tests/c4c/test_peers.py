@@ -16,8 +16,8 @@ import os, sys, time
 import torch
 import torch.distributed as dist
 from c4c.errors import lost_peer, speak
-from c4c.guard import Stop, Watchdog
-from c4c.peers import Peers
+from c4c.training.guard import Stop, Watchdog
+from c4c.training.peers import Peers
 
 rank, timeout = int(os.environ["RANK"]), float(os.environ["TIMEOUT"])
 sys.argv = ["launch/train.py", "--cfg", "demo.yaml"]

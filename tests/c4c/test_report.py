@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from c4c import report
-from c4c.report import Report, metrics_table
+from c4c.training import screen as report
+from c4c.training.screen import Report, metrics_table
 
 STEP = {"train/loss": 1.23456, "train/lr": 1e-4, "train/logit_scale": 14.3, "clips_per_s": 20.0,
         "frames_per_s": 240.0, "data/wait_pct": 12.5, "memory_gib": 1.5, "mfu_pct": 33.3}  # fmt: skip

@@ -6,13 +6,7 @@ import pytest
 import yaml
 
 from c4c.files import replace_text
-from c4c.run import (
-    RunConfig,
-    check_continuation,
-    prepare,
-    read_config,
-    save_description,
-)
+from c4c.training.run_folder import RunConfig, check_continuation, prepare, read_config, save_description
 
 
 def test_an_earlier_run_is_moved_aside(tmp_path):

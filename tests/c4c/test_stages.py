@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from c4c import stages
 from c4c.config import dump, load
-from c4c.run import mark_done
-from c4c.stages import StageError, read
+from c4c.training import stages
+from c4c.training.run_folder import mark_done
+from c4c.training.stages import StageError, read
 
 CFG = Path(__file__).parents[2] / "launch/cfg"
 TWO = """

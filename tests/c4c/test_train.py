@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from c4c import checkpoint, towers
 from c4c.config import Config, load
-from c4c.replay import replay
-from c4c.train import Trainer, train
+from c4c.models import towers
+from c4c.training.replay import replay
+from c4c.training.trainer import Trainer, train
+from c4c.zero import checkpoint
 from tests.launch.runs import ROOT, Launcher, losses, make_splits
 
 STEPS = 5
@@ -21,7 +22,7 @@ STEPS = 5
 def one_group():
     """DeepSpeed keeps the process group that it first sees, so all runs of this process have to share one."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("c4c.train", "c4c.replay"):
+        for module in ("c4c.training.trainer", "c4c.training.replay"):
             patch.setattr(f"{module}.stop_distributed", lambda: None)
         yield
 

@@ -15,12 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from c4c import towers
 from c4c.export import export, main
-from c4c.heads import HEADS
-from c4c.model import CLIP4Clip, ModelConfig, build
-from c4c.run import is_run
-from c4c.weights import read
+from c4c.models import towers
+from c4c.models.clip4clip import CLIP4Clip, build
+from c4c.models.heads import HEADS
+from c4c.models.weights import read
+from c4c.settings import ModelConfig
+from c4c.training.run_folder import is_run
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SPEC = {

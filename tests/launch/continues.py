@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from c4c import checkpoint
-from c4c.engine import EngineConfig, Learner, applied, build_engine, train_step
-from c4c.model import CLIP4Clip
-from c4c.optim import TrainConfig
+from c4c.models.clip4clip import CLIP4Clip
+from c4c.settings import EngineConfig
+from c4c.training.optim import TrainConfig
+from c4c.zero import checkpoint
+from c4c.zero.engine import Learner, applied, build_engine, train_step
 from tests.launch.every_head import FRAMES, ROWS, SPEC, batch
 
 HALF, STEPS = 2, 4

@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from c4c.engine import start_distributed, stop_distributed
+from c4c.zero.distributed import start_distributed, stop_distributed
 from tests.launch import continues, every_head
 
 

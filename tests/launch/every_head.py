@@ -10,12 +10,13 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from c4c import checkpoint
-from c4c.engine import MAX_LOGIT, EngineConfig, Learner, build_engine, train_step
-from c4c.heads import HEADS
-from c4c.model import CLIP4Clip
-from c4c.optim import TrainConfig
-from c4c.run import save_description
+from c4c.models.clip4clip import CLIP4Clip
+from c4c.models.heads import HEADS
+from c4c.settings import EngineConfig
+from c4c.training.optim import TrainConfig
+from c4c.training.run_folder import save_description
+from c4c.zero import checkpoint
+from c4c.zero.engine import MAX_LOGIT, Learner, build_engine, train_step
 
 ROWS, FRAMES, STEPS = 8, 3, 4
 SPEC = {

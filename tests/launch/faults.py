@@ -302,7 +302,7 @@ def validations(run: Path) -> list[dict]:
 
 def saved_step(run: Path) -> int:
     """The newest step that a checkpoint, which a resumed run may go on from, keeps."""
-    from c4c.checkpoint import CheckpointError, newest_whole
+    from c4c.zero.checkpoint import CheckpointError, newest_whole
 
     try:
         return int(newest_whole(run)[0].removeprefix("step"))
@@ -376,9 +376,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
     args = parser.parse_args()
-    import c4c.evaluate
+    import c4c.retrieval.evaluate
     import c4c.shard
-    import c4c.train  # noqa: F401 what a fork then need not
+    import c4c.training.trainer  # noqa: F401 what a fork then need not
 
     rng, complete = random.Random(args.seed), Counter()
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="faults-") as folder:

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from c4c.heads import HEADS
+from c4c.models.heads import HEADS
 from tests.launch.continues import AGAIN, BF16, COMMON, FP16, HALF, SAVED, TWO
 
 pytestmark = pytest.mark.timeout(1200)  # the first launch in a new environment compiles DeepSpeed's optimizer

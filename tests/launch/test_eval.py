@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from c4c.evaluate import evaluate as metrics
 from c4c.export import export, main
-from c4c.model import CLIP4Clip
-from c4c.pretrained import open_checkpoint
-from c4c.report import EvalReport
+from c4c.models.clip4clip import CLIP4Clip
+from c4c.models.pretrained import open_checkpoint
+from c4c.retrieval.evaluate import evaluate as metrics
+from c4c.training.screen import EvalReport
 from pipelines.config import DataConfig
 from pipelines.loader import Loader
 from shards.demo import shapes
@@ -100,7 +100,7 @@ def test_ids_are_written_as_the_user_wrote_them(runs, evaluate, tmp_path):
 
 
 def test_an_evaluation_says_how_far_it_is(capsys, monkeypatch):
-    monkeypatch.setattr("c4c.report._LINE_EVERY_S", 0)
+    monkeypatch.setattr("c4c.training.screen._LINE_EVERY_S", 0)
     with EvalReport(on=True) as progress:
         progress.tell("videos", 5, 20)
         progress.tell("videos", 20, 20)
@@ -167,7 +167,7 @@ def test_what_cannot_be_done_is_refused_before_the_weights_are_read(name, evalua
     def read(*_):
         raise AssertionError("the weights were read")
 
-    monkeypatch.setattr("c4c.evaluate.open_checkpoint", read)
+    monkeypatch.setattr("c4c.retrieval.evaluate.open_checkpoint", read)
     words, said = UNREASONABLE[name]
     data = [] if "--data" in words else ["--data", launcher.test]
     assert said in refused(evaluate("--ckpt", "openai:ViT-B-32", *data, *words))
@@ -179,7 +179,7 @@ def test_settings_that_do_not_fit_are_refused_before_a_video_is_decoded(
     def decode(*_, **__):
         raise AssertionError("a video was decoded")
 
-    monkeypatch.setattr("c4c.evaluate.VideoReader", decode)
+    monkeypatch.setattr("c4c.retrieval.evaluate.VideoReader", decode)
     sequence = CLIP4Clip(model.spec, "seqTransf", segments=5)
     export(sequence, tmp_path / "m.safetensors", official=False)
     words = ["--ckpt", tmp_path / "m.safetensors", "--data", launcher.test]

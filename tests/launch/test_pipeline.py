@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from c4c import checkpoint, stages
-from c4c.run import read_done
+from c4c.training import stages
+from c4c.training.run_folder import read_done
+from c4c.zero import checkpoint
 from shards.demo import narrated
 from shards.packing.pack import pack
 from shards.video.profiles import Profile
@@ -59,7 +60,9 @@ class Scripts:
     """Runs the commands of a pipeline in forks of a process that has imported everything, and kills one if asked to."""
 
     def __init__(self):
-        multiprocessing.set_forkserver_preload(["c4c.train", "c4c.evaluate", "deepspeed", "torch.utils.tensorboard"])
+        multiprocessing.set_forkserver_preload(
+            ["c4c.training.trainer", "c4c.retrieval.evaluate", "deepspeed", "torch.utils.tensorboard"]
+        )
         self._context = multiprocessing.get_context("forkserver")
         self.kill: Path | None = None  # the run to kill once it has taken some steps
         self.called: list[list[str]] = []

@@ -8,10 +8,10 @@ import sys
 import pytest
 import torch
 
-from c4c import checkpoint
-from c4c.checkpoint import latest, tags
 from c4c.config import dump, load
-from c4c.run import read_config
+from c4c.training.run_folder import read_config
+from c4c.zero import checkpoint
+from c4c.zero.checkpoint import latest, tags
 from tests.launch.kills import curve, kill_and_go_on, validations
 from tests.launch.runs import ROOT, STEPS_PER_EPOCH, lines, losses
 
@@ -153,7 +153,7 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_gives_one_clear_line(name, launcher, monkeypatch, capsys):
     """In this process, which must not join a process group: what is refused is refused before ranks have to meet."""
-    monkeypatch.setattr("c4c.train.start_distributed", lambda *_: (0, 1, torch.device("cpu")))
+    monkeypatch.setattr("c4c.training.trainer.start_distributed", lambda *_: (0, 1, torch.device("cpu")))
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     words, said = MISTAKES[name]
     words = words(launcher) if callable(words) else words
@@ -171,10 +171,10 @@ def test_a_mistake_gives_one_clear_line(name, launcher, monkeypatch, capsys):
 
 
 def test_a_run_in_use_is_refused_and_left_alone(launcher, runs, monkeypatch, capsys):
-    monkeypatch.setattr("c4c.train.start_distributed", lambda *_: (0, 1, torch.device("cpu")))
+    monkeypatch.setattr("c4c.training.trainer.start_distributed", lambda *_: (0, 1, torch.device("cpu")))
     monkeypatch.chdir(ROOT)
     run = shutil.copytree(runs["1 rank"], launcher.folder / "a run in use")
-    code = "import sys, time; from pathlib import Path; from c4c.lock import RunLock\n"
+    code = "import sys, time; from pathlib import Path; from c4c.training.lock import RunLock\n"
     code += "lock = RunLock(Path(sys.argv[1])); lock.take(); print('taken', flush=True); time.sleep(600)"
     first = launcher.start([sys.executable, "-c", code, str(run)])
     assert first.stdout.readline() == "taken\n"

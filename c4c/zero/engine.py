@@ -10,13 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from c4c import zero
-from c4c.compiled import compile_towers
-from c4c.distributed import compile_ops, quiet_libraries, start_distributed, stop_distributed  # noqa: F401
-from c4c.loss import LOSSES, world_size
-from c4c.model import MAX_SCALE, CLIP4Clip
-from c4c.optim import TrainConfig, parameter_groups
+from c4c.losses import LOSSES, world_size
+from c4c.models.clip4clip import MAX_SCALE, CLIP4Clip
+from c4c.models.compiled import compile_towers
 from c4c.settings import PRECISIONS, EngineConfig
+from c4c.training.optim import TrainConfig, parameter_groups
+from c4c.zero import state as zero
+from c4c.zero.distributed import compile_ops, quiet_libraries, start_distributed, stop_distributed  # noqa: F401
 from pipelines.order import rank_rows
 
 MAX_LOGIT = math.log(MAX_SCALE)
@@ -40,7 +40,7 @@ class Learner(nn.Module):
         valid: Tensor | None = None,
         pull: "Pull | None" = None,
     ):
-        """With `valid`, as `_inputs` gives it: this rank's loss (see c4c.loss). Without: what stands for texts and videos,
+        """With `valid`, as `_inputs` gives it: this rank's loss (see c4c.losses). Without: what stands for texts and videos,
         for evaluation.
 
         With `pull`, a micro-batch of gradient caching: a number whose gradient is the loss's (see `_cached_step`); without
@@ -81,7 +81,7 @@ class Pull:
 def train_step(engine, batch, factor: float, train: TrainConfig, frozen: Collection[str] = ()) -> Tensor:
     """One update of the weights, at `factor` times the peak learning rate; returns this rank's loss.
 
-    frozen: parts of the model (see c4c.optim.part_of) whose learning rate is 0 in this step.
+    frozen: parts of the model (see c4c.training.optim.part_of) whose learning rate is 0 in this step.
 
     `applied` then tells whether the weights were changed: not where the loss or a gradient is not finite.
     """
@@ -278,7 +278,7 @@ def _not_compiled(error: BaseException) -> str | None:
     return (
         f"DeepSpeed could not compile or load its optimizer: {reason[:300].rstrip('.')}. It needs g++ (and nvcc for a GPU), Python's headers, and "
         f"room in {os.environ.get('TORCH_EXTENSIONS_DIR', '~/.cache/torch_extensions')}; "
-        "python -c 'import c4c.engine as e; e.compile_ops()' does that alone"
+        "python -c 'from c4c.zero.distributed import compile_ops; compile_ops()' does that alone"
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from c4c.model import CLIP4Clip
+from c4c.models.clip4clip import CLIP4Clip
 
 
 def compile_towers(model: CLIP4Clip, stage: int) -> bool:

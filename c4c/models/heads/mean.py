@@ -3,7 +3,7 @@
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from c4c.heads import Head
+from c4c.models.heads import Head
 
 
 def masked_mean(frames: Tensor, mask: Tensor) -> Tensor:

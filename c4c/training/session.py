@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from c4c import checkpoint, guard
 from c4c.config import Config, require, to_dict
-from c4c.engine import Learner, applied, build_engine, read_scale, train_step
-from c4c.evaluate import evaluate
-from c4c.model import build
-from c4c.optim import freeze
-from c4c.run import check_continuation
+from c4c.models.clip4clip import build
+from c4c.retrieval.evaluate import evaluate
+from c4c.training import guard
+from c4c.training.optim import freeze
+from c4c.training.run_folder import check_continuation
+from c4c.zero import checkpoint
+from c4c.zero.engine import Learner, applied, build_engine, read_scale, train_step
 from pipelines.loader import Batch, Loader
 from pipelines.survey import notes
 from shards.concat import open_splits

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from c4c.heads import Head, present
+from c4c.models.heads import Head, present
 
 _ROWS = 32  # texts whose token-by-frame products are held at once
 

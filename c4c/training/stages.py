@@ -30,7 +30,7 @@ from rich.table import Table
 
 from c4c.config import Config, ConfigError, load, to_dict
 from c4c.files import read_json_object, read_yaml
-from c4c.run import DONE, check_continuation, read_done
+from c4c.training.run_folder import DONE, check_continuation, read_done
 
 _STARTED_FROM = "started_from.json"
 _KEYS = {"train": {"name", "cfg", "from", "set"}, "eval": {"name", "eval", "data", "set"}}
@@ -79,7 +79,9 @@ def read(path: Path, overrides: list[str] = (), search: list[Path] = (), launche
         not isinstance(tree, dict) or "stages" not in tree
         or not all(isinstance(value, right.get(key, ())) for key, value in tree.items())
     ):  # fmt: skip
-        raise ConfigError(f"{found}: a pipeline holds `stages`, a list, and perhaps `launcher`; see c4c/stages.py")
+        raise ConfigError(
+            f"{found}: a pipeline holds `stages`, a list, and perhaps `launcher`; see c4c/training/stages.py"
+        )
     names = [str(entry.get("name")) if isinstance(entry, dict) else "" for entry in tree["stages"]]
     for word in overrides:
         if word.partition(".")[0] not in names or "=" not in word:

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 from c4c.errors import OTHERS_FIRST_S
-from c4c.peers import Peers, own_connection, within
-from c4c.terminal import Foreground
+from c4c.training.peers import Peers, own_connection, within
+from c4c.training.terminal import Foreground
 from pipelines.quarantine import append_line
 
 BAD_STEPS = "bad_steps.jsonl"

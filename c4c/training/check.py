@@ -4,12 +4,12 @@ import time
 from itertools import islice
 from pathlib import Path
 
-from c4c import checkpoint
 from c4c.config import Config
-from c4c.distributed import start_distributed, stop_distributed
-from c4c.report import Report, span
-from c4c.session import Session, make_deterministic
-from c4c.train import memory_gib
+from c4c.training.screen import Report, span
+from c4c.training.session import Session, make_deterministic
+from c4c.training.trainer import memory_gib
+from c4c.zero import checkpoint
+from c4c.zero.distributed import start_distributed, stop_distributed
 from shards import count
 from shards.remote import Local
 from shards.split import Split

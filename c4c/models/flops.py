@@ -13,7 +13,7 @@ _PEAKS = (
 def per_pair(spec: dict, frames: int, words: int) -> float:
     """Of the forward pass of the towers for one (video, caption) pair; a multiplication and an addition are two.
 
-    The heads are left out: small beside the towers. spec: see c4c.towers.
+    The heads are left out: small beside the towers. spec: see c4c.models.towers.
     """
     vision, text = spec["vision_cfg"], spec["text_cfg"]
     grid = vision["image_size"] // vision["patch_size"]

@@ -3,12 +3,12 @@
 import math
 from pathlib import Path
 
-from c4c import checkpoint
 from c4c.config import Config
-from c4c.distributed import start_distributed, stop_distributed
 from c4c.files import looked_in
-from c4c.report import Report
-from c4c.session import Outcome, Session, make_deterministic
+from c4c.training.screen import Report
+from c4c.training.session import Outcome, Session, make_deterministic
+from c4c.zero import checkpoint
+from c4c.zero.distributed import start_distributed, stop_distributed
 from pipelines.quarantine import json_lines
 
 _ROUNDING = 1e-4  # relative: other ranks, another ZeRO stage, another machine

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from c4c.heads.blocks import TemporalTransformer, too_long
-from c4c.heads.mean import Cosine, masked_mean
+from c4c.models.heads.blocks import TemporalTransformer, too_long
+from c4c.models.heads.mean import Cosine, masked_mean
 
 
 class TransformerAdapter(Cosine):

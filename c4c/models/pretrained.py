@@ -3,11 +3,11 @@
 from dataclasses import replace
 from pathlib import Path
 
-from c4c import towers
 from c4c.config import from_dict
-from c4c.model import CLIP4Clip
-from c4c.run import is_run, read_config
-from c4c.weights import Weights, read, read_backbone
+from c4c.models import towers
+from c4c.models.clip4clip import CLIP4Clip
+from c4c.models.weights import Weights, read, read_backbone
+from c4c.training.run_folder import is_run, read_config
 from pipelines.config import DataConfig
 
 # how each project samples and sizes pictures and captions; a run says so itself
@@ -20,7 +20,7 @@ _SETTINGS = {
 def open_checkpoint(name: str, tag: str | None = None) -> tuple[CLIP4Clip, DataConfig]:
     """The model, in eval mode, and its data settings. Raises ValueError.
 
-    name: a run folder, a file that `c4c.weights.read` knows, or TAG:BACKBONE as open_clip names them (openai:ViT-B-32).
+    name: a run folder, a file that `c4c.models.weights.read` knows, or TAG:BACKBONE as open_clip names them (openai:ViT-B-32).
     tag: a run's checkpoint.
     """
     path = Path(name)

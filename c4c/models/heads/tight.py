@@ -5,8 +5,8 @@ from open_clip.transformer import LayerNorm, QuickGELU
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from c4c.heads import Head, copy_blocks, present
-from c4c.heads.blocks import POSITION_STD, TemporalTransformer, copy_positions, too_long
+from c4c.models.heads import Head, copy_blocks, present
+from c4c.models.heads.blocks import POSITION_STD, TemporalTransformer, copy_positions, too_long
 
 _PAIRS = 4096  # pairs that pass through the transformer at once; their activations are computed again for gradients
 

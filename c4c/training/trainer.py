@@ -8,19 +8,19 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from c4c import checkpoint
-from c4c.checkpoint import CheckpointError, Saver
 from c4c.config import Config, dump, to_dict
-from c4c.distributed import restarted, start_distributed, stop_distributed
-from c4c.flops import peak, per_pair
-from c4c.guard import BadSteps, Patience, Stop, Watchdog, on_first_rank
 from c4c.launched import beside_script, command_again, explained_by
-from c4c.lock import RunLock
-from c4c.logs import Metrics
-from c4c.peers import Peers
-from c4c.report import Report
-from c4c.run import last_validation, mark_done, prepare, save_description, scores, validations
-from c4c.session import Outcome, Session, make_deterministic
+from c4c.models.flops import peak, per_pair
+from c4c.training.guard import BadSteps, Patience, Stop, Watchdog, on_first_rank
+from c4c.training.lock import RunLock
+from c4c.training.metric_log import Metrics
+from c4c.training.peers import Peers
+from c4c.training.run_folder import last_validation, mark_done, prepare, save_description, scores, validations
+from c4c.training.screen import Report
+from c4c.training.session import Outcome, Session, make_deterministic
+from c4c.zero import checkpoint
+from c4c.zero.checkpoint import CheckpointError, Saver
+from c4c.zero.distributed import restarted, start_distributed, stop_distributed
 from pipelines.loader import Batch
 from shards import count
 

@@ -18,11 +18,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from c4c import archives, towers
-from c4c.checkpoint import load_weights
 from c4c.config import from_dict
 from c4c.files import looked_in, read_json_object
-from c4c.run import read_config
+from c4c.models import archives, towers
+from c4c.training.run_folder import read_config
+from c4c.zero.checkpoint import load_weights
 
 _READ = (
     "Read are run folders, .safetensors files, and what torch.save or TorchScript wrote, with weights of CLIP4Clip, "
@@ -36,7 +36,7 @@ class Weights:
     """A state dict in c4c's names (`clip.*`, `head.*`), fp32, and the model it fits."""
 
     state: dict[str, Tensor]
-    spec: dict  # the towers; see c4c.towers
+    spec: dict  # the towers; see c4c.models.towers
     head: str
     linear_patch: str
     blocks: int

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from c4c import towers
-from c4c.heads import HEADS
+from c4c.models import towers
+from c4c.models.heads import HEADS
+from c4c.models.weights import Weights, read, read_backbone
 from c4c.settings import ModelConfig
-from c4c.weights import Weights, read, read_backbone
 from pipelines.config import DataConfig
 
 _NAMED = 3  # weights of each kind that an error names
@@ -21,7 +21,7 @@ MAX_SCALE = 100.0  # CLIP's bound on the temperature's inverse
 class CLIP4Clip(nn.Module):
     """Scores texts against videos. The towers' weights keep CLIP's own names under `clip.`, the head's are under `head.`.
 
-    spec: the towers (see c4c.towers). segments: frames a clip, for heads that are made for that many.
+    spec: the towers (see c4c.models.towers). segments: frames a clip, for heads that are made for that many.
     """
 
     def __init__(self, spec: dict, head: str = "meanP", linear_patch: str = "2d", blocks: int = 4, segments: int = 12):
@@ -40,10 +40,10 @@ class CLIP4Clip(nn.Module):
     def from_checkpoint(
         cls, path: str | Path, allow: tuple[str, ...] = (), *, quick_gelu: bool | None = None, tag: str | None = None
     ) -> "CLIP4Clip":
-        """The model in any file or folder that `c4c.weights.read` knows; eval mode, fp32.
+        """The model in any file or folder that `c4c.models.weights.read` knows; eval mode, fp32.
 
         Raises ValueError listing missing, unexpected and mis-shaped weights, but for missing or unexpected ones that a
-        pattern in `allow` matches ("clip.visual.*"). quick_gelu: as in `c4c.weights.read`. tag: of a run's checkpoint;
+        pattern in `allow` matches ("clip.visual.*"). quick_gelu: as in `c4c.models.weights.read`. tag: of a run's checkpoint;
         None: its latest.
         """
         return cls.from_weights(read(path, quick_gelu=quick_gelu, tag=tag), path, allow)

@@ -11,16 +11,16 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
 
-from c4c import checkpoint
 from c4c.config import override_data
-from c4c.distributed import launched, quiet_libraries, start_distributed, stop_distributed
 from c4c.files import replace_text
-from c4c.loss import world_size
-from c4c.metrics import ranks, report
-from c4c.model import CLIP4Clip
-from c4c.pretrained import open_checkpoint
-from c4c.report import EvalReport, metrics_table
-from c4c.run import is_run
+from c4c.losses import world_size
+from c4c.models.clip4clip import CLIP4Clip
+from c4c.models.pretrained import open_checkpoint
+from c4c.retrieval.metrics import ranks, report
+from c4c.training.run_folder import is_run
+from c4c.training.screen import EvalReport, metrics_table
+from c4c.zero import checkpoint
+from c4c.zero.distributed import launched, quiet_libraries, start_distributed, stop_distributed
 from pipelines.config import DataConfig
 from pipelines.loader import texts_of
 from pipelines.survey import notes
@@ -101,7 +101,7 @@ def evaluate_checkpoint(
 ) -> dict:
     """What `launch/eval.py` does, on every rank that a launcher started: print the metrics of a checkpoint on a split.
 
-    name, tag: as `c4c.pretrained.open_checkpoint` takes them; words: `data.key=value`, over the checkpoint's own settings;
+    name, tag: as `c4c.models.pretrained.open_checkpoint` takes them; words: `data.key=value`, over the checkpoint's own settings;
     json_to, ranks_to: files to write as well. Raises ValueError for what cannot be done.
     """
     quiet_libraries()

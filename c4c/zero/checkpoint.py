@@ -25,8 +25,8 @@ from crc32c import crc32c
 from torch import Tensor
 
 from c4c.files import looked_in, with_usual_mode
-from c4c.run import scores
 from c4c.settings import CheckpointConfig
+from c4c.training.run_folder import scores
 
 FOLDER = "checkpoints"
 STATE = "state.json"
@@ -103,12 +103,12 @@ def save(engine, run: Path, step: int, keep_last: int = 1) -> None:
 
 def snapshot(engine, step: int, extra: dict | None = None) -> tuple[dict[str, dict[str, Tensor]], dict] | None:
     """(tensors of each file, state.json) on rank 0, copied out of the engine; called on every rank, None on others."""
-    from c4c import zero
+    from c4c.zero import state as zero
 
     first, model, optimizer = engine.global_rank == 0, {}, {}
     for name, tensor in zero.weights(engine):
         if first:
-            name = name.removeprefix("model.")  # as c4c.engine.Learner names and shapes them
+            name = name.removeprefix("model.")  # as c4c.zero.engine.Learner names and shapes them
             tensor = tensor.reshape(()) if name == "clip.logit_scale" else tensor
             model[name] = _kept(tensor)
     for name, key, tensor in zero.moments(engine):
@@ -195,7 +195,7 @@ def restore(engine, run: Path, tag: str | None = None) -> dict:
     """
     from safetensors import safe_open
 
-    from c4c import zero
+    from c4c.zero import state as zero
 
     tag = tag or latest(run)
     folder = run / FOLDER / tag

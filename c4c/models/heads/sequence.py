@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from c4c.heads import copy_blocks
-from c4c.heads.blocks import POSITION_STD, TemporalTransformer, copy_positions, too_long
-from c4c.heads.mean import MeanPooling
+from c4c.models.heads import copy_blocks
+from c4c.models.heads.blocks import POSITION_STD, TemporalTransformer, copy_positions, too_long
+from c4c.models.heads.mean import MeanPooling
 
 
 class SeqTransf(MeanPooling):

@@ -1,0 +1,5 @@
+"""Features of a split, and what they find.
+
+metrics     ranks and recall
+evaluate    a checkpoint on a split
+"""
