@@ -3,7 +3,7 @@
 import sys
 import time
 
-from c4c.launched import own_rank
+from c4c.launched import leave, own_rank
 
 OTHERS_FIRST_S = 5.0  # what every rank has to say rank 0 says; its launcher then ends the others before they repeat it
 
@@ -24,6 +24,8 @@ def end_with(error: BaseException) -> int:
     if isinstance(error, RuntimeError) and not lost_peer(error):
         raise error
     speak(error, own_rank())
+    if isinstance(error, RuntimeError):
+        leave(1)
     return 1
 
 

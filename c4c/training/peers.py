@@ -14,7 +14,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from c4c.errors import OTHERS_FIRST_S, lost_peer
-from c4c.launched import command_again
+from c4c.launched import command_again, leave
 
 _STORE_S = 2.0  # what its answer is waited for
 
@@ -43,7 +43,7 @@ class Peers:
             return
         if isinstance(error, RuntimeError) and lost_peer(error) and (text := self.explain(failed=True)):
             self.say(text)
-            raise SystemExit(1) from error
+            leave(1)
         self.leave()
 
     def leave(self) -> None:

@@ -211,7 +211,7 @@ def test_a_weights_file(model, tmp_path):
 def test_a_file_that_is_no_weights(model, tmp_path):
     path = tmp_path / "clip.pt"
     path.write_text("hello")
-    assert refused(init_from=str(path)).startswith(f"{path} cannot be read as weights")
+    assert refused(init_from=str(path)).startswith(f"{path} is no file of weights")
     state = model.clip.state_dict()
     del state["ln_final.bias"]
     torch.save(state, path)

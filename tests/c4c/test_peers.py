@@ -15,7 +15,7 @@ RANK = """
 import os, sys, time
 import torch
 import torch.distributed as dist
-from c4c.errors import lost_peer, speak
+from c4c.errors import end_with
 from c4c.training.guard import Stop, Watchdog
 from c4c.training.peers import Peers
 
@@ -33,9 +33,7 @@ try:
                 raise ValueError("a reason of its own")
             time.sleep(0.01)
 except (ValueError, RuntimeError) as error:
-    assert isinstance(error, ValueError) or lost_peer(error)
-    speak(error, rank)
-    sys.exit(1)
+    sys.exit(end_with(error))
 """
 
 
@@ -63,7 +61,7 @@ class Ranks:
 
     def said_by(self, rank: int) -> str:
         out = self.both[rank].communicate(timeout=60)[1]
-        assert self.both[rank].returncode == 1
+        assert self.both[rank].returncode == 1, out
         return re.sub(r"pid \d+", "pid N", out)
 
 
@@ -86,13 +84,13 @@ COMMAND = "Go on with\n    deepspeed --num_accelerators 2"
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_is_killed_is_named_at_once(rank, ranks):
-    """Before its launcher ends the others, which deepspeed's does within a second by a signal, and 30 s later by force."""
+    """Before its launcher ends the others, which deepspeed's does by force after 30 s."""
     both = ranks()
     began = time.monotonic()
     both.both[rank].kill()
     both.both[rank].wait()
     err = both.said_by(1 - rank)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 25
     reason = "it was" if rank else "unless it gave a reason above, it was"
     said = (
         f"error: rank {rank} (pid N) vanished: {reason} killed, usually because memory ran out (dmesg tells). {COMMAND}"

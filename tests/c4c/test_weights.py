@@ -292,7 +292,7 @@ def test_a_folder_inside_a_run_names_the_run_and_the_checkpoint(tmp_path, monkey
     inner = tmp_path / "checkpoints" / "step00000005"
     inner.mkdir(parents=True)
     for folder in (inner, inner.parent):
-        with pytest.raises(ValueError, match=r"has no config\.yaml\. --ckpt takes"):
+        with pytest.raises(ValueError, match=r"has no config\.yaml\. A run folder is what"):
             read(folder)
     (tmp_path / "config.yaml").write_text("{}")
     for folder, tag in ((inner, inner.name), (inner.parent, "step…")):
