@@ -1,0 +1,89 @@
+"""The rooms: imports go down only, nothing goes in circles, and a name is imported from where it is defined."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ["launch", "c4c", "pipelines", "shards"]  # each may import those after it
+SHARDS = ["tools", "packing", "video"]  # parts of shards, likewise
+FOREIGN = {"shards": {"torch", "torchvision", "nvidia", "open_clip", "deepspeed"}, "pipelines": {"deepspeed"}}
+
+
+def sources() -> dict[str, Path]:
+    """{dotted name: file} of every module of the rooms."""
+    files = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+    return {".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): f for f in files}
+
+
+MODULES = sources()
+
+
+def imports(tree: ast.AST, at_start: bool = False) -> Iterator[tuple[str, str]]:
+    """(module, name) of everything that is imported, '' for a whole module; at_start: only what importing it imports."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((node.module or "", alias.name) for alias in node.names)
+        elif not (at_start and (isinstance(node, ast.FunctionDef) or _is_for_types(node))):
+            yield from imports(node, at_start)
+
+
+def _is_for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def targets(module: str, at_start: bool = False) -> set[str]:
+    """Modules of the rooms that a module imports."""
+    found = set()
+    for source, name in imports(ast.parse(MODULES[module].read_text()), at_start):
+        found.add(f"{source}.{name}" if f"{source}.{name}" in MODULES else source)
+    return {name for name in found if name in MODULES and name != module}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_down(module):
+    room, part = ROOMS.index(module.split(".")[0]), module.split(".")[1:2]
+    for target in targets(module):
+        assert ROOMS.index(target.split(".")[0]) >= room, f"{module} imports {target}"
+        to = target.split(".")[1:2]
+        if module.startswith("shards.") and target.startswith("shards.") and to[0] in SHARDS:
+            assert part[0] not in SHARDS[SHARDS.index(to[0]) + 1 :], f"{module} imports {target}"
+            assert part[0] in (*SHARDS, "demo"), f"{module} imports {target}"
+    for source, _ in imports(ast.parse(MODULES[module].read_text())):
+        assert source.split(".")[0] not in FOREIGN.get(module.split(".")[0], ()), f"{module} imports {source}"
+        assert source.split(".")[0] != "deepspeed" or module.startswith("c4c.zero"), f"{module} imports {source}"
+
+
+def test_nothing_goes_in_circles():
+    needs = {module: targets(module, at_start=True) for module in MODULES}
+    while ready := [module for module, others in needs.items() if not others & needs.keys()]:
+        for module in ready:
+            del needs[module]
+    assert not needs
+
+
+def test_a_name_is_imported_from_where_it_is_defined():
+    wrong = []
+    for module, path in MODULES.items():
+        for source, name in imports(ast.parse(path.read_text())):
+            if (
+                source in MODULES
+                and name
+                and f"{source}.{name}" not in MODULES
+                and name not in _defined(MODULES[source])
+            ):
+                wrong.append(f"{module}: {name} from {source}")
+    assert not wrong
+
+
+def _defined(path: Path) -> set[str]:
+    """Names that a module makes itself, or loads on demand."""
+    tree = ast.parse(path.read_text())
+    nodes = [
+        node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Name, ast.Constant))
+    ]
+    return {str(getattr(node, "name", getattr(node, "id", getattr(node, "value", "")))) for node in nodes}
