@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from c4c.models.clip4clip import CLIP4Clip
 
 __all__ = ["CLIP4Clip"]
+__version__ = "0.1.0"
 
 if sys.argv[:1] == ["-m"]:  # python -m c4c.shard and its like, perhaps without the environment
     from c4c.launched import explain_missing
