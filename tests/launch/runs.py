@@ -35,6 +35,10 @@ def make_splits(folder: Path) -> None:
         pack(items[split], folder / split, dataset="demo", split=split, profile=Profile(short_side=64), workers=2)
 
 
+# what a process that has trained says of itself: a command that it starts is another one
+OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
 class Launcher:
     """Starts launch/train.py on the packed splits in `folder`."""
 
@@ -60,8 +64,9 @@ class Launcher:
         """In a process group of its own, so that a signal to us is none to it."""
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        mine = {name: value for name, value in os.environ.items() if name not in OF_RANKS}
         return subprocess.Popen(
-            command, cwd=ROOT, start_new_session=True, env=os.environ | {"PYTHONPATH": path} | env, **pipes
+            command, cwd=ROOT, start_new_session=True, env=mine | {"PYTHONPATH": path} | env, **pipes
         )
 
     def finish(self, command: list[str]) -> tuple[int, str, str]:
