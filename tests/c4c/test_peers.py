@@ -44,6 +44,7 @@ class Ranks:
             "MASTER_PORT": str(free_port()),
             "WORLD_SIZE": "2",
             "LOCAL_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
         }
         env |= {
             "PYTHONPATH": str(ROOT),
