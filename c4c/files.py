@@ -84,10 +84,12 @@ def require_writable(named: str, path: Path, is_ours: Callable[[bytes], bool] | 
     """
     if os.path.isdir(path):
         raise ValueError(f"{named} cannot be written: it is a folder; name a file")
+    if os.path.exists(path) and not os.path.isfile(path):  # renaming would put a file in the place of a device
+        raise ValueError(f"{named} cannot be written: it is a device or a pipe; name a file")
     if not os.path.lexists(path.parent):
         raise ValueError(f"{named}: there is no folder {path.parent}{looked_in(path)}. Make it first, or name another")
     _require_room(named, path.parent)
-    if is_ours and os.path.lexists(path):
+    if is_ours and os.path.isfile(path):
         with open(path, "rb") as file:
             if (start := file.read(1 << 16)) and not is_ours(start):
                 raise ValueError(f"{named} would replace a file of another kind: name another, or delete it first")

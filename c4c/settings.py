@@ -101,7 +101,7 @@ def _check_backbone(name: str) -> None:
 
 
 def _heads() -> list[str]:
-    """Names of the heads: each file of c4c/heads holds some."""
+    """Names of the heads: each file of c4c/models/heads holds some."""
     if "c4c.models.heads" in sys.modules:
         return list(sys.modules["c4c.models.heads"].HEADS)
     files = sorted((_MODELS / "heads").glob("*.py"))

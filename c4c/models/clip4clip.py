@@ -163,8 +163,9 @@ def build(config: ModelConfig, num_frames: int) -> CLIP4Clip:
 
 def _start(config: ModelConfig, weights: Weights, num_frames: int) -> CLIP4Clip:
     source = config.init_from
-    spec = towers.named(config.backbone) | {"quick_gelu": weights.spec["quick_gelu"]}
-    _same_size(config.backbone, spec, weights, source)
+    own = towers.named(config.backbone)
+    _same_size(config.backbone, own, weights, source)
+    spec = own | {"quick_gelu": weights.spec["quick_gelu"]}
     model = CLIP4Clip(spec, config.head, config.linear_patch, config.head_layers, num_frames)
     clip = {k: v for k, v in weights.state.items() if k.startswith("clip.")}
     if config.linear_patch == "3d" and "clip.visual.conv2.weight" not in clip:
@@ -188,7 +189,10 @@ def _start(config: ModelConfig, weights: Weights, num_frames: int) -> CLIP4Clip:
 
 def _same_size(backbone: str, spec: dict, weights: Weights, source: str) -> None:
     """Raise ValueError that names the backbone to set if the weights are of another size."""
-    theirs, own = towers.sizes(weights.spec), towers.sizes(spec)
+    try:
+        theirs, own = towers.sizes(weights.spec), towers.sizes(spec)
+    except ValueError as error:
+        raise ValueError(f"model.init_from={source}: {error}") from error
     differing = [name for name in own if theirs[name] != own[name]]
     if differing:
         found, asked = (", ".join(f"{name} {of[name]}" for name in differing) for of in (theirs, own))

@@ -46,12 +46,16 @@ def named(backbone: str) -> dict:
 
 
 def sizes(spec: dict) -> dict[str, int]:
-    """What the shapes of the weights depend on, by names for people."""
-    vision, text = CLIPVisionCfg(**spec["vision_cfg"]), CLIPTextCfg(**spec["text_cfg"])
+    """What the shapes of the weights depend on, by names for people. Raises ValueError if `spec` is no description of towers."""
+    try:
+        vision, text = CLIPVisionCfg(**spec["vision_cfg"]), CLIPTextCfg(**spec["text_cfg"])
+        embed_dim, _ = spec["embed_dim"], spec["quick_gelu"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"the description of the towers is damaged ({type(error).__name__}: {error})") from error
     return {
         "picture size": vision.image_size, "patch size": vision.patch_size, "width": vision.width, "layers": vision.layers,
         "text width": text.width, "text layers": text.layers, "words": text.context_length, "vocabulary": text.vocab_size,
-        "feature size": spec["embed_dim"],
+        "feature size": embed_dim,
     }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 import errno
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +27,11 @@ def test_what_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     assert refused(tmp_path) == f"--to {tmp_path} cannot be written: it is a folder; name a file"
     assert refused(tmp_path / "file" / "out.json").endswith(f"cannot be written: {tmp_path / 'file'} is not a folder")
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/null")):  # nothing is read from a pipe, and no device replaced
+        assert (
+            refused(path, lambda start: True) == f"--to {path} cannot be written: it is a device or a pipe; name a file"
+        )
     assert f"there is no folder {tmp_path / 'new'}. Make it first, or name another" in refused(
         tmp_path / "new" / "out.json"
     )
