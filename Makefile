@@ -19,7 +19,7 @@ kills: $(VENV)/ready
 	python tests/launch/kills.py --tries 20 && python tests/launch/faults.py
 
 lint: $(VENV)/ready
-	ruff check . && ruff format --check .
+	ruff check . && ruff format --check . && mypy
 
 $(VENV)/ready: requirements.txt constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV) && pip install --no-compile -q -r requirements.txt -e '.[test]' -c constraints.txt && touch $@
