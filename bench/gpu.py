@@ -44,12 +44,12 @@ sys.path.insert(0, str(ROOT))  # also when it is started as a script
 from bench.packing import make_clips  # noqa: E402
 from bench.smi import Busy, asked, has_nvdec  # noqa: E402
 from pipelines import bench as loading  # noqa: E402
-from pipelines.augment import view  # noqa: E402
 from pipelines.config import CacheConfig, DataConfig  # noqa: E402
-from pipelines.graph import Graph, Plan  # noqa: E402
-from pipelines.lane import Lane, Request  # noqa: E402
-from pipelines.read import Reader  # noqa: E402
-from pipelines.sampling import choose  # noqa: E402
+from pipelines.frame_sampling import choose  # noqa: E402
+from pipelines.lanes import Lane, Request  # noqa: E402
+from pipelines.stages.augment import view  # noqa: E402
+from pipelines.stages.fetch import Reader  # noqa: E402
+from pipelines.stages.graph import Graph, Plan  # noqa: E402
 from shards.annotations import Caption, Item  # noqa: E402
 from shards.packing.pack import pack  # noqa: E402
 from shards.split import Split  # noqa: E402

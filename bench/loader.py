@@ -57,8 +57,8 @@ from bench.told import (  # noqa: E402
     versions,
 )  # fmt: skip
 from pipelines.config import CacheConfig, DataConfig  # noqa: E402
+from pipelines.frame_sampling import choose  # noqa: E402
 from pipelines.loader import Loader  # noqa: E402
-from pipelines.sampling import choose  # noqa: E402
 from shards.annotations import Caption, Item  # noqa: E402
 from shards.packing.pack import pack  # noqa: E402
 from shards.split import Split  # noqa: E402

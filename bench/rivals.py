@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipelines.sampling import extractor_frames
+from pipelines.frame_sampling import extractor_frames
 
 FRAMES, SIDE = 12, 224
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

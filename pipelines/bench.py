@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.config import LANES, CacheConfig, DataConfig
-from pipelines.lane import lane_name
+from pipelines.lanes import lane_name
 from pipelines.loader import Batch, Loader
 from pipelines.stats import STAGES, Stats
 from shards import ShardError

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.bounds import COUNT, MONTH_S, check_numbers
-from pipelines.sampling import ORDERS, RULES
+from pipelines.frame_sampling import ORDERS, RULES
 from shards.remote import Local
 
 LANES = ("auto", "video", "intra")
@@ -31,7 +31,7 @@ class CacheConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ClipsConfig:
-    """Training on parts of long videos, as their timed captions mark them (pipelines/clips.py). Testing is on whole ones."""
+    """Training on parts of long videos, as their timed captions mark them (pipelines/narration.py). Testing is on whole ones."""
 
     cut: bool = False  # a pair shows its caption's seconds and no others; one without times stands for the whole video
     min_s: float = 5.0  # seconds a clip lasts at least; a shorter one is widened to both sides
@@ -52,7 +52,7 @@ class DataConfig:
     train: str | tuple[str, ...] = ""
     weights: tuple[float, ...] = ()  # of each in a list: its share of every batch; none: as many as it has captions
     epoch_samples: int = 0  # pairs an epoch of a list; 0: as many as all of them have
-    shuffle_block: int = 0  # pairs shuffled among each other; 0: all, or 32768 of large sets (pipelines/order.py)
+    shuffle_block: int = 0  # pairs shuffled among each other; 0: all, or 32768 of large sets (pipelines/pair_order.py)
     test: str = ""  # folder or URL of the split that validation and launch/eval.py rank
     local_dir: str = ""  # folder on a disk of this machine for what is read from URLs; empty: ~/.cache/c4c/shards
     local_gb: float = 20.0  # of that folder at most, 1e9 bytes each, for all ranks of the machine together

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipelines.graph import Graph, Plan
-from pipelines.read import BadSample, Reader
-from pipelines.sampling import RULES, choose, distinct
+from pipelines.frame_sampling import RULES, choose, distinct
+from pipelines.stages.fetch import BadSample, Reader
+from pipelines.stages.graph import Graph, Plan
 from shards import ShardError
 from shards.schema import Video
 from shards.split import Split

@@ -13,15 +13,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipelines import clips as narration
-from pipelines.ahead import Ahead, share_of, weakly
-from pipelines.clips import clip_of_pair, stored_between
+from pipelines import narration as narration
 from pipelines.config import CacheConfig, ClipsConfig, DataConfig
-from pipelines.lane import BadSample, Lane, Reading, Request, Source, Undecodable
+from pipelines.frame_sampling import choose, draws, generator, ordered
+from pipelines.lanes import BadSample, Lane, Reading, Request, Source, Undecodable
 from pipelines.mixture import order_of
-from pipelines.order import rank_rows
+from pipelines.narration import clip_of_pair, stored_between
+from pipelines.pair_order import rank_rows
 from pipelines.quarantine import Quarantine
-from pipelines.sampling import choose, draws, generator, ordered
+from pipelines.remote_prefetch import Ahead, share_of, weakly
 from pipelines.stats import Stats
 from pipelines.tokens import tokenize
 from shards import ShardError

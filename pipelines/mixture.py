@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pipelines.config import DataConfig
-from pipelines.order import Order
+from pipelines.pair_order import Order
 from shards import count
 from shards.concat import Concat
 from shards.split import Split

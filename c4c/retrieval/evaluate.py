@@ -22,10 +22,10 @@ from c4c.training.screen import EvalReport, metrics_table
 from c4c.zero import checkpoint
 from c4c.zero.distributed import launched, quiet_libraries, start_distributed, stop_distributed
 from pipelines.config import DataConfig
+from pipelines.eval_loader import VideoReader
 from pipelines.loader import texts_of
 from pipelines.survey import notes
 from pipelines.tokens import tokenize
-from pipelines.videos import VideoReader
 from shards.split import Split
 
 Encode = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # frames, mask, tokens -> texts, videos

@@ -17,7 +17,7 @@ from c4c.settings import PRECISIONS, EngineConfig
 from c4c.training.optim import TrainConfig, parameter_groups
 from c4c.zero import state as zero
 from c4c.zero.distributed import compile_ops, quiet_libraries, start_distributed, stop_distributed  # noqa: F401
-from pipelines.order import rank_rows
+from pipelines.pair_order import rank_rows
 
 MAX_LOGIT = math.log(MAX_SCALE)
 

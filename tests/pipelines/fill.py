@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from pipelines.cache import FrameCache
 from pipelines.config import CacheConfig
+from pipelines.stages.cache import FrameCache
 
 VIDEOS = 2000
 

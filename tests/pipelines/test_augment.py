@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.augment import view
 from pipelines.config import DataConfig
+from pipelines.eval_loader import VideoReader
+from pipelines.frame_sampling import candidates, choose, generator, ordered
 from pipelines.loader import Loader
-from pipelines.sampling import candidates, choose, generator, ordered
-from pipelines.videos import VideoReader
+from pipelines.stages.augment import view
 from tests.pipelines.conftest import SIDE
 from tests.pipelines.test_lanes import number_shown, pixels
 from tests.pipelines.test_loader import run, same

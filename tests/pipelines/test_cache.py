@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines import cache as cache_module
-from pipelines.cache import FrameCache
 from pipelines.config import CacheConfig, DataConfig
 from pipelines.loader import Loader
+from pipelines.stages import cache as cache_module
+from pipelines.stages.cache import FrameCache
 from pipelines.stats import Stats
 from tests.pipelines import fill
 

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pipelines.clips import clip_of, stored_between
+from pipelines.narration import clip_of, stored_between
 
 
 def said(*times, words=None) -> list[dict]:

@@ -12,10 +12,10 @@ import torch
 from crc32c import crc32c
 
 from pipelines.config import CacheConfig, DataConfig
-from pipelines.lane import Lane, Request, Undecodable
+from pipelines.eval_loader import VideoReader
+from pipelines.lanes import Lane, Request, Undecodable
 from pipelines.loader import Loader
-from pipelines.read import Reader
-from pipelines.videos import VideoReader
+from pipelines.stages.fetch import Reader
 from pipelines.workers import Hung, Workers
 from shards import ShardError
 from shards.remote import Unreachable
@@ -51,7 +51,7 @@ def test_clips_that_the_graph_rejects_are_found_and_replaced(numbered, monkeypat
     bad = ["long_25", "wide_30"]
     healthy = run(numbered.intra, 6, device=device)
     # of few at a time, some of the batch after are under way when one fails
-    monkeypatch.setattr("pipelines.lane._BYTES_A_THREAD", at_once * SMALL.num_frames * SMALL.image_size**2 * 3)
+    monkeypatch.setattr("pipelines.lanes._BYTES_A_THREAD", at_once * SMALL.num_frames * SMALL.image_size**2 * 3)
     undecodable(monkeypatch, bad)
     listed = tmp_path / "quarantine.jsonl"
     settings = CacheConfig(dir=str(tmp_path / "cache") if cached else "", max_gb=1)
@@ -69,7 +69,7 @@ def test_clips_that_the_graph_rejects_are_found_and_replaced(numbered, monkeypat
 
 @pytest.mark.parametrize("at_once", [1, 3, 12])
 def test_exactly_the_bad_clips_are_named(numbered, monkeypatch, at_once):
-    monkeypatch.setattr("pipelines.lane._BYTES_A_THREAD", at_once * SMALL.num_frames * SMALL.image_size**2 * 3)
+    monkeypatch.setattr("pipelines.lanes._BYTES_A_THREAD", at_once * SMALL.num_frames * SMALL.image_size**2 * 3)
     undecodable(monkeypatch, ["short", "mpegts", "hevc_ntsc"])
     lane = Lane(numbered.intra, SMALL, torch.device("cpu"), 12)
     requests = [Request(numbered.intra.video(i), np.array([0])) for i in range(12)]
@@ -268,7 +268,7 @@ def test_a_job_behind_one_that_hangs_gets_done():
 
 def test_a_graph_that_fails_puts_no_other_clip_into_the_cache(numbered, tmp_path, monkeypatch):
     """Groups that were under way when it failed come out as their own."""
-    monkeypatch.setattr("pipelines.lane._BYTES_A_THREAD", SMALL.num_frames * SMALL.image_size**2 * 3)
+    monkeypatch.setattr("pipelines.lanes._BYTES_A_THREAD", SMALL.num_frames * SMALL.image_size**2 * 3)
     config = replace(SMALL, threads=1)  # a clip at a time
     requests = [Request(video, np.arange(2)) for video in map(numbered.intra.video, range(6))]
     plain = Lane(numbered.intra, config, torch.device("cpu"), 6)

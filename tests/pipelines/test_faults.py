@@ -22,10 +22,10 @@ import numpy as np
 import pytest
 
 from pipelines.config import DataConfig
+from pipelines.eval_loader import VideoReader
 from pipelines.loader import Loader
 from pipelines.quarantine import Quarantine
-from pipelines.read import Reader
-from pipelines.videos import VideoReader
+from pipelines.stages.fetch import Reader
 from shards import ShardError, remote
 from shards.remote import Local, Refused, Unreachable
 from shards.split import Split
@@ -56,7 +56,7 @@ def failing(monkeypatch, kind: str, once: bool) -> list[tuple[int, int]]:
 def test_a_read_that_fails_once_is_done_again(numbered, monkeypatch, tmp_path, kind, profile):
     split, listed = getattr(numbered, profile), tmp_path / "quarantine.jsonl"
     whole = run(split, 2)
-    monkeypatch.setattr("pipelines.read._PAUSE", 0.01)
+    monkeypatch.setattr("pipelines.stages.fetch._PAUSE", 0.01)
     seen = failing(monkeypatch, kind, once=True)
     found = run(Split(split.path), 2, quarantine=listed)
     assert all(map(same, whole, found)) and seen and not listed.exists()
@@ -64,7 +64,7 @@ def test_a_read_that_fails_once_is_done_again(numbered, monkeypatch, tmp_path, k
 
 @pytest.mark.filterwarnings("ignore:.*cannot be used and is replaced")
 def test_a_read_that_keeps_failing_is_a_bad_sample(numbered, monkeypatch, tmp_path):
-    monkeypatch.setattr("pipelines.read._PAUSE", 0.01)
+    monkeypatch.setattr("pipelines.stages.fetch._PAUSE", 0.01)
     failing(monkeypatch, "EIO", once=False)
     with pytest.raises(ShardError, match=r"Input/output error|no video of .* is readable"):
         run(Split(numbered.intra.path), 2, quarantine=tmp_path / "quarantine.jsonl")

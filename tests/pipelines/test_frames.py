@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from c4c.shard import main
+from pipelines.frame_sampling import choose
 from pipelines.frames import pictures, write_frames
-from pipelines.sampling import choose
 from shards import ShardError
 from shards.annotations import Caption, Item
 from shards.packing.pack import pack

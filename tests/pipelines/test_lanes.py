@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 from pipelines.config import DataConfig
-from pipelines.lane import BadSample, Lane, Request, Source, lane_name
+from pipelines.eval_loader import VideoReader
+from pipelines.frame_sampling import extractor_frames, segment_frames
+from pipelines.lanes import BadSample, Lane, Request, Source, lane_name
 from pipelines.loader import Loader
-from pipelines.resize import resized
-from pipelines.sampling import extractor_frames, segment_frames
-from pipelines.videos import VideoReader
+from pipelines.stages.resize import resized
 from shards.split import Split
 from shards.video.picture import grid, scaled_size
 from tests.pipelines.conftest import NUMBERED, SIDE, pack_videos
@@ -188,8 +188,8 @@ def test_frames_stored_at_the_recipes_size_are_not_resized(numbered, monkeypatch
     def refuse(*args, **options):
         raise AssertionError("a resize in the graph")
 
-    monkeypatch.setattr("pipelines.graph.fn.resize", refuse)
-    monkeypatch.setattr("pipelines.resize.interpolate", refuse)
+    monkeypatch.setattr("pipelines.stages.graph.fn.resize", refuse)
+    monkeypatch.setattr("pipelines.stages.resize.interpolate", refuse)
 
     def shown(split: Split, config: DataConfig) -> None:
         request = Request(split.video(0), np.arange(2))

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from pipelines.config import DataConfig
+from pipelines.eval_loader import VideoReader
 from pipelines.loader import Batch, Loader
 from pipelines.tokens import tokenize
-from pipelines.videos import VideoReader
 from shards import ShardError
 from shards.split import Split
 

@@ -11,7 +11,7 @@ import pytest
 from pipelines.config import DataConfig
 from pipelines.loader import Loader
 from pipelines.mixture import Mixture, order_of, shares
-from pipelines.order import Order
+from pipelines.pair_order import Order
 from shards import ShardError
 from shards.concat import Concat, open_splits
 from shards.split import Split

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.clips import Clip, clip_of_pair
 from pipelines.config import CacheConfig, ClipsConfig, DataConfig
 from pipelines.loader import Loader
+from pipelines.narration import Clip, clip_of_pair
 from pipelines.tokens import tokenize
 from shards.annotations import Caption, Item
 from shards.concat import Concat

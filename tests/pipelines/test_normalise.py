@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines import normalise
 from pipelines.config import DataConfig
-from pipelines.normalise import Normalise
+from pipelines.stages import normalise
+from pipelines.stages.normalise import Normalise
 
 
 @pytest.fixture

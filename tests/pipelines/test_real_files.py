@@ -14,9 +14,9 @@ from PIL import Image
 
 from c4c.shard import main
 from pipelines.config import ClipsConfig, DataConfig
+from pipelines.frame_sampling import choose
 from pipelines.frames import write_frames
 from pipelines.loader import Loader
-from pipelines.sampling import choose
 from shards.split import Split
 from shards.tools.preview import preview
 from shards.tools.verify import verify

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.ahead import Ahead
+from pipelines.eval_loader import VideoReader
 from pipelines.loader import Loader
-from pipelines.videos import VideoReader
+from pipelines.remote_prefetch import Ahead
 from shards import ShardError, remote
 from shards.concat import Concat, open_splits
 from shards.disk_cache import DiskCache, Full

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pipelines import shuffle
-from pipelines.order import Order
+from pipelines.pair_order import Order
 from pipelines.shuffle import permutation, permutations, spread, stream
 
 

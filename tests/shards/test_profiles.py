@@ -14,7 +14,7 @@ import av
 import numpy as np
 import pytest
 
-from pipelines.sampling import choose
+from pipelines.frame_sampling import choose
 from shards import ShardError, VideoError
 from shards.video import decode, encode, profiles, writer
 from shards.video.picture import grid

@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from pipelines.order import Order, rank_rows
+from pipelines.pair_order import Order, rank_rows
 
 UNIFORM = [5] * 40
 RAGGED = [1, 7, 2, 2, 9, 1, 4, 3, 3, 1, 6, 2] * 4
@@ -197,7 +197,7 @@ def test_the_order_stays_what_it_was():
 
 
 def test_a_fresh_process_draws_the_same():
-    code = f"from tests.pipelines.test_order import *; print(digest(Order({RAGGED}, 16, 42), 3))"
+    code = f"from tests.pipelines.test_pair_order import *; print(digest(Order({RAGGED}, 16, 42), 3))"
     env = {**os.environ, "PYTHONHASHSEED": "12345"}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
     assert run.stdout.strip() == digest(Order(RAGGED, 16, 42), 3)

@@ -3,9 +3,9 @@
 `intra`  each frame's JPEG is sliced out of the shard and decoded alone (libjpeg-turbo, or nvJPEG on a GPU), and of it
          only the crop; nothing is resized where the stored short side is the recipe's
 `video`  the wanted frames are decoded out of the stored video (NVDEC on a GPU; without one, PyAV goes by the frame
-         table to the keyframe before, as DALI's CPU decoder has no H.264, and torch resizes, see pipelines/resize.py)
+         table to the keyframe before, as DALI's CPU decoder has no H.264, and torch resizes, see pipelines/stages/resize.py)
 
-Apart from that DALI decodes, resizes and crops to uint8; pipelines/normalise.py makes numbers of that, and a cache of
+Apart from that DALI decodes, resizes and crops to uint8; pipelines/stages/normalise.py makes numbers of that, and a cache of
 decoded frames may stand between the two. Sizes are given exactly as PIL/torchvision compute them.
 """
 
@@ -19,17 +19,17 @@ from functools import partial
 import numpy as np
 import torch
 
-from pipelines.ahead import span
-from pipelines.augment import augments
-from pipelines.buffers import Buffers, give_back_freed_memory
-from pipelines.cache import FrameCache
 from pipelines.config import CacheConfig, DataConfig
-from pipelines.decode import Clips, Decoder
-from pipelines.graph import Plan
-from pipelines.normalise import Normalise
-from pipelines.read import BadSample, Reader, Request, Source
-from pipelines.resize import resized
-from pipelines.sampling import candidates, choose, distinct, draws
+from pipelines.frame_sampling import candidates, choose, distinct, draws
+from pipelines.remote_prefetch import span
+from pipelines.stages.augment import augments
+from pipelines.stages.buffers import Buffers, give_back_freed_memory
+from pipelines.stages.cache import FrameCache
+from pipelines.stages.decode import Clips, Decoder
+from pipelines.stages.fetch import BadSample, Reader, Request, Source
+from pipelines.stages.graph import Plan
+from pipelines.stages.normalise import Normalise
+from pipelines.stages.resize import resized
 from pipelines.stats import Stats
 from pipelines.workers import Hung, Job, Work, Workers
 from shards.concat import Concat

@@ -1,4 +1,4 @@
-/* uint8 pixels, channels last, to normalised planes: out = in * scale + offset. Compiled by pipelines/normalise.py. */
+/* uint8 pixels, channels last, to normalised planes: out = in * scale + offset. Compiled by pipelines/stages/normalise.py. */
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>

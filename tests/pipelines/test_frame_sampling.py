@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pipelines.sampling import candidates, choose, extractor_frames, nearest, segment_frames
+from pipelines.frame_sampling import candidates, choose, extractor_frames, nearest, segment_frames
 from shards.video.decode import on_grid
 from shards.video.picture import grid
 from shards.video.probe import timeline

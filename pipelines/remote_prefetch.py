@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from pipelines.sampling import distinct
+from pipelines.frame_sampling import distinct
 from shards import ShardError
 from shards.schema import Video
 

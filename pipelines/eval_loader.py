@@ -7,10 +7,10 @@ from functools import partial
 import numpy as np
 import torch
 
-from pipelines.ahead import Ahead, share_of, weakly
 from pipelines.config import DataConfig
-from pipelines.lane import BadSample, Lane, Reading, Request, Source, Undecodable
-from pipelines.sampling import choose, ordered
+from pipelines.frame_sampling import choose, ordered
+from pipelines.lanes import BadSample, Lane, Reading, Request, Source, Undecodable
+from pipelines.remote_prefetch import Ahead, share_of, weakly
 from shards import ShardError
 from shards.split import Split
 

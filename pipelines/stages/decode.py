@@ -10,12 +10,12 @@ from operator import is_
 
 import torch
 
-from pipelines.augment import View, view
-from pipelines.buffers import keep_freed_memory
 from pipelines.config import DataConfig
-from pipelines.graph import Graph, GraphError, Plan, bounded, copied
-from pipelines.read import BadSample, Request, Source
-from pipelines.sampling import generator
+from pipelines.frame_sampling import generator
+from pipelines.stages.augment import View, view
+from pipelines.stages.buffers import keep_freed_memory
+from pipelines.stages.fetch import BadSample, Request, Source
+from pipelines.stages.graph import Graph, GraphError, Plan, bounded, copied
 from pipelines.stats import Stats
 from shards.schema import Video
 from shards.video.picture import scaled_size

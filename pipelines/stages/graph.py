@@ -7,7 +7,7 @@ import torch
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
 
-from pipelines.augment import View
+from pipelines.stages.augment import View
 
 _AHEAD_OF_JPEG = 6 * 8 * 64  # bytes; jdhuff.c: blocks in a 4:2:0 MCU, eight for each of a block's coefficients
 
