@@ -46,7 +46,8 @@ from bench.smi import Busy, asked, has_nvdec  # noqa: E402
 from pipelines import bench as loading  # noqa: E402
 from pipelines.config import CacheConfig, DataConfig  # noqa: E402
 from pipelines.frame_sampling import choose  # noqa: E402
-from pipelines.lanes import Lane, Request  # noqa: E402
+from pipelines.lanes import Lane
+from pipelines.requests import ClipRequest  # noqa: E402
 from pipelines.stages.augment import view  # noqa: E402
 from pipelines.stages.fetch import Reader  # noqa: E402
 from pipelines.stages.graph import Graph, Plan  # noqa: E402
@@ -173,7 +174,7 @@ def split_of(args: argparse.Namespace, name: str) -> Split:
 
 def clips_of(split: Split, count: int) -> list[Request]:
     videos = [split.video(i) for i in range(min(count, len(split)))]
-    return [Request(video, choose(video, "uniform", FRAMES)) for video in videos]
+    return [ClipRequest(video, choose(video, "uniform", FRAMES)) for video in videos]
 
 
 def raw(args: argparse.Namespace, device: torch.device) -> dict:

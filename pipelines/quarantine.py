@@ -17,7 +17,7 @@ class Quarantine:
     """Bad samples of the split at `split`; `file` (JSON lines, shared by ranks) lists each video once."""
 
     def __init__(self, split: Path, file: Path | None, max_bad_fraction: float):
-        self._split, self._file, self._limit = split, file, max_bad_fraction
+        self.split, self._file, self._limit = split, file, max_bad_fraction
         self._bad: dict[int, int] = {}
         self.read = 0  # samples asked for so far, good and bad
 
@@ -25,31 +25,29 @@ class Quarantine:
         """Raises ShardError once more than `max_bad_fraction` of what was read, or of the first 1000, is bad."""
         self._bad[video.index] = self._bad.get(video.index, 0) + 1
         if self._bad[video.index] == 1:
-            warnings.warn(f"{self._split}: {video.id} cannot be used and is replaced: {reason}", stacklevel=2)
+            warnings.warn(f"{self.split}: {video.id} cannot be used and is replaced: {reason}", stacklevel=2)
             if self._file is not None and not self._listed(video.key):
                 self._list(video, reason)
         bad = sum(self._bad.values())
         if bad > self._limit * max(self.read, 1000):
             verify = "; ".join(
-                f"python -m c4c.shard verify {shlex.quote(path)}" for path in str(self._split).split(" + ")
+                f"python -m c4c.shard verify {shlex.quote(path)}" for path in str(self.split).split(" + ")
             )
             raise ShardError(
-                f"{bad} of {self.read} samples read from {self._split} are bad, more than "
+                f"{bad} of {self.read} samples read from {self.split} are bad, more than "
                 f"data.max_bad_fraction={self._limit} allows. Last: {video.id}: {reason}. Run: {verify}"
             )
 
     def _list(self, video: "Video", reason: Exception) -> None:
         try:
-            append_line(
-                self._file, {"split": str(self._split), "key": video.key, "id": video.id, "reason": str(reason)}
-            )
+            append_line(self._file, {"split": str(self.split), "key": video.key, "id": video.id, "reason": str(reason)})
         except OSError as error:  # a full disk is no reason to end a run
             warnings.warn(f"{self._file} could not be written: {error.strerror}", stacklevel=2)
 
     def _listed(self, key: str) -> bool:
         """Whether another rank, or this run before it was resumed, has listed the video."""
         entries = json_lines(self._file)
-        return any(entry.get("key") == key and entry.get("split") == str(self._split) for entry in entries)
+        return any(entry.get("key") == key and entry.get("split") == str(self.split) for entry in entries)
 
 
 def json_lines(file: Path) -> list[dict]:

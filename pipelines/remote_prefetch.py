@@ -6,59 +6,75 @@ takes long to answer, but answers many at once.
 
 import os
 import threading
-import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from pipelines.frame_sampling import distinct
+from pipelines.requests import ClipRequest, Sample
 from shards import ShardError
 from shards.schema import Video
 
 THREADS = 16
 
 
-class Ahead:
-    """Fetches for up to `steps` steps ahead, and at most `max_bytes` of what is not wanted yet.
+class RemotePrefetch:
+    """Stage: samples as they come, while the bytes of those behind them are brought to this machine.
 
-    `wanted(place)` gives what has to be done for the step at that place, counted through all epochs: functions that return
-    how many bytes they brought here. What fails is left for the step itself, which reports it.
+    For up to `steps` batches ahead of the sample that is handed on, and at most `max_bytes` of what is not wanted yet.
+    `bring(request)` fetches, and returns how many bytes it brought. What fails is left for whoever reads the clip, and reports it.
     """
 
-    def __init__(self, wanted: Callable[[int], list[Callable[[], int]]], steps: int, max_bytes: int):
-        self._wanted, self._steps, self._max = wanted, steps, max_bytes
+    def __init__(self, bring: Callable[[ClipRequest], int], steps: int, max_bytes: int):
+        self._bring, self._steps, self._max = bring, steps, max_bytes
         self._state = threading.Condition()
-        self._tasks: deque[tuple[int, Callable[[], int]]] = deque()
-        self._at, self._next, self._closed = 0, 0, False
-        self._held: dict[int, int] = {}  # bytes brought here for each step to come
+        self._tasks: deque[Sample] = deque()
+        self._at, self._closed = 0, False  # the place of the batch that is handed on
+        self._held: dict[int, int] = {}  # bytes brought here for each batch to come
         self._busy, self._largest = 0, 0  # what is being fetched will take as much as the largest so far, at most
+
+    def __call__(self, samples: Iterator[Sample]) -> Iterator[Sample]:
         for i in range(THREADS):
             threading.Thread(target=self._work, name=f"c4c-fetch-{i}", daemon=True).start()
+        ahead: deque[Sample] = deque()
+        coming = next(samples, None)
+        try:
+            while ahead or coming is not None:
+                place = (ahead[0] if ahead else coming).batch.place
+                new = []
+                while coming is not None and coming.batch.place <= place + self._steps:
+                    new.append(coming)
+                    coming = next(samples, None)
+                ahead += new
+                self._reach(place, [sample for sample in new if sample.request is not None])
+                yield ahead.popleft()
+        finally:
+            self._close()
 
-    def reach(self, place: int, last: int | None) -> None:
-        """The batch at `place` is begun: fetch for it and those after it, up to `last`."""
-        until = place + self._steps if last is None else min(place + self._steps, last)
-        new = [(p, task) for p in range(max(self._next, place), until + 1) for task in self._wanted(p) or ()]
+    def _reach(self, place: int, new: list[Sample]) -> None:
+        """The batch at `place` is handed on; `new` samples have come into reach."""
+        if not new and place == self._at:
+            return
         with self._state:
-            self._at, self._next = place, max(self._next, until + 1)
-            while self._tasks and self._tasks[0][0] < place:  # too late: the step fetches it itself
+            self._at = place
+            while self._tasks and self._tasks[0].batch.place < place:  # too late: whoever reads it fetches it
                 self._tasks.popleft()
             self._held = {p: n for p, n in self._held.items() if p > place}
             self._tasks.extend(new)
             self._state.notify_all()
 
-    def close(self) -> None:
+    def _close(self) -> None:
         with self._state:
             self._closed = True
             self._tasks.clear()
             self._state.notify_all()
 
     def _work(self) -> None:
-        for place, task in iter(self._take, None):
-            size = 0
+        for sample in iter(self._take, None):
+            size, place = 0, sample.batch.place
             try:
-                size = task() or 0
+                size = self._bring(sample.request)
             except (OSError, ShardError):
                 pass
             finally:
@@ -67,9 +83,9 @@ class Ahead:
                     if place > self._at:
                         self._held[place] = self._held.get(place, 0) + size
                     self._state.notify_all()
-            del task
+            del sample
 
-    def _take(self) -> tuple[int, Callable[[], int]] | None:
+    def _take(self) -> Sample | None:
         with self._state:
             self._state.wait_for(lambda: self._closed or (self._tasks and self._has_room()))
             if self._closed:
@@ -79,18 +95,7 @@ class Ahead:
 
     def _has_room(self) -> bool:
         expected = sum(self._held.values()) + self._busy * self._largest
-        return self._tasks[0][0] <= self._at + 1 or expected < self._max
-
-
-def weakly(method: Callable) -> Callable:
-    """The bound method, without keeping its object alive; where that is gone a call gives None."""
-    found = weakref.WeakMethod(method)
-
-    def call(*args):
-        bound = found()
-        return None if bound is None else bound(*args)
-
-    return call
+        return self._tasks[0].batch.place <= self._at + 1 or expected < self._max
 
 
 def span(video: Video, positions: np.ndarray | None) -> tuple[int, int]:

@@ -1,6 +1,12 @@
 """What a batch cost: counts and seconds, for the metrics and `python -m pipelines.bench`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+
+import numpy as np
+
+from pipelines.frame_sampling import distinct
+from pipelines.stages.fetch import Source
 
 
 @dataclass
@@ -8,7 +14,8 @@ class Stats:
     """Of one rank's batch, or of several added up.
 
     Seconds are of the thread that makes batches, so they add up to the time a batch takes; where its workers overlap
-    with it they count once. A stage near 0 is free; the largest is the one to speed up.
+    with it they count once. They are those spent while the batch was made, partly on the next. A stage near 0 is free; the
+    largest is the one to speed up.
     """
 
     clips: int = 0
@@ -28,6 +35,22 @@ class Stats:
     def add(self, other: "Stats") -> None:
         for field in fields(self):
             setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
+    def spend(self, stage: str, seconds: float) -> None:
+        """Add seconds to a stage, a name in STAGES."""
+        setattr(self, stage, getattr(self, stage) + seconds)
+
+    def count(self, sources: Sequence[Source], positions: Sequence[np.ndarray]) -> None:
+        """Add what was fetched of clips, and divide the wait for that between reading and decoding as its threads did."""
+        used = [len(distinct(wanted)) for wanted in positions]
+        self.clips += len(sources)
+        self.bytes_read += sum(s.bytes_read for s in sources)
+        self.frames_used += sum(used)
+        self.frames_decoded += sum(s.decoded for s in sources)
+        self.frames_cached += sum(n for n, s in zip(used, sources, strict=True) if s.cached)
+        reading, decoding = sum(s.read_s for s in sources), sum(s.decode_s for s in sources)
+        decoded = self.read_s * decoding / max(reading + decoding, 1e-9)
+        self.read_s, self.decode_s = self.read_s - decoded, self.decode_s + decoded
 
     def minus(self, before: "Stats") -> "Stats":
         return Stats(**{f.name: getattr(self, f.name) - getattr(before, f.name) for f in fields(self)})

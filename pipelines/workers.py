@@ -1,15 +1,24 @@
-"""A few threads that work off lists of items, none of which can hold up the rest for ever."""
+"""A few threads that work through items, none of which can hold up the rest for ever."""
 
 import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 
 class Hung(Exception):
     """An item that took longer than the time allowed."""
+
+
+class _Task:
+    """An item for a thread, and the queue that takes (number, result or what was raised)."""
+
+    __slots__ = ("done", "function", "item", "number")
+
+    def __init__(self, function: Callable[[Any], Any], item: Any, number: int, done: queue.SimpleQueue):
+        self.function, self.item, self.number, self.done = function, item, number, done
 
 
 class Workers:
@@ -19,35 +28,32 @@ class Workers:
         self._name, self._count, self._made, self._closed = name, count, 0, False
         self._tasks: queue.SimpleQueue = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._busy: dict[tuple[Job, int], float] = {}  # what is worked on, and since when
+        self._busy: dict[_Task, float] = {}  # what is worked on, and since when
         self._add(count)
 
-    def start(self, function: Callable[[Any], Any], items: Sequence) -> "Job":
-        """Begin `function(item)` for every item; `Job.results` hands over what came of them."""
-        job = Job(self, function, items)
-        for i in range(len(items)):
-            self._tasks.put((job, i))
-        return job
+    def submit(self, function: Callable[[Any], Any], item: Any, number: int, done: queue.SimpleQueue) -> None:
+        """Have `function(item)` called; (number, its result or what it raised) is put into `done`."""
+        self._tasks.put(_Task(function, item, number, done))
+
+    def share(self, function: Callable[[Any], Any], items: Sequence) -> "SharedWork":
+        """Begin `function(item)` for every item, and leave to the thread that calls `finish` what is not begun by then."""
+        work, unused = SharedWork(function, items), queue.SimpleQueue()
+        for number in range(min(self._count, len(items))):
+            self.submit(SharedWork.help, work, number, unused)
+        return work
 
     def map(self, function: Callable[[Any], Any], items: Sequence) -> list:
         """What `function` gives for each item; raises what it raises."""
         return self.share(function, items).finish()
 
-    def share(self, function: Callable[[Any], Any], items: Sequence) -> "Work":
-        """Begin `function(item)` for every item, and leave to the thread that calls `finish` what is not begun by then."""
-        work = Work(function, items)
-        for _ in range(min(self._count, len(items))):
-            self.start(Work.help, [work])
-        return work
-
     def give_up(self, seconds: float) -> None:
-        """Report every item that has been worked on for so long, of whatever job, as Hung, and replace its thread."""
+        """Report every item that has been worked on for so long as Hung, and replace its thread."""
         now = time.monotonic()
         with self._lock:
             hung = [task for task, since in self._busy.items() if now - since >= seconds]
-            for job, i in hung:
-                del self._busy[job, i]
-                job.done.put((i, Hung(f"no answer for {seconds:g} s")))
+            for task in hung:
+                del self._busy[task]
+                task.done.put((task.number, Hung(f"no answer for {seconds:g} s")))
         self._add(len(hung))
 
     def close(self) -> None:
@@ -66,19 +72,84 @@ class Workers:
         while (task := self._tasks.get()) is not None:
             with self._lock:
                 self._busy[task] = time.monotonic()
-            job, i = task
             try:
-                result = RuntimeError("the loader was closed") if self._closed else job.function(job.items[i])
+                result = RuntimeError("the loader was closed") if self._closed else task.function(task.item)
             except BaseException as error:
                 result = error
             with self._lock:
                 if self._busy.pop(task, None) is None:
                     return  # it was given up, and another thread does this one's work
-            job.done.put((i, result))
-            del task, job, result  # an idle thread must not keep a batch alive
+            task.done.put((task.number, result))
+            del task, result  # an idle thread must not keep a batch alive
 
 
-class Work:
+class InOrder:
+    """`then(item, function(item))` for every item of a stream, in its order: the function is called by threads.
+
+    At most `in_flight` items are begun and not handed on yet. `then` is given what the function returned or raised, and
+    Hung where an item was worked on for `timeout` seconds. What the stream raises is raised behind the items before.
+    """
+
+    def __init__(
+        self, workers: Workers, function: Callable[[Any], Any], items: Iterator, then: Callable[[Any, Any], Any],
+        in_flight: int, timeout: float,
+    ):  # fmt: skip
+        self._workers, self._function, self._source, self._then = workers, function, items, then
+        self._in_flight, self._timeout = in_flight, timeout
+        self._items: deque = deque()  # begun, and not handed on
+        self._first = 0  # number of the first of them
+        self._results: dict[int, Any] = {}
+        self._done: queue.SimpleQueue = queue.SimpleQueue()
+        self._ended: BaseException | None = None  # what the stream ended with
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether the next item would come without waiting, or nothing comes any more."""
+        while self._first not in self._results and not self._done.empty():
+            self._take()
+        return self._first in self._results or (not self._items and self._ended is not None)
+
+    def __iter__(self) -> "InOrder":
+        return self
+
+    def __next__(self) -> Any:
+        self._begin()
+        if not self._items:
+            assert self._ended is not None
+            raise self._ended
+        while self._first not in self._results:
+            self._take(self._timeout / 2)
+        result = self._results.pop(self._first)
+        self._first += 1
+        return self._then(self._items.popleft(), result)
+
+    def close(self) -> None:
+        """Begin nothing more."""
+        self._ended = StopIteration()
+
+    def _begin(self) -> None:
+        # in bursts: a thread that is woken for each single item would find less to do than waking it costs
+        if self._ended is not None or len(self._items) > self._in_flight // 2:
+            return
+        while len(self._items) < self._in_flight:
+            try:
+                item = next(self._source)
+            except BaseException as error:  # StopIteration too
+                self._ended = error
+                return
+            self._items.append(item)
+            self._workers.submit(self._function, item, self._first + len(self._items) - 1, self._done)
+
+    def _take(self, seconds: float = 0.0) -> None:
+        try:
+            number, result = self._done.get(timeout=seconds) if seconds else self._done.get_nowait()
+        except queue.Empty:  # the threads may be held by items of others, too
+            self._workers.give_up(self._timeout)
+        else:
+            self._results[number] = result
+
+
+class SharedWork:
     """Items that several threads take from. Who needs them done takes part: on a busy machine it is through with most
     before another thread wakes up."""
 
@@ -88,6 +159,7 @@ class Work:
         self._done: queue.SimpleQueue = queue.SimpleQueue()
 
     def help(self) -> None:
+        """Take items until none is left."""
         while self._left:
             try:
                 i, item = self._left.popleft()
@@ -108,30 +180,3 @@ class Work:
             if isinstance(result, BaseException):
                 raise result
         return self._results
-
-
-class Job:
-    """A list of items being worked off."""
-
-    def __init__(self, workers: Workers, function: Callable[[Any], Any], items: Sequence):
-        self._workers, self.function, self.items = workers, function, items
-        self.done: queue.SimpleQueue = queue.SimpleQueue()
-
-    @property
-    def ready(self) -> bool:
-        """Whether `results` would not have to wait."""
-        return self.done.qsize() == len(self.items)
-
-    def results(self, timeout: float | None = None) -> list:
-        """One result an item, in order; what it raised where it raised, and Hung where it took `timeout` seconds."""
-        out: list = [None] * len(self.items)
-        left = len(self.items)
-        while left:
-            try:
-                i, out_i = self.done.get(timeout=timeout and timeout / 2)
-            except queue.Empty:  # the threads may be held by items of other jobs, too
-                self._workers.give_up(timeout)
-            else:
-                out[i] = out_i
-                left -= 1
-        return out

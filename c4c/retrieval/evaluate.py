@@ -22,8 +22,8 @@ from c4c.training.screen import EvalReport, metrics_table
 from c4c.zero import checkpoint
 from c4c.zero.distributed import launched, quiet_libraries, start_distributed, stop_distributed
 from pipelines.config import DataConfig
-from pipelines.eval_loader import VideoReader
-from pipelines.loader import texts_of
+from pipelines.eval_loader import EvalLoader
+from pipelines.requests import texts_of
 from pipelines.survey import notes
 from pipelines.tokens import tokenize
 from shards.split import Split
@@ -47,7 +47,7 @@ def features(
     no_mask = torch.zeros(1, config.num_frames, dtype=torch.bool, device=device)
     no_text = tokenize(["none"], config.max_words).to(device)
 
-    reader, videos, texts = VideoReader(split, config, rank=rank, world=world, device=device), {}, {}
+    reader, videos, texts = EvalLoader(split, config, rank=rank, world=world, device=device), {}, {}
     try:
         for turn, (indices, frames, mask) in enumerate(reader, 1):
             # a rank that has run out still runs the model, for the sake of ZeRO-3's collectives

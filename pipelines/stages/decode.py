@@ -1,22 +1,21 @@
-"""Stored frames of many clips to frames of the recipe's size, whatever single clips do to the graph."""
+"""Stage: what was fetched of clips, to uint8 frames of the recipe's size, whatever single clips do to the graph."""
 
-import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
-from operator import is_
 
 import torch
 
+from pipelines.chain import Stream
 from pipelines.config import DataConfig
 from pipelines.frame_sampling import generator
+from pipelines.requests import Sample
 from pipelines.stages.augment import View, view
 from pipelines.stages.buffers import keep_freed_memory
-from pipelines.stages.fetch import BadSample, Request, Source
-from pipelines.stages.graph import Graph, GraphError, Plan, bounded, copied
-from pipelines.stats import Stats
+from pipelines.stages.fetch import BadSample
+from pipelines.stages.graph import Graph, GraphError, Plan, copied
 from shards.schema import Video
 from shards.video.picture import scaled_size
 
@@ -24,114 +23,126 @@ _UNDER_WAY = 2  # groups of clips at once, the one that is waited for included
 
 
 @dataclass(eq=False)
-class Started:
-    """Clips whose frames are being made: rows of a batch, what was read of each, and the graph at work."""
+class _Group:
+    """Samples that are decoded together, in the order of the stream."""
 
-    rows: list[int]
-    requests: list[Request]
-    sources: list[Source]
-    graph: Graph | None = None  # None: one failed at them, or they were given up
+    samples: list[Sample]
+    graph: Graph | None = None  # None: nothing for it to do, or it failed at them
 
-
-class Clips:
-    """Clips of a batch on their way through the graph, some at a time."""
-
-    def __init__(self, requests: list[Request], sources: list[Source], groups: list[list[int]]):
-        self.requests, self.sources = requests, sources
-        self.left, self.begun = deque(groups), deque[Started]()
-
-    def are(self, requests: list[Request], sources: list[Source]) -> bool:
-        pairs = ((self.requests, requests), (self.sources, sources))
-        return all(len(a) == len(b) and all(map(is_, a, b)) for a, b in pairs)
+    @property
+    def encoded(self) -> list[Sample]:
+        """Those that the graph has to decode."""
+        return [s for s in self.samples if s.source is not None and not s.source.ready]
 
 
 class Decoder:
-    """Graphs for clips, as many as are under way at once; one that fails is made anew. At most `units` pieces (see
-    Source) are taken by each.
+    """A stream of samples to groups of samples with frames, in the same order.
 
-    scaled: pictures come resized to the recipe's short side already."""
+    A group takes at most `units` pieces (see Source) and `clips` samples, whatever batch they belong to: the graph is
+    filled, and the next group is decoded while the last one is used. scaled: pictures come resized to the recipe's short
+    side already."""
 
     def __init__(
-        self, plan: Plan, config: DataConfig, units: int, device: torch.device, threads: int, stats: Stats, scaled: bool = False
+        self, plan: Plan, config: DataConfig, units: int, clips: int, device: torch.device, threads: int, scaled: bool = False
     ):  # fmt: skip
-        self.units, self._plan, self._config, self._scaled, self._stats = units, plan, config, scaled, stats
+        self.units, self._clips = units, clips
+        self._plan, self._config, self._scaled = plan, config, scaled
         self._make: Callable[[], Graph] = lambda: Graph(plan, config.image_size, units, device, threads)
         self._resting: list[Graph] = []
-        self._under_way: deque[Started] = deque()
         if device.type == "cpu":
             keep_freed_memory()
 
-    def clips(self, requests: list[Request], sources: list[Source]) -> Clips:
-        """Those that are not ready yet, as many at a time as are taken at once."""
-        rows = [i for i, source in enumerate(sources) if not source.ready]
-        return Clips(requests, sources, self.groups(rows, sources))
-
-    def begin(self, clips: Clips) -> None:
-        """Begin with as many of them as there is room for."""
-        while clips.left and len(self._under_way) < _UNDER_WAY:
-            clips.begun.append(self.start(clips.left.popleft(), clips.requests, clips.sources))
-
-    def groups(self, rows: Sequence[int], sources: Sequence[Source]) -> list[list[int]]:
-        """Rows of a batch, as many at a time as are taken at once."""
-        return bounded(rows, [len(sources[i].pieces) for i in rows], self.units) if rows else []
-
-    def start(self, rows: list[int], requests: list[Request], sources: list[Source]) -> Started:
-        """Begin with these rows of a batch. Several groups may be under way."""
-        part = Started(rows, [requests[i] for i in rows], [sources[i] for i in rows])
-        with suppress(GraphError):  # `finish` will find out which clip it is
-            part.graph = self._fed(part.requests, part.sources)
-        self._under_way.append(part)
-        return part
-
-    def finish(self, part: Started) -> tuple[dict, dict[int, BadSample]]:
-        """{row: uint8 frames [n, side, side, 3]}, good until the next `start`, and {row: why} of those that do not decode."""
-        began = time.perf_counter()
-        self._under_way.remove(part)
+    def __call__(self, samples: Stream) -> Iterator[list[Sample]]:
+        """Groups of samples. Frames are good until the next group is asked for. Clips that do not decode come with
+        `error`; what the stream raises is raised behind the samples before."""
+        under_way: deque[_Group] = deque()
+        waiting: list[Sample] = []  # for a group to be full
+        held = 0  # pieces of those
+        ended: BaseException | None = None
         try:
-            out, bad = self._taken(part), {}
-        except GraphError:
-            out, bad = self._bisected(part)
-        stage = "resize_s" if self._plan.source == "pictures" else "decode_s"
-        setattr(self._stats, stage, getattr(self._stats, stage) + time.perf_counter() - began)
-        return out, bad
+            while True:
+                # take what is at hand; wait for more only where nothing is being decoded meanwhile
+                while ended is None and len(under_way) < _UNDER_WAY and (samples.at_hand or not under_way):
+                    try:
+                        sample = next(samples)
+                    except BaseException as error:  # StopIteration too
+                        ended = error
+                        break
+                    pieces = 0 if sample.source is None or sample.source.ready else len(sample.source.pieces)
+                    if waiting and (len(waiting) == self._clips or held + pieces > self.units):
+                        under_way.append(self._start(waiting))
+                        waiting, held = [], 0
+                    waiting.append(sample)
+                    held += pieces
+                if ended is not None and waiting and len(under_way) < _UNDER_WAY:
+                    under_way.append(self._start(waiting))
+                    waiting = []
+                if not under_way:
+                    break
+                yield self._finish(under_way.popleft())
+        finally:
+            for group in under_way:
+                group.graph = None  # before the sources: it waits for the run that reads them
+        if not isinstance(ended, StopIteration):
+            raise ended
 
-    def drop(self) -> None:
-        """Give up what is under way."""
-        for part in self._under_way:
-            part.graph = None  # before the sources: it waits for the run that reads them
-        self._under_way.clear()
+    @property
+    def takes_pictures(self) -> bool:
+        """Whether it is given pictures that are decoded already."""
+        return self._plan.source == "pictures"
 
     def close(self) -> None:
-        """Give up what is under way, and the graphs with their threads and memory."""
-        self.drop()
+        """Give up the graphs with their threads and memory."""
         self._resting.clear()
 
-    def _bisected(self, part: Started) -> tuple[dict, dict[int, BadSample]]:
-        """As `finish`; groups that the graph fails at are halved until the bad ones are found."""
-        bad, out = {}, {}
-        groups = self.groups(range(len(part.rows)), part.sources)
-        while groups:
-            group = groups.pop()
-            some = Started(*([values[i] for i in group] for values in (part.rows, part.requests, part.sources)))
-            try:
-                some.graph = self._fed(some.requests, some.sources)
-                found = self._taken(some)
-            except GraphError as error:
-                if len(group) == 1:
-                    bad[some.rows[0]] = BadSample(f"the decoder rejects it: {error}")
-                else:
-                    groups += [group[: len(group) // 2], group[len(group) // 2 :]]
-            else:
-                out |= {row: copied(frames) for row, frames in found.items()}
-        return out, bad
+    def _start(self, samples: list[Sample]) -> _Group:
+        group = _Group(samples)
+        if encoded := group.encoded:
+            with suppress(GraphError):  # `_finish` will find out which clip it is
+                group.graph = self._fed(encoded)
+        return group
 
-    def _fed(self, requests: list[Request], sources: list[Source]) -> Graph:
+    def _finish(self, group: _Group) -> list[Sample]:
+        encoded = group.encoded
+        if encoded:
+            try:
+                self._take(group.graph, encoded)
+            except GraphError:
+                self._bisect(encoded)
+            finally:
+                group.graph = None
+        for sample in group.samples:
+            if sample.source is not None:
+                sample.positions = sample.source.positions
+                if sample.source.ready:
+                    sample.frames = sample.source.pieces[0]
+        return group.samples
+
+    def _bisect(self, samples: list[Sample]) -> None:
+        """As `_take`; groups that the graph fails at are halved until the bad clips are found."""
+        groups = [samples]
+        while groups:
+            some = groups.pop()
+            try:
+                self._take(self._fed(some), some)
+            except GraphError as error:
+                if len(some) == 1:
+                    some[0].error, some[0].source = BadSample(f"the decoder rejects it: {error}"), None
+                else:
+                    groups += [some[: len(some) // 2], some[len(some) // 2 :]]
+            else:
+                for sample in some:
+                    sample.frames = copied(sample.frames)
+
+    def _fed(self, samples: list[Sample]) -> Graph:
         files, whole = self._plan.source == "files", self._plan.whole
+        sources = [sample.source for sample in samples]
         pieces = [piece for source in sources for piece in source.pieces]
         views, sizes = [], []
-        for request, source in zip(requests, sources, strict=True):
-            size, scaled = self._sizes(request.video)
-            random = generator(*request.draw, view=True) if self._plan.augment and request.draw else None
+        for sample, source in zip(samples, sources, strict=True):
+            size, scaled = self._sizes(sample.request.video)
+            draw = sample.request.draw
+            random = generator(*draw, view=True) if self._plan.augment and draw else None
             count = 1 if files else len(source.pieces)
             views += [View(0, 0, *size) if whole else view(size, self._config, random)] * count
             sizes += [scaled] * count
@@ -139,13 +150,15 @@ class Decoder:
         graph.start(pieces, views, sizes, [s.positions for s in sources] if files else None)
         return graph
 
-    def _taken(self, part: Started) -> dict:
-        graph, part.graph = part.graph, None
+    def _take(self, graph: Graph | None, samples: list[Sample]) -> None:
+        """Set the samples' frames to what the graph made of them. A graph that fails is not used again."""
         if graph is None:
             raise GraphError("it refused them")
-        output, ends = graph.result(), list(accumulate(len(s.positions) for s in part.sources))
+        output = graph.result()
+        ends = accumulate(len(sample.source.positions) for sample in samples)
         self._resting.append(graph)
-        return {row: output[a:b] for row, a, b in zip(part.rows, [0, *ends], ends, strict=False)}
+        for sample, end in zip(samples, ends, strict=True):
+            sample.frames = output[end - len(sample.source.positions) : end]
 
     def _sizes(self, video: Video) -> tuple[tuple[int, int], tuple[int, int]]:
         """Width and height of what the graph is given, and of it scaled to the recipe's short side."""

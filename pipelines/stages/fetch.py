@@ -22,19 +22,6 @@ class BadSample(Exception):
     """A stored video whose wanted frames cannot be had, and why."""
 
 
-@dataclass(frozen=True)
-class Request:
-    """The frames of one clip: positions in the video's frame table, int64 [frames], in clip order, any of them twice.
-
-    `draw`, (seed, epoch, video, caption), decides its view where training augments; without it the clip looks as the
-    recipe says. `texts`: what is said of it, in training."""
-
-    video: Video
-    positions: np.ndarray
-    draw: tuple[int, int, int, int] | None = None
-    texts: tuple[str, ...] = ()
-
-
 @dataclass
 class Source:
     """What was fetched of one clip.

@@ -56,7 +56,7 @@ class Model:
 
 @pytest.fixture(autouse=True)
 def fakes(monkeypatch):
-    monkeypatch.setattr(module, "VideoReader", Reader)
+    monkeypatch.setattr(module, "EvalLoader", Reader)
     monkeypatch.setattr(
         module, "tokenize", lambda texts, words: torch.tensor([[int(t) if t != "none" else 7] for t in texts])
     )

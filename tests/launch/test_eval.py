@@ -179,7 +179,7 @@ def test_settings_that_do_not_fit_are_refused_before_a_video_is_decoded(
     def decode(*_, **__):
         raise AssertionError("a video was decoded")
 
-    monkeypatch.setattr("c4c.retrieval.evaluate.VideoReader", decode)
+    monkeypatch.setattr("c4c.retrieval.evaluate.EvalLoader", decode)
     sequence = CLIP4Clip(model.spec, "seqTransf", segments=5)
     export(sequence, tmp_path / "m.safetensors", official=False)
     words = ["--ckpt", tmp_path / "m.safetensors", "--data", launcher.test]

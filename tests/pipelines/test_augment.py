@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipelines.config import DataConfig
-from pipelines.eval_loader import VideoReader
+from pipelines.eval_loader import EvalLoader
 from pipelines.frame_sampling import candidates, choose, generator, ordered
 from pipelines.loader import Loader
 from pipelines.stages.augment import view
@@ -69,7 +69,7 @@ def test_a_flip_mirrors_and_evaluation_is_never_augmented(numbered, profile):
     plain, flipped = (run(split, 1, config=replace(CLIP, flip=f))[0] for f in (0.0, 1.0))
     difference = (plain.frames - flipped.frames.flip(-1)).abs().max()
     assert difference < 0.02 and not torch.equal(plain.frames, flipped.frames)
-    readers = [VideoReader(split, config) for config in (CLIP, replace(ALL, sampling="uniform"))]
+    readers = [EvalLoader(split, config) for config in (CLIP, replace(ALL, sampling="uniform"))]
     for (_, a, _), (_, b, _) in zip(*readers, strict=True):
         assert torch.equal(a, b)
     for reader in readers:

@@ -5,6 +5,7 @@ import shutil
 import threading
 import time
 from dataclasses import replace
+from queue import SimpleQueue
 
 import numpy as np
 import pytest
@@ -12,11 +13,12 @@ import torch
 from crc32c import crc32c
 
 from pipelines.config import CacheConfig, DataConfig
-from pipelines.eval_loader import VideoReader
-from pipelines.lanes import Lane, Request, Undecodable
+from pipelines.eval_loader import EvalLoader
+from pipelines.lanes import Lane
 from pipelines.loader import Loader
+from pipelines.requests import ClipRequest
 from pipelines.stages.fetch import Reader
-from pipelines.workers import Hung, Workers
+from pipelines.workers import Hung, InOrder, Workers
 from shards import ShardError
 from shards.remote import Unreachable
 from shards.split import Split
@@ -72,22 +74,21 @@ def test_exactly_the_bad_clips_are_named(numbered, monkeypatch, at_once):
     monkeypatch.setattr("pipelines.lanes._BYTES_A_THREAD", at_once * SMALL.num_frames * SMALL.image_size**2 * 3)
     undecodable(monkeypatch, ["short", "mpegts", "hevc_ntsc"])
     lane = Lane(numbered.intra, SMALL, torch.device("cpu"), 12)
-    requests = [Request(numbered.intra.video(i), np.array([0])) for i in range(12)]
-    sources = lane.read(requests)
-    with pytest.raises(Undecodable) as caught:
-        lane.decode(requests, sources)
-    assert sorted(requests[i].video.key for i in caught.value.rows) == ["hevc_ntsc", "mpegts", "short"]
-    good = [i for i in range(12) if i not in caught.value.rows]
-    frames, mask = lane.decode([requests[i] for i in good], [sources[i] for i in good])
-    assert mask[:, 0].all() and frames.shape[0] == 9, "and the lane goes on"
-    for request, source, clip in zip([requests[i] for i in good], [sources[i] for i in good], frames, strict=True):
-        assert torch.equal(lane.decode([request], [source])[0][0], clip), "whatever is decoded with it"
+    requests = [ClipRequest(numbered.intra.video(i), np.array([0])) for i in range(12)]
+    plan = lane.batch(requests)
+    assert sorted(s.request.video.key for s in plan.clips if s.error) == ["hevc_ntsc", "mpegts", "short"]
+    good = [sample.row for sample in plan.clips if not sample.error]
+    again = lane.batch([requests[i] for i in good])
+    assert lane.mask(again.clips, again.rows)[:, 0].all() and again.frames.shape[0] == 9, "and the lane goes on"
+    for i, clip in zip(good, again.frames, strict=True):
+        assert torch.equal(plan.frames[i], clip)
+        assert torch.equal(lane.batch([requests[i]]).frames[0], clip), "whatever is decoded with it"
     lane.close()
 
 
 def test_evaluation_names_a_video_that_the_graph_rejects(numbered, monkeypatch):
     undecodable(monkeypatch, ["short"])
-    reader = VideoReader(numbered.intra, SMALL)
+    reader = EvalLoader(numbered.intra, SMALL)
     with pytest.raises(ShardError, match="short cannot be evaluated: the decoder rejects it"):
         list(reader)
     reader.close()
@@ -118,15 +119,14 @@ def test_a_batch_is_handed_over_before_the_error_that_the_next_one_meets(numbere
     config = replace(SMALL, prefetch=1)
     with Loader(numbered.intra, config, batch_size=4, seed=0) as loader:
         keys = [batch.keys for batch in loader.batches(count=3)]
-    fetch, broken = Lane._fetch, keys[2][0]
+    fetch, broken = Lane._source, keys[2][0]
 
-    def unreachable(self, request):
-        if request.video.key == broken:
+    def unreachable(self, sample):
+        if sample.request.video.key == broken:
             raise Unreachable("no answer")
-        return fetch(self, request)
+        return fetch(self, sample)
 
-    monkeypatch.setattr(Lane, "_fetch", unreachable)
-    monkeypatch.setattr(Lane, "good", waiting(Lane.good))
+    monkeypatch.setattr(Lane, "_source", unreachable)
     with Loader(numbered.intra, config, batch_size=4, seed=0) as loader:
         found = loader.batches(count=3)
         assert [next(found).keys for _ in range(2)] == keys[:2]
@@ -134,15 +134,9 @@ def test_a_batch_is_handed_over_before_the_error_that_the_next_one_meets(numbere
             next(found)
 
 
-def waiting(good):
-    """Lane.good once all is fetched, whatever else the machine does."""
-
-    def waited(self, reading):
-        while reading.found is None and not reading.job.ready:
-            time.sleep(0.001)
-        return good(self, reading)
-
-    return waited
+def in_order(workers: Workers, function, items, timeout: float = 60, in_flight: int = 100) -> list:
+    """What comes of each item: a result, or what was raised."""
+    return list(InOrder(workers, function, iter(items), lambda item, result: result, in_flight, timeout))
 
 
 def test_hung_items_do_not_take_the_others_along():
@@ -156,7 +150,7 @@ def test_hung_items_do_not_take_the_others_along():
         return i * i
 
     workers = Workers(2, "test-work")
-    results = workers.start(work, range(7)).results(timeout=0.2)
+    results = in_order(workers, work, range(7), timeout=0.2)
     assert [r for r in results if isinstance(r, int)] == [0, 4, 25, 36]
     assert isinstance(results[1], Hung) and isinstance(results[3], Hung) and isinstance(results[4], KeyError)
     release.set()
@@ -172,7 +166,9 @@ def test_hung_items_do_not_take_the_others_along():
 def test_shared_work_is_done_by_who_waits_for_it_and_raises_there():
     release = threading.Event()
     workers = Workers(2, "test-share")
-    held = workers.start(lambda _: release.wait(), [0, 1])  # no worker is free
+    held = SimpleQueue()
+    for number in range(2):  # no worker is free
+        workers.submit(lambda _: release.wait(), None, number, held)
     caller, did = threading.current_thread(), []
     assert workers.share(lambda i: did.append(threading.current_thread()) or i * i, range(5)).finish() == [
         0,
@@ -185,7 +181,7 @@ def test_shared_work_is_done_by_who_waits_for_it_and_raises_there():
     with pytest.raises(ZeroDivisionError):
         workers.map(lambda i: 1 // i, [1, 0, 2])
     release.set()
-    held.results()
+    assert {held.get(timeout=10) for _ in range(2)} == {(0, True), (1, True)}
     both = threading.Barrier(2, timeout=10)  # needs two threads at once
     workers.map(lambda i: both.wait(), range(2))
     workers.close()
@@ -193,7 +189,7 @@ def test_shared_work_is_done_by_who_waits_for_it_and_raises_there():
 
 @pytest.mark.timeout(60)
 def test_a_loader_thread_that_dies_is_not_waited_for(numbered, monkeypatch):
-    monkeypatch.setattr("pipelines.loader._produce", lambda *at: None)
+    monkeypatch.setattr("pipelines.chain._make", lambda *at: None)
     loader = Loader(numbered.intra, SMALL, batch_size=4, seed=0)
     with pytest.raises(RuntimeError, match="the loader's thread ended without a word"):
         next(loader.batches())
@@ -254,15 +250,35 @@ def test_crc32c_tells_one_flipped_bit():
     assert crc32c(bytes(data)) != before
 
 
-def test_a_job_behind_one_that_hangs_gets_done():
+def test_work_behind_an_item_that_hangs_gets_done():
     release = threading.Event()
-    workers = Workers(1, "test-behind")
-    first = workers.start(lambda _: release.wait(), [0])
-    second = workers.start(lambda i: i, [1, 2])
-    assert second.results(timeout=0.2) == [1, 2]
-    (result,) = first.results(timeout=0.2)
-    assert isinstance(result, Hung)
+    workers, done = Workers(1, "test-behind"), SimpleQueue()
+    workers.submit(lambda _: release.wait(), None, 0, done)
+    assert in_order(workers, lambda i: i, [1, 2], timeout=0.2) == [1, 2]
+    number, result = done.get(timeout=10)
+    assert number == 0 and isinstance(result, Hung)
     release.set()
+    workers.close()
+
+
+def test_a_stream_is_taken_a_bounded_way_ahead_and_what_it_raises_comes_last():
+    taken, release = [], threading.Event()
+
+    def source():
+        for i in range(10):
+            taken.append(i)
+            yield i
+        raise KeyError("the end")
+
+    workers = Workers(2, "test-ahead")
+    stream = InOrder(workers, lambda i: release.wait(10) and i, source(), lambda item, result: result, 4, 60)
+    assert not stream.at_hand and taken == [], "nothing is begun before it is asked for"
+    threading.Timer(0.05, release.set).start()
+    assert next(stream) == 0 and taken == [0, 1, 2, 3]
+    assert [next(stream) for _ in range(9)] == list(range(1, 10))
+    with pytest.raises(KeyError, match="the end"):
+        next(stream)
+    assert stream.at_hand
     workers.close()
 
 
@@ -270,15 +286,12 @@ def test_a_graph_that_fails_puts_no_other_clip_into_the_cache(numbered, tmp_path
     """Groups that were under way when it failed come out as their own."""
     monkeypatch.setattr("pipelines.lanes._BYTES_A_THREAD", SMALL.num_frames * SMALL.image_size**2 * 3)
     config = replace(SMALL, threads=1)  # a clip at a time
-    requests = [Request(video, np.arange(2)) for video in map(numbered.intra.video, range(6))]
-    plain = Lane(numbered.intra, config, torch.device("cpu"), 6)
-    expected, _ = plain.decode(requests, plain.read(requests), raw=True)
-    lane = Lane(numbered.intra, config, torch.device("cpu"), 6, cache=CacheConfig(dir=str(tmp_path)))
-    sources = lane.read(requests)
-    sources[0].pieces[0] = np.frombuffer(b"no picture", np.uint8)
-    with pytest.raises(Undecodable) as error:
-        lane.decode(requests, sources, raw=True)
-    assert list(error.value.rows) == [0] and lane.cache.get(0) is None
+    requests = [ClipRequest(video, np.arange(2)) for video in map(numbered.intra.video, range(6))]
+    plain = Lane(numbered.intra, config, torch.device("cpu"), 6, raw=True)
+    expected = plain.batch(requests).frames
+    undecodable(monkeypatch, [requests[0].video.key])
+    lane = Lane(numbered.intra, config, torch.device("cpu"), 6, raw=True, cache=CacheConfig(dir=str(tmp_path)))
+    assert [sample.row for sample in lane.batch(requests).clips if sample.error] == [0] and lane.cache.get(0) is None
     for i in range(1, 6):
         assert np.array_equal(lane.cache.get(i), expected[i, :2].numpy())
     plain.close(), lane.close()

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from pipelines.config import DataConfig
-from pipelines.eval_loader import VideoReader
+from pipelines.eval_loader import EvalLoader
 from pipelines.loader import Loader
 from pipelines.quarantine import Quarantine
 from pipelines.stages.fetch import Reader
@@ -202,7 +202,7 @@ def test_a_reader_that_is_dropped_gives_back_all_it_has(numbered, store, tmp_pat
         config = replace(SMALL, local_gb=0.05)
         run(split, 1, config=config)
         before, most = ours(), handles() + 1
-        next(iter(VideoReader(split, config)))
+        next(iter(EvalLoader(split, config)))
         settled(before, most)
 
 

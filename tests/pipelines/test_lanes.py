@@ -11,10 +11,12 @@ import torch
 from PIL import Image
 
 from pipelines.config import DataConfig
-from pipelines.eval_loader import VideoReader
+from pipelines.eval_loader import EvalLoader
 from pipelines.frame_sampling import extractor_frames, segment_frames
-from pipelines.lanes import BadSample, Lane, Request, Source, lane_name
+from pipelines.lanes import Lane, lane_name
 from pipelines.loader import Loader
+from pipelines.requests import ClipRequest
+from pipelines.stages.fetch import BadSample, Source
 from pipelines.stages.resize import resized
 from shards.split import Split
 from shards.video.picture import grid, scaled_size
@@ -79,7 +81,7 @@ def test_the_loader_hands_over_the_frames_asked_for(numbered, profile, rule):
 @pytest.mark.parametrize("profile", LANES)
 def test_evaluation_sees_the_frames_of_the_rule(numbered, profile, rule):
     split = getattr(numbered, profile)
-    reader = VideoReader(split, replace(CLIP, sampling=rule, eval_batch_size=5))
+    reader = EvalLoader(split, replace(CLIP, sampling=rule, eval_batch_size=5))
     for indices, frames, mask in reader:
         for index, levels, used in zip(indices, pixels(frames), mask.numpy(), strict=True):
             video = split.video(int(index))
@@ -141,7 +143,7 @@ def moving(tmp_path_factory):
 
 def all_frames(split, config: DataConfig, device="cpu") -> dict[str, np.ndarray]:
     """{key: levels [frames, H, W, 3]}"""
-    reader = VideoReader(split, config, device=device)
+    reader = EvalLoader(split, config, device=device)
     out = {}
     for indices, frames, mask in reader:
         for i, index in enumerate(indices):
@@ -192,9 +194,9 @@ def test_frames_stored_at_the_recipes_size_are_not_resized(numbered, monkeypatch
     monkeypatch.setattr("pipelines.stages.resize.interpolate", refuse)
 
     def shown(split: Split, config: DataConfig) -> None:
-        request = Request(split.video(0), np.arange(2))
+        request = ClipRequest(split.video(0), np.arange(2))
         with closing(Lane(split, config, torch.device("cpu"), 1)) as lane:
-            lane.decode([request], lane.read([request]))
+            lane.batch([request])
 
     shown(numbered.intra, CLIP)
     for split, side in ((numbered.intra, SIDE // 2), (numbered.copy, SIDE)):
@@ -236,10 +238,11 @@ def test_the_crop_window_is_torchvisions_for_every_size(numbered):
     requests, pictures = [], []
     for width, height in sizes:
         video = replace(numbered.copy.video(0), width=width, height=height)
-        requests.append(Request(video, np.array([0])))
+        requests.append(ClipRequest(video, np.array([0])))
         x, y = np.meshgrid(np.arange(width), np.arange(height))
         pictures.append(Source([np.stack([x, y, x * 0], axis=2).astype(np.uint8)], np.array([0])))
-    frames, mask = lane.decode(requests, pictures)
+    plan = lane.batch(requests, pictures)
+    frames, mask = plan.frames, lane.mask(plan.clips, plan.rows)
     lane.close()
     corners = (frames[:, 0, :2, 0, 0] * 255).round().int().tolist()
     assert corners == [[round((width - crop) / 2), round((height - crop) / 2)] for width, height in sizes]
@@ -251,7 +254,7 @@ def test_normalisation(numbered):
     lane = Lane(numbered.copy, config, torch.device("cpu"), 1)
     flat = [np.full((16, 16, 3), colour, np.uint8) for colour in ((255, 0, 100), (3, 128, 254))]
     video = replace(numbered.copy.video(0), width=16, height=16)
-    frames, _ = lane.decode([Request(video, np.array([0, 1]))], [Source(flat, np.array([0, 1]))])
+    frames = lane.batch([ClipRequest(video, np.array([0, 1]))], [Source(flat, np.array([0, 1]))]).frames
     lane.close()
     mean, std = torch.tensor(config.mean), torch.tensor(config.std)
     expected = (torch.tensor([[255, 0, 100], [3, 128, 254]]) / 255 - mean) / std
@@ -273,7 +276,8 @@ def test_the_video_lane_reads_intra_shards_too(numbered):
 
 def test_nothing_to_decode(numbered):
     lane = Lane(numbered.intra, CLIP, torch.device("cpu"), 4)
-    frames, mask = lane.decode([], lane.read([]))
+    plan = lane.batch([])
+    frames, mask = plan.frames, lane.mask(plan.clips, plan.rows)
     lane.close()
     assert frames.shape == (0, CLIP.num_frames, 3, SIDE, SIDE) and mask.shape == (0, CLIP.num_frames)
 
@@ -284,10 +288,10 @@ def test_a_row_past_the_end_of_the_file_is_a_bad_sample(numbered, profile):
     lane = Lane(split, CLIP, torch.device("cpu"), 2)
     good = split.video(0)
     lost = replace(good, offset=10**9)
-    first, second = lane.read([Request(lost, np.array([0])), Request(good, np.array([0]))])
+    first, second = lane.batch([ClipRequest(lost, np.array([0])), ClipRequest(good, np.array([0]))]).clips
     lane.close()
-    assert isinstance(first, BadSample) and "cut short" in str(first)
-    assert len(second.pieces) == 1
+    assert isinstance(first.error, BadSample) and "cut short" in str(first.error)
+    assert second.error is None and second.source.decoded >= 1
 
 
 @pytest.mark.gpu

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from pipelines import loader as loader_module
 from pipelines.config import DataConfig
-from pipelines.eval_loader import VideoReader
+from pipelines.eval_loader import EvalLoader
 from pipelines.loader import Batch, Loader
 from pipelines.tokens import tokenize
 from shards import ShardError
@@ -63,13 +64,13 @@ def damage(split: Split, keys: list[str], folder: Path) -> Split:
 
 @pytest.fixture
 def slow_decode(monkeypatch):
-    decode = Loader._assemble
+    decode = loader_module._Batching._batch
 
     def slow(self, *args):
         time.sleep(0.12)
         return decode(self, *args)
 
-    monkeypatch.setattr(Loader, "_assemble", slow)
+    monkeypatch.setattr(loader_module._Batching, "_batch", slow)
 
 
 def test_what_a_batch_holds(numbered):
@@ -113,8 +114,8 @@ def test_the_wait_of_a_step_is_measured(numbered, slow_decode):
 
 def test_no_more_is_made_ahead_than_asked_for(numbered, monkeypatch):
     made = []
-    make = Loader._make
-    monkeypatch.setattr(Loader, "_make", lambda self, *at: made.append(at) or make(self, *at))
+    make = loader_module._Batching._batch
+    monkeypatch.setattr(loader_module._Batching, "_batch", lambda self, *at: made.append(at) or make(self, *at))
     with Loader(numbered.intra, replace(SMALL, prefetch=2), batch_size=4, seed=0) as loader:
         next(loader.batches())
         deadline = time.perf_counter() + 5
@@ -284,7 +285,7 @@ def test_a_loader_runs_once(numbered):
 def test_evaluation_sees_every_video_once(numbered, world):
     whole = {}
     config = replace(SMALL, eval_batch_size=2)
-    readers = [VideoReader(numbered.intra, config, rank=rank, world=world) for rank in range(world)]
+    readers = [EvalLoader(numbered.intra, config, rank=rank, world=world) for rank in range(world)]
     assert {reader.batches for reader in readers} == {{1: 6, 2: 3, 3: 2, 13: 1}[world]}
     for reader in readers:
         batches = list(reader)
@@ -298,7 +299,7 @@ def test_evaluation_sees_every_video_once(numbered, world):
         reader.close()
     assert sorted(whole) == list(range(12))
     if world > 1:
-        (reader,) = [VideoReader(numbered.intra, replace(SMALL, eval_batch_size=12))]
+        (reader,) = [EvalLoader(numbered.intra, replace(SMALL, eval_batch_size=12))]
         ((indices, frames, _),) = reader
         reader.close()
         assert all(torch.equal(whole[i], clip) for i, clip in zip(indices.tolist(), frames, strict=True))
@@ -307,7 +308,7 @@ def test_evaluation_sees_every_video_once(numbered, world):
 @pytest.mark.parametrize("profile", PROFILES)
 def test_evaluation_refuses_a_damaged_video(numbered, profile, tmp_path):
     split = damage(getattr(numbered, profile), ["short"], tmp_path / "split")
-    reader = VideoReader(split, SMALL)
+    reader = EvalLoader(split, SMALL)
     with pytest.raises(ShardError, match="split: short cannot be evaluated: crc32c"):
         list(reader)
     reader.close()

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.eval_loader import VideoReader
+from pipelines.eval_loader import EvalLoader
 from pipelines.loader import Loader
-from pipelines.remote_prefetch import Ahead
+from pipelines.remote_prefetch import RemotePrefetch
+from pipelines.requests import BatchPlan
 from shards import ShardError, remote
 from shards.concat import Concat, open_splits
 from shards.disk_cache import DiskCache, Full
@@ -141,30 +142,41 @@ def test_one_of_many_fetches(tmp_path):
 # ---- fetching ahead ----
 
 
-def test_so_many_steps_are_fetched_ahead_and_no_more_than_fit():
-    done = []
+def test_so_many_batches_are_fetched_ahead_and_no_more_than_fit():
+    done, idle = [], threading.Event()
 
-    def wanted(place: int) -> list:
-        def task() -> int:
-            if place == 3:
-                raise OSError("left for the step itself")
-            done.append(place)
-            return 60
+    def bring(request: int) -> int:
+        idle.set()
+        if request == 3:
+            raise OSError("left for whoever reads the clip")
+        done.append(request)
+        return 60
 
-        return [task]
+    def samples(count: int):
+        for place in range(count):
+            plan = BatchPlan(place, 1, 1)
+            plan.add(place)
+            yield plan.samples[0]
 
-    def settled(ahead: Ahead, place: int, last: int | None) -> list[int]:
+    def settled() -> list[int]:
+        while idle.is_set():  # until nothing has been fetched for a while
+            idle.clear()
+            idle.wait(0.2)
+        got = sorted(done)
         done.clear()
-        ahead.reach(place, last)
-        time.sleep(0.1)
-        return sorted(done)
+        return got
 
-    wide, narrow = Ahead(wanted, 4, 10**6), Ahead(wanted, 4, 100)
-    assert settled(wide, 0, None) == [0, 1, 2, 4]
-    assert settled(wide, 1, None) == [5] and settled(wide, 9, 11) == [9, 10, 11] and settled(wide, 10, 11) == []
-    assert settled(narrow, 0, None) == [0, 1, 2], "the next step's whatever they take, then what there is room for"
-    assert settled(narrow, 2, None) == [4, 5]
+    def fetched(stream) -> list[int]:
+        idle.set()
+        next(stream)
+        return settled()
+
+    wide, narrow = RemotePrefetch(bring, 4, 10**6)(samples(12)), RemotePrefetch(bring, 4, 100)(samples(12))
+    assert [fetched(wide) for _ in range(9)] == [[0, 1, 2, 4], [5], [6], [7], [8], [9], [10], [11], []]
+    assert [s.batch.place for s in wide] == [9, 10, 11]
     wide.close()
+    assert fetched(narrow) == [0, 1, 2], "the next batch's whatever they take, then what there is room for"
+    assert fetched(narrow) + fetched(narrow) == [4, 5]
     narrow.close()
 
 
@@ -271,7 +283,7 @@ def test_evaluation_reads_it_too_and_ahead(numbered, url, tmp_path, monkeypatch)
     fetch = remote.fetch
     monkeypatch.setattr(remote, "fetch", lambda *at: (by.add(threading.current_thread().name), fetch(*at))[1])
     for name, split in (("here", numbered.intra), ("there", remote)):
-        reader = VideoReader(split, SMALL)
+        reader = EvalLoader(split, SMALL)
         found[name] = [frames for _, frames, _ in reader]
         reader.close()
     assert all(map(torch.equal, found["here"], found["there"])) and len(found["here"]) > 0

@@ -1,0 +1,170 @@
+"""Which clips are made: the source of the chain, and what passes along it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from pipelines.config import ClipsConfig, DataConfig
+from pipelines.frame_sampling import candidates, choose, draws, generator, ordered
+from pipelines.mixture import Mixture
+from pipelines.narration import clip_of_pair, stored_between
+from pipelines.pair_order import Order
+from pipelines.stages.fetch import BadSample, Source
+from shards.concat import Concat
+from shards.schema import Video
+from shards.split import Split
+
+_REPLACEMENT_TRIES = 64  # batches looked through for a replacement
+
+
+@dataclass(frozen=True)
+class ClipRequest:
+    """The frames of one clip: positions in the video's frame table, int64 [frames], in clip order, any of them twice.
+
+    `draw`, (seed, epoch, video, caption), decides its view where training augments; without it the clip looks as the
+    recipe says. `texts`: the captions that describe it, in training."""
+
+    video: Video
+    positions: np.ndarray
+    draw: tuple[int, int, int, int] | None = None
+    texts: tuple[str, ...] = ()
+
+
+@dataclass(eq=False)
+class Sample:
+    """A clip on its way along the chain. Each stage fills in what it is for.
+
+    request  None: the batch has no clip for this rank, and goes along the chain for its place
+    pair     (video, caption) in training
+    source   what was fetched
+    frames   uint8 [n, H, W, 3] (an array, a tensor on the device, or a list of pictures), good until the next group of
+             samples is asked for; `positions` int64 [n], which stored frames these are, increasing
+    error    why the clip cannot be had; a later stage passes it on
+    """
+
+    batch: "BatchPlan"
+    row: int
+    request: ClipRequest | None
+    pair: np.ndarray | None = None
+    source: Source | None = None
+    frames: np.ndarray | torch.Tensor | list[np.ndarray] | None = None
+    positions: np.ndarray | None = None
+    error: BadSample | None = None
+
+
+@dataclass(eq=False)
+class BatchPlan:
+    """One rank's share of a batch while it is made.
+
+    place    of the batch among all, counted through the epochs
+    rows     of the tensors, those without a clip included
+    total    clips that all ranks together have in it
+    frames   the memory that the clips are written into, row by row, once the first is there
+    """
+
+    place: int
+    rows: int
+    total: int
+    samples: list[Sample] = field(default_factory=list)
+    frames: torch.Tensor | None = None
+
+    def add(self, request: ClipRequest | None, pair: np.ndarray | None = None) -> None:
+        """One more clip, in the next row."""
+        self.samples.append(Sample(self, len(self.samples), request, pair))
+
+    @property
+    def clips(self) -> list[Sample]:
+        """The samples, without one that only stands for an empty batch."""
+        return [sample for sample in self.samples if sample.request is not None]
+
+
+class TrainingRequests:
+    """The clips of a rank's rows of every batch: a pure function of (seed, epoch, step).
+
+    pool: stored frames of a video that random rules draw from; 0: all.
+    """
+
+    def __init__(
+        self, split: Split | Concat, config: DataConfig, clips: ClipsConfig, order: Order | Mixture, rows: slice, seed: int,
+        pool: int,
+    ):  # fmt: skip
+        self._split, self._config, self._clips, self._seed, self._pool = split, config, clips, seed, pool
+        self.order, self._rows = order, rows
+
+    def samples(self, place: int, count: int | None) -> Iterator[Sample]:
+        """The samples of `count` batches (without end if None) from `place` on, in the order of batches and rows."""
+        end = None if count is None else place + count
+        while end is None or place < end:
+            epoch, step = divmod(place, self.order.steps_per_epoch)
+            pairs = self.order.batch(epoch, step)
+            plan = BatchPlan(place, self._rows.stop - self._rows.start, len(pairs))
+            for pair in pairs[self._rows]:
+                plan.add(self.request(pair, epoch), pair)
+            if not plan.samples:
+                plan.add(None)
+            yield from plan.samples
+            place += 1
+
+    def request(self, pair: np.ndarray, epoch: int) -> ClipRequest:
+        """What the pair (video, caption) shows in this epoch."""
+        video, config = self._split.video(int(pair[0])), self._config
+        draw = (self._seed, epoch, int(pair[0]), int(pair[1]))
+        drawn = draws(config.sampling) or config.frame_order == "random"
+        random = generator(*draw) if drawn else None
+        if self._clips.cut:
+            clip = clip_of_pair(self._split.captions(video.index), int(pair[1]), video.duration, self._clips)
+            between, texts = stored_between(video, clip.start, clip.end), clip.texts
+        else:
+            between, texts = None, (texts_of(self._split, video.index, config)[int(pair[1])],)
+        among = candidates(video, self._pool) if self._pool and draws(config.sampling) else None
+        positions = choose(video, config.sampling, config.num_frames, config.fps, random, among, between)
+        return ClipRequest(video, ordered(positions, config.frame_order, random), draw, texts)
+
+    def spares(self, sample: Sample) -> Iterator[np.ndarray]:
+        """Pairs that may take a sample's row: of the batches after its own, with videos that are not in it.
+
+        They are dealt out to the rows in turn: no two rows get the same one, whichever ranks they are on, and what a
+        row gets does not depend on what else is bad.
+        """
+        epoch, step = divmod(sample.batch.place, self.order.steps_per_epoch)
+        row, pairs = self._rows.start + sample.row, self.order.batch(epoch, step)
+        seen, dealt = set(pairs[:, 0].tolist()), 0
+        for ahead in range(1, min(_REPLACEMENT_TRIES, self.order.steps_per_epoch)):
+            for pair in self.order.batch(epoch, (step + ahead) % self.order.steps_per_epoch):
+                if int(pair[0]) not in seen:
+                    seen.add(int(pair[0]))
+                    if dealt % len(pairs) == row:
+                        yield pair
+                    dealt += 1
+
+
+class EvalRequests:
+    """Every video of a split once, in order; ranks take turns. Each rank has the same number of batches, of which the
+    last may have no clip (collectives need that)."""
+
+    def __init__(self, split: Split, config: DataConfig, rank: int, world: int):
+        self._split, self._config = split, config
+        self._videos = np.arange(rank, len(split), world)
+        self.batches = -(-(-(-len(split) // world)) // config.eval_batch_size)
+
+    def samples(self) -> Iterator[Sample]:
+        """The samples in the order of batches and rows."""
+        config, size = self._config, self._config.eval_batch_size
+        for place in range(self.batches):
+            indices = self._videos[place * size : (place + 1) * size].tolist()
+            plan = BatchPlan(place, len(indices), len(indices))
+            for index in indices:
+                video = self._split.video(index)
+                positions = choose(video, config.sampling, config.num_frames, config.fps)
+                plan.add(ClipRequest(video, ordered(positions, config.frame_order)))
+            if not plan.samples:
+                plan.add(None)
+            yield from plan.samples
+
+
+def texts_of(split: Split | Concat, video: int, config: DataConfig) -> list[str]:
+    """The texts that describe a video: its captions, or with `config.paragraph` all of them as one."""
+    texts = [caption["text"] for caption in split.captions(video)]
+    return [" ".join(texts)] if config.paragraph else texts
