@@ -28,29 +28,48 @@ class RemotePrefetch:
 
     def __init__(self, bring: Callable[[ClipRequest], int], steps: int, max_bytes: int):
         self._bring, self._steps, self._max = bring, steps, max_bytes
+        self._samples: Iterator[Sample] = iter(())
+        self._ahead: deque[Sample] = deque()  # within reach, and not handed on yet
+        self._coming: Sample | None = None  # the first beyond reach
+        self._started = False
         self._state = threading.Condition()
         self._tasks: deque[Sample] = deque()
         self._at, self._closed = 0, False  # the place of the batch that is handed on
         self._held: dict[int, int] = {}  # bytes brought here for each batch to come
         self._busy, self._largest = 0, 0  # what is being fetched will take as much as the largest so far, at most
 
-    def __call__(self, samples: Iterator[Sample]) -> Iterator[Sample]:
+    def __call__(self, samples: Iterator[Sample]) -> "RemotePrefetch":
+        self._samples = samples
+        return self
+
+    def __iter__(self) -> "RemotePrefetch":
+        return self
+
+    def __next__(self) -> Sample:
+        if not self._started:
+            self._start()
+        first = self._ahead[0] if self._ahead else self._coming
+        if first is None:
+            raise StopIteration
+        place, new = first.batch.place, []
+        while self._coming is not None and self._coming.batch.place <= place + self._steps:
+            new.append(self._coming)
+            self._coming = next(self._samples, None)
+        self._ahead += new
+        self._reach(place, [sample for sample in new if sample.request is not None])
+        return self._ahead.popleft()
+
+    def close(self) -> None:
+        """Fetch nothing more."""
+        with self._state:
+            self._closed = True
+            self._tasks.clear()
+            self._state.notify_all()
+
+    def _start(self) -> None:
+        self._started, self._coming = True, next(self._samples, None)
         for i in range(THREADS):
             threading.Thread(target=self._work, name=f"c4c-fetch-{i}", daemon=True).start()
-        ahead: deque[Sample] = deque()
-        coming = next(samples, None)
-        try:
-            while ahead or coming is not None:
-                place = (ahead[0] if ahead else coming).batch.place
-                new = []
-                while coming is not None and coming.batch.place <= place + self._steps:
-                    new.append(coming)
-                    coming = next(samples, None)
-                ahead += new
-                self._reach(place, [sample for sample in new if sample.request is not None])
-                yield ahead.popleft()
-        finally:
-            self._close()
 
     def _reach(self, place: int, new: list[Sample]) -> None:
         """The batch at `place` is handed on; `new` samples have come into reach."""
@@ -62,12 +81,6 @@ class RemotePrefetch:
                 self._tasks.popleft()
             self._held = {p: n for p, n in self._held.items() if p > place}
             self._tasks.extend(new)
-            self._state.notify_all()
-
-    def _close(self) -> None:
-        with self._state:
-            self._closed = True
-            self._tasks.clear()
             self._state.notify_all()
 
     def _work(self) -> None:

@@ -209,7 +209,7 @@ def test_a_reader_that_is_dropped_gives_back_all_it_has(numbered, store, tmp_pat
 def test_a_loader_that_failed_gives_back_all_it_has(numbered, monkeypatch):
     run(numbered.intra, 1)
     before, most = ours(), handles() + 1
-    monkeypatch.setattr(Loader, "_assemble", lambda self, *at: 1 // 0)
+    monkeypatch.setattr("pipelines.loader._Batching._batch", lambda self, *at: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         next(Loader(numbered.intra, SMALL, batch_size=4, seed=0).batches())
     settled(before, most)
