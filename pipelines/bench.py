@@ -29,6 +29,7 @@ from shards.split import Split
 
 
 def main(words: list[str] | None = None) -> int:
+    """Run the command line; its exit code."""
     args = _arguments(words)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:

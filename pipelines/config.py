@@ -120,6 +120,7 @@ class DataConfig:
 
     @property
     def short_side(self) -> int:
+        """Of pictures before the crop, pixels."""
         return self.resize or self.image_size
 
     @property

@@ -48,8 +48,9 @@ class EvalLoader:
             yield indices, plan.frames, self._lane.mask(plan.clips, plan.rows)
 
     def __del__(self):
-        if not sys.is_finalizing() and getattr(self, "_prefetch", None) is not None:
-            self._prefetch.stop()
+        prefetch: Prefetch | None = getattr(self, "_prefetch", None)
+        if prefetch is not None and not sys.is_finalizing():
+            prefetch.stop()
 
     def close(self) -> None:
         """End the threads. Safe to call twice; a loader that is dropped does it itself."""

@@ -79,4 +79,4 @@ def pictures(split: Split, video: Video, positions: np.ndarray) -> list[np.ndarr
     pieces = reader.jpegs(video, positions).pieces
     graph = Graph(Plan("jpegs", resize=False, whole=True), 0, len(pieces), torch.device("cpu"), 1)
     graph.start(pieces, [])
-    return graph.result()
+    return list(graph.result())

@@ -27,7 +27,7 @@ from pipelines.stages.buffers import give_back_freed_memory
 from pipelines.stages.cache import FrameCache
 from pipelines.stages.collate import Collate
 from pipelines.stages.decode import Decoder
-from pipelines.stages.fetch import BadSample, Reader, Source
+from pipelines.stages.fetch import NOTHING, BadSample, Reader, Source
 from pipelines.stages.graph import Plan
 from pipelines.stages.resize import resized
 from pipelines.stats import Stats
@@ -112,14 +112,15 @@ class Lane:
     def batch(self, requests: list[ClipRequest], sources: list[Source] | None = None) -> BatchPlan:
         """A batch of these clips alone, whatever else is on its way. sources: what was fetched of them already."""
         plan, stages = BatchPlan(0, len(requests), len(requests)), self._after_fetch()
-        for request in requests or [None]:
+        for request in requests:
             plan.add(request)
+        samples = plan.complete()
         if sources is None:
             stages.insert(0, ("read_s", self._fetch))
         else:
             for sample, source in zip(plan.clips, sources, strict=True):
                 sample.source = source
-        (made,) = chain(("order_s", iter(plan.samples)), stages, Stats())
+        (made,) = chain(("order_s", iter(samples)), stages, Stats())
         return made
 
     def mask(self, samples: list[Sample], rows: int) -> torch.Tensor:
@@ -152,7 +153,7 @@ class Lane:
     def _fetch(self, samples: Stream) -> InOrder:
         """What each clip needs of its shard, checked against the crc32c of packing; as many at once as a batch has rows."""
 
-        def then(sample: Sample, found: Source | BaseException | None) -> Sample:
+        def then(sample: Sample, found: Source | BaseException) -> Sample:
             if isinstance(found, Hung):
                 found = BadSample(f"reading hangs: {found} (data.read_timeout_s)")
             if isinstance(found, BadSample):
@@ -165,10 +166,10 @@ class Lane:
 
         return InOrder(self._readers, self._source, samples, then, self._rows, self._patience)
 
-    def _source(self, sample: Sample) -> Source | None:
+    def _source(self, sample: Sample) -> Source:
+        if sample.empty:
+            return NOTHING
         request = sample.request
-        if request is None:
-            return None
         if (cached := self._cached(request)) is not None:
             return cached
         video, wanted = request.video, self._to_decode(request)
@@ -207,15 +208,17 @@ class Lane:
 
     def _store(self, groups: Stream) -> Iterator[list[Sample]]:
         """Keep in the cache what was decoded, if it is what the cache keeps of the video."""
+        cache = self.cache
+        assert cache is not None
 
         def keep(sample: Sample) -> None:
             if np.array_equal(sample.positions, self._cacheable(sample.request)):
                 clip = sample.frames
                 on_host = clip.cpu().numpy() if isinstance(clip, torch.Tensor) else np.asarray(clip)
-                self.cache.put(sample.request.video.index, on_host)
+                cache.put(sample.request.video.index, on_host)
 
         for group in groups:
-            if self.cache.has_room:
+            if cache.has_room:
                 self._workers.map(keep, [s for s in group if s.frames is not None and not s.source.cached])
             yield group
 

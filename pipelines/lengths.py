@@ -30,6 +30,7 @@ class Lengths:
     longest: int = 0
 
     def add(self, texts: Iterable[str]) -> None:
+        """Count these captions, too."""
         for text in texts:
             tokens = token_count(text)
             self.captions += 1
@@ -77,7 +78,11 @@ def _vocabulary() -> tuple[list[str], dict[tuple[str, str], int]]:
     plain = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     letters = [chr(byte if byte in plain else next(others)) for byte in range(256)]
-    folder = find_spec("open_clip").submodule_search_locations[0]  # not imported, which takes seconds
+    package = find_spec("open_clip")  # not imported, which takes seconds
+    if package is None or not package.submodule_search_locations:
+        raise ModuleNotFoundError("No module named 'open_clip'", name="open_clip")
+    folder = package.submodule_search_locations[0]
     with gzip.open(Path(folder) / "bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf-8") as file:
         lines = file.read().split("\n")[1 : 1 + _MERGES]
-    return letters, {tuple(line.split()): rank for rank, line in enumerate(lines)}
+    pairs = (line.split() for line in lines)
+    return letters, {(first, second): rank for rank, (first, second) in enumerate(pairs)}

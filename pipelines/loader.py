@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from pipelines import narration
-from pipelines.chain import Prefetch, Stream, chain
+from pipelines.chain import Prefetch, Stage, Stream, chain
 from pipelines.config import CacheConfig, ClipsConfig, DataConfig
 from pipelines.lanes import Lane
 from pipelines.mixture import order_of
@@ -119,7 +119,7 @@ class Loader:
     def _stream(self, place: int, count: int | None) -> Stream:
         """The chain, from the batch at `place` on."""
         samples = self._requests.samples(place, count)
-        stages = [*self._lane.stages(), ("read_s", self._replacing), ("order_s", self._batching)]
+        stages: list[Stage] = [*self._lane.stages(), ("read_s", self._replacing), ("order_s", self._batching)]
         return chain(("order_s", samples), stages, self._stats)
 
     def close(self) -> None:
@@ -135,8 +135,9 @@ class Loader:
         self.close()
 
     def __del__(self):
-        if not sys.is_finalizing() and getattr(self, "_prefetch", None) is not None:
-            self._prefetch.stop()  # the thread holds the chain, and the chain the lane, which closes itself
+        prefetch: Prefetch | None = getattr(self, "_prefetch", None)
+        if prefetch is not None and not sys.is_finalizing():
+            prefetch.stop()  # the thread holds the chain, and the chain the lane, which closes itself
 
 
 class _Replacing:
@@ -177,6 +178,7 @@ class _Replacing:
         return None
 
     def _report(self, sample: Sample) -> None:
+        assert sample.error is not None
         self._quarantine.report(sample.request.video, sample.error)
         self._stats.bad += 1
 

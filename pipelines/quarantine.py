@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # the functions below are used where nothing heavy may be imp
 class Quarantine:
     """Bad samples of the split at `split`; `file` (JSON lines, shared by ranks) lists each video once."""
 
-    def __init__(self, split: Path, file: Path | None, max_bad_fraction: float):
+    def __init__(self, split: Path | str, file: Path | None, max_bad_fraction: float):
         self.split, self._file, self._limit = split, file, max_bad_fraction
         self._bad: dict[int, int] = {}
         self.read = 0  # samples asked for so far, good and bad
@@ -26,8 +26,8 @@ class Quarantine:
         self._bad[video.index] = self._bad.get(video.index, 0) + 1
         if self._bad[video.index] == 1:
             warnings.warn(f"{self.split}: {video.id} cannot be used and is replaced: {reason}", stacklevel=2)
-            if self._file is not None and not self._listed(video.key):
-                self._list(video, reason)
+            if self._file is not None and not self._listed(self._file, video.key):
+                self._list(self._file, video, reason)
         bad = sum(self._bad.values())
         if bad > self._limit * max(self.read, 1000):
             verify = "; ".join(
@@ -38,15 +38,15 @@ class Quarantine:
                 f"data.max_bad_fraction={self._limit} allows. Last: {video.id}: {reason}. Run: {verify}"
             )
 
-    def _list(self, video: "Video", reason: Exception) -> None:
+    def _list(self, file: Path, video: "Video", reason: Exception) -> None:
         try:
-            append_line(self._file, {"split": str(self.split), "key": video.key, "id": video.id, "reason": str(reason)})
+            append_line(file, {"split": str(self.split), "key": video.key, "id": video.id, "reason": str(reason)})
         except OSError as error:  # a full disk is no reason to end a run
-            warnings.warn(f"{self._file} could not be written: {error.strerror}", stacklevel=2)
+            warnings.warn(f"{file} could not be written: {error.strerror}", stacklevel=2)
 
-    def _listed(self, key: str) -> bool:
+    def _listed(self, file: Path, key: str) -> bool:
         """Whether another rank, or this run before it was resumed, has listed the video."""
-        entries = json_lines(self._file)
+        entries = json_lines(file)
         return any(entry.get("key") == key and entry.get("split") == str(self.split) for entry in entries)
 
 

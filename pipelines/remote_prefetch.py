@@ -39,6 +39,7 @@ class RemotePrefetch:
         self._busy, self._largest = 0, 0  # what is being fetched will take as much as the largest so far, at most
 
     def __call__(self, samples: Iterator[Sample]) -> "RemotePrefetch":
+        """The stage itself: the samples in their order."""
         self._samples = samples
         return self
 
@@ -56,7 +57,7 @@ class RemotePrefetch:
             new.append(self._coming)
             self._coming = next(self._samples, None)
         self._ahead += new
-        self._reach(place, [sample for sample in new if sample.request is not None])
+        self._reach(place, [sample for sample in new if not sample.empty])
         return self._ahead.popleft()
 
     def close(self) -> None:

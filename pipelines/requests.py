@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import ceil
+from typing import cast
 
 import numpy as np
 import torch
@@ -11,7 +13,7 @@ from pipelines.frame_sampling import candidates, choose, draws, generator, order
 from pipelines.mixture import Mixture
 from pipelines.narration import clip_of_pair, stored_between
 from pipelines.pair_order import Order
-from pipelines.stages.fetch import BadSample, Source
+from pipelines.stages.fetch import NOTHING, BadSample, Source
 from shards.concat import Concat
 from shards.schema import Video
 from shards.split import Split
@@ -36,8 +38,9 @@ class ClipRequest:
 class Sample:
     """A clip on its way along the chain. Each stage fills in what it is for.
 
-    request  None: the batch has no clip for this rank, and goes along the chain for its place
+    request  what is wanted; no stage looks at it where the sample is `empty`
     pair     (video, caption) in training
+    empty    it stands for a batch in which this rank has no clip, and goes along the chain for that batch's place
     source   what was fetched
     frames   uint8 [n, H, W, 3] (an array, a tensor on the device, or a list of pictures), good until the next group of
              samples is asked for; `positions` int64 [n], which stored frames these are, increasing
@@ -46,11 +49,12 @@ class Sample:
 
     batch: "BatchPlan"
     row: int
-    request: ClipRequest | None
+    request: ClipRequest
     pair: np.ndarray | None = None
-    source: Source | None = None
+    empty: bool = False
+    source: Source = NOTHING
     frames: np.ndarray | torch.Tensor | list[np.ndarray] | None = None
-    positions: np.ndarray | None = None
+    positions: np.ndarray = NOTHING.positions
     error: BadSample | None = None
 
 
@@ -61,23 +65,35 @@ class BatchPlan:
     place    of the batch among all, counted through the epochs
     rows     of the tensors, those without a clip included
     total    clips that all ranks together have in it
-    frames   the memory that the clips are written into, row by row, once the first is there
+    memory   what the clips are written into, row by row, once the first is there
     """
 
     place: int
     rows: int
     total: int
     samples: list[Sample] = field(default_factory=list)
-    frames: torch.Tensor | None = None
+    memory: torch.Tensor | None = None
 
-    def add(self, request: ClipRequest | None, pair: np.ndarray | None = None) -> None:
+    def add(self, request: ClipRequest, pair: np.ndarray | None = None) -> None:
         """One more clip, in the next row."""
         self.samples.append(Sample(self, len(self.samples), request, pair))
 
+    def complete(self) -> list[Sample]:
+        """The samples, or one that is empty."""
+        if not self.samples:
+            self.samples = [Sample(self, 0, cast(ClipRequest, None), empty=True)]
+        return self.samples
+
     @property
     def clips(self) -> list[Sample]:
-        """The samples, without one that only stands for an empty batch."""
-        return [sample for sample in self.samples if sample.request is not None]
+        """The samples, without an empty one."""
+        return [sample for sample in self.samples if not sample.empty]
+
+    @property
+    def frames(self) -> torch.Tensor:
+        """All rows, of whatever is written in them; see stages/collate.py for shapes."""
+        assert self.memory is not None, "the batch has not come as far as its frames"
+        return self.memory
 
 
 class TrainingRequests:
@@ -102,9 +118,7 @@ class TrainingRequests:
             plan = BatchPlan(place, self._rows.stop - self._rows.start, len(pairs))
             for pair in pairs[self._rows]:
                 plan.add(self.request(pair, epoch), pair)
-            if not plan.samples:
-                plan.add(None)
-            yield from plan.samples
+            yield from plan.complete()
             place += 1
 
     def request(self, pair: np.ndarray, epoch: int) -> ClipRequest:
@@ -147,7 +161,8 @@ class EvalRequests:
     def __init__(self, split: Split, config: DataConfig, rank: int, world: int):
         self._split, self._config = split, config
         self._videos = np.arange(rank, len(split), world)
-        self.batches = -(-(-(-len(split) // world)) // config.eval_batch_size)
+        videos_of_a_rank = ceil(len(split) / world)  # at most
+        self.batches = ceil(videos_of_a_rank / config.eval_batch_size)
 
     def samples(self) -> Iterator[Sample]:
         """The samples in the order of batches and rows."""
@@ -159,9 +174,7 @@ class EvalRequests:
                 video = self._split.video(index)
                 positions = choose(video, config.sampling, config.num_frames, config.fps)
                 plan.add(ClipRequest(video, ordered(positions, config.frame_order)))
-            if not plan.samples:
-                plan.add(None)
-            yield from plan.samples
+            yield from plan.complete()
 
 
 def texts_of(split: Split | Concat, video: int, config: DataConfig) -> list[str]:

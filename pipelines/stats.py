@@ -33,6 +33,7 @@ class Stats:
     copy_s: float = 0.0  # into the cache, and to the device
 
     def add(self, other: "Stats") -> None:
+        """Add what another batch cost."""
         for field in fields(self):
             setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
 
@@ -53,6 +54,7 @@ class Stats:
         self.read_s, self.decode_s = self.read_s - decoded, self.decode_s + decoded
 
     def minus(self, before: "Stats") -> "Stats":
+        """What was added since `before`, a copy of then."""
         return Stats(**{f.name: getattr(self, f.name) - getattr(before, f.name) for f in fields(self)})
 
     def metrics(self) -> dict[str, float]:

@@ -37,7 +37,8 @@ class Workers:
 
     def share(self, function: Callable[[Any], Any], items: Sequence) -> "SharedWork":
         """Begin `function(item)` for every item, and leave to the thread that calls `finish` what is not begun by then."""
-        work, unused = SharedWork(function, items), queue.SimpleQueue()
+        work = SharedWork(function, items)
+        unused: queue.SimpleQueue = queue.SimpleQueue()
         for number in range(min(self._count, len(items))):
             self.submit(SharedWork.help, work, number, unused)
         return work
@@ -154,7 +155,7 @@ class SharedWork:
     before another thread wakes up."""
 
     def __init__(self, function: Callable[[Any], Any], items: Sequence):
-        self._function, self._results = function, [None] * len(items)
+        self._function, self._results = function, list[Any]([None] * len(items))
         self._left = deque(enumerate(items))
         self._done: queue.SimpleQueue = queue.SimpleQueue()
 

@@ -50,7 +50,7 @@ def view(size: tuple[int, int], config: DataConfig, random: np.random.Generator 
 
 
 def _centre(size: tuple[int, int], config: DataConfig) -> tuple[float, float, float, float]:
-    """torchvision's Resize to the short side and CenterCrop, as a window before the resize."""
+    """As torchvision's Resize to the short side and CenterCrop, as a window before the resize."""
     scaled, crop = scaled_size(*size, config.short_side), config.image_size
     start = [round((n - crop) / 2) for n in scaled]
     ratio = [n / s for n, s in zip(size, scaled, strict=True)]
@@ -58,7 +58,7 @@ def _centre(size: tuple[int, int], config: DataConfig) -> tuple[float, float, fl
 
 
 def _random_window(size: tuple[int, int], least: float, random: np.random.Generator) -> tuple[int, int, int, int]:
-    """torchvision's RandomResizedCrop: an area of `least` to 1 of the picture's, sides 3:4 to 4:3."""
+    """As torchvision's RandomResizedCrop: an area of `least` to 1 of the picture's, sides 3:4 to 4:3."""
     width, height = size
     areas = random.uniform(least, 1, _TRIES) * width * height
     ratios = np.exp(random.uniform(-math.log(_RATIO), math.log(_RATIO), _TRIES))

@@ -79,7 +79,7 @@ class FrameCache:
             return None
         clip = np.frombuffer(self._bytes, np.uint8, size, start - 1).reshape(frames, height, width, 3)
         if boot != self._boot:
-            if crc32c(clip) != crc:
+            if crc32c(clip.data) != crc:
                 return None
             self._write_entry(video, start - 1, clip.shape, crc)
         return clip
@@ -93,10 +93,10 @@ class FrameCache:
             if start is None:
                 return False
             clip = np.ascontiguousarray(clip)
-            view, done = memoryview(clip).cast("B"), 0
+            view, done = memoryview(clip.data).cast("B"), 0
             while done < len(view):
                 done += os.pwrite(self._data, view[done:], start + done)
-            self._write_entry(video, start, clip.shape, crc32c(clip))
+            self._write_entry(video, start, clip.shape, crc32c(clip.data))
         except OSError as error:
             self._failed = True
             warnings.warn(f"the cache in {self.folder} takes no more frames: {error}", stacklevel=2)
@@ -110,6 +110,7 @@ class FrameCache:
 
     @property
     def has_room(self) -> bool:
+        """Whether it takes more clips."""
         return not self._failed and self.used_bytes < self._room
 
     def close(self) -> None:

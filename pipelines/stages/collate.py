@@ -27,6 +27,7 @@ class Collate:
         self._buffers = Buffers(device, config.prefetch + _BATCHES_BESIDE_PREFETCH)
 
     def __call__(self, groups: Stream) -> Iterator[BatchPlan]:
+        """The stage itself: plans whose memory is filled."""
         for group in groups:
             self._write(group)
             for sample in group:
@@ -35,8 +36,8 @@ class Collate:
 
     def _write(self, group: list[Sample]) -> None:
         for plan in {id(sample.batch): sample.batch for sample in group}.values():
-            if plan.frames is None:
-                plan.frames = self._memory(plan)
+            if plan.memory is None:
+                plan.memory = self._memory(plan)
             samples = [sample for sample in group if sample.batch is plan and sample.frames is not None]
             if self._device.type == "cuda":
                 self._write_on_device(plan.frames, samples)
@@ -47,7 +48,7 @@ class Collate:
                 sample.source.pieces = []
 
     def _write_row(self, sample: Sample) -> None:
-        self._normalise.fill(sample.batch.frames[sample.row], sample.frames, _slots(sample), self._raw)
+        self._normalise.fill(sample.batch.frames[sample.row], np.asarray(sample.frames), _slots(sample), self._raw)
 
     def _write_on_device(self, frames: torch.Tensor, samples: list[Sample]) -> None:
         if not samples:

@@ -14,7 +14,7 @@ from pipelines.frame_sampling import generator
 from pipelines.requests import Sample
 from pipelines.stages.augment import View, view
 from pipelines.stages.buffers import keep_freed_memory
-from pipelines.stages.fetch import BadSample
+from pipelines.stages.fetch import NOTHING, BadSample
 from pipelines.stages.graph import Graph, GraphError, Plan, copied
 from shards.schema import Video
 from shards.video.picture import scaled_size
@@ -32,7 +32,7 @@ class _Group:
     @property
     def encoded(self) -> list[Sample]:
         """Those that the graph has to decode."""
-        return [s for s in self.samples if s.source is not None and not s.source.ready]
+        return [sample for sample in self.samples if not sample.source.ready]
 
 
 class Decoder:
@@ -68,7 +68,7 @@ class Decoder:
                     except BaseException as error:  # StopIteration too
                         ended = error
                         break
-                    pieces = 0 if sample.source is None or sample.source.ready else len(sample.source.pieces)
+                    pieces = 0 if sample.source.ready else len(sample.source.pieces)
                     if waiting and (len(waiting) == self._clips or held + pieces > self.units):
                         under_way.append(self._start(waiting))
                         waiting, held = [], 0
@@ -83,7 +83,7 @@ class Decoder:
         finally:
             for group in under_way:
                 group.graph = None  # before the sources: it waits for the run that reads them
-        if not isinstance(ended, StopIteration):
+        if ended is not None and not isinstance(ended, StopIteration):
             raise ended
 
     @property
@@ -112,10 +112,9 @@ class Decoder:
             finally:
                 group.graph = None
         for sample in group.samples:
-            if sample.source is not None:
-                sample.positions = sample.source.positions
-                if sample.source.ready:
-                    sample.frames = sample.source.pieces[0]
+            sample.positions = sample.source.positions
+            if sample.source.ready and sample.source.pieces:
+                sample.frames = sample.source.pieces[0]
         return group.samples
 
     def _bisect(self, samples: list[Sample]) -> None:
@@ -127,7 +126,7 @@ class Decoder:
                 self._take(self._fed(some), some)
             except GraphError as error:
                 if len(some) == 1:
-                    some[0].error, some[0].source = BadSample(f"the decoder rejects it: {error}"), None
+                    some[0].error, some[0].source = BadSample(f"the decoder rejects it: {error}"), NOTHING
                 else:
                     groups += [some[: len(some) // 2], some[len(some) // 2 :]]
             else:
@@ -147,7 +146,7 @@ class Decoder:
             views += [View(0, 0, *size) if whole else view(size, self._config, random)] * count
             sizes += [scaled] * count
         graph = self._resting.pop() if self._resting else self._make()
-        graph.start(pieces, views, sizes, [s.positions for s in sources] if files else None)
+        graph.start(pieces, views, sizes, [s.positions for s in sources] if files else [])
         return graph
 
     def _take(self, graph: Graph | None, samples: list[Sample]) -> None:

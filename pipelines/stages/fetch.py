@@ -41,6 +41,9 @@ class Source:
     decode_s: float = 0.0
 
 
+NOTHING = Source([], np.empty(0, np.int64), ready=True)  # of a clip that is not fetched yet, or cannot be
+
+
 class Reader:
     """Fetches frames of one split. Safe to use from several threads. Raises BadSample, and Unreachable
     or Full where it is not the sample's fault. Bytes of a remote split that fail their checksum are fetched once more."""

@@ -1,6 +1,8 @@
 """The DALI graph: stored frames to uint8 frames of the recipe's size."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,7 +56,7 @@ class Graph:
         plan, device = self.plan, "gpu" if self._gpu else "cpu"
         crops = not plan.resize and not plan.whole
         start = fn.external_source(name="start", ndim=1, dtype=types.INT32) if crops else None
-        window = {"start": start, "shape": [self._side, self._side], "axis_names": "WH"}
+        window: dict[str, Any] = {"start": start, "shape": [self._side, self._side], "axis_names": "WH"}
         if plan.source == "jpegs":
             source = fn.external_source(name="source", no_copy=True, dtype=types.UINT8, ndim=1)
             mode = "mixed" if self._gpu else "cpu"
@@ -93,8 +95,8 @@ class Graph:
         self,
         pieces: list[np.ndarray],
         views: list[View],
-        sizes: list[tuple[int, int]] | None = None,
-        positions: list[np.ndarray] | None = None,
+        sizes: Sequence[tuple[int, int]] = (),
+        positions: Sequence[np.ndarray] = (),
     ) -> None:
         """Begin to make frames, which `result` hands over; one call after another. One view a unit; `sizes` (width,
         height) only where the plan is `whole`. `pieces` must stay as they are until then. Raises GraphError."""
@@ -123,7 +125,7 @@ class Graph:
             return torch.cat([torch.from_dlpack(clip) for clip in output])
         return torch.from_dlpack(output.as_tensor())
 
-    def _feed(self, pieces: list, views: list[View], sizes: list | None, positions: list | None) -> None:
+    def _feed(self, pieces: list, views: list[View], sizes: Sequence, positions: Sequence) -> None:
         feed, plan = self._pipeline.feed_input, self.plan
         self._fed = pieces if self._gpu or plan.source != "jpegs" else _one_array(pieces)
         feed("source", self._fed)
@@ -164,15 +166,3 @@ def copied(frames):
     if isinstance(frames, torch.Tensor):
         return frames.clone()
     return [np.array(f) for f in frames] if isinstance(frames, list) else np.array(frames)
-
-
-def bounded(rows: list[int], counts: list[int], most: int) -> list[list[int]]:
-    """The rows in groups of at most `most` pieces in all."""
-    groups, held = [[]], 0
-    for row, count in zip(rows, counts, strict=True):
-        if held + count > most and groups[-1]:
-            groups.append([])
-            held = 0
-        groups[-1].append(row)
-        held += count
-    return groups

@@ -36,10 +36,11 @@ class Normalise:
         self._scale = (1 / std).astype(np.float32)
         self._offset = (-np.array(config.mean, np.float64) * 255 / std).astype(np.float32)
         library = _library()
-        self._kernel = library and getattr(library, "normalise_f16" if self.dtype == torch.float16 else "normalise_f32")
+        kernel = "normalise_f16" if self.dtype == torch.float16 else "normalise_f32"
+        self._kernel = None if library is None else getattr(library, kernel)
 
     def into(self, out: torch.Tensor, frames: np.ndarray) -> None:
-        """frames uint8 [n, H, W, 3], each picture contiguous, into out [n, 3, H, W], contiguous, both on the CPU.
+        """Write frames uint8 [n, H, W, 3], each picture contiguous, into out [n, 3, H, W], contiguous, both on the CPU.
 
         The interpreter is free meanwhile, so threads can share the work."""
         n, height, width, _ = frames.shape
@@ -56,7 +57,7 @@ class Normalise:
         )  # fmt: skip
 
     def fill(self, out: torch.Tensor, frames: np.ndarray, picks: np.ndarray, raw: bool) -> None:
-        """frames[picks] into the first slots of a clip; zeros into the others."""
+        """Write frames[picks] into the first slots of a clip; zeros into the others."""
         n = len(picks)
         if n < len(out):
             out[n:].numpy()[:] = 0  # torch would wake threads for it, which then spin
@@ -93,7 +94,7 @@ class Normalise:
                 out[i, len(pick) :] = 0
 
     def on_device(self, frames: torch.Tensor) -> torch.Tensor:
-        """frames uint8 [..., H, W, 3] on any device, normalised, [..., 3, H, W]."""
+        """The frames, uint8 [..., H, W, 3] on any device, normalised, [..., 3, H, W]."""
         scale, offset = (torch.from_numpy(a).to(frames.device) for a in (self._scale, self._offset))
         return (frames.float() * scale + offset).to(self.dtype).movedim(-1, -3).contiguous()
 
