@@ -52,9 +52,9 @@ class Sample:
     request: ClipRequest
     pair: np.ndarray | None = None
     empty: bool = False
-    source: Source = NOTHING
+    source: Source = field(default_factory=lambda: NOTHING)
     frames: np.ndarray | torch.Tensor | list[np.ndarray] | None = None
-    positions: np.ndarray = NOTHING.positions
+    positions: np.ndarray = field(default_factory=lambda: NOTHING.positions)
     error: BadSample | None = None
 
 

@@ -3,7 +3,6 @@
 import json
 import shutil
 import threading
-import time
 from dataclasses import replace
 from queue import SimpleQueue
 
@@ -23,7 +22,7 @@ from shards import ShardError
 from shards.remote import Unreachable
 from shards.split import Split
 from tests.pipelines.conftest import pack_videos
-from tests.pipelines.test_loader import SMALL, run
+from tests.pipelines.test_loader import SMALL, run, until
 from tests.videos import encode
 
 
@@ -106,9 +105,7 @@ def test_a_read_that_hangs_is_given_up(numbered, monkeypatch, tmp_path):
     monkeypatch.setattr(Split, "read", hanging)
     listed = tmp_path / "quarantine.jsonl"
     config = replace(SMALL, read_timeout_s=0.3)  # one thread: the next read needs another
-    started = time.perf_counter()
     batches = run(numbered.intra, 6, config=config, quarantine=listed)
-    assert time.perf_counter() - started < 15
     (entry,) = map(json.loads, listed.read_text().splitlines())
     assert entry["key"] == "short" and "reading hangs: no answer for 0.3 s (data.read_timeout_s)" in entry["reason"]
     assert not any("short" in batch.keys for batch in batches)
@@ -156,10 +153,7 @@ def test_hung_items_do_not_take_the_others_along():
     release.set()
     assert workers.map(lambda i: i + 1, range(5)) == [1, 2, 3, 4, 5]
     workers.close()
-    deadline = time.perf_counter() + 2
-    while any(t.name.startswith("test-work") for t in threading.enumerate()) and time.perf_counter() < deadline:
-        time.sleep(0.01)
-    assert not any(t.name.startswith("test-work") for t in threading.enumerate())
+    until(lambda: not any(t.name.startswith("test-work") for t in threading.enumerate()))
 
 
 @pytest.mark.timeout(60)
