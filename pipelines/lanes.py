@@ -151,7 +151,7 @@ class Lane:
     # -- stages: fetch
 
     def _fetch(self, samples: Stream) -> InOrder:
-        """What each clip needs of its shard, checked against the crc32c of packing; as many at once as a batch has rows."""
+        """What each clip needs of its shard, checked against the crc32c of packing; up to two batches of them at once."""
 
         def then(sample: Sample, found: Source | BaseException) -> Sample:
             if isinstance(found, Hung):
@@ -164,7 +164,7 @@ class Lane:
                 sample.source = found
             return sample
 
-        return InOrder(self._readers, self._source, samples, then, self._rows, self._patience)
+        return InOrder(self._readers, self._source, samples, then, 2 * self._rows, self._patience)
 
     def _source(self, sample: Sample) -> Source:
         if sample.empty:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -119,7 +120,9 @@ class Loader:
     def _stream(self, place: int, count: int | None) -> Stream:
         """The chain, from the batch at `place` on."""
         samples = self._requests.samples(place, count)
-        stages: list[Stage] = [*self._lane.stages(), ("read_s", self._replacing), ("order_s", self._batching)]
+        # map, unlike a loop that yields, holds nothing of what it has handed on: its memory is wanted for another batch
+        each: list[Stage] = [("read_s", partial(map, self._replacing)), ("order_s", partial(map, self._batching))]
+        stages = [*self._lane.stages(), *each]
         return chain(("order_s", samples), stages, self._stats)
 
     def close(self) -> None:
@@ -141,24 +144,23 @@ class Loader:
 
 
 class _Replacing:
-    """Stage: batch plans to such without errors. A clip that cannot be had is replaced, or its row left out."""
+    """Stage: a batch plan to one without errors. A clip that cannot be had is replaced, or its row left out."""
 
     def __init__(self, requests: TrainingRequests, lane: Lane, quarantine: Quarantine, stats: Stats):
         self._requests, self._lane, self._quarantine, self._stats = requests, lane, quarantine, stats
 
-    def __call__(self, plans: Stream) -> Iterator[BatchPlan]:
-        for plan in plans:
-            clips = plan.clips
-            self._quarantine.read += len(clips)
-            if any(sample.error for sample in clips):
-                kept = [good for sample in clips if (good := self._good(sample)) is not None]
-                if not kept and len(clips) == plan.total:
-                    epoch, step = divmod(plan.place, self._requests.order.steps_per_epoch)
-                    raise ShardError(
-                        f"step {step} of epoch {epoch}: no video of {self._quarantine.split} is readable. Verify the shards"
-                    )
-                self._close_gaps(plan, kept)
-            yield plan
+    def __call__(self, plan: BatchPlan) -> BatchPlan:
+        clips = plan.clips
+        self._quarantine.read += len(clips)
+        if any(sample.error for sample in clips):
+            kept = [good for sample in clips if (good := self._good(sample)) is not None]
+            if not kept and len(clips) == plan.total:
+                epoch, step = divmod(plan.place, self._requests.order.steps_per_epoch)
+                raise ShardError(
+                    f"step {step} of epoch {epoch}: no video of {self._quarantine.split} is readable. Verify the shards"
+                )
+            self._close_gaps(plan, kept)
+        return plan
 
     def _good(self, sample: Sample) -> Sample | None:
         """The sample, or what replaces it with its frames in the sample's row; None if there is nothing to spare."""
@@ -193,24 +195,16 @@ class _Replacing:
 
 
 class _Batching:
-    """Stage: batch plans to batches."""
+    """Stage: a batch plan to a batch."""
 
     def __init__(self, lane: Lane, config: DataConfig, bag: int, steps_per_epoch: int, stats: Stats):
         self._lane, self._config, self._bag, self._steps_per_epoch = lane, config, bag, steps_per_epoch
-        self._stats = stats
+        self._stats, self._before = stats, replace(stats)
 
-    def __call__(self, plans: Stream) -> Iterator[Batch]:
-        before = replace(self._stats)
-        for plan in plans:
-            batch = self._batch(plan)
-            batch.stats = self._stats.minus(before)
-            batch.stats.count([sample.source for sample in plan.clips], [s.request.positions for s in plan.clips])
-            before = replace(self._stats)
-            yield batch
-
-    def _batch(self, plan: BatchPlan) -> Batch:
-        clips, rows = plan.clips, plan.rows
-        device = plan.frames.device
+    def __call__(self, plan: BatchPlan) -> Batch:
+        clips, rows, device = plan.clips, plan.rows, plan.frames.device
+        cost, self._before = self._stats.minus(self._before), replace(self._stats)
+        cost.count([sample.source for sample in clips], [sample.request.positions for sample in clips])
         epoch, step = divmod(plan.place, self._steps_per_epoch)
         numbers = np.full((rows, self._config.num_frames), -1, np.int32)
         for row, sample in enumerate(clips):
@@ -227,6 +221,7 @@ class _Batching:
             pairs=np.array([sample.pair for sample in clips], np.int64).reshape(-1, 2),
             keys=[sample.request.video.id for sample in clips],
             captions=[sample.request.texts[0] for sample in clips],
+            stats=cost,
         )
 
     def _tokens(self, texts: list[tuple[str, ...]]) -> torch.Tensor:

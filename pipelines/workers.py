@@ -12,12 +12,13 @@ class Hung(Exception):
     """An item that took longer than the time allowed."""
 
 
-class _Task:
-    """An item for a thread, and the queue that takes (number, result or what was raised)."""
+Done = Callable[[int, Any], None]  # is told an item's number, and what came of it: a result, or what was raised
 
+
+class _Task:
     __slots__ = ("done", "function", "item", "number")
 
-    def __init__(self, function: Callable[[Any], Any], item: Any, number: int, done: queue.SimpleQueue):
+    def __init__(self, function: Callable[[Any], Any], item: Any, number: int, done: Done):
         self.function, self.item, self.number, self.done = function, item, number, done
 
 
@@ -31,16 +32,15 @@ class Workers:
         self._busy: dict[_Task, float] = {}  # what is worked on, and since when
         self._add(count)
 
-    def submit(self, function: Callable[[Any], Any], item: Any, number: int, done: queue.SimpleQueue) -> None:
-        """Have `function(item)` called; (number, its result or what it raised) is put into `done`."""
+    def submit(self, function: Callable[[Any], Any], item: Any, number: int, done: Done) -> None:
+        """Have `function(item)` called by a thread, which calls `done` with what came of it."""
         self._tasks.put(_Task(function, item, number, done))
 
     def share(self, function: Callable[[Any], Any], items: Sequence) -> "SharedWork":
         """Begin `function(item)` for every item, and leave to the thread that calls `finish` what is not begun by then."""
         work = SharedWork(function, items)
-        unused: queue.SimpleQueue = queue.SimpleQueue()
         for number in range(min(self._count, len(items))):
-            self.submit(SharedWork.help, work, number, unused)
+            self.submit(SharedWork.help, work, number, _unheard)
         return work
 
     def map(self, function: Callable[[Any], Any], items: Sequence) -> list:
@@ -54,7 +54,7 @@ class Workers:
             hung = [task for task, since in self._busy.items() if now - since >= seconds]
             for task in hung:
                 del self._busy[task]
-                task.done.put((task.number, Hung(f"no answer for {seconds:g} s")))
+                task.done(task.number, Hung(f"no answer for {seconds:g} s"))
         self._add(len(hung))
 
     def close(self) -> None:
@@ -80,8 +80,12 @@ class Workers:
             with self._lock:
                 if self._busy.pop(task, None) is None:
                     return  # it was given up, and another thread does this one's work
-            task.done.put((task.number, result))
+            task.done(task.number, result)
             del task, result  # an idle thread must not keep a batch alive
+
+
+def _unheard(number: int, result: Any) -> None:
+    """Of work that keeps its results itself."""
 
 
 class InOrder:
@@ -100,14 +104,13 @@ class InOrder:
         self._items: deque = deque()  # begun, and not handed on
         self._first = 0  # number of the first of them
         self._results: dict[int, Any] = {}
-        self._done: queue.SimpleQueue = queue.SimpleQueue()
+        self._awaited = -1  # number of the item without which nothing can be handed on
+        self._signal: queue.SimpleQueue = queue.SimpleQueue()  # gets something when that item is done
         self._ended: BaseException | None = None  # what the stream ended with
 
     @property
     def at_hand(self) -> bool:
         """Whether the next item would come without waiting, or nothing comes any more."""
-        while self._first not in self._results and not self._done.empty():
-            self._take()
         return self._first in self._results or (not self._items and self._ended is not None)
 
     def __iter__(self) -> "InOrder":
@@ -118,8 +121,13 @@ class InOrder:
         if not self._items:
             assert self._ended is not None
             raise self._ended
+        self._awaited = self._first  # before the look at the results, which who is done does in the other order
         while self._first not in self._results:
-            self._take(self._timeout / 2)
+            try:
+                self._signal.get(timeout=self._timeout / 2)
+            except queue.Empty:  # the threads may be held by items of others, too
+                self._workers.give_up(self._timeout)
+        self._awaited = -1
         result = self._results.pop(self._first)
         self._first += 1
         return self._then(self._items.popleft(), result)
@@ -141,13 +149,11 @@ class InOrder:
             self._items.append(item)
             self._workers.submit(self._function, item, self._first + len(self._items) - 1, self._done)
 
-    def _take(self, seconds: float = 0.0) -> None:
-        try:
-            number, result = self._done.get(timeout=seconds) if seconds else self._done.get_nowait()
-        except queue.Empty:  # the threads may be held by items of others, too
-            self._workers.give_up(self._timeout)
-        else:
-            self._results[number] = result
+    def _done(self, number: int, result: Any) -> None:
+        # whoever takes the items is woken for the one it waits for, and not for all that are done meanwhile
+        self._results[number] = result
+        if number == self._awaited:
+            self._signal.put(None)
 
 
 class SharedWork:

