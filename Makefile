@@ -3,7 +3,7 @@ VENV ?= .venv
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 # without bytecode on disk, each of the many processes would compile torch and open_clip again, for 20 s
 unexport PYTHONDONTWRITEBYTECODE
-.PHONY: demo demo-two-stage test kills lint
+.PHONY: demo demo-two-stage test kills lint docs
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -20,6 +20,12 @@ kills: $(VENV)/ready
 
 lint: $(VENV)/ready
 	ruff check . && ruff format --check . && mypy
+
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
+
+$(VENV)/docs: $(VENV)/ready
+	pip install --no-compile -q -e '.[docs]' -c constraints.txt && touch $@
 
 $(VENV)/ready: requirements.txt constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV) && pip install --no-compile -q -r requirements.txt -e '.[test]' -c constraints.txt && touch $@

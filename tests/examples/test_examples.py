@@ -11,6 +11,7 @@ from nbclient import NotebookClient
 
 from tests.examples.conftest import ROOT
 
+pytestmark = pytest.mark.slow
 EXAMPLES = ROOT / "examples"
 
 
