@@ -3,7 +3,7 @@ VENV ?= .venv
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 # without bytecode on disk, each of the many processes would compile torch and open_clip again, for 20 s
 unexport PYTHONDONTWRITEBYTECODE
-.PHONY: demo demo-two-stage test kills lint docs
+.PHONY: demo demo-two-stage test kills lint
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -21,6 +21,7 @@ kills: $(VENV)/ready
 lint: $(VENV)/ready
 	ruff check . && ruff format --check . && mypy
 
+.PHONY: docs
 docs: $(VENV)/docs
 	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 
