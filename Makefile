@@ -21,5 +21,12 @@ kills: $(VENV)/ready
 lint: $(VENV)/ready
 	ruff check . && ruff format --check . && mypy
 
+.PHONY: docs
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
+
+$(VENV)/docs: $(VENV)/ready
+	pip install --no-compile -q -e '.[docs]' -c constraints.txt && touch $@
+
 $(VENV)/ready: requirements.txt constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV) && pip install --no-compile -q -r requirements.txt -e '.[test]' -c constraints.txt && touch $@

@@ -1,0 +1,55 @@
+"""Every example runs as its first lines say, and comes to something."""
+
+import json
+import re
+import subprocess
+import sys
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from tests.examples.conftest import ROOT
+
+pytestmark = pytest.mark.slow
+EXAMPLES = ROOT / "examples"
+
+
+def run(script: str, *words: str, cwd, env) -> str:
+    """What the script prints. Fails with all of it if the script does."""
+    command = [sys.executable, str(EXAMPLES / script), *words]
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_every_example_has_a_test():
+    files = {path.name for path in EXAMPLES.iterdir() if path.is_file()}
+    assert files == {"README.md", "own_videos.py", "plain_loop.py", "look_into_a_split.ipynb"}
+
+
+def test_plain_loop(work, environment):
+    out = run("plain_loop.py", "--steps", "22", "--batch-size", "32", cwd=work, env=environment)
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", out)]
+    assert len(losses) >= 3
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.timeout(600)
+def test_own_videos(tmp_path, environment):
+    out = run("own_videos.py", "--folder", str(tmp_path), cwd=tmp_path, env=environment)
+    assert out.count("$ python") == 4
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["n_videos"] == 24
+    assert metrics["t2v"]["R1"] > 50  # by chance it is 4
+
+
+def test_notebook(work, environment, monkeypatch):
+    notebook = nbformat.read(EXAMPLES / "look_into_a_split.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells), "store the notebook without outputs"
+    monkeypatch.setenv("PYTHONPATH", environment["PYTHONPATH"])  # the kernel inherits it
+    NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(work)}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    text = "".join(output.get("text", "") for output in outputs)
+    assert "8 videos, 8 captions" in text
+    assert any("image/png" in output.get("data", {}) for output in outputs), "the strip of frames"
