@@ -19,7 +19,8 @@ from shards import ShardError, count, memory, number
 from shards.annotations import Item, readers
 from shards.annotations.files import Files
 from shards.demo import narrated, shapes
-from shards.packing.pack import finish_parts, missing, pack, some
+from shards.packing.pack import finish_parts, missing, pack
+from shards.packing.plan import some
 from shards.storage import is_remote, place
 from shards.tools.info import title
 from shards.video.profiles import ENCODERS, PROFILES, Profile

@@ -9,8 +9,7 @@ from fractions import Fraction
 import numpy as np
 import pyarrow as pa
 
-FORMAT_VERSION = 2  # 1 had neither `mirrored` nor `coding`, and its times counted from the first frame
-READABLE = (1, 2)
+FORMAT_VERSION = 2
 CAPTION_COUNTS = "captions.npy"  # beside dataset.json: captions of each video, so that no table is read to count them
 
 # keys of the parquet's metadata: what belongs to a shard but to no row commits together with the rows
@@ -69,7 +68,7 @@ SCHEMA = pa.schema(
         ("width", pa.int32()),  # as displayed: after rotation, in square pixels
         ("height", pa.int32()),
         ("rotation", pa.int16()),  # degrees counter-clockwise to turn decoded frames by
-        ("mirrored", pa.bool_()),  # whether they are mirrored left to right after that; null: packed by format 1
+        ("mirrored", pa.bool_()),  # whether they are mirrored left to right after that
         ("fps_num", pa.int32()),  # of the source
         ("fps_den", pa.int32()),
         ("source_frames", pa.int32()),
@@ -83,20 +82,16 @@ SCHEMA = pa.schema(
 )
 
 
-OPTIONAL = {"mirrored", "coding"}  # which format 1 had not
-
-
 def difference(schema: pa.Schema) -> str | None:
-    """How the schema of a file differs from that of a sample table of any readable format; None if it does not."""
-    there = {field.name: field.type for field in schema}
-    if odd := sorted(map(repr, there.keys() - set(SCHEMA.names))):
+    """How the schema of a file differs from that of a sample table; None if it does not."""
+    types = {field.name: field.type for field in schema}
+    if odd := sorted(map(repr, types.keys() - set(SCHEMA.names))):
         return f"it has a column {odd[0]}"
     for field in SCHEMA:
-        if field.name not in there:
-            if field.name not in OPTIONAL:
-                return f"it has no column {field.name!r}"
-        elif not _alike(there[field.name], field.type):
-            return f"its column {field.name!r} holds {there[field.name]}, not {field.type}"
+        if field.name not in types:
+            return f"it has no column {field.name!r}"
+        if not _alike(types[field.name], field.type):
+            return f"its column {field.name!r} holds {types[field.name]}, not {field.type}"
     if missing := [key for key in (REJECTS, JSON_CRCS) if key not in (schema.metadata or {})]:
         return f"it has no {missing[0].decode()}"
     return None
@@ -111,14 +106,6 @@ def _alike(one: pa.DataType, other: pa.DataType) -> bool:
         same = [field.name for field in fields[0]] == [field.name for field in fields[1]]
         return same and all(_alike(a.type, b.type) for a, b in zip(*fields, strict=True))
     return one == other
-
-
-def upgraded(table: pa.Table) -> pa.Table:
-    """A sample table of any readable format with the columns of this one, in their order."""
-    for place, field in enumerate(SCHEMA):
-        if field.name not in table.schema.names:
-            table = table.add_column(place, field, pa.nulls(table.num_rows, field.type))
-    return table.select(SCHEMA.names)
 
 
 @dataclass(frozen=True)
@@ -162,9 +149,7 @@ class Video:
     duration: float
     extradata: bytes
     frames: FrameTable
-    mirrored: bool | None = (
-        None  # None: packed by format 1, which did not know, and counted seconds from the first frame
-    )
+    mirrored: bool = False
     coding: Coding | None = None  # None: nothing but the extradata is known, or needed
 
     @property

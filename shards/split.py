@@ -174,7 +174,7 @@ class Split:
         if self.info["captions"] == len(self):  # no video is without
             return np.broadcast_to(np.uint8(1), len(self))
         path, data = self.path / CAPTION_COUNTS, self._caption_counts()
-        if data is None:  # packed before there was such a file
+        if data is None:  # it only saves time
             parts = [np.diff(self._table(i).caption_bounds) for i in range(len(self.shards))]
             counts = np.concatenate([np.zeros(0, np.int64), *parts])
             return counts.astype(np.min_scalar_type(counts.max(initial=0)))
@@ -280,7 +280,7 @@ class Split:
         shard, first = self.info["shards"][number], int(self._starts[number])
         name = shard["name"]
         path, file = self.path / f"{name}.parquet", f"{name}.parquet"
-        crc = shard.get("table_crc32c")  # None: packed before it was kept
+        crc = shard["table_crc32c"]
         if self.remote is None:
             table = Table(path, name, first, crc=crc)
         else:

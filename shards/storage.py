@@ -135,7 +135,7 @@ def _retried(action: Callable[[], object], path) -> None:
                 continue
             if status is None and not refused and unreachable(error):
                 raise ShardError(
-                    f"{path} cannot be reached ({short(error)}; {_TRIES} tries). What is committed stays: run the same "
+                    f"{path} cannot be reached ({short(error)}; {_TRIES} tries). Committed shards are kept: run the same "
                     "command again when the network is back. If that server is gone for good, take its videos out of "
                     "the annotations."
                 ) from error

@@ -164,10 +164,8 @@ def _sha256(every: _Every, index: int) -> bytes:
 def _source(every: _Every, index: int) -> str | None:
     split, row = every.find(index)
     described = split.json(split.video(row))
-    told = {k: v for k, v in described.items() if k not in _NOT_THE_SOURCE}
-    if "source" in told:  # packed before, it has no size
-        told["source"] = {k: v for k, v in told["source"].items() if k != "bytes"}
-    return json.dumps(told, sort_keys=True) if described.get("source", {}).get("file") else None
+    described["source"].pop("bytes")  # a file that was downloaded again may have another size
+    return json.dumps({k: v for k, v in described.items() if k not in _NOT_THE_SOURCE}, sort_keys=True)
 
 
 def _captions(every: _Every) -> tuple[int, int, list[RepeatedCaption]]:

@@ -21,7 +21,7 @@ def hashes(texts: Iterable[str]) -> np.ndarray:
 def tables(split: Split, columns: Sequence[str]) -> Iterator[pa.Table]:
     """These columns of each shard, one shard at a time."""
     for shard in split.info["shards"]:
-        yield read_table(split.path / f"{shard['name']}.parquet", list(columns), crc=shard.get("table_crc32c"))
+        yield read_table(split.path / f"{shard['name']}.parquet", list(columns), crc=shard["table_crc32c"])
 
 
 def column_hashes(split: Split, column: str) -> np.ndarray:

@@ -131,7 +131,7 @@ def title(name: str, split: str) -> str:
 def left_out(info: dict) -> str:
     """What `dataset.json` says was not packed, counted as the table at the end of packing does, or "nothing"."""
     counts = info.get("reconciliation") or {}
-    if (counts.get("rejected") or {}).get("videos") is None:  # not packed from annotations, or by an older version
+    if (counts.get("rejected") or {}).get("videos") is None:  # not packed from annotations, or repaired with losses
         counts = {"rejected": {what: info[f"rejected_{what}"] for what in ("videos", "captions")}}
     told = []
     for why in ("missing", "rejected"):

@@ -14,9 +14,9 @@ import pyarrow as pa
 from crc32c import crc32c
 
 from shards import ShardError
-from shards.packing.pack import finish
-from shards.packing.worker import write_table
-from shards.schema import FORMAT_VERSION, JSON_CRCS, REJECTS, SCHEMA, upgraded
+from shards.packing.finish import finish
+from shards.packing.rows import write_table
+from shards.schema import FORMAT_VERSION, JSON_CRCS, REJECTS, SCHEMA
 from shards.split import Split, read_table
 from shards.tar import commit, naming, read_index, safe_key, write_atomic
 from shards.tarcopy import TarCopier, copy_file, link_or_copy
@@ -133,8 +133,8 @@ def _rewrite(target: Path, sources: Sequence[Source], pieces: Sequence[Piece]) -
 def _copy_piece(copier: TarCopier, source: Source, piece: Piece) -> tuple[pa.Table, list[dict], list[int]]:
     """Append the samples; returns their rows with the new places, their rejects and the crc32c of their JSONs."""
     base = source.split.path / source.split.shards[piece.shard]
-    told = source.split.info["shards"][piece.shard]
-    whole = upgraded(read_table(base.with_suffix(".parquet"), crc=told.get("table_crc32c")))
+    crc = source.split.info["shards"][piece.shard]["table_crc32c"]
+    whole = read_table(base.with_suffix(".parquet"), crc=crc)
     rows = np.arange(whole.num_rows) if piece.rows is None else piece.rows
     index = read_index(base.with_suffix(".idx"))
     old_crcs = json.loads(whole.schema.metadata[JSON_CRCS])

@@ -21,8 +21,9 @@ from crc32c import crc32c
 
 from shards import ShardError, VideoError
 from shards.annotations import Caption, Item
-from shards.packing.pack import finish, input_digest
-from shards.packing.worker import frame_columns, write_table
+from shards.packing.finish import finish
+from shards.packing.plan import input_digest
+from shards.packing.rows import frame_columns, write_table
 from shards.schema import FORMAT_VERSION, JSON_CRCS, REJECTS, SCHEMA, FrameTable
 from shards.split import Table
 from shards.summary import checked
@@ -32,7 +33,10 @@ from shards.video.profiles import Profile
 from shards.video.source import scan
 
 _AT_ONCE = 16 << 20  # bytes in memory while a crc is computed
-_NEEDED = {"id", "captions", "codec", "width", "height", "duration", "source_frames", "fps", "profile", "frame_number"}
+_NEEDED = {
+    "id", "captions", "meta", "codec", "width", "height", "rotation", "mirrored", "duration", "source_frames", "fps",
+    "profile", "source", "cut", "frame_number", "frame_time",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -219,14 +223,14 @@ def _items(path: Path, names: list[str]) -> Iterator[Item]:
             for sample, (offset, size) in read_index(path / f"{name}.idx").items():
                 if sample.endswith(".json"):
                     described = json.loads(_pread(file, offset, size))
-                    if described.get("cut"):
+                    if described["cut"]:
                         raise _Unknown
                     captions = tuple(Caption(**c) for c in described["captions"])
                     try:
                         file_name = Path(described["source"]["file"])
                     except (KeyError, TypeError) as error:
                         raise _Unknown from error
-                    yield Item(described["id"], file_name, captions, described.get("meta", {}))
+                    yield Item(described["id"], file_name, captions, described["meta"])
 
 
 def _repair_shard(job: _Job, rejects: list[dict]) -> _Found | ShardError:
@@ -474,16 +478,14 @@ def _row_of(sample: _Sample, described: dict, file: BinaryIO) -> tuple[dict, int
     source = scan(data)
     fps = Fraction(described["fps"])
     profile = described["profile"]["name"]
-    untouched = profile == "copy" and not described.get("cut")
     row = {
         "key": sample.key,
         "ext": extension,
         "offset": offset,
         "size": size,
         "crc32c": crc32c(data),
-        # what the stored file says of it, unless it was made of one that said more
-        "rotation": source.rotation if untouched else described.get("rotation", source.rotation),
-        "mirrored": source.mirrored if untouched else described.get("mirrored"),
+        "rotation": described["rotation"],
+        "mirrored": described["mirrored"],
         "fps_num": fps.numerator,
         "fps_den": fps.denominator,
         "extradata": b"" if profile == "intra" else source.extradata,
@@ -491,17 +493,17 @@ def _row_of(sample: _Sample, described: dict, file: BinaryIO) -> tuple[dict, int
     }
     row |= {k: described[k] for k in ("id", "captions", "codec", "width", "height", "duration", "source_frames")}
     json_crc = crc32c(_pread(file, *sample.members["json"]))
-    return row | frame_columns(_frames(source.frames, described, fps)), json_crc
+    return row | frame_columns(_frames(source.frames, described)), json_crc
 
 
-def _frames(stored: FrameTable, described: dict, fps: Fraction) -> FrameTable:
+def _frames(stored: FrameTable, described: dict) -> FrameTable:
     """The frame table with the numbers and times of the source video, which the stored file does not tell."""
     numbers = described["frame_number"]
     if numbers is None:
         return stored
     if len(numbers) != len(stored):
         raise VideoError(f"{len(stored)} frames decode, its json names {len(numbers)}")
-    times = described.get("frame_time") or [float(n / fps) for n in numbers]  # shards of before had no times
+    times = described["frame_time"]
     if len(times) != len(numbers):
         raise VideoError(f"its json names {len(numbers)} frames and the times of {len(times)}")
     return FrameTable(

@@ -55,7 +55,7 @@ def pick_frames(video: StoredVideo, read: Callable[[int, int], bytes], wanted: S
 
 
 def shape_of_stored(video: StoredVideo) -> Shape:
-    return Shape(video.width, video.height, video.rotation % 360, bool(video.mirrored))
+    return Shape(video.width, video.height, video.rotation % 360, video.mirrored)
 
 
 def decode_stored(
@@ -166,7 +166,10 @@ def _decode_container(
                 yield position, shown.frame
                 if not left:
                     return
-    except (Unpredictable, VideoError):  # an older version may have packed what is refused today; what decodes is shown
+    except (
+        Unpredictable,
+        VideoError,
+    ):  # the table was made another way: as packing did then, frames are taken as they come
         pass
     container, stream = open_video(io.BytesIO(data))
     with container:

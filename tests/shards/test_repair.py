@@ -17,7 +17,7 @@ import webdataset
 from c4c.shard import main
 from shards import ShardError
 from shards.annotations import Item
-from shards.packing.pack import input_digest
+from shards.packing.plan import input_digest
 from shards.split import Split
 from shards.tar import read_index
 from shards.tools.repair import repair

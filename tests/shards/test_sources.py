@@ -12,7 +12,8 @@ import pytest
 
 from shards import ShardError
 from shards.annotations import Caption, Item
-from shards.packing.worker import Job, folders_of, pack_shard
+from shards.packing.sources import folders_of
+from shards.packing.worker import Job, pack_shard
 from shards.split import Split
 from tests.shards.sets import COPY, files, packed
 from tests.videos import encode

@@ -81,7 +81,7 @@ DAMAGE: dict[str, tuple[Callable[[dict], object], str]] = {
     "outside": (lambda i: i["shards"][0].update(name="../x"), "the name of shard 0 is '../x'"),
     "twice": (lambda i: i["shards"].append(i["shards"][0]), "shard 000000 is listed twice"),
     "does not add up": (lambda i: i.update(videos=6), "its shards hold 5 videos, and it says 6"),
-    "no format": (lambda i: i.pop("format"), "has format None; this version reads 1 and 2"),
+    "no format": (lambda i: i.pop("format"), "has format None; this version reads 2"),
     "no profile": (lambda i: i.update(profile="intra"), "'profile' is 'intra'"),
 }
 

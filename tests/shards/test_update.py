@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 
 from c4c.shard import main
@@ -24,10 +23,8 @@ from shards.packing import scheduler, worker
 from shards.packing.pack import pack
 from shards.packing.update import JOURNAL, STAGING
 from shards.packing.worker import Progress, pack_shard
-from shards.schema import JSON_CRCS, REJECTS
 from shards.split import Split
 from shards.tools.repair import repair
-from shards.tools.verify import verify
 from shards.video.profiles import Profile
 from tests.shards.sets import COPY, INTRA, files, packed
 from tests.shards.test_pack import killed
@@ -223,40 +220,6 @@ def test_rejects_alone_cost_no_tar(many: list[Item], decoded: list[str], tmp_pat
     assert (out / "000000.tar").stat().st_mtime_ns == before and files(out) == anew(items, tmp_path, shard_videos=5)
 
 
-def old_format(out: Path) -> None:
-    """Make it what the first version wrote."""
-    for path in out.glob("*.parquet"):
-        table = pq.read_table(path).drop_columns(["mirrored", "coding"])
-        pq.write_table(table, path)
-    info = json.loads((out / "dataset.json").read_text())
-    info["format"] = info["plan"]["format"] = 1
-    for shard in info["shards"]:
-        del shard["table_crc32c"]
-    (out / "dataset.json").write_text(json.dumps(info))
-
-
-def test_format_1_is_updated_without_decoding(many: list[Item], decoded: list[str], tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    digest = packed(many, out)["digest"]
-    tars = {p.name: p.read_bytes() for p in out.glob("*.tar")}
-    old_format(out)
-    with pytest.raises(ShardError, match=r"its format is 1, this version writes 2\. Run .* --update"):
-        packed(many, out)
-    repair(out, workers=1)
-    assert json.loads((out / "dataset.json").read_text())["format"] == 1  # the tables are still the old ones
-    decoded.clear()
-    info = updated(many, out)
-    # it has the columns of format 2, and remains what it is: nobody has looked at the videos again
-    assert not decoded and (info["format"], info["plan"]["format"], info["digest"]) == (1, 2, digest)
-    assert {p.name: p.read_bytes() for p in out.glob("*.tar")} == tars and not verify(out, 1)
-    assert all("coding" in pq.read_schema(p).names for p in out.glob("*.parquet"))
-    old_format(out)
-    updated([said(many[0], "new"), *many[1:]], out)
-    assert not decoded and Split(out).info["format"] == 1
-    repair(out, everything=True, workers=1)  # which looks at those of profile copy
-    assert Split(out).info["format"] == 2
-
-
 def test_a_damaged_stored_video_is_packed_again(many: list[Item], decoded: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     packed(many, out)
@@ -275,7 +238,7 @@ def test_a_damaged_shard_is_not_replaced(many: list[Item], decoded: list[str], t
     packed(many, out)
     (out / "000002.parquet").unlink()
     before = files(out)
-    with pytest.raises(ShardError, match=r"shard 000002 of .* is damaged\. Mend it .*repair"):
+    with pytest.raises(ShardError, match=r"shard 000002 of .* is damaged\. Repair it .*repair"):
         updated(items, out)
     assert files(out) == before
     (out / "000002.tar").unlink()
@@ -499,20 +462,6 @@ def test_the_closing_table_adds_up(many: list[Item], decoded: list[str], tmp_pat
     wrong = counts | {"annotations": {"videos": 8, "captions": 11}}
     with pytest.raises(ShardError, match="annotations hold 8 videos, but 2 packed, 3 rejected and 2 missing are 7"):
         packed(items, tmp_path / "wrong", reconciliation=wrong)
-
-    # rejects of an older version do not tell how many captions their videos had
-    for path in out.glob("*.parquet"):
-        table = pq.read_table(path)
-        rejects = json.loads(table.schema.metadata[REJECTS])
-        told = [{k: v for k, v in r.items() if k not in ("captions", "missing")} for r in rejects]
-        metadata = {REJECTS: json.dumps(told).encode(), JSON_CRCS: table.schema.metadata[JSON_CRCS]}
-        pq.write_table(table.replace_schema_metadata(metadata), path)
-    repair(out, workers=1)
-    assert Split(out).info["reconciliation"]["rejected"] == {"videos": None, "captions": None}
-    assert Split(out).info["reconciliation"]["packed"] == expected["packed"]
-    decoded.clear()
-    told = updated(items, out, reconciliation=counts)["reconciliation"]
-    assert {name: told[name] for name in expected} == expected and decoded == ["bad.mp4"]
 
 
 # ---- on the screen ----
