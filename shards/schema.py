@@ -28,7 +28,7 @@ FRAME_COLUMNS = {
 
 @dataclass(frozen=True)
 class Coding:
-    """What a decoder has to be told beside its extradata, as the container had it; libav's numbers and names."""
+    """What a decoder needs to know beside its extradata, as the container had it; libav's numbers and names."""
 
     codec_tag: str = ""
     bits_per_coded_sample: int = 0
@@ -43,9 +43,8 @@ class Coding:
     @classmethod
     def of(cls, decoder) -> "Coding":
         """What an opened container told its decoder (`av.VideoCodecContext`)."""
-        found = {f.name: getattr(decoder, f.name) for f in fields(cls)}
-        return cls(**{name: (str(value or "") if cls.__annotations__[name] is str else int(value or 0))
-                      for name, value in found.items()})  # fmt: skip
+        kinds = {f.name: cls.__annotations__[f.name] for f in fields(cls)}
+        return cls(**{name: kind(getattr(decoder, name) or kind()) for name, kind in kinds.items()})
 
     def tell(self, decoder) -> None:
         """Tell it to a decoder (`av.VideoCodecContext`) that is not open yet."""
@@ -74,7 +73,7 @@ SCHEMA = pa.schema(
         ("source_frames", pa.int32()),
         ("duration", pa.float64()),  # seconds from 0 to the end of the source's last frame
         ("extradata", pa.binary()),  # codec configuration, so that packets can be decoded without opening the container
-        ("coding", pa.struct([(f.name, _ARROW[f.type]) for f in fields(Coding)])),
+        ("coding", pa.struct([(f.name, _ARROW[Coding.__annotations__[f.name]]) for f in fields(Coding)])),
         # of a video that was cut: seconds of the clip, from 0 to its duration; else as the annotations say
         ("captions", pa.list_(pa.struct([("text", pa.string()), ("start", pa.float64()), ("end", pa.float64())]))),
         *((name, pa.list_(kind)) for name, (kind, _) in FRAME_COLUMNS.items()),

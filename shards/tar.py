@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Protocol, cast
 from urllib.parse import quote, unquote
 
 _INDEX_VERSION = "v1.2"  # of nvidia.dali.fn.readers.webdataset
@@ -89,7 +89,7 @@ class TarWriter:
             info = tarfile.TarInfo(f"{key}.{extension}")
             info.size, info.mode = file.seek(0, io.SEEK_END), 0o644
             file.seek(0)
-            self._tar.addfile(info, file)
+            self._tar.addfile(info, cast(BinaryIO, file))
             blocks = -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
             offsets[extension] = self._tar.offset - blocks
             line.append(f"{extension} {offsets[extension]} {info.size} {info.name}")

@@ -128,7 +128,7 @@ class Scene:
     @property
     def meta(self) -> dict[str, Any]:
         """What the file's line says beside its captions; JSON types only."""
-        looks = [_look(thing) for thing in (self.before, self.after) if thing]
+        looks = [look for look in (_look(self.before), _look(self.after)) if look]
         names = {"shape": 0, "colour": 1, "size": 2}
         attributes = {name: list(dict.fromkeys(look[i] for look in looks)) for name, i in names.items()}
         return {"kind": self.kind, "action": self.action, **attributes, "background": self.background,
@@ -136,7 +136,7 @@ class Scene:
 
 
 def _look(thing: Thing | None) -> tuple[str, str, str] | None:
-    return thing and (thing.shape, thing.colour, thing.size)
+    return (thing.shape, thing.colour, thing.size) if thing else None
 
 
 def reverse(scene: Scene) -> Scene:
@@ -199,7 +199,7 @@ def _draw(rng: random.Random, kind: str) -> Scene:
     if kind == "move":
         axis = rng.choice("xy")
         edge = SIZES[size] // 2 + 3
-        a, b = replace(a, **{axis: edge}), replace(a, **{axis: SIDE - edge})
+        a, b = (replace(a, x=at) if axis == "x" else replace(a, y=at) for at in (edge, SIDE - edge))
     elif kind == "resize":
         a, b = replace(a, size="small"), replace(a, size="large")
     elif kind == "show":

@@ -34,6 +34,8 @@ class Group:
 
 @dataclass(frozen=True)
 class RepeatedCaption:
+    """A caption text, how many videos have it, and the splits that these are in."""
+
     text: str
     videos: int
     splits: tuple[str, ...]
@@ -62,6 +64,7 @@ class Report:
         return not (self.content or self.source or self.names)
 
     def to_json(self) -> dict:
+        """The report as JSON, with every group."""
         groups = {
             k: [{"leak": g.leak, "videos": [{"split": s, "id": i} for s, i in g.members]} for g in getattr(self, k)]
             for k in ("content", "source", "names")

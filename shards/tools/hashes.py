@@ -6,10 +6,12 @@ from hashlib import blake2b
 import numpy as np
 import pyarrow as pa
 
-from shards.split import Split, read_table
+from shards.split import Split
+from shards.table import read_table
 
 
 def hash64(text: str) -> int:
+    """64 bits of BLAKE2b; any text has one, valid Unicode or not."""
     return int.from_bytes(blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
 
 

@@ -10,13 +10,14 @@ import numpy as np
 from PIL import Image
 
 from shards import ShardError, VideoError, count
+from shards.limits import Limits
 from shards.schema import Video
 from shards.split import Split
 from shards.tar import write_atomic
 from shards.tools.info import title
 from shards.video.random_access import pick_frames
 
-_MOST = 10_000  # of what a page is asked for
+COUNT, WIDTH = Limits(int, 1, 10_000), Limits(int, 16, 10_000)  # of videos and of pictures; pixels
 _CAPTIONS = 20  # shown of one video
 
 # no script, no address: the page can be opened from anywhere and shown to anyone
@@ -54,9 +55,9 @@ def preview(
     Each shows `frames` pictures of at most `width` pixels, from the middles of equal parts, and its captions. Returns
     how many of the videos could not be shown (the page says why).
     """
-    for name, value, low in (("count", count, 1), ("frames", frames, 1), ("width", width, 16)):
-        if not low <= value <= _MOST:
-            raise ShardError(f"--{name} {value}: must be between {low} and {_MOST}")
+    COUNT.check("--count", count)
+    COUNT.check("--frames", frames)
+    WIDTH.check("--width", width)
     splits = [Split(p) for p in paths]
     chosen = [_choose(len(s), count, seed) for s in splits]
     total, bad, body = sum(map(len, chosen)), 0, []

@@ -10,17 +10,13 @@ import av
 import numpy as np
 from crc32c import crc32c
 
-from shards import VideoError
 from shards.schema import Coding, FrameTable
-from shards.video.decode import WAYS, Pass, Unpredictable
-from shards.video.picture import Shape, grid, scaled_size, upright
-from shards.video.probe import Packets, open_video
-from shards.video.random_access import decode_stored, packet_of, pick_frames, stored_decoder
-
-__all__ = [
-    "Source", "VideoError", "decode_stored", "describe", "grid", "open_video", "pick_frames", "scaled_size", "scan",
-    "unsliced", "upright",
-]  # fmt: skip
+from shards.video.by_stamps import StampPass
+from shards.video.decode import WAYS
+from shards.video.frame_pass import Pass, Unpredictable
+from shards.video.picture import Shape, upright
+from shards.video.probe import Packets
+from shards.video.random_access import packet_of, stored_decoder
 
 _HEADER = 64  # bytes that may stand between where a container says a packet is and where its data begins
 # decoders that need nothing of the container but the extradata, as every player relies on
@@ -56,13 +52,15 @@ def scan(file: BinaryIO | bytes) -> Source:
     the file ends before its header says.
     """
     file = as_file(file)
-    for way in WAYS[1:]:  # all of it is decoded
+    for name, way in WAYS.items():
+        if name == "stamps":  # all of it is to be decoded
+            continue
         try:
-            with Pass(file, way=way, on_packet=lambda packets, packet: packets.add(packet, crc32c(packet))) as whole:
-                if way == "all":
+            with way(file, on_packet=lambda packets, packet: packets.add(packet, crc32c(packet))) as whole:
+                if isinstance(whole, StampPass):
                     return _sliced(file, whole)
                 for _ in whole.frames():
-                    if way == "decoding":  # once has been enough; this tells the shape
+                    if name == "decoding":  # once has been enough; this tells the shape
                         break
                 return describe(whole, unsliced(whole.timeline.times))
         except Unpredictable:
@@ -108,21 +106,21 @@ def unsliced(times) -> FrameTable:
     )
 
 
-def _sliced(file: BinaryIO, whole: Pass) -> Source:
+def _sliced(file: BinaryIO, whole: StampPass) -> Source:
     """What is in a file whose packets can be decoded out of their place. Raises Unpredictable if they cannot."""
     codec = av.Codec(whole.context.name, "r").canonical_name
     usual, expected = codec in _USUAL, []
     for shown in whole.frames():
         if usual:  # the first tells the shape
             break
-        expected.append(crc32c(upright(shown.frame)))
+        expected.append(crc32c(upright(shown.frame).data))
     offsets = _locate(file, whole.packets)
     if offsets is None:
         raise Unpredictable("the packets do not stand in the file in one piece")
     found = describe(whole, _frame_table(whole, offsets))
     sure = codec in _SURE or whole.context.codec.intra_only
     try:
-        came = {i: 0 if usual and sure else crc32c(upright(frame)) for i, frame in _decoded_alone(file, found)}
+        came = {i: 0 if usual and sure else crc32c(upright(frame).data) for i, frame in _decoded_alone(file, found)}
         if len(came) != len(found.times) or (not usual and list(came.values()) != expected):
             raise Unpredictable("packets alone give other pictures than the container")
         return found if sure else replace(found, frames=_with_true_keys(file, found, came))
@@ -147,7 +145,7 @@ def _begins_right(file: BinaryIO, found: Source, position: int, crc: int) -> boo
         pictures = decoder.decode(_stored_packet(file, found.frames, position)) + decoder.decode(None)
     except (av.FFmpegError, ValueError):
         return False
-    return [(p.pts, crc32c(upright(p))) for p in pictures] == [(position, crc)]
+    return [(p.pts, crc32c(upright(p).data)) for p in pictures] == [(position, crc)]
 
 
 def _decoded_alone(file: BinaryIO, found: Source) -> Iterator[tuple[int, av.VideoFrame]]:
@@ -168,7 +166,7 @@ def _stored_packet(file: BinaryIO, frames: FrameTable, position: int) -> av.Pack
     return packet_of(file.read(int(frames.size[position])), position, bool(frames.key[position]))
 
 
-def _frame_table(whole: Pass, offsets: np.ndarray) -> FrameTable:
+def _frame_table(whole: StampPass, offsets: np.ndarray) -> FrameTable:
     """All packets in display order; those that are not shown have numbers outside [0, frames)."""
     packets = whole.packets
     rows = np.argsort(np.asarray(packets.pts), kind="stable")  # frame -> packet

@@ -14,10 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from shards import ShardError
+from shards import ShardError, open_files
 from shards import split as dataset
 from shards.annotations import Item
-from shards.split import Split, Table, find_splits
+from shards.split import Split, find_splits
+from shards.table import Table
 from shards.video.source import scan
 from tests.shards.sets import files, packed
 
@@ -104,7 +105,7 @@ def test_reads_any_part(items: list[Item], copied: Path) -> None:
 
 
 def test_threads_share_a_split_and_few_open_files(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset, "_OPEN_FILES", 1)
+    monkeypatch.setattr(open_files, "_MOST", 1)
     monkeypatch.setattr(dataset, "_TABLES_IN_MEMORY", 1)
     split, wrong = Split(copied), []
     expected = [(split.video(i).id, split.read(split.video(i)), split.captions(i)) for i in range(5)]

@@ -16,7 +16,8 @@ import pytest
 
 from pipelines.frame_sampling import choose
 from shards import ShardError, VideoError
-from shards.video import decode, encode, profiles, writer
+from shards.video import encode, frame_pass, profiles, writer
+from shards.video.decode import WAYS
 from shards.video.picture import grid
 from shards.video.profiles import PROFILES, Profile, Stored, store
 from shards.video.random_access import pick_frames
@@ -119,14 +120,14 @@ class Counted(io.BytesIO):
 
 def count_decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A list that gets the number of frames that each call of the decoder gave."""
-    counts, original = [], decode.decode
+    counts, original = [], frame_pass.decode
 
     def counting(context, packet):
         frames = original(context, packet)
         counts.append(len(frames))
         return frames
 
-    monkeypatch.setattr(decode, "decode", counting)
+    monkeypatch.setattr(frame_pass, "decode", counting)
     return counts
 
 
@@ -149,7 +150,7 @@ def test_what_is_left_out_changes_no_byte(made, name, monkeypatch) -> None:
     counts = count_decoded(monkeypatch)
     quick, fewer = stored(made[name]), sum(counts)
     counts.clear()
-    monkeypatch.setattr(encode, "WAYS", ("decoding",))
+    monkeypatch.setattr(encode, "WAYS", {"decoding": WAYS["decoding"]})
     plain = stored(made[name])
     assert quick.file.read() == plain.file.read()
     assert quick.frames.time == pytest.approx(plain.frames.time, abs=1e-9)
@@ -429,14 +430,14 @@ def test_memory_does_not_grow_with_the_video(monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"name": "h265"}, "there are intra, copy, h264, hevc, av1"),
-        ({"name": "intra", "quality": 32}, "--quality 32: must be between 1 and 31 for intra"),
-        ({"name": "h264", "quality": 52}, "--quality 52: must be between 0 and 51 for h264"),
-        ({"name": "hevc", "gop": 0}, "--gop 0: must be between 1 and 600"),
+        ({"name": "h265"}, "must be one of intra, copy, h264, hevc, av1; got h265"),
+        ({"name": "intra", "quality": 32}, "--quality 32: must be a whole number from 1 to 31 with --profile intra"),
+        ({"name": "h264", "quality": 52}, "--quality 52: must be a whole number from 0 to 51 with --profile h264"),
+        ({"name": "hevc", "gop": 0}, "--gop 0: must be a whole number from 1 to 600"),
         ({"name": "av1", "short_side": 225}, "--short-side 225: av1 needs an even number"),
-        ({"name": "h264", "encoder": "gpu"}, "--encoder gpu: there are cpu, nvenc, auto"),
-        ({"fps": 0}, "--fps 0: must be between 1 and 240"),
-        ({"chroma": 422}, "--chroma 422: there are 420 and 444"),
+        ({"name": "h264", "encoder": "gpu"}, "--encoder must be one of cpu, nvenc, auto; got gpu"),
+        ({"fps": 0}, "--fps 0: must be a whole number from 1 to 240"),
+        ({"chroma": 422}, "--chroma must be 420 or 444; got 422"),
     ],
 )
 def test_settings_that_make_no_sense(settings, words) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from c4c import shard
+from c4c import shard, shard_console
 from shards import ShardError
 from shards.annotations.files import Files
 from shards.split import Split
@@ -131,7 +131,7 @@ def test_videos_on_another_file_system(tmp_path: Path) -> None:
 
 
 def test_packing_ends_with_a_reconciliation(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard, "console", Console(stderr=True, width=120))
+    monkeypatch.setattr(shard_console, "console", Console(stderr=True, width=120))
     for name, data in (("TrainValVideo/video0.mp4", CLIP), ("TrainValVideo/video1.mp4", b"bad"), ("more.mp4", CLIP)):
         (videos(tmp_path / "videos", name) / name).write_bytes(data)
     data = {

@@ -153,7 +153,7 @@ def test_a_video_that_hangs_and_one_that_kills_cost_only_themselves(
         info = packed(eight, out, shard_videos=4, workers=2, timeout=1.0, on_progress=events.append)
     assert (info["videos"], info["rejected_videos"], len(events)) == (5, 3, 8)
     reasons = {r["id"]: r["reason"] for r in map(json.loads, (out / "rejects.jsonl").read_text().splitlines())}
-    assert reasons["v1"] == "it took longer than 1 s" and reasons["v2"] == "it kills the program (SIGSEGV)"
+    assert reasons["v1"] == "it took longer than 1 s" and reasons["v2"] == "it crashes the program (SIGSEGV)"
     assert not list(out.glob(".*.json")) and not verify(out, 1)
 
     # a packer that goes on comes to the same verdicts without trying again, as it does while a verdict is on record
