@@ -278,12 +278,12 @@ def _read_info(path: Path) -> dict:
             f"{path} holds no dataset.json, so it is not a packed split. Pack one: python -m c4c.shard --help"
         )
     info = read_summary((path / "dataset.json").read_bytes(), path)
-    there = {entry.name for entry in path.iterdir()}  # not a look for each file: there may be 100 000
+    listing = {entry.name for entry in path.iterdir()}  # at once: there may be 100 000
     for shard in info["shards"]:
         for suffix in ("tar", "parquet"):
-            if f"{shard['name']}.{suffix}" not in there:
+            if f"{shard['name']}.{suffix}" not in listing:
                 raise ShardError(
-                    f"{path} is incomplete: {shard['name']}.{suffix} is missing of {len(info['shards'])} shards. Copy it "
+                    f"{path} is incomplete: {shard['name']}.{suffix} is missing ({len(info['shards'])} shards are listed). Copy it "
                     "again, or run the packing command again; it packs what is missing."
                 )
         if len(info["shards"]) > _SIZES_CHECKED:  # read() notices a short one
@@ -292,6 +292,6 @@ def _read_info(path: Path) -> dict:
         if size != shard["bytes"]:
             raise ShardError(
                 f"{path / shard['name']}.tar has {size} bytes, {shard['bytes']} were packed: it was cut short or changed. "
-                "Copy it again, or run the packing command again; it packs that shard anew."
+                "Copy it again, or run the packing command again; it packs that shard again."
             )
     return info

@@ -105,10 +105,10 @@ def conclude(items: list[Item], files: Files, published: Counts | None = None, w
     if same := _same_file(items, absent):
         notes.append(f"{examples(same, 'video')} with the file of an earlier video: it is packed more than once")
     published = published or Counts()
-    for what, found in asdict(_count(items)).items():
+    for what, given in asdict(_count(items)).items():
         known = getattr(published, what)
-        if known not in (None, found):
-            notes.append(f"{known} {what} are published for this split, the annotations given hold {found}")
+        if known not in (None, given):
+            notes.append(f"{known} {what} are published for this split, the given annotations hold {given}")
     return Reading(items, len(files), missing, published, tuple(notes))
 
 

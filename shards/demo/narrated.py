@@ -21,7 +21,7 @@ import av
 from shards.annotations import Caption, Item
 from shards.demo.scenes import VERSION as SCENES_VERSION
 from shards.demo.scenes import Scene, scenes
-from shards.demo.shapes import _claim, _write, encoded, render
+from shards.demo.shapes import claim, encoded, render, write
 
 VERSION = 1  # of what a seed stands for: raise it with every change to pictures, speech or encoder settings
 
@@ -72,12 +72,12 @@ def generate(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     about = {"version": [VERSION, SCENES_VERSION], "seed": seed, "videos": videos, "small": list(small)}
-    _claim(out / "demo.json", json.dumps(about) + "\n")
+    claim(out / "demo.json", json.dumps(about) + "\n")
     clips = narrated(seed, videos, small)
     todo = [video for video in clips if not (out / f"{video.key}.mp4").exists()]
     done = len(clips) - len(todo)
     for video, data in zip(todo, encoded(todo, encode, workers), strict=True):
-        _write(out / f"{video.key}.mp4", data)
+        write(out / f"{video.key}.mp4", data)
         done += 1
         if progress:
             progress(done, len(clips))

@@ -88,7 +88,7 @@ def finish(out: Path, plan: dict, names: list[str], reconciliation: dict | None 
         first = next(r for r in tables.rejects if "caption" not in r)
         raise ShardError(
             f"not one of the videos could be packed; {target}/rejects.jsonl says why for each. First: {first['id']}: "
-            f"{first['reason']}. When that is mended, run the command again with --retry-rejects."
+            f"{first['reason']}. When that is fixed, run the command again with --retry-rejects."
         )
     storage.write(target, CAPTION_COUNTS, tables.caption_counts())
     storage.write(target, "dataset.json", json.dumps(summary, indent=2) + "\n")

@@ -39,7 +39,7 @@ class SourceWatch:
         gone = not _exists(path)
         if folder is None or (gone and folder != self._folders[number]):
             raise ShardError(
-                f"{path.parent}, a folder of source videos, is gone or another one now (unmounted?): it held {path.name} when "
+                f"{path.parent}, a folder of source videos, is gone or was replaced (unmounted?): it held {path.name} when "
                 f"packing began. {_GO_ON}"
             )
         if not gone:

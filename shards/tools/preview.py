@@ -84,14 +84,14 @@ def _choose(videos: int, count: int, seed: int | None) -> list[int]:
 
 
 def _pictures(split: Split, video: Video, count: int, width: int) -> tuple[list[tuple[float, str]], str | None]:
-    """(seconds, data URI) of some stored frames, and why there are none if they cannot be had."""
+    """(seconds, data URI) of some stored frames, and why there are none if they cannot be decoded."""
     low, high = video.inside
     wanted = sorted({low + (2 * i + 1) * (high - low) // (2 * count) for i in range(count)})
     try:
-        found = pick_frames(video, lambda at, size: split.read(video, at, size), wanted)
+        pictures = pick_frames(video, lambda at, size: split.read(video, at, size), wanted)
     except (VideoError, ShardError) as error:
         return [], str(error)
-    return [(float(video.frames.time[i]), _data_uri(found[i], width)) for i in wanted], None
+    return [(float(video.frames.time[i]), _data_uri(pictures[i], width)) for i in wanted], None
 
 
 def _data_uri(picture: np.ndarray, width: int) -> str:

@@ -197,7 +197,7 @@ def _row(sample: TarSample, described: dict, file: BinaryIO) -> tuple[dict, int]
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, pa.ArrowException) as error:
         what = (str(error) or type(error).__name__).splitlines()[0][:120]
-        raise VideoError(f"its .json member says what no packing writes ({what})") from error
+        raise VideoError(f"its .json member has values that the packer never writes ({what})") from error
 
 
 def _row_of(sample: TarSample, described: dict, file: BinaryIO) -> tuple[dict, int]:

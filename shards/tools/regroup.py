@@ -65,7 +65,7 @@ def write_split(
     """Write the split `out`, one shard for each list of pieces. Nothing is decoded and no crc is checked on the way.
 
     `origin` is kept in dataset.json; `copy` shares no file with the sources. `out` must be a folder that
-    `new_folder` gave, and is whole when this returns.
+    `new_folder` gave, and is complete when this returns.
     """
     how: Counter = Counter()
     names = [f"{i:06d}" for i in range(len(shards))]
@@ -135,12 +135,12 @@ def _copy_piece(copier: TarCopier, source: SourceSplit, piece: Piece) -> tuple[p
     """Append the samples; returns their rows with the new places, their rejects and the crc32c of their JSONs."""
     base = source.split.path / source.split.shards[piece.shard]
     crc = source.split.info["shards"][piece.shard]["table_crc32c"]
-    whole = read_table(base.with_suffix(".parquet"), crc=crc)
-    rows = np.arange(whole.num_rows) if piece.rows is None else piece.rows
+    shard_table = read_table(base.with_suffix(".parquet"), crc=crc)
+    rows = np.arange(shard_table.num_rows) if piece.rows is None else piece.rows
     index = read_index(base.with_suffix(".idx"))
-    old_crcs = json.loads(whole.schema.metadata[JSON_CRCS])
-    all_rejects = json.loads(whole.schema.metadata[REJECTS])
-    table = whole.take(pa.array(rows, pa.int64())).combine_chunks()
+    old_crcs = json.loads(shard_table.schema.metadata[JSON_CRCS])
+    all_rejects = json.loads(shard_table.schema.metadata[REJECTS])
+    table = shard_table.take(pa.array(rows, pa.int64())).combine_chunks()
     keys, ids, offsets, crcs = [], [], [], []
     names: dict[str, str] = {}  # old id: new id
     columns = [table.column(c).to_pylist() for c in ("key", "id", "ext", "offset", "size")]
@@ -165,6 +165,6 @@ def _copy_piece(copier: TarCopier, source: SourceSplit, piece: Piece) -> tuple[p
     for name, values in (("key", keys), ("id", ids), ("offset", offsets)):
         place = SCHEMA.get_field_index(name)
         table = table.set_column(place, SCHEMA.field(name), pa.array(values, SCHEMA.field(name).type))
-    packed = set(whole.column("id").to_pylist())
+    packed = set(shard_table.column("id").to_pylist())
     rejects = [r for r in all_rejects if r["id"] in names or (piece.with_rejects and r["id"] not in packed)]
     return table, [r | {"id": names.get(r["id"], r["id"])} for r in rejects], crcs

@@ -56,9 +56,9 @@ def merge(
 def _refuse_other_profile(splits: list[Split]) -> None:
     first = splits[0].info["profile"]
     for other in splits[1:]:
-        there = other.info["profile"]
-        if differing := sorted(k for k in first.keys() | there.keys() if first.get(k) != there.get(k)):
-            details = "; ".join(f"{k}: {first.get(k)} and {there.get(k)}" for k in differing)
+        second = other.info["profile"]
+        if differing := sorted(k for k in first.keys() | second.keys() if first.get(k) != second.get(k)):
+            details = "; ".join(f"{k}: {first.get(k)} and {second.get(k)}" for k in differing)
             raise ShardError(
                 f"{splits[0].path} and {other.path} differ in their profile ({details}), and a split has one profile. "
                 "Pack one of them again with the other's settings."
@@ -185,7 +185,7 @@ def _draw(source: Split, parts: Sequence[Part], seed: int) -> np.ndarray:
     for number, size in _sizes(parts, len(source)).items():
         if size > len(free):
             raise ShardError(
-                f"part {parts[number].name} wants {count(size, 'video')}; left for it: {len(free)} of {len(source)}"
+                f"part {parts[number].name} asks for {count(size, 'video')}, but only {len(free)} of {len(source)} are left"
             )
         part_of[free[:size]], free = number, free[size:]
     for number, part in enumerate(parts):
@@ -226,7 +226,7 @@ def _give_listed(source: Split, parts: Sequence[Part], part_of: np.ndarray) -> N
 def _draw_shards(source: Split, parts: Sequence[Part], seed: int) -> np.ndarray:
     """As `_draw`, but the videos of a shard stay together."""
     if any(p.ids is not None for p in parts):
-        raise ShardError("--whole-shards cannot follow a list of ids")
+        raise ShardError("--whole-shards cannot be combined with a list of ids")
     videos = [s["videos"] for s in source.info["shards"]]
     free = np.random.default_rng(seed).permutation(len(videos)).tolist()
     shard_part = np.full(len(videos), -1, np.int16)

@@ -53,9 +53,7 @@ def whole_samples(tar: Path) -> tuple[list[TarSample], str | None]:
                 end = member.offset_data + member.size
                 key, _, extension = member.name.partition(".")
                 if not member.isreg() or not key or "/" in member.name:
-                    raise ShardError(
-                        f"{tar} holds {member.name!r}, which is no member of a sample that this packer writes. {_FOREIGN}"
-                    )
+                    raise ShardError(f"{tar} holds {member.name!r}, which the packer never writes. {_FOREIGN}")
                 if not samples or samples[-1].key != key or extension in samples[-1].members:
                     samples.append(TarSample(key, {}))
                 samples[-1].members[extension] = (member.offset_data, member.size)

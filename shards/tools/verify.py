@@ -76,7 +76,7 @@ def _verify_split(path: Path, info: dict, readable: bool) -> list[Problem]:
     names, problems = {shard["name"] for shard in info["shards"]}, []
     for file in sorted(p for p in path.iterdir() if p.suffix in (".tar", ".idx", ".parquet")):
         if file.stem not in names:
-            problems.append(Problem(None, None, f"{file.name} is no shard of this split", "Move it elsewhere"))
+            problems.append(Problem(None, None, f"{file.name} is not a shard of this split", "Move it elsewhere"))
     if not readable:
         return problems
     tables_say = summarise(path, info["profile"], [shard["name"] for shard in info["shards"]])

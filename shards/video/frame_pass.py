@@ -108,8 +108,8 @@ class Pass(ABC):
         """Stamps as seconds of the player's clock since `start`; `first` is the stamp of the first frame shown."""
         base = self._base
         origin = clock_zero(self.container, first * base) + start
-        whole = math.floor(origin / base)  # in ticks; so only a rest is rounded
-        return (stamps - whole) * base.numerator / base.denominator - float(origin - whole * base)
+        ticks = math.floor(origin / base)  # so that only the rest of it is rounded
+        return (stamps - ticks) * base.numerator / base.denominator - float(origin - ticks * base)
 
     def _refuse_empty(self) -> None:
         raise VideoError(

@@ -125,9 +125,9 @@ def grid(number: int, fps: Fraction, rate: int) -> bool:
     Second s starts at frame s*int(fps); in it, frames k*max(1, int(fps)//rate) for k < rate are taken
     (CLIP4Clip `RawVideoExtractorCV2`, with the frame rate truncated as there).
     """
-    whole = max(1, int(fps))
-    step = max(1, whole // rate)
-    inside = number % whole
+    per_second = max(1, int(fps))
+    step = max(1, per_second // rate)
+    inside = number % per_second
     return inside % step == 0 and inside // step < rate
 
 

@@ -167,15 +167,15 @@ def _rate(times: np.ndarray, claimed: Fraction | None, tick: float) -> Fraction:
     return Fraction(count / span).limit_denominator(100_000)
 
 
-def _last(times: np.ndarray, told: tuple[float, float], usual: float, even: bool, tick: float) -> float:
+def _last(times: np.ndarray, last_two: tuple[float, float], usual: float, even: bool, tick: float) -> float:
     """For how long the last frame is shown."""
     if even and len(times) > 1:
         return usual
     if len(times) < 2:
-        return told[1] or usual
+        return last_two[1] or usual
     before = float(times[-1] - times[-2])
-    believable = told[1] > 0 and abs(told[0] - before) <= max(1.5 * tick, 0.1 * before)
-    return told[1] if believable else before
+    believable = last_two[1] > 0 and abs(last_two[0] - before) <= max(1.5 * tick, 0.1 * before)
+    return last_two[1] if believable else before
 
 
 def steady(times: np.ndarray, numbers: np.ndarray, tick: float = 0.0) -> bool:
@@ -250,7 +250,7 @@ def _refuse_cut_short(
         if present < len(entries):
             _cut_short(len(entries), present)
         if _fragment_end(file) > size:
-            raise VideoError("the file is cut short: its last fragment promises more bytes than are there")
+            raise VideoError("the file is cut short: its last fragment promises more bytes than the file has")
     elif kind == "flv" and _flv_end(file, size) > size:
         raise VideoError("the file is cut short: it ends inside a tag")
     elif kind == "asf" and (promised := _asf_size(file)) > size:
@@ -268,7 +268,7 @@ def _refuse_cut_short(
         if not promised_s or end < promised_s - max(0.5, 0.01 * promised_s):
             raise VideoError(
                 f"the file is cut short: its header promises {promised_s:.1f} s, {end:.1f} s are there"
-                if promised_s else "the file is cut short: its header promises more bytes than are there"
+                if promised_s else "the file is cut short: its header promises more bytes than the file has"
             )  # fmt: skip
 
 

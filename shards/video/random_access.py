@@ -167,10 +167,10 @@ def _decode_container(
     what made the table, else as they come."""
     left, first = set(wanted), 0
     try:
-        with StampPass(io.BytesIO(data)) as whole:
-            places = _positions(whole, video)
+        with StampPass(io.BytesIO(data)) as video_pass:
+            places = _positions(video_pass, video)
             first = int(places[0])
-            for shown in whole.frames(lambda number: int(places[number]) in left):
+            for shown in video_pass.frames(lambda number: int(places[number]) in left):
                 count.decoded += 1
                 position = int(places[shown.number])
                 left.discard(position)
@@ -197,17 +197,17 @@ def _decode_container(
     raise VideoError(f"stored frames {_some(sorted(left))} did not come out of the decoder")
 
 
-def _positions(whole: StampPass, video: StoredVideo) -> np.ndarray:
+def _positions(video_pass: StampPass, video: StoredVideo) -> np.ndarray:
     """int64 [frames shown]: their positions in the frame table, which lists those that an edit list hides, too. Raises
     Unpredictable if the table was made another way than by the packets' stamps."""
-    packets, times, table = whole.packets, whole.timeline.times, video.frames
+    packets, times, table = video_pass.packets, video_pass.timeline.times, video.frames
     places = np.arange(len(times))
     if len(packets) == len(table):
         order = np.argsort(np.asarray(packets.pts), kind="stable")
         places = np.flatnonzero(np.asarray(packets.discard)[order] == 0)
     if len(places) != len(times) or len(times) > len(table):
         raise Unpredictable("the table lists other frames")
-    if whole.context.has_b_frames and np.array_equal(packets.pts, packets.dts):
+    if video_pass.context.has_b_frames and np.array_equal(packets.pts, packets.dts):
         raise Unpredictable("its stamps may be those of decoding")
     listed = table.time[places]
     if np.abs((times - times[0]) - (listed - listed[0])).max() > 2e-3:

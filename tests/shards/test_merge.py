@@ -115,11 +115,11 @@ def test_rejects_go_along(rough: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("parts", "words"),
     [
-        (["a=6"], "part a wants 6 videos; left for it: 5 of 5"),
+        (["a=6"], "part a asks for 6 videos, but only 5 of 5 are left"),
         (["a=0.05", "b=rest"], "part a would be empty"),
         (["a=0.6", "b=0.6"], "add up to more than 1"),
         (["a=1", "a=2"], "give each name once"),
-        (["a=rest", "b=rest"], "one part may be the rest"),
+        (["a=rest", "b=rest"], "the size rest at most once"),
         (["../a=1"], "a plain name"),
         (["a"], "must be NAME=SIZE"),
         (["a=2.0"], "at most 1"),

@@ -89,8 +89,8 @@ def test_msrvtt_train_split(msrvtt: Path) -> None:
         "warnings": [
             "1 video ('video8') of MSRVTT_train.9k.csv not in MSRVTT_data.json",
             "1 video ('video8') without a caption in the annotations",
-            "9000 videos are published for this split, the annotations given hold 4",
-            "180000 captions are published for this split, the annotations given hold 9",
+            "9000 videos are published for this split, the given annotations hold 4",
+            "180000 captions are published for this split, the given annotations hold 9",
         ],
     }
 
@@ -254,7 +254,7 @@ def test_lsmdc(tmp_path: Path) -> None:
         {"aligned": ["00.05.16.065", "00.05.21.941"], "extracted": ["00.05.16.000", "00.05.22.000"]}
     ]
     assert read.missing == Counts(1, 1) and read.published == Counts(None, 101_079)
-    assert read.warnings == ("101079 captions are published for this split, the annotations given hold 5",)
+    assert read.warnings == ("101079 captions are published for this split, the given annotations hold 5",)
     test = tmp_path / "LSMDC16_challenge_1000_publictect.csv"
     test.write_bytes(file.read_bytes())
     assert reading("lsmdc", tmp_path / "videos", "--annotations", test).published == Counts(1000, 1000)

@@ -155,14 +155,14 @@ def test_packing_ends_with_a_reconciliation(tmp_path: Path, capsys, monkeypatch:
         "rejected": {"videos": 1, "captions": 4},
         "packed": {"videos": 1, "captions": 2},
         "warnings": [
-            "9000 videos are published for this split, the annotations given hold 3",
-            "180000 captions are published for this split, the annotations given hold 9",
+            "9000 videos are published for this split, the given annotations hold 3",
+            "180000 captions are published for this split, the given annotations hold 9",
         ],
     }
     split = Split(tmp_path / "msrvtt" / "train")
     assert [c["text"] for c in split.captions(0)] == ["one", "two"]
     told = capsys.readouterr().err
-    assert "note 9000 videos are published for this split, the annotations given hold 3" in told
+    assert "note 9000 videos are published for this split, the given annotations hold 3" in told
     assert "3 video files found" in told and "note 9000 videos are published, 1 were packed" in told
     assert "videos │ 9000 │ 3 │ 1 │ 1 │ 1" in " ".join(told.split())
     before = files(tmp_path / "msrvtt" / "train")

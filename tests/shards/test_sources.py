@@ -59,7 +59,7 @@ def test_a_folder_that_goes_while_packing_ends_it(many: list[Item], tmp_path: Pa
             vanish(folder)
 
     with pytest.raises(
-        ShardError, match=r"(is gone or another one now|vanish while).*bring the files back, and run the same"
+        ShardError, match=r"(is gone or was replaced|vanish while).*bring the files back, and run the same"
     ):
         packed(many, tmp_path / "out", shard_videos=4, workers=1, on_progress=on_progress)
     assert not (tmp_path / "out/dataset.json").exists() and (tmp_path / "out/packing.json").exists()

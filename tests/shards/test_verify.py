@@ -150,7 +150,7 @@ SPLIT_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no counts": (lambda s: (s / "captions.npy").write_bytes(b"PK\3\4"), r"^captions\.npy cannot be read"),
     "rejects": (lambda s: (s / "rejects.jsonl").write_text('{"id": "x"}\n'), r"^rejects\.jsonl does not say what the tables"),
     "no rejects": (lambda s: (s / "rejects.jsonl").unlink(), r"^rejects\.jsonl is missing"),
-    "one more shard": (lambda s: (s / "000009.tar").write_bytes(b""), r"^000009\.tar is no shard of this split"),
+    "one more shard": (lambda s: (s / "000009.tar").write_bytes(b""), r"^000009\.tar is not a shard of this split"),
 }  # fmt: skip
 
 
