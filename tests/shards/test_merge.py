@@ -123,7 +123,7 @@ def test_rejects_go_along(rough: Path, tmp_path: Path) -> None:
         (["../a=1"], "a plain name"),
         (["a"], "must be NAME=SIZE"),
         (["a=2.0"], "at most 1"),
-        (["a=nowhere.txt"], "no such file of ids"),
+        (["a=nowhere.txt"], "not an existing file of ids"),
     ],
 )
 def test_sizes_that_cannot_be_meant(parts, words, copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
