@@ -14,8 +14,8 @@ import pytest
 
 from shards import ShardError
 from shards.annotations import Counts, Reading
+from tests.shards.annotations.reading import texts, videos, write
 from tests.shards.sets import reading
-from tests.shards.test_readers import texts, videos, write
 
 FILES = ("v1.mp4", "v2.mp4", "sub/v3.MKV", "a b.webm", "d.e.mp4", "two.mp4", "two.mkv", "caf\u00e9.mp4", "re\u0301el.mov", "noext", "x.dat", "anim.gif")  # fmt: skip
 GONE = ("gone1.mp4", "sub/gone 2.avi", "gone3", "V1.mp4")

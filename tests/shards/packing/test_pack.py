@@ -25,7 +25,7 @@ from shards.tar import read_index
 from shards.video.profiles import Profile
 from shards.video.source import scan
 from tests.shards.sets import COPY, INTRA, files, packed
-from tests.shards.test_video import audio_only
+from tests.shards.video.test_video import audio_only
 
 # ---- what is stored ----
 

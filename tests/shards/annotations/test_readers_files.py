@@ -17,8 +17,8 @@ from c4c import shard, shard_console
 from shards import ShardError
 from shards.annotations.files import Files
 from shards.split import Split
+from tests.shards.annotations.reading import paths, texts, videos, write
 from tests.shards.sets import files, reading
-from tests.shards.test_readers import paths, texts, videos, write
 from tests.videos import encode
 
 CLIP = encode(12, 6, (32, 32))
