@@ -5,7 +5,7 @@ it commits a video. What the container told the decoder stands in the row of the
 """
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import av
@@ -50,7 +50,7 @@ class Picked(dict[int, np.ndarray]):
     decoded = 0
 
 
-def pick_frames(video: StoredVideo, read: Callable[[int, int], bytes], wanted: Sequence[int]) -> Picked:
+def pick_frames(video: StoredVideo, read: Callable[[int, int], bytes], wanted: Iterable[int]) -> Picked:
     """The stored frames `wanted` (positions in the frame table) as a player shows them.
 
     No GOP is decoded that holds none of them; of the others in it only frames that some frame refers to, where the codec
@@ -69,7 +69,7 @@ def shape_of_stored(video: StoredVideo) -> Shape:
 
 
 def decode_stored(
-    video: StoredVideo, read: Callable[[int, int], bytes], wanted: Sequence[int], count: Picked | None = None
+    video: StoredVideo, read: Callable[[int, int], bytes], wanted: Iterable[int], count: Picked | None = None
 ) -> Iterator[tuple[int, av.VideoFrame]]:
     """(position, frame as decoded) of each of the stored frames `wanted`, once. As `pick_frames`; `count.decoded` grows."""
     count = Picked() if count is None else count

@@ -48,7 +48,7 @@ def test_howto100m_whole_videos(howto: Path) -> None:
     everything = reading("howto100m", howto / "videos", *options[:2])
     assert [item.id for item in everything.items] == ["nVbIUDjzWY4", "unlisted", "JTMC9ypFtZ0", "deadlink000"]
     with pytest.raises(
-        ShardError, match="no video has the category_1 'Food'; there are 'Food and Entertaining', 'Cars"
+        ShardError, match="no video has the category_1 'Food'; the list has 'Food and Entertaining', 'Cars"
     ):
         reading("howto100m", howto / "videos", *options, "--category", "Food")
     with pytest.raises(ShardError, match="--category is looked up in --list"):

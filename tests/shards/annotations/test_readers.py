@@ -183,7 +183,7 @@ def test_annotations_that_say_a_thing_twice_lose_nothing(tmp_path: Path) -> None
     data = {"videos": [video, video], "sentences": [{"video_id": "video0", "caption": "a"}, {"video_id": "video1", "caption": "b"}]}  # fmt: skip
     own = read("msrvtt", data, "--split", "train")
     assert texts(own) == {"video0": ["a"]} and "1 video ('video1') of a.json in no split, left out" in own.warnings
-    with pytest.raises(ShardError, match="the video_id 'video0' stands there twice, and differs"):
+    with pytest.raises(ShardError, match="the video_id 'video0' is listed twice, with different values"):
         read("msrvtt", data | {"videos": [video, {**video, "split": "test"}]})
 
 
