@@ -6,7 +6,6 @@ import resource
 import threading
 import weakref
 from collections import OrderedDict
-from pathlib import Path
 
 from shards import ShardError
 
@@ -41,7 +40,7 @@ def limit_reached(error: OSError) -> str | None:
 class OpenFile:
     """A file open for reading at any place. Closed when the last who holds it lets go, so never under a reading thread."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: str):
         self._descriptor = os.open(path, os.O_RDONLY)
 
     def read(self, size: int, offset: int) -> bytes:
@@ -63,11 +62,11 @@ class FilePool:
     """Files that are opened when they are first read. Safe to use from several threads."""
 
     def __init__(self):
-        self._files: OrderedDict[Path, OpenFile] = OrderedDict()
+        self._files: OrderedDict[str, OpenFile] = OrderedDict()
         self._lock = threading.Lock()
         _POOLS.add(self)
 
-    def get(self, path: Path) -> OpenFile:
+    def get(self, path: str) -> OpenFile:
         """The file. Raises OSError, and NoMoreFiles where the process may open no more."""
         with self._lock:
             if path not in self._files:
@@ -78,7 +77,7 @@ class FilePool:
             self._files.move_to_end(path)
             return self._files[path]
 
-    def forget(self, path: Path) -> None:
+    def forget(self, path: str) -> None:
         """Let go of a file, so that it is opened anew when it is next read."""
         with self._lock:
             self._files.pop(path, None)
@@ -88,7 +87,7 @@ class FilePool:
         with self._lock:
             self._files.clear()
 
-    def _opened(self, path: Path) -> OpenFile:
+    def _opened(self, path: str) -> OpenFile:
         """The file; where the process may open no more, half of the pool is closed for it."""
         while True:
             try:

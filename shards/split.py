@@ -224,8 +224,8 @@ class Split:
         """Let go of the video's tar, so that the next read opens it anew."""
         self._files.forget(self._tar(video.shard))
 
-    def _tar(self, shard: str) -> Path:
-        return self.path / f"{shard}.tar"
+    def _tar(self, shard: str) -> str:
+        return f"{self.path}/{shard}.tar"  # not a Path: there is one for each read
 
 
 class TarPlace(NamedTuple):
