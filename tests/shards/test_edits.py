@@ -24,7 +24,7 @@ from shards.tools import dedup, verify
 from shards.tools.info import describe, measure
 from shards.tools.repair import repair
 from shards.tools.reshard import Part, merge, split
-from tests.edits import changed, several
+from tests.edits import changed, damaged, several
 from tests.shards.sets import COPY, packed, reading
 from tests.videos import encode
 
@@ -40,6 +40,10 @@ class Serial:
     __enter__ = lambda self: self  # noqa: E731
     __exit__ = lambda *_: None  # noqa: E731
     map = staticmethod(map)
+
+
+def with_other_bytes(data: bytes, rng: random.Random) -> bytes:
+    return several(damaged, data, rng)
 
 
 def with_other_values(data: bytes, rng: random.Random) -> bytes:
@@ -116,7 +120,7 @@ class Place:
         rng = random.Random(seed)
         name = rng.choice(list(self.readers))
         data = self.whole[name]
-        edit = with_other_values if "json" in name.rpartition(".")[2] and rng.random() < 0.6 else changed
+        edit = with_other_values if "json" in name.rpartition(".")[2] and rng.random() < 0.6 else with_other_bytes
         refused = 0
         before = {path: path.read_bytes() for path in (self.folder / "set").iterdir()}
         readers = self.readers[name]
