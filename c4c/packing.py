@@ -1,25 +1,29 @@
-"""What `python -m c4c.shard` says around a packing: where it may not write, and what came of it."""
+"""What `python -m c4c.shard` prints around a packing: where it may not write, how far it is, and what came of it."""
 
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
 from rich.table import Column, Table
 
+from c4c import shard_console
 from c4c.files import require_folder
-from c4c.shard_tools import console, plain
+from c4c.shard_console import bar, say
 from pipelines.config import DataConfig
 from pipelines.lengths import TOKENIZER, Lengths
-from shards import ShardError
+from shards import ShardError, count
 from shards.annotations import Item
+from shards.packing.worker import Progress
 from shards.storage import is_remote
 from shards.tools.info import left_out
 
+_LINES_SHOWN = 5  # rejects and notes on the screen; a list with missing files may have thousands
 _RECORDS = ("dataset.json", "packing.json")
 
 
 def refuse_place(out: Path, videos: str) -> Iterable[str]:
-    """What to know of packing the files under `videos` into `out`. Raises ShardError where it would hide other splits, or
-    lay shards among the videos."""
+    """Notes about packing the files under `videos` into `out`. Raises ShardError where that would hide other splits, or
+    put shards among the videos."""
     if is_remote(out):
         return
     target, source = out.resolve(), None if "://" in videos else Path(videos).resolve()
@@ -28,12 +32,12 @@ def refuse_place(out: Path, videos: str) -> Iterable[str]:
     require_folder(f"--out {out}", out)
     if source and (source == target or target in source.parents):
         where = "is the folder of the videos" if source == target else f"holds the videos ({videos})"
-        raise ShardError(f"--out {out} {where}: name another, such as {_beside(out)}")
+        raise ShardError(f"--out {out} {where}: choose another, such as {_beside(out)}")
     inside = sorted({path.parent.name for name in _RECORDS for path in target.glob(f"*/{name}")})
     if inside:
         raise ShardError(
             f"--out {out} holds {'splits' if len(inside) > 1 else 'a split'} ({', '.join(inside[:3])}), and a split of its "
-            f"own there would hide {'them' if len(inside) > 1 else 'it'}: name a folder for it, such as {out}/NAME"
+            f"own there would hide {'them' if len(inside) > 1 else 'it'}: choose a folder for it, such as {out}/NAME"
         )
     if source and source in target.parents:
         yield f"--out {out} is inside the folder of the videos, {videos}"
@@ -46,22 +50,77 @@ def _beside(out: Path) -> Path:
     return out.resolve().with_name(f"{out.resolve().name}_packed")
 
 
+class PackingScreen:
+    """A progress bar of `total` videos, with the first rejects and notes above it. Use it as a context manager."""
+
+    def __init__(self, name: str, total: int):
+        self._progress = bar()
+        self._task = self._progress.add_task(name, total=total, note="")
+        self._began, self._done, self._read, self._rejects, self._notes = time.monotonic(), 0, 0, 0, 0
+        self.resumed = 0  # videos that earlier runs have dealt with
+        self.stored = 0  # videos that were copied from existing shards
+
+    def __enter__(self) -> "PackingScreen":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._progress.stop()
+
+    def start(self, done: int, total: int) -> None:
+        """The packing begins; earlier runs have dealt with `done` videos."""
+        self.resumed = done
+        self._progress.reset(self._task, completed=done, total=total)  # or what was done before would flatter the ETA
+
+    def advance(self, event: Progress) -> None:
+        """A video is done."""
+        self._done += 1
+        self._read += event.bytes
+        self.stored += event.stored
+        if event.rejected:
+            self._rejects += 1
+            if self._rejects <= _LINES_SHOWN:
+                say(event.rejected, "missing" if event.missing else "rejected")
+        if event.note:
+            self._notes += 1
+            if self._notes <= _LINES_SHOWN:
+                say(event.note, "note")
+        seconds = max(1e-9, time.monotonic() - self._began)
+        speed = f"{_rate(self._done / seconds)} videos/s {_rate(self._read / 1e6 / seconds)} MB/s"
+        self._progress.update(self._task, advance=1, note=f"{speed} {count(self._rejects, 'reject')}")
+
+    def summarise(self, listing: Path | None) -> None:
+        """Print what was too much to show one by one; `listing`: the file with all rejects, if it is written."""
+        if self._rejects > _LINES_SHOWN:
+            say(f"{self._rejects - _LINES_SHOWN} more" + (f": see {listing}" if listing else ""), "and")
+        if self._notes:
+            say(
+                f"{count(self._notes, 'video')} of variable frame rate: frames are sampled by time, not by counting frames as "
+                "the official code does (data.sampling=uniform_by_frame counts)",
+                "note",
+            )
+
+
+def _rate(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+
+
 def closing(info: dict, out: Path, items: list[Item], reconciled: bool) -> None:
     """What was left out, the table of counts, and how many captions training would cut."""
     if (lost := left_out(info)) != "nothing":
-        console.print(f"[yellow]{lost}:[/] see {plain(out / 'rejects.jsonl')}", highlight=False, soft_wrap=True)
+        say(f"see {out / 'rejects.jsonl'}", f"{lost}:")
     if reconciled and "reconciliation" in info:
         _reconcile(info["reconciliation"])
-    found = Lengths(DataConfig.max_words)
+    lengths = Lengths(DataConfig.max_words)
     for item in items:
-        found.add(caption.text for caption in item.captions)
-    if found.cut:
-        console.print(
-            f"[yellow]note[/] {found.cut} of {found.captions} captions in the annotations {'is' if found.cut == 1 else 'are'} longer than {found.limit} tokens "
-            f"({TOKENIZER}, start and end included; the longest has {found.longest}): training cuts them unless data.max_words "
-            "is higher",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
+        lengths.add(caption.text for caption in item.captions)
+    if lengths.cut:
+        say(
+            f"{lengths.cut} of {lengths.captions} captions in the annotations {'is' if lengths.cut == 1 else 'are'} longer than "
+            f"{lengths.limit} tokens ({TOKENIZER}, start and end included; the longest has {lengths.longest}): training cuts "
+            "them unless data.max_words is higher",
+            "note",
+        )
 
 
 def _reconcile(counts: dict) -> None:
@@ -73,7 +132,7 @@ def _reconcile(counts: dict) -> None:
     for what in ("videos", "captions"):
         cells = (counts[name][what] for name in columns)
         table.add_row(what, *("" if cell is None else str(cell) for cell in cells))
-    console.print(table)
+    shard_console.console.print(table)
     for what, known in counts["published"].items():
         if known not in (None, counts["packed"][what]):
-            console.print(f"[yellow]note[/] {known} {what} are published, {counts['packed'][what]} were packed")
+            say(f"{known} {what} are published, {counts['packed'][what]} were packed", "note")

@@ -5,81 +5,88 @@ import json
 import os
 import re
 from collections.abc import Callable
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import TaskID
 from rich.table import Column, Table
 
 from c4c.files import require_folder, require_writable
+from c4c.shard_console import bar, plain, say, size, task
 from pipelines.config import DataConfig
 from pipelines.lengths import CONTEXT, TOKENIZER, Lengths
-from shards import ShardError, count, number
+from shards import ShardError, count
 from shards.annotations.text import read_lines
+from shards.limits import POSITIVE, SEED
 from shards.remote import Local
 from shards.split import Split, find_splits
 from shards.tools.dedup import Group, Report, dedup
 from shards.tools.hashes import tables
 from shards.tools.info import describe, measure
-from shards.tools.preview import preview
+from shards.tools.preview import COUNT, WIDTH, preview
 from shards.tools.regroup import Made
 from shards.tools.repair import repair
 from shards.tools.reshard import Part, merge, split
 from shards.tools.verify import verify
 
-console = Console(stderr=True)
-POSITIVE, SEED = number(int, "of at least 1"), number(int, "from 0 to 2**63 - 1")  # types of argparse
-_PATIENCE_S = 20.0  # with a server, where somebody sits and waits
+_PATIENCE_S = 20.0  # with a server, while somebody waits at the screen
+_SPLITS = "a split, or a folder of splits"
+_COPY = "copy every tar: without, source and result may be the same file on disk (a hard link)"
 
 
 def add_commands(commands) -> None:
-    """Add verify, info, preview, repair, merge, split and dedup to an argparse group of commands."""
+    """Add the commands that look at splits, repair and regroup them to an argparse group of commands."""
+    add = partial(_add, commands)
+    _add_verify_and_info(add)
+    _add_pictures(add)
+    _add_repair(add)
+    _add_regrouping(add)
+    _add_dedup(add)
 
-    def add(name: str, run: Callable[[argparse.Namespace], int], help: str, path: str | None = None):
-        one = commands.add_parser(name, help=help, description=help)
-        one.set_defaults(run=run)
-        if path:
-            one.add_argument("path", type=_local, help=path)
-        return one
 
-    some = "a split, or a folder of splits"
-    one = add("verify", _verify, "re-read everything: crc, decode, index against tar; exit 1 if any is bad", some)
+def _add(commands, name: str, run: Callable[[argparse.Namespace], int], help: str, path: str | None = None):
+    command = commands.add_parser(name, help=help, description=help)
+    command.set_defaults(run=run)
+    if path:
+        command.add_argument("path", type=_local, help=path)
+    return command
+
+
+def _add_verify_and_info(add: Callable) -> None:
+    one = add(
+        "verify", _verify,
+        "read everything again: checksums, decoding, index and table against the tar; exit status 1 if anything is wrong",
+        _SPLITS,
+    )  # fmt: skip
     one.add_argument("--workers", type=POSITIVE, default=None, help="processes (one a core)")
     one.add_argument("--json", action="store_true", help="print JSON instead")
 
-    one = add("info", _info, "counts, durations, sizes, codecs, captions", some)
+    one = add("info", _info, "show counts, durations, sizes, codecs and captions", _SPLITS)
     one.add_argument("--json", action="store_true", help="print JSON instead, with all numbers")
 
-    one = add("preview", _preview, "one HTML page of frames and captions that needs no other file", some)
+
+def _add_pictures(add: Callable) -> None:
+    one = add("preview", _preview, "write one HTML page of frames and captions that needs no other file", _SPLITS)
     one.add_argument("--out", type=Path, default=Path("preview.html"), help="the page to write (%(default)s)")
-    one.add_argument(
-        "--count", type=number(int, "from 1 to 10000"), default=24, help="videos of each split (%(default)s)"
-    )
-    one.add_argument("--seed", type=SEED, default=None, help="draw them at random (default: the first ones)")
-    one.add_argument(
-        "--frames", type=number(int, "from 1 to 10000"), default=4, help="pictures of each video (%(default)s)"
-    )
-    one.add_argument(
-        "--width",
-        type=number(int, "from 16 to 10000"),
-        default=240,
-        metavar="PX",
-        help="of a picture at most (%(default)s)",
-    )
+    one.add_argument("--count", type=COUNT, default=24, help="videos of each split (%(default)s)")
+    one.add_argument("--seed", type=SEED, default=None, help="choose them at random (default: the first ones)")
+    one.add_argument("--frames", type=COUNT, default=4, help="pictures of each video (%(default)s)")
+    one.add_argument("--width", type=WIDTH, default=240, metavar="PX", help="largest width of a picture (%(default)s)")
 
     one = add("frames", _frames, "write frames of one video as PNGs, as the loader decodes them, before any resize")
     one.add_argument("path", type=str, help="a split: a folder or a URL")
     one.add_argument("--key", required=True, help="the video: its id, or its key in the tar")
-    one.add_argument("--rule", help="the frames that data.sampling=RULE shows a model in testing (uniform)")
-    one.add_argument("--num-frames", type=POSITIVE, help="at most so many, as data.num_frames (12)")
+    one.add_argument("--rule", help="the frames that data.sampling=RULE shows a model in evaluation (uniform)")
+    one.add_argument("--num-frames", type=POSITIVE, help="largest number of frames, as data.num_frames (12)")
     one.add_argument("--fps", type=POSITIVE, help="frames a second to choose from, as data.fps (1)")
     one.add_argument("--positions", type=_positions, metavar="0,5,9", help="these rows of the frame table instead")
     one.add_argument("--out", type=Path, required=True, help="the folder to write NUMBER_SECONDS.png into")
 
+
+def _add_repair(add: Callable) -> None:
     one = add("repair", _repair, "rebuild index, sample table and dataset.json from the tars", "a split")
-    one.add_argument("--all", action="store_true", help="rebuild shards that look well, too (decodes every video)")
+    one.add_argument("--all", action="store_true", help="also rebuild shards that look intact (decodes every video)")
     one.add_argument("--truncate", action="store_true", help="cut a tar with a damaged end after its last whole sample")
     one.add_argument(
         "--drop", action="store_true", help="leave out samples that do not decode, or whose checksum differs"
@@ -88,7 +95,9 @@ def add_commands(commands) -> None:
     one.add_argument("--split", default=None, help="name of the split, if dataset.json is lost (the folder's)")
     one.add_argument("--workers", type=POSITIVE, default=None, help="processes (one a core)")
 
-    one = add("merge", _merge, "several splits of one profile as one, without copying their tars")
+
+def _add_regrouping(add: Callable) -> None:
+    one = add("merge", _merge, "join several splits of one profile, without copying their tars")
     one.add_argument("paths", type=_local, nargs="+", metavar="SPLIT")
     one.add_argument("--out", type=Path, required=True, help="the split to write; must not exist")
     one.add_argument("--name", default=None, help="name of the data set (that of the first)")
@@ -103,13 +112,15 @@ def add_commands(commands) -> None:
         help="SIZE is a fraction (0.9), a number of videos (1000), a file with an id on each line, or: rest",
     )  # fmt: skip
     one.add_argument("--out", type=Path, required=True, help="writes OUT/NAME for each part")
-    one.add_argument("--seed", type=SEED, default=0, help="of the random choice (%(default)s)")
+    one.add_argument("--seed", type=SEED, default=0, help="seed of the random choice (%(default)s)")
     one.add_argument(
         "--whole-shards", action="store_true", help="keep shards together: no video is copied, sizes are approximate"
     )
     one.add_argument("--copy", action="store_true", help=_COPY)
 
-    one = add("dedup", _dedup, "what is there more than once, also across splits; exit 1 if a video is")
+
+def _add_dedup(add: Callable) -> None:
+    one = add("dedup", _dedup, "report duplicates within and across splits; exit status 1 if a video has any")
     one.add_argument("paths", type=_local, nargs="+", metavar="SPLIT", help="splits, or folders of splits")
     one.add_argument(
         "--no-sources", action="store_true", help="do not compare what the samples' JSON says of their source"
@@ -123,55 +134,52 @@ def _local(text: str) -> Path:
     return Path(text)
 
 
-_COPY = "copy every tar: without, source and result may be the same file on disk (a hard link)"
-
-
 def _verify(args) -> int:
-    bad, told = 0, []
+    bad, reports = 0, []
     for path in find_splits(args.path):
         with task(f"verify {path.name}", "shards") as on_shard:
             problems = verify(path, args.workers, on_shard)
         bad += len(problems)
         if args.json:
-            told.append({"path": str(path), "problems": [vars(p) | {"id": p.id} for p in problems]})
+            reports.append({"path": str(path), "problems": [vars(p) | {"id": p.id} for p in problems]})
             continue
         for problem in problems:
             print(f"{path}/{problem}")
         print(f"{path}: {count(len(problems), 'problem') if problems else 'all good'}")
     if args.json:
-        print(json.dumps(told, ensure_ascii=False, indent=2))
+        print(json.dumps(reports, ensure_ascii=False, indent=2))
     return 1 if bad else 0
 
 
 def _info(args) -> int:
     if args.json:
-        told = []
+        measured = []
         for path in find_splits(args.path):
-            numbers, found = measure(path), token_lengths(path)
-            beyond = {str(limit): one.cut for limit, one in found.items()}
-            longest = max(one.longest for one in found.values())
+            numbers, lengths = measure(path), token_lengths(path)
+            beyond = {str(limit): of_limit.cut for limit, of_limit in lengths.items()}
+            longest = max(of_limit.longest for of_limit in lengths.values())
             numbers["captions"]["tokens"] = {"tokenizer": TOKENIZER, "longest": longest, "beyond": beyond}
-            told.append(numbers)
-        print(json.dumps(told, ensure_ascii=False, indent=2))
+            measured.append(numbers)
+        print(json.dumps(measured, ensure_ascii=False, indent=2))
         return 0
     for path in find_splits(args.path):
         table = Table(title=plain(path), show_header=False)
         for name, value in describe(path).items():
             table.add_row(name, plain(value))
-        for limit, found in token_lengths(path).items():
-            table.add_row(f"beyond {limit} tokens", f"{found.cut} of {found.captions} captions, by {TOKENIZER}")
+        for limit, of_limit in token_lengths(path).items():
+            table.add_row(f"beyond {limit} tokens", f"{of_limit.cut} of {of_limit.captions} captions, by {TOKENIZER}")
         Console().print(table)
     return 0
 
 
 def token_lengths(path: Path) -> dict[int, Lengths]:
-    """How many captions data.max_words of the defaults would cut, and CLIP's text tower."""
-    found = {limit: Lengths(limit) for limit in (DataConfig.max_words, CONTEXT)}
+    """Which captions are longer than the default of data.max_words, and than the context of CLIP's text tower."""
+    lengths = {limit: Lengths(limit) for limit in (DataConfig.max_words, CONTEXT)}
     for table in tables(Split(path), ["captions"]):
         for row in table.column("captions").to_pylist():
-            for one in found.values():
-                one.add(caption["text"] for caption in row)
-    return found
+            for of_limit in lengths.values():
+                of_limit.add(caption["text"] for caption in row)
+    return lengths
 
 
 def _preview(args) -> int:
@@ -225,14 +233,14 @@ def _repair(args) -> int:
             workers=args.workers, on_shard=on_shard,
         )  # fmt: skip
     info = Split(args.path).info
-    for option, told in (("name", args.name), ("split", args.split)):
-        if told not in (None, info[option]):
-            say(f"--{option} {told} was not used: {args.path}/dataset.json says {info[option]}")
+    for option, value in (("name", args.name), ("split", args.split)):
+        if value not in (None, info[option]):
+            say(f"--{option} {value} was not used: {args.path}/dataset.json says {info[option]}")
     for one in done:
         for lost in one.lost:
             say(f"{one.shard}: left out: {lost}")
-    told = ", ".join(f"{sum(d.done == how for d in done)} {how}" for how in ("kept", "rebuilt", "cut"))
-    say(f"{args.path}: {count(sum(d.videos for d in done), 'video')}; shards: {told}")
+    how_many = ", ".join(f"{sum(d.done == how for d in done)} {how}" for how in ("kept", "rebuilt", "cut"))
+    say(f"{args.path}: {count(sum(d.videos for d in done), 'video')}; shards: {how_many}")
     return 0
 
 
@@ -249,7 +257,7 @@ def _split(args) -> int:
     parts = [_part(text) for text in args.parts]
     names = [p.name for p in parts]
     if len(set(names)) < len(names) or sum(p.size is None and p.ids is None for p in parts) > 1:
-        raise ShardError("--parts: every name may be given once, and one part may be the rest")
+        raise ShardError("--parts: give each name once, and the size rest at most once")
     if sum(p.size for p in parts if isinstance(p.size, float)) > 1 + 1e-9:
         raise ShardError("--parts: the fractions add up to more than 1")
     with task("split", "shards") as on_shard:
@@ -274,7 +282,9 @@ def _part(text: str) -> Part:
             raise ShardError(f"--parts {text}: a fraction must be above 0 and at most 1")
         return Part(name, float(size))
     if not os.path.isfile(size):
-        raise ShardError(f"--parts {text}: {size!r} is no number, not the word rest, and there is no such file of ids")
+        raise ShardError(
+            f"--parts {text}: {size!r} is not a number, not the word rest, and not an existing file of ids"
+        )
     return Part(name, ids=frozenset(read_lines(Path(size))))
 
 
@@ -309,7 +319,7 @@ def _dedup(args) -> int:
 
 def _say_report(report: Report, splits: int) -> None:
     for words, groups in (
-        ("the same bytes", report.content), ("the same source file, most likely", report.source),
+        ("the same bytes", report.content), ("probably the same source file", report.source),
         ("the same name in several splits", report.names),
     ):  # fmt: skip
         for group in groups:
@@ -327,41 +337,3 @@ def _say_report(report: Report, splits: int) -> None:
 def _members(group: Group, most: int = 8) -> str:
     more = f" and {len(group.members) - most} more" if len(group.members) > most else ""
     return ", ".join(f"{id} ({path})" for path, id in group.members[:most]) + more
-
-
-# ---- what the packing commands say things with, too ----
-
-
-def size(info: dict) -> str:
-    """Videos and captions of a split, as `dataset.json` has them."""
-    return f"{count(info['videos'], 'video')}, {count(info['captions'], 'caption')}"
-
-
-def say(text: str) -> None:
-    console.print(plain(text), highlight=False, soft_wrap=True)
-
-
-def bar() -> Progress:
-    """All that there is to say in one line of 80 columns; the bar takes what the words leave."""
-    name = Column(max_width=16, no_wrap=True, overflow="ellipsis")
-    return Progress(
-        TextColumn("{task.description}", table_column=name), BarColumn(None, table_column=Column(ratio=1, max_width=40)),
-        MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TextColumn("ETA"), TimeRemainingColumn(compact=True),
-        console=console, expand=True,
-    )  # fmt: skip
-
-
-@contextmanager
-def task(name: str, unit: str):
-    """A progress bar as a function of (done, total)."""
-    with bar() as progress:
-        yield partial(show, progress, progress.add_task(plain(name), total=None, note=unit))
-
-
-def show(progress: Progress, task: TaskID, done: int, total: int) -> None:
-    progress.update(task, completed=done, total=total)
-
-
-def plain(text: object) -> str:
-    """`text` for rich, its brackets no markup."""
-    return str(text).replace("[", r"\[")

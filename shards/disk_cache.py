@@ -1,9 +1,9 @@
-"""DiskCache of remote files in a folder of bounded size, shared by the processes of a machine.
+"""A cache of remote files in a folder of bounded size, shared by the processes of a machine.
 
-A piece is a file. It is written beside and renamed, so that a killed process leaves no half of one. Room is reserved before
-a byte is written, and the pieces whose last use is longest ago make way; one that is being written or read is locked
-(flock, which the kernel drops with the process, however that ends) and stays. So the folder never holds more than its
-bound, and two processes that want the same piece fetch it once.
+A piece is a file. It is written under another name and renamed, so that a killed process leaves no partial piece. Space is
+reserved before a byte is written, and the least recently used pieces are evicted; a piece that is being written or read is
+locked (flock, which the kernel drops with the process, however that ends) and stays. So the folder never holds more than
+its bound, and two processes that want the same piece fetch it once.
 """
 
 import fcntl
@@ -36,19 +36,19 @@ class DiskCache:
         folder.mkdir(parents=True, exist_ok=True)
 
     def read(self, name: str, fetch: Callable[[], bytes], start: int = 0, size: int = -1, total: int = -1) -> bytes:
-        """Bytes of a piece, all from `start` on where `size` is -1; `fetch` gets all of it where it is not here.
+        """Bytes of a piece, all from `start` on where `size` is -1; `fetch` gets all of it where it is not cached.
 
-        `total`: how long it must be; one that is not is fetched again."""
+        `total`: its length in bytes; a cached piece of another length is fetched again."""
         while True:
-            found = self._read(name, start, size, total)
-            if found is not None:
-                return found
+            cached = self._read(name, start, size, total)
+            if cached is not None:
+                return cached
             data = self.bring(name, fetch)
             if data is not None:
                 return data[start:] if size < 0 else data[start : start + size]
 
     def bring(self, name: str, fetch: Callable[[], bytes]) -> bytes | None:
-        """Have the piece here. Returns its bytes if they had to be fetched, None if it is there, from another process say.
+        """Cache the piece. Returns its bytes if they had to be fetched, None if it was cached, by another process for example.
 
         Raises Full if it is larger than the folder may be, if everything in the folder stays in use, or on a full disk."""
         target = self.folder / name
@@ -115,7 +115,7 @@ class DiskCache:
         deadline = time.monotonic() + _FULL_WAIT
         while True:
             with self._locked() as counter:
-                raw = os.pread(counter, 8, 0)  # at least what is there: room of killed processes is counted, too
+                raw = os.pread(counter, 8, 0)  # at least what is used: what killed processes had reserved counts, too
                 used = struct.unpack("<q", raw)[0] if len(raw) == 8 else self.max_bytes
                 if used + need > self.max_bytes:
                     used = self._make_room(max(0, min(int(self.max_bytes * _LOW_WATER), self.max_bytes - need)))
@@ -126,13 +126,13 @@ class DiskCache:
                 os.pwrite(counter, struct.pack("<q", used), 0)
             if time.monotonic() > deadline:
                 raise Full(
-                    f"{self.folder} is full of what running processes use ({used} of {self.max_bytes} bytes): give it more "
-                    "room (data.local_gb)"
+                    f"{self.folder} is full of files that running processes use ({used} of {self.max_bytes} bytes): give it more "
+                    "space (data.local_gb)"
                 )
             time.sleep(0.02)
 
     def _make_room(self, most: int) -> int:
-        """Delete pieces, the longest unused first, until at most `most` bytes are taken. Returns what is taken then."""
+        """Evict the least recently used pieces until at most `most` bytes are used. Returns the bytes that are used then."""
         every = []
         for entry in self._entries():
             try:
@@ -205,6 +205,6 @@ def _write(descriptor: int, data: bytes) -> None:
     except OSError as error:
         if error.errno in DISK_FULL:
             raise Full(
-                f"the disk is full ({error}): give it less than there is (data.local_gb), or another folder (data.local_dir)"
+                f"the disk is full ({error}): set data.local_gb below the free space, or use another folder (data.local_dir)"
             ) from error
         raise

@@ -1,4 +1,4 @@
-"""What a process may use of memory, and what to say where that is not enough."""
+"""The limit on a process's memory, and what an error says when it is not enough."""
 
 import ctypes
 import errno
@@ -17,14 +17,14 @@ _STACK = 1 << 20  # bytes of a thread's stack; 8 MB otherwise
 
 def limit() -> tuple[int, str] | None:
     """The lowest limit on this process's memory, in bytes, and the ulimit option that sets it; None without a limit."""
-    found = [(resource.getrlimit(getattr(resource, name))[0], option) for name, option in _LIMITS.items()]
-    return min((one for one in found if one[0] != resource.RLIM_INFINITY), default=None)
+    limits = [(resource.getrlimit(getattr(resource, name))[0], option) for name, option in _LIMITS.items()]
+    return min((one for one in limits if one[0] != resource.RLIM_INFINITY), default=None)
 
 
 def limit_text() -> str:
     """`; the limit is 600 MB a process (ulimit -v)`, empty without a limit."""
-    found = limit()
-    return f"; the limit is {found[0] / 1e6:.0f} MB a process (ulimit {found[1]})" if found else ""
+    lowest = limit()
+    return f"; the limit is {lowest[0] / 1e6:.0f} MB a process (ulimit {lowest[1]})" if lowest else ""
 
 
 def is_short(error: BaseException) -> bool:
@@ -35,10 +35,10 @@ def is_short(error: BaseException) -> bool:
 
 
 def prepare() -> str | None:
-    """Where there is a limit, take less of it for each thread. Returns what is wrong if too little is left to begin, since
-    C libraries abort the process, without a word, once they get no memory."""
-    found = limit()
-    if found is None:
+    """Where there is a limit, use less of it for each thread. Returns an error text if too little is left to begin: C
+    libraries abort the process without a message when they get no memory."""
+    lowest = limit()
+    if lowest is None:
         return None
     threading.stack_size(_STACK)
     pa.set_cpu_count(1)
@@ -47,10 +47,10 @@ def prepare() -> str | None:
         ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)  # each thread would reserve an arena of 64 MB
     with open("/proc/self/statm") as file:
         pages, _, _, _, _, data, *_ = map(int, file.read().split())
-    used = (pages if found[1] == "-v" else data) * resource.getpagesize()
-    if used + _ROOM <= found[0]:
+    used = (pages if lowest[1] == "-v" else data) * resource.getpagesize()
+    if used + _ROOM <= lowest[0]:
         return None
     return (
-        f"this process may use {found[0] / 1e6:.0f} MB of memory (ulimit {found[1]}) and this command takes at least "
-        f"{(used + _ROOM) / 1e6:.0f} MB. Raise the limit: ulimit {found[1]} {2 * (used + _ROOM) // 1024}"
+        f"this process may use {lowest[0] / 1e6:.0f} MB of memory (ulimit {lowest[1]}) and this command takes at least "
+        f"{(used + _ROOM) / 1e6:.0f} MB. Raise the limit: ulimit {lowest[1]} {2 * (used + _ROOM) // 1024}"
     )

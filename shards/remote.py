@@ -1,7 +1,7 @@
 """A packed split on an object store or web server, read through a bounded folder of this machine.
 
-Small tars are fetched whole, of others the bytes of the videos that are wanted, in pieces of at most PIECE bytes: what a
-step needs of a large shard in random order is little, and in the order of the shard nothing is fetched twice.
+Small tars are fetched as a whole. Of large ones only the bytes of the wanted videos are fetched, in pieces of at most PIECE
+bytes: in random order a step needs little of a large shard, and in the order of the shard nothing is fetched twice.
 """
 
 import os
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
@@ -28,14 +29,14 @@ WHOLE = 8 << 20  # bytes of the largest tar that is fetched whole
 PIECE = 4 << 20  # bytes of the largest piece of another
 _PAUSES = 0.1, 2.0  # seconds before the second try, and at most before any
 _LATER = (
-    "When the server is well again, the run goes on from its last checkpoint with run.resume=auto; data.server_timeout_s "
-    "says how long to wait."
+    "When the server works again, run.resume=auto continues from the last checkpoint; data.server_timeout_s sets how long "
+    "to wait."
 )
 _BUGS = (TypeError, AttributeError, NameError, LookupError, AssertionError, MemoryError)
 
 
 class Unreachable(ShardError):
-    """A server that has not given what was asked of it for so long that the run had better end."""
+    """A server that has failed for so long that the run should end."""
 
 
 class Refused(Unreachable):
@@ -52,8 +53,9 @@ class Local:
     patience_s: float = 300.0
 
     def pieces(self) -> DiskCache:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        return DiskCache(self.folder or Path(home) / "c4c" / "shards", int(self.max_gb * 1e9))
+        """The cache of pieces on disk."""
+        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return DiskCache(self.folder or Path(caches) / "c4c" / "shards", int(self.max_gb * 1e9))
 
 
 class RemoteFiles:
@@ -73,7 +75,7 @@ class RemoteFiles:
         self._set = "-".join(_plain(self.info[what]) for what in ("name", "split", "digest"))
         self._tars = {shard["name"]: shard["bytes"] for shard in self.info["shards"]}
 
-    def whole(self, name: str) -> bytes:
+    def small_file(self, name: str) -> bytes:
         """A small file: a sample table, say."""
         return self.pieces.read(f"{self._set}/{name}", lambda: self._get(name))
 
@@ -88,7 +90,7 @@ class RemoteFiles:
         for name, tar, start, length in self._pieces_of(video, offset, offset + size):
             first = max(0, video.offset + offset - start)
             last = min(length, video.offset + offset + size - start)
-            get = lambda tar=tar, start=start, length=length: self._get(tar, start, length)  # noqa: E731
+            get = partial(self._get, tar, start, length)
             out.append(self.pieces.read(name, get, first, last - first, length))
         return out[0] if len(out) == 1 else b"".join(out)
 
@@ -98,7 +100,7 @@ class RemoteFiles:
         if low == high:
             return 0
         for name, tar, start, length in self._pieces_of(video, low, high):
-            self.pieces.bring(name, lambda tar=tar, start=start, length=length: self._get(tar, start, length))
+            self.pieces.bring(name, partial(self._get, tar, start, length))
             total += length
         return total
 
@@ -112,11 +114,11 @@ class RemoteFiles:
         tar, size = f"{video.shard}.tar", self._tars[video.shard]
         if size <= WHOLE:
             return [(f"{self._set}/{tar}", tar, 0, size)]
-        found = []
+        pieces = []
         for at in range(low // PIECE * PIECE, max(high, low + 1), PIECE):
             start, length = video.offset + at, min(PIECE, video.size - at)
-            found.append((f"{self._set}/{video.shard}.{start}.{length}", tar, start, length))
-        return found
+            pieces.append((f"{self._set}/{video.shard}.{start}.{length}", tar, start, length))
+        return pieces
 
     def _get(self, name: str, start: int = 0, size: int | None = None) -> bytes:
         end = None if size is None else start + size
@@ -127,7 +129,7 @@ class RemoteFiles:
             if size is not None and len(data) > size:  # a server that does not know ranges sends all
                 data = data[start:end]
             if size is not None and len(data) < size:
-                raise OSError(f"{len(data)} bytes came of {size}")
+                raise OSError(f"only {len(data)} of {size} bytes came")
             return data
 
         return patiently(ask, f"{self.path}/{name}", self._patience, self._server)
@@ -198,13 +200,13 @@ def patiently(action: Callable[[float], T], what: str, patience_s: float, server
     while True:
         if server.is_lost(patience_s):
             raise Unreachable(
-                f"{what} cannot be read: its server has given nothing right for {waited():.0f} s ({server.error}). {_LATER}"
+                f"{what} cannot be read: its server has failed for {waited():.0f} s ({server.error}). {_LATER}"
             )
         try:
             with server.asked():
-                found = action(max(_SHORTEST, patience_s - waited()))
+                answer = action(max(_SHORTEST, patience_s - waited()))
             server.clear()
-            return found
+            return answer
         except _BUGS:
             raise
         except Exception as error:  # each library has its own
@@ -218,7 +220,7 @@ def patiently(action: Callable[[float], T], what: str, patience_s: float, server
                 kind = Refused if refused or status in (401, 403) else ShardError
                 raise kind(f"{what} may not be read: {short(error)}. Check the address and the credentials") from error
             if waited() + pause > patience_s:
-                said = "cannot be reached" if status is None and unreachable(error) else "cannot be read"
-                raise Unreachable(f"{what} {said}, for {waited():.0f} s now ({short(error)}). {_LATER}") from error
+                failure = "cannot be reached" if status is None and unreachable(error) else "cannot be read"
+                raise Unreachable(f"{what} {failure}, for {waited():.0f} s now ({short(error)}). {_LATER}") from error
         time.sleep(pause * random.uniform(0.5, 1.0))  # not all threads at once
         pause = min(2 * pause, _PAUSES[1])

@@ -9,8 +9,7 @@ from fractions import Fraction
 import numpy as np
 import pyarrow as pa
 
-FORMAT_VERSION = 2  # 1 had neither `mirrored` nor `coding`, and its times counted from the first frame
-READABLE = (1, 2)
+FORMAT_VERSION = 2
 CAPTION_COUNTS = "captions.npy"  # beside dataset.json: captions of each video, so that no table is read to count them
 
 # keys of the parquet's metadata: what belongs to a shard but to no row commits together with the rows
@@ -29,7 +28,7 @@ FRAME_COLUMNS = {
 
 @dataclass(frozen=True)
 class Coding:
-    """What a decoder has to be told beside its extradata, as the container had it; libav's numbers and names."""
+    """What a decoder needs to know beside its extradata, as the container had it; libav's numbers and names."""
 
     codec_tag: str = ""
     bits_per_coded_sample: int = 0
@@ -44,9 +43,8 @@ class Coding:
     @classmethod
     def of(cls, decoder) -> "Coding":
         """What an opened container told its decoder (`av.VideoCodecContext`)."""
-        found = {f.name: getattr(decoder, f.name) for f in fields(cls)}
-        return cls(**{name: (str(value or "") if cls.__annotations__[name] is str else int(value or 0))
-                      for name, value in found.items()})  # fmt: skip
+        kinds = {f.name: cls.__annotations__[f.name] for f in fields(cls)}
+        return cls(**{name: kind(getattr(decoder, name) or kind()) for name, kind in kinds.items()})
 
     def tell(self, decoder) -> None:
         """Tell it to a decoder (`av.VideoCodecContext`) that is not open yet."""
@@ -69,13 +67,13 @@ SCHEMA = pa.schema(
         ("width", pa.int32()),  # as displayed: after rotation, in square pixels
         ("height", pa.int32()),
         ("rotation", pa.int16()),  # degrees counter-clockwise to turn decoded frames by
-        ("mirrored", pa.bool_()),  # whether they are mirrored left to right after that; null: packed by format 1
+        ("mirrored", pa.bool_()),  # whether they are mirrored left to right after that
         ("fps_num", pa.int32()),  # of the source
         ("fps_den", pa.int32()),
         ("source_frames", pa.int32()),
         ("duration", pa.float64()),  # seconds from 0 to the end of the source's last frame
         ("extradata", pa.binary()),  # codec configuration, so that packets can be decoded without opening the container
-        ("coding", pa.struct([(f.name, _ARROW[f.type]) for f in fields(Coding)])),
+        ("coding", pa.struct([(f.name, _ARROW[Coding.__annotations__[f.name]]) for f in fields(Coding)])),
         # of a video that was cut: seconds of the clip, from 0 to its duration; else as the annotations say
         ("captions", pa.list_(pa.struct([("text", pa.string()), ("start", pa.float64()), ("end", pa.float64())]))),
         *((name, pa.list_(kind)) for name, (kind, _) in FRAME_COLUMNS.items()),
@@ -83,20 +81,16 @@ SCHEMA = pa.schema(
 )
 
 
-OPTIONAL = {"mirrored", "coding"}  # which format 1 had not
-
-
 def difference(schema: pa.Schema) -> str | None:
-    """How the schema of a file differs from that of a sample table of any readable format; None if it does not."""
-    there = {field.name: field.type for field in schema}
-    if odd := sorted(map(repr, there.keys() - set(SCHEMA.names))):
+    """How the schema of a file differs from that of a sample table; None if it does not."""
+    types = {field.name: field.type for field in schema}
+    if odd := sorted(map(repr, types.keys() - set(SCHEMA.names))):
         return f"it has a column {odd[0]}"
     for field in SCHEMA:
-        if field.name not in there:
-            if field.name not in OPTIONAL:
-                return f"it has no column {field.name!r}"
-        elif not _alike(there[field.name], field.type):
-            return f"its column {field.name!r} holds {there[field.name]}, not {field.type}"
+        if field.name not in types:
+            return f"it has no column {field.name!r}"
+        if not _alike(types[field.name], field.type):
+            return f"its column {field.name!r} holds {types[field.name]}, not {field.type}"
     if missing := [key for key in (REJECTS, JSON_CRCS) if key not in (schema.metadata or {})]:
         return f"it has no {missing[0].decode()}"
     return None
@@ -111,14 +105,6 @@ def _alike(one: pa.DataType, other: pa.DataType) -> bool:
         same = [field.name for field in fields[0]] == [field.name for field in fields[1]]
         return same and all(_alike(a.type, b.type) for a, b in zip(*fields, strict=True))
     return one == other
-
-
-def upgraded(table: pa.Table) -> pa.Table:
-    """A sample table of any readable format with the columns of this one, in their order."""
-    for place, field in enumerate(SCHEMA):
-        if field.name not in table.schema.names:
-            table = table.add_column(place, field, pa.nulls(table.num_rows, field.type))
-    return table.select(SCHEMA.names)
 
 
 @dataclass(frozen=True)
@@ -162,9 +148,7 @@ class Video:
     duration: float
     extradata: bytes
     frames: FrameTable
-    mirrored: bool | None = (
-        None  # None: packed by format 1, which did not know, and counted seconds from the first frame
-    )
+    mirrored: bool = False
     coding: Coding | None = None  # None: nothing but the extradata is known, or needed
 
     @property

@@ -1,116 +1,28 @@
 """Reading a packed split: rows of the sample table, captions, and bytes of stored files."""
 
 import difflib
-import errno
-import io
 import json
-import os
-import resource
 import shlex
 import tarfile
 import threading
-import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
-from fractions import Fraction
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from crc32c import crc32c
 
-from shards import ShardError, count, memory, storage
+from shards import ShardError, count, storage
+from shards.open_files import FilePool
 from shards.remote import Local, Refused, RemoteFiles, Unreachable
-from shards.schema import CAPTION_COUNTS, FRAME_COLUMNS, Coding, FrameTable, Video, difference
+from shards.schema import CAPTION_COUNTS, Video
 from shards.summary import read_summary
+from shards.table import COPY_AGAIN, Table, read_counts
 
 _TABLES_IN_MEMORY = 512  # shards whose sample table stays decoded; a table of 256 videos takes about 3 MB
-_OPEN_FILES = 256  # tars of a split at most
 _LOADERS = 64  # locks, so that no two threads read one table
-_COPY = "Copy it again, or delete it and run the packing command again"
 _SIZES_CHECKED = 1000  # shards whose size is looked at on opening; of more it would take long on a network mount
-
-
-_SPLITS: "weakref.WeakSet[Split]" = weakref.WeakSet()  # those that are open
-
-
-def read_table(
-    path, columns: Sequence[str] | None = None, *, crc: int | None = None, data: bytes | None = None
-) -> pa.Table:
-    """A sample table, or some of its columns. Raises ShardError if the file is not one, or its crc32c is not `crc`."""
-    try:
-        data = Path(path).read_bytes() if data is None else data
-    except OSError as error:
-        if said := limit_reached(error):
-            raise NoMoreFiles(f"{path} cannot be opened: {said}") from error
-        raise ShardError(f"{path} cannot be read ({error.strerror}). {_COPY}") from error
-    if crc is not None and crc32c(data) != crc:
-        raise ShardError(f"{path} cannot be read (its crc32c is not the one in dataset.json: it was changed). {_COPY}")
-    try:
-        with pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True) as file:
-            wrong = difference(file.schema_arrow)
-            table = None if wrong else file.read(columns)
-    except Exception as error:  # Arrow raises many kinds for a damaged file
-        if memory.is_short(error):
-            raise ShardError(f"there is not enough memory to read {path}{memory.limit_text()}") from error
-        what = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise ShardError(f"{path} cannot be read ({what}). {_COPY}") from error
-    if wrong:
-        raise ShardError(f"{path} cannot be read ({wrong}). {_COPY}")
-    return table
-
-
-def read_counts(data: bytes) -> np.ndarray:
-    """The contents of captions.npy, [videos]. Raises ValueError if it is no list of counts."""
-    try:
-        counts = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-    except Exception as error:  # numpy parses its header as Python
-        raise ValueError(f"cannot be read ({(str(error) or type(error).__name__).splitlines()[0][:200]})") from error
-    if counts.ndim != 1 or counts.dtype.kind != "u":
-        raise ValueError(f"holds {counts.dtype} of {counts.ndim} dimensions, not a list of counts")
-    return counts
-
-
-class Table:
-    """The sample table of one shard, as numpy columns."""
-
-    def __init__(self, path, name: str, first: int, data: bytes | None = None, crc: int | None = None):
-        """`data`: the table's file, where `path` is not one that can be opened. `crc`: the crc32c that it is to have."""
-        table = read_table(path, crc=crc, data=data).combine_chunks()
-        self.name, self.first, self.rows = name, first, table.num_rows
-        flat = [f.name for f in table.schema if not pa.types.is_list(f.type)]
-        self._columns = {name: table.column(name).to_pylist() for name in flat}
-        self._bounds = _list_column(table, "frame_number")[0]
-        self._frames = {c: _list_column(table, c)[1].to_numpy(zero_copy_only=False) for c in FRAME_COLUMNS}
-        self.caption_bounds, self._captions = _list_column(table, "captions")
-
-    def video(self, row: int) -> Video:
-        c = {name: values[row] for name, values in self._columns.items()}
-        fps = Fraction(c.pop("fps_num"), c.pop("fps_den"))
-        if coding := c.get("coding"):
-            c["coding"] = Coding(**coding)
-        low, high = self._bounds[row], self._bounds[row + 1]
-        frames = FrameTable(**{name.removeprefix("frame_"): v[low:high] for name, v in self._frames.items()})
-        return Video(index=self.first + row, shard=self.name, fps=fps, frames=frames, **c)
-
-    def column(self, name: str) -> list:
-        """The values of a column that is no list, a row each."""
-        return self._columns[name]
-
-    def captions(self, row: int) -> list[dict]:
-        low, high = self.caption_bounds[row], self.caption_bounds[row + 1]
-        return self._captions.slice(low, high - low).to_pylist()
-
-
-def _list_column(table: pa.Table, name: str) -> tuple[np.ndarray, pa.Array]:
-    column = table.column(name)
-    array = column.chunk(0) if column.num_chunks else pa.array([], column.type)
-    bounds = array.offsets.to_numpy() if len(array) else np.zeros(1, np.int64)
-    return bounds - bounds[0], array.flatten()
 
 
 class Split:
@@ -128,10 +40,9 @@ class Split:
         self.shards = [s["name"] for s in self.info["shards"]]
         self._starts = np.cumsum([0] + [s["videos"] for s in self.info["shards"]])
         self._tables: OrderedDict[int, Table] = OrderedDict()
-        self._files: OrderedDict[str, _File] = OrderedDict()
+        self._files = FilePool()
         self._lock = threading.Lock()
         self._loading = [threading.Lock() for _ in range(_LOADERS)]
-        _SPLITS.add(self)
 
     def __len__(self) -> int:
         """Videos in the split."""
@@ -139,6 +50,7 @@ class Split:
 
     @property
     def digest(self) -> str:
+        """What tells this split from every other: a digest of its profile, keys, checksums and captions."""
         return self.info["digest"]
 
     def video(self, index: int) -> Video:
@@ -164,6 +76,16 @@ class Split:
         return table.captions(row)
 
     @property
+    def parts(self) -> list["Split"]:
+        """The splits that this one is made of: itself. See `shards.dataset.Dataset`."""
+        return [self]
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it is read over a network."""
+        return self.remote is not None
+
+    @property
     def shard_starts(self) -> np.ndarray:
         """int64 [shards + 1]: the first video of each shard, and the number of all."""
         return self._starts
@@ -174,7 +96,7 @@ class Split:
         if self.info["captions"] == len(self):  # no video is without
             return np.broadcast_to(np.uint8(1), len(self))
         path, data = self.path / CAPTION_COUNTS, self._caption_counts()
-        if data is None:  # packed before there was such a file
+        if data is None:  # it only saves time
             parts = [np.diff(self._table(i).caption_bounds) for i in range(len(self.shards))]
             counts = np.concatenate([np.zeros(0, np.int64), *parts])
             return counts.astype(np.min_scalar_type(counts.max(initial=0)))
@@ -206,7 +128,7 @@ class Split:
             path = self.path / CAPTION_COUNTS
             return path.read_bytes() if path.exists() else None
         try:
-            return self.remote.whole(CAPTION_COUNTS)
+            return self.remote.small_file(CAPTION_COUNTS)
         except Refused:  # a store that may not be listed refuses what is not there
             return None
         except Unreachable:
@@ -219,7 +141,7 @@ class Split:
         size = video.size - offset if size < 0 else size
         if self.remote is not None:
             return self.remote.read(video, offset, size)
-        data = self._file(video.shard).read(size, video.offset + offset)
+        data = self._files.get(self._tar(video.shard)).read(size, video.offset + offset)
         if len(data) != size:
             raise ShardError(
                 f"{self.path / video.shard}.tar ends inside {video.id!r}: the file was cut short after packing. "
@@ -239,11 +161,11 @@ class Split:
         self.remote.drop(video)
         return True
 
-    def json(self, video: "Video | Stored") -> dict:
+    def json(self, video: "Video | TarPlace") -> dict:
         """The sample's JSON member, which follows the video in the tar."""
         if self.remote is not None:
             raise ShardError(f"{self.path}: copy the split to a disk to read its JSON members")
-        file, start = self._file(video.shard), video.offset + _blocks(video.size)
+        file, start = self._files.get(self._tar(video.shard)), video.offset + _blocks(video.size)
         member = tarfile.TarInfo.frombuf(file.read(512, start), "utf-8", "strict")
         if member.type == tarfile.GNUTYPE_LONGNAME:  # a name over 100 bytes stands in blocks of its own
             start += 512 + _blocks(member.size)
@@ -251,8 +173,8 @@ class Split:
         return json.loads(file.read(member.size, start + 512))
 
     def close(self) -> None:
-        with self._lock:
-            self._files.clear()
+        """Close the tars; reading goes on with opening them again."""
+        self._files.close()
 
     def _find(self, index: int) -> tuple[Table, int]:
         if not 0 <= index < len(self):
@@ -280,105 +202,38 @@ class Split:
         shard, first = self.info["shards"][number], int(self._starts[number])
         name = shard["name"]
         path, file = self.path / f"{name}.parquet", f"{name}.parquet"
-        crc = shard.get("table_crc32c")  # None: packed before it was kept
+        crc = shard["table_crc32c"]
         if self.remote is None:
             table = Table(path, name, first, crc=crc)
         else:
             try:
-                table = Table(path, name, first, self.remote.whole(file), crc)
+                table = Table(path, name, first, self.remote.small_file(file), crc)
             except Unreachable:
                 raise
             except ShardError:  # the local copy may be the damaged one
                 self.remote.forget(file)
-                table = Table(path, name, first, self.remote.whole(file), crc)
+                table = Table(path, name, first, self.remote.small_file(file), crc)
         if (table.rows, int(table.caption_bounds[-1])) != (shard["videos"], shard["captions"]):
             raise ShardError(
                 f"{path} holds {count(table.rows, 'video')} and {count(int(table.caption_bounds[-1]), 'caption')}, dataset.json says "
-                f"{shard['videos']} and {shard['captions']}. {_COPY}"
+                f"{shard['videos']} and {shard['captions']}. {COPY_AGAIN}"
             )
         return table
 
     def reopen(self, video: Video) -> None:
         """Let go of the video's tar, so that the next read opens it anew."""
-        with self._lock:
-            self._files.pop(video.shard, None)
+        self._files.forget(self._tar(video.shard))
 
-    def _file(self, shard: str) -> "_File":
-        with self._lock:
-            if shard not in self._files:
-                most = _open_files()
-                while len(self._files) >= most:
-                    self._files.popitem(last=False)
-                self._files[shard] = self._opened(self.path / f"{shard}.tar")
-            self._files.move_to_end(shard)
-            return self._files[shard]
-
-    def _opened(self, path: Path) -> "_File":
-        """The file; where the process may open no more, some of those that were used longest ago are closed for it."""
-        while True:
-            try:
-                return _File(path)
-            except OSError as error:
-                if (said := limit_reached(error)) is None:
-                    raise
-                if not self._files:
-                    raise NoMoreFiles(f"{path} cannot be opened: {said}") from error
-                for _ in range(max(1, len(self._files) // 2)):
-                    self._files.popitem(last=False)
+    def _tar(self, shard: str) -> str:
+        return f"{self.path}/{shard}.tar"  # not a Path: there is one for each read
 
 
-class Stored(NamedTuple):
+class TarPlace(NamedTuple):
     """Where a video stands in the tar of a shard."""
 
     shard: str
     offset: int
     size: int
-
-
-class NoMoreFiles(ShardError):
-    """The process, or the machine, may open no more files. No video is to blame."""
-
-
-def _open_files() -> int:
-    """How many tars a split keeps open: the splits of a process take a quarter of what it may open."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY:
-        return _OPEN_FILES
-    return max(4, min(_OPEN_FILES, soft // 4 // max(1, len(_SPLITS))))
-
-
-def limit_reached(error: OSError) -> str | None:
-    """What to say where the process may open no more files; None if that is not what is wrong."""
-    if error.errno not in (errno.EMFILE, errno.ENFILE):
-        return None
-    if error.errno == errno.ENFILE:
-        return "the machine has no room for another open file (fs.file-max). Close some programs, and run it again"
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return (
-        f"this process may have {soft} files open, and has (ulimit -n). No file is damaged. Raise the limit, up to {hard}: "
-        f"ulimit -n {min(hard, max(4096, 4 * soft)) if hard > 0 else 4096}"
-    )
-
-
-class _File:
-    """A file open for reading at any place. Closed when the last who holds it lets go, so never under a reading thread."""
-
-    def __init__(self, path: Path):
-        self._descriptor = os.open(path, os.O_RDONLY)
-
-    def read(self, size: int, offset: int) -> bytes:
-        """Bytes of the file; fewer only where it ends before, though the system may hand out less at once."""
-        data = os.pread(self._descriptor, size, offset)
-        while 0 < len(data) < size:
-            more = os.pread(self._descriptor, size - len(data), offset + len(data))
-            if not more:
-                break
-            data += more
-        return data
-
-    def __del__(self):
-        if hasattr(self, "_descriptor"):
-            os.close(self._descriptor)
 
 
 def _blocks(size: int) -> int:
@@ -423,12 +278,12 @@ def _read_info(path: Path) -> dict:
             f"{path} holds no dataset.json, so it is not a packed split. Pack one: python -m c4c.shard --help"
         )
     info = read_summary((path / "dataset.json").read_bytes(), path)
-    there = {entry.name for entry in path.iterdir()}  # not a look for each file: there may be 100 000
+    listing = {entry.name for entry in path.iterdir()}  # at once: there may be 100 000
     for shard in info["shards"]:
         for suffix in ("tar", "parquet"):
-            if f"{shard['name']}.{suffix}" not in there:
+            if f"{shard['name']}.{suffix}" not in listing:
                 raise ShardError(
-                    f"{path} is incomplete: {shard['name']}.{suffix} is missing of {len(info['shards'])} shards. Copy it "
+                    f"{path} is incomplete: {shard['name']}.{suffix} is missing ({len(info['shards'])} shards are listed). Copy it "
                     "again, or run the packing command again; it packs what is missing."
                 )
         if len(info["shards"]) > _SIZES_CHECKED:  # read() notices a short one
@@ -437,6 +292,6 @@ def _read_info(path: Path) -> dict:
         if size != shard["bytes"]:
             raise ShardError(
                 f"{path / shard['name']}.tar has {size} bytes, {shard['bytes']} were packed: it was cut short or changed. "
-                "Copy it again, or run the packing command again; it packs that shard anew."
+                "Copy it again, or run the packing command again; it packs that shard again."
             )
     return info

@@ -1,8 +1,8 @@
-"""Where videos come from and where shards go: files, or whatever fsspec speaks (s3://, gs://, hf://, https://).
+"""Where videos come from and where shards go: files, or whatever fsspec can open (s3://, gs://, hf://, https://).
 
-Remote sources are copied to a nameless temporary file, so that memory stays small and a killed process leaves nothing
-behind. Remote outputs are made in such files and uploaded whole: an object store shows an object only when all of it
-is there.
+Remote sources are copied to a nameless temporary file, so that memory use stays small and a killed process leaves nothing
+behind. Remote outputs are made in such files and uploaded as a whole: an object store shows an object only once it is
+complete.
 """
 
 import fcntl
@@ -31,7 +31,7 @@ _TRIES = 4
 _PAUSE = 0.5  # seconds before the second try; doubles for each further one
 _SILENCE = 60  # seconds without a byte after which an http server counts as gone
 
-# what libraries call it when nobody answers, besides Python's own ConnectionError and TimeoutError
+# what libraries raise when no server answers, besides Python's own ConnectionError and TimeoutError
 _UNREACHABLE = {"ClientConnectionError", "HTTPClientError", "TransportError", "gaierror"}
 
 
@@ -44,12 +44,15 @@ def place(text: str):
     try:
         path = UPath(text)
     except ValueError as error:
-        raise ShardError(f"{text}: {error}. Known are paths, s3://, gs://, hf://, http:// and https://") from error
+        raise ShardError(
+            f"{text}: {error}. Use a path, or a URL of s3://, gs://, hf://, http:// or https://"
+        ) from error
     filesystem(path)
     return path
 
 
 def is_remote(path) -> bool:
+    """Whether it is a `UPath` of anything but the local file system."""
     return getattr(path, "protocol", "") not in ("", "file", "local")
 
 
@@ -65,11 +68,11 @@ def opened(path, on_ready: Callable[[int], None] = lambda size: None) -> Iterato
     rejected. Raises ShardError where every other file would fail as well (nobody answers, no permission to enter).
     """
     if is_remote(path):
-        with tempfile.TemporaryFile(prefix="c4c-") as file:
-            _retried(lambda: _download(path, file), path)
-            on_ready(file.seek(0, os.SEEK_END))
-            file.seek(0)
-            yield file
+        with tempfile.TemporaryFile(prefix="c4c-") as copy:
+            _retried(lambda: _download(path, copy), path)
+            on_ready(copy.seek(0, os.SEEK_END))
+            copy.seek(0)
+            yield copy
         return
     path = Path(getattr(path, "path", path))
     try:
@@ -96,7 +99,8 @@ def _download(path, file: BinaryIO) -> None:
 
 
 def filesystem(path):
-    options = {}
+    """The fsspec file system of a `UPath`. Raises ShardError if the package for its protocol is not installed."""
+    options: dict = {}
     try:
         if path.protocol in ("http", "https"):
             import aiohttp
@@ -112,8 +116,8 @@ def filesystem(path):
 
 
 def _retried(action: Callable[[], object], path) -> None:
-    """Do it, several times if need be. Whoever answers, however badly, speaks of one file; if nobody answers, the run
-    had better end than reject every video that is left."""
+    """Run `action`, several times if it fails. An answer, even a bad one, concerns one file: its video is rejected. Without
+    any answer the run ends, instead of rejecting every video that is left."""
     for wait in [_PAUSE * 2**n for n in range(_TRIES - 1)] + [None]:
         try:
             action()
@@ -128,14 +132,14 @@ def _retried(action: Callable[[], object], path) -> None:
                 raise VideoError("the file is missing") from error
             refused = isinstance(error, PermissionError) or type(error).__name__ == "NoCredentialsError"
             if refused and path.protocol not in ("http", "https"):
-                raise ShardError(f"{path} may not be touched: {short(error)}. Check the credentials") from error
+                raise ShardError(f"access to {path} is denied: {short(error)}. Check the credentials") from error
             final = refused or (status is not None and 400 <= status < 500 and status not in (408, 429))
             if wait is not None and not final:
                 time.sleep(wait)
                 continue
             if status is None and not refused and unreachable(error):
                 raise ShardError(
-                    f"{path} cannot be reached ({short(error)}; {_TRIES} tries). What is committed stays: run the same "
+                    f"{path} cannot be reached ({short(error)}; {_TRIES} tries). Committed shards are kept: run the same "
                     "command again when the network is back. If that server is gone for good, take its videos out of "
                     "the annotations."
                 ) from error
@@ -144,6 +148,7 @@ def _retried(action: Callable[[], object], path) -> None:
 
 
 def status_of(error: Exception) -> int | None:
+    """The HTTP status that a library's error carries; None if there is none."""
     answer = getattr(error, "response", None)
     if isinstance(answer, dict):  # botocore's
         return answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
@@ -151,6 +156,7 @@ def status_of(error: Exception) -> int | None:
 
 
 def unreachable(error: BaseException | None) -> bool:
+    """Whether the error, or what caused it, means that no server answered."""
     while error is not None:
         names = {kind.__name__ for kind in type(error).__mro__}
         if isinstance(error, ConnectionError | TimeoutError) or names & _UNREACHABLE:
@@ -160,6 +166,7 @@ def unreachable(error: BaseException | None) -> bool:
 
 
 def short(error: Exception) -> str:
+    """The error in one line of at most 200 characters."""
     return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
@@ -185,6 +192,7 @@ class Folder:
         return str(self.path)
 
     def create(self) -> None:
+        """Make the folder if it does not exist."""
         self.path.mkdir(parents=True, exist_ok=True)
 
     @contextmanager
@@ -215,22 +223,27 @@ class Folder:
         return open(self.path / f".{name}.{tag}{uuid.uuid4().hex[:12]}.tmp", "w+b")
 
     def commit(self, file: BinaryIO, name: str) -> None:
+        """Put a draft into place, once its bytes are on disk."""
         with naming(self.path / name):
             file.flush()
         sync_and_close(file)
         commit(Path(file.name), self.path / name)
 
     def discard(self, file: BinaryIO) -> None:
+        """Delete a draft."""
         Path(file.name).unlink(missing_ok=True)
         file.close()  # fails on a full disk: it writes what is left
 
     def read(self, name: str) -> bytes:
+        """The bytes of a file."""
         return (self.path / name).read_bytes()
 
     def open(self, name: str) -> BinaryIO:
+        """A file, to be read and closed."""
         return open(self.path / name, "rb")
 
     def delete(self, name: str) -> None:
+        """Delete a file, if it exists."""
         (self.path / name).unlink(missing_ok=True)
 
 
@@ -250,8 +263,8 @@ def _lock(folder: Path, name: str, kind: int) -> Iterator[None]:
 
 
 class Bucket:
-    """A prefix of an object store. Nothing locks it: two packers of one split do the work twice, and since objects
-    appear whole and their bytes are the same, do no harm."""
+    """A prefix of an object store. Nothing locks it: two packers of one split do the work twice, which does no harm,
+    since objects appear as a whole and their bytes are the same."""
 
     def __init__(self, path):
         self.path, self._fs, self._root = path, filesystem(path), path.path.rstrip("/")
@@ -264,48 +277,56 @@ class Bucket:
 
     @contextmanager
     def locked(self, part: tuple[int, int] | None) -> Iterator[None]:
+        """Nothing to do: object stores have no locks."""
         yield
 
     def listing(self) -> dict[str, int]:
-        found: dict[str, int] = {}
+        """{name: bytes} of its objects. Raises ShardError if it cannot be listed."""
+        sizes: dict[str, int] = {}
 
         def ask() -> None:
             self._fs.invalidate_cache()
             entries = self._fs.ls(self._root, detail=True)
-            found.update({e["name"].rsplit("/", 1)[-1]: e["size"] for e in entries if e["type"] == "file"})
+            sizes.update({e["name"].rsplit("/", 1)[-1]: e["size"] for e in entries if e["type"] == "file"})
 
         try:
             _retried(ask, self.path)
         except VideoError as error:  # nothing is there yet
             if not isinstance(error.__cause__, FileNotFoundError):
                 raise ShardError(f"{self.path}: {error}") from error
-        return found
+        return sizes
 
     def sweep(self, tag: str) -> None:
         """Nothing to do: drafts have no names."""
 
     def draft(self, name: str, tag: str) -> BinaryIO:
+        """A file to be given to `commit`, or closed."""
         return tempfile.TemporaryFile(prefix="c4c-")
 
     def commit(self, file: BinaryIO, name: str) -> None:
+        """Upload a draft. Raises ShardError if that is refused."""
         file.flush()
         self._do(lambda: self._fs.put_file(f"/proc/self/fd/{file.fileno()}", f"{self._root}/{name}"))
         file.close()
 
     def discard(self, file: BinaryIO) -> None:
+        """Delete a draft."""
         file.close()
 
     def read(self, name: str) -> bytes:
+        """The bytes of an object."""
         with self.open(name) as file:
             return file.read()
 
     def open(self, name: str) -> BinaryIO:
+        """A copy of an object, to be read and closed."""
         file = tempfile.TemporaryFile(prefix="c4c-")  # noqa: SIM115 the caller closes it
         self._do(lambda: _download(self.path / name, file))
         file.seek(0)
         return file
 
     def delete(self, name: str) -> None:
+        """Delete an object, if it exists."""
         self._fs.invalidate_cache()
         if self._fs.exists(f"{self._root}/{name}"):
             self._do(lambda: self._fs.rm_file(f"{self._root}/{name}"))

@@ -6,7 +6,7 @@ import shlex
 from itertools import pairwise
 
 from shards import ShardError
-from shards.schema import READABLE
+from shards.schema import FORMAT_VERSION
 
 _SHARD = re.compile(r"[A-Za-z0-9_-]{1,64}")  # a name of files inside the folder, and of no others
 _AFTER = ("rejected", "packed")  # of the reconciliation: what packing adds to its counts
@@ -25,9 +25,10 @@ def read_summary(text: str | bytes, path) -> dict:
 
 def checked(info, path) -> dict:
     """`info` itself. Raises ShardError if it cannot be the dataset.json of the split at `path`, and says what is wrong."""
-    if isinstance(info, dict) and not (type(info.get("format")) is int and info["format"] in READABLE):
-        known = " and ".join(map(str, READABLE))
-        raise ShardError(f"{path} has format {_shown(info.get('format'))}; this version reads {known}. Pack it again.")
+    if isinstance(info, dict) and not (type(info.get("format")) is int and info["format"] == FORMAT_VERSION):
+        raise ShardError(
+            f"{path} has format {_shown(info.get('format'))}; this version reads {FORMAT_VERSION}. Pack it again."
+        )
     if wrong := _wrong(info):
         raise ShardError(f"{path}/dataset.json is damaged: {wrong}. {_remedy(path)}")
     return info
@@ -89,8 +90,8 @@ def _wrong_shards(info: dict) -> str | None:
             return f"the name of shard {number} is {_shown(name)}"
         if wrong := _wrong_numbers(shard, ("videos", "captions", "bytes")):
             return f"shard {name}: {wrong}"
-        if not 0 <= _int(shard.get("table_crc32c", 0)) < 2**32:
-            return f"shard {name}: 'table_crc32c' is {_shown(shard['table_crc32c'])}"
+        if not 0 <= _int(shard.get("table_crc32c")) < 2**32:
+            return f"shard {name}: 'table_crc32c' is {_shown(shard.get('table_crc32c'))}"
         names.append(name)
     if twice := [a for a, b in pairwise(sorted(names)) if a == b]:
         return f"shard {twice[0]} is listed twice"

@@ -6,10 +6,10 @@ import os
 import re
 import tarfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol, cast
 from urllib.parse import quote, unquote
 
 _INDEX_VERSION = "v1.2"  # of nvidia.dali.fn.readers.webdataset
@@ -51,16 +51,26 @@ def safe_extension(path: str | Path) -> str:
     return extension if re.fullmatch(r"[a-z0-9]{1,8}", extension) and extension != "json" else "mp4"
 
 
+class Readable(Protocol):
+    """A seekable file of bytes, as far as a `TarWriter` needs it."""
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        """As of any file."""
+
+    def read(self, size: int, /) -> bytes:
+        """As of any file."""
+
+
 class TarWriter:
     """Writes samples into a tar, at a path or into a file, and remembers where each member's bytes are."""
 
     def __init__(self, target: Path | BinaryIO):
-        self._owned = isinstance(target, str | os.PathLike)
-        self._file = open(target, "wb") if self._owned else target  # noqa: SIM115 closed in close()
+        self._owned = isinstance(target, Path)
+        self._file: BinaryIO = open(target, "wb") if isinstance(target, Path) else target  # noqa: SIM115 closed in close()
         self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.GNU_FORMAT)  # noqa: SIM115
         self._index: list[str] = []
 
-    def add(self, key: str, members: dict[str, bytes | BinaryIO]) -> dict[str, int]:
+    def add(self, key: str, members: Mapping[str, bytes | Readable]) -> dict[str, int]:
         """Append one sample, {extension: bytes or a seekable file}, whole or not at all. Returns {extension: offset of
         its first byte}."""
         start = self._tar.offset
@@ -72,14 +82,14 @@ class TarWriter:
             self._tar.offset = start
             raise
 
-    def _add(self, key: str, members: dict[str, bytes | BinaryIO]) -> dict[str, int]:
+    def _add(self, key: str, members: Mapping[str, bytes | Readable]) -> dict[str, int]:
         offsets, line = {}, []
         for extension, data in members.items():
-            file = io.BytesIO(data) if isinstance(data, bytes) else data
+            file: Readable = io.BytesIO(data) if isinstance(data, bytes) else data
             info = tarfile.TarInfo(f"{key}.{extension}")
             info.size, info.mode = file.seek(0, io.SEEK_END), 0o644
             file.seek(0)
-            self._tar.addfile(info, file)
+            self._tar.addfile(info, cast(BinaryIO, file))
             blocks = -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
             offsets[extension] = self._tar.offset - blocks
             line.append(f"{extension} {offsets[extension]} {info.size} {info.name}")
@@ -98,6 +108,7 @@ class TarWriter:
 
 
 def index_text(lines: list[str]) -> str:
+    """The text of an index file: DALI's head line, and a line a sample."""
     return "\n".join([f"{_INDEX_VERSION} {len(lines)}", *lines]) + "\n"
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import tarfile
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +15,16 @@ import pyarrow.parquet as pq
 from crc32c import crc32c
 
 from shards.schema import JSON_CRCS, Video
-from shards.split import Table
+from shards.table import Table
 from shards.tar import DISK_FULL, index_text, naming, read_index, sync_and_close
 
 _FICLONE = 0x40049409  # Linux: share the blocks of another file until either is written to
 _SHARDS_OPEN = 16  # of which samples are taken; a table of 256 videos takes about 3 MB
 _NOT_HERE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM, errno.EMLINK, errno.ENOTTY}
+
+
+# of a sample, {extension: bytes, or where they are: (file descriptor, offset, size)}
+Members = Mapping[str, bytes | tuple[int, int, int]]
 
 
 class TarCopier:
@@ -34,8 +39,8 @@ class TarCopier:
         self._offset = 0
         self._index: list[str] = []
 
-    def add(self, key: str, members: dict[str, bytes | tuple[int, int, int]]) -> dict[str, int]:
-        """Append one sample: {extension: bytes, or (file descriptor, offset, size)}. Returns {extension: offset}."""
+    def add(self, key: str, members: Members) -> dict[str, int]:
+        """Append one sample. Returns {extension: offset of its first byte}."""
         offsets, line = {}, []
         for extension, data in members.items():
             info = tarfile.TarInfo(f"{key}.{extension}")
@@ -189,12 +194,14 @@ class Window:
         self._descriptor, self._offset, self._size, self._expected = descriptor, offset, size, crc
         self._at, self._crc = 0, 0
 
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        """Go to the beginning or the end."""
         self._at = offset + (self._size if whence == io.SEEK_END else 0)
         self._crc = 0
         return self._at
 
-    def read(self, size: int) -> bytes:
+    def read(self, size: int, /) -> bytes:
+        """The next bytes; at the end, their crc is compared."""
         data = os.pread(self._descriptor, min(size, self._size - self._at), self._offset + self._at)
         self._at += len(data)
         self._crc = crc32c(data, self._crc)

@@ -5,16 +5,22 @@ import json
 import random
 
 ODD = [
-    None, True, -1, 0, 1e400, float("nan"), 10**400, "", "x", "\udcff", "\0", [], {}, [[]], {"": 0}, "../..", "/etc/passwd",
-    "1e999", 2**63, -(2**63), 0.5, "step", ["a", None], "null",
+    None, True, False, -1, 0, 1, 2, 10**6, 2**31, 1e400, float("nan"), 10**400, "", "x", "0", "\udcff", "\0", [], {}, [[]],
+    {"": 0}, {"name": "x"}, "../..", "../x", "/etc/passwd", "1e999", 2**63, -(2**63), 0.5, 1.5, "step", "000000", "é" * 300,
+    ["a", None], [None], [1] * 100, "null",
+]  # fmt: skip
+BYTES = [
+    b"\0", b"\xff", b"\xff\xfe", b"\xfe\xff", b"\xef\xbb\xbf", b"{", b"}", b"[", b"]", b"[" * 3000, b'"', b'""', b",", b";", b"\t", b"\r",
+    b"\n", b":", b": ", b"-", b"&a *a", b"!!python/name:os.x", b"e999", b"NaN", b"Infinity", b"1e400", b"null", b"\\ud800", b"\\u0000",
+    b"..", b"/", b"9" * 400, "é".encode(),
 ]  # fmt: skip
 
 
 def damaged(text: bytes, rng: random.Random) -> bytes:
-    """`text` with bytes flipped, cut off, doubled, left out or made up."""
+    """`text` with bytes flipped, cut off, doubled, left out, put in or in another encoding, or its lines in another order."""
     out, at = bytearray(text), rng.randrange(len(text) + 1)
-    span = slice(at, at + rng.choice([1, 1, 4, 30]))
-    kind = rng.randrange(6)
+    span = slice(at, at + rng.choice([0, 1, 1, 4, 30]))
+    kind = rng.randrange(8)
     if kind == 0:
         return text[:at]
     if kind == 1:
@@ -26,13 +32,17 @@ def damaged(text: bytes, rng: random.Random) -> bytes:
     elif kind == 3:
         del out[span]
     elif kind == 4:
-        out[span] = rng.choice(
-            [b"\0", b"\xff\xfe", b"{", b"}", b"[" * 3000, b'"', b"\n", b": ", b"&a *a", b"!!python/name:os.x", b"NaN"]
-        )
+        out[span] = rng.choice(BYTES)
+    elif kind == 5:
+        encoding = rng.choice(["utf-16", "utf-32", "utf-16-le", "cp1252"])
+        return text.decode(errors="replace").encode(encoding, "replace")
     else:
-        lines = bytes(out).split(b"\n")
-        rng.shuffle(lines)
-        out = bytearray(b"\n".join(lines))
+        lines = text.split(b"\n")
+        if kind == 6:
+            rng.shuffle(lines)
+        else:
+            lines = rng.choices(lines, k=rng.randint(1, 2 * len(lines)))
+        return b"\n".join(lines)
     return bytes(out)
 
 
@@ -43,20 +53,32 @@ def changed(tree, rng: random.Random):
     if not places:
         return rng.choice(ODD)
     holder, key = rng.choice(places)
-    kind = rng.randrange(8)
+    kind = rng.randrange(10)
     if kind == 0:
         del holder[key]
     elif kind == 1 and isinstance(holder, dict):
         holder[rng.choice(["", "x", "extends", "deepspeed", 3, str(key) + "s"])] = holder[key]
     elif kind == 2:
-        holder[key] = [holder[key]]
+        holder[key] = [holder[key]] * rng.randint(1, 2)
     elif kind == 3:
         holder[key] = {"x": holder[key]}
     elif kind == 4:
         holder[key] = str(holder[key])
+    elif kind == 5:
+        other, name = rng.choice(places)
+        holder[key] = copy.deepcopy(other[name])
+    elif kind == 6 and isinstance(holder[key], int):
+        holder[key] += rng.choice([-1, 1, 10**6, -(10**6)])
     else:
         holder[key] = copy.deepcopy(rng.choice(ODD))
     return tree if rng.random() < 0.98 else rng.choice(ODD)
+
+
+def several(edit, content, rng: random.Random):
+    """`content` after one to three of these edits."""
+    for _ in range(rng.randint(1, 3)):
+        content = edit(content, rng)
+    return content
 
 
 def _places(tree):

@@ -10,9 +10,10 @@ from crc32c import crc32c
 from shards import ShardError, VideoError
 from shards.concat import Concat
 from shards.disk_cache import Full
+from shards.open_files import NoMoreFiles, limit_reached
 from shards.remote import Unreachable
 from shards.schema import Video
-from shards.split import NoMoreFiles, Split, limit_reached
+from shards.split import Split
 from shards.video.random_access import pick_frames
 
 _PAUSE = 0.2  # seconds before a read that failed is tried again

@@ -1,19 +1,20 @@
 """Readers: each turns the annotation files of one data set into a `Reading`.
 
-A reader is a module here with two functions, and adding a data set is adding such a file:
+A reader is a module here with two functions; to add a data set, add such a file:
 
     add_arguments(parser)        its options, for `python -m c4c.shard NAME`; the first line of its docstring is the help
     read(args) -> Reading        `args` holds its options, and `args.videos`: the `Files` under --videos
 
-It raises ShardError for annotations that cannot be what was meant. What merely is not there (a video without a file, a
-video without a caption) becomes an item all the same, so that packing lists it among the rejects. So does a video whose
-captions cannot be read, if they lie in a file of its own: its item says why as its `problem`.
+It raises ShardError for annotations that cannot be what the user meant. A video without a file, or without a caption,
+still becomes an item, so that packing lists it among the rejects. So does a video whose captions are in a file of its own
+that cannot be read: the item's `problem` says why.
 """
 
 from __future__ import annotations
 
+from argparse import ArgumentParser
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -39,9 +40,9 @@ class Caption:
 @dataclass(frozen=True, slots=True)
 class Item:
     """One video to pack: its name in the data set, its file (a `Path`, or a `UPath` for s3://, https:// and the like),
-    what is said of it, anything else worth keeping, and the seconds [start, end) of the file that are meant, if not all
-    of it. Times of captions always count from the file's beginning, also when the item is cut; the packer shifts them.
-    An item with a `problem` is to be rejected for that reason."""
+    its captions, anything else worth keeping, and the seconds [start, end) of the file to pack, if not all of it. Times of
+    captions always count from the file's beginning, also when the item is cut; the packer shifts them. An item with a
+    `problem` is rejected for that reason."""
 
     id: str
     path: Path
@@ -54,7 +55,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Counts:
-    """Numbers of videos and captions, in a split as it was published or in one that is at hand; None if not known."""
+    """Numbers of videos and captions, in a split as it was published or in the given annotations; None if not known."""
 
     videos: int | None = None
     captions: int | None = None
@@ -62,8 +63,8 @@ class Counts:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a reader found: the items in the annotations' order, how many video files lie under --videos, which part of
-    the items has no file there, the published counts where the split is a known one, and what the user should know."""
+    """What a reader found: the items in the annotations' order, the number of video files under --videos, how many items
+    have no file there, the published counts if the split is a known one, and warnings for the user."""
 
     items: list[Item]
     files: int
@@ -83,31 +84,32 @@ class Reading:
 
 
 def conclude(items: list[Item], files: Files, published: Counts | None = None, warnings: Iterable[str] = ()) -> Reading:
-    """The reading of these items, with what can be said of every data set: counts that differ from the published ones,
-    videos without captions, one file under two names. An item with a problem is not missing. Raises ShardError if two
-    items have one id, if not one item has a file, or if none is left but for problems."""
+    """The reading of these items, with the warnings that any data set may need: counts that differ from the published ones,
+    videos without captions, one file under two names. An item with a problem does not count as missing. Raises ShardError
+    if two items have one id, if not one item has a file, or if every item has a problem."""
     refuse_duplicates(items)
     absent = {files.root / name for name in files.absent}
     missing = _count([item for item in items if item.path in absent and not item.problem]) if absent else Counts(0, 0)
-    if items and missing.videos == len(items):
+    lacking = missing.videos or 0
+    if items and lacking == len(items):
         raise ShardError(
             f"not one of {count(len(items), 'video')} is among the {count(len(files), 'video file')} under {files.root}: is --videos right? "
             f"Not found, for example: {sorted(files.absent)[0]!r}. {' '.join(files.warnings())}".strip()
         )
     problems = [item.problem for item in items if item.problem]
-    if problems and missing.videos + len(problems) == len(items):
+    if problems and lacking + len(problems) == len(items):
         raise ShardError(f"no video has captions that can be read. First: {problems[0]}")
-    told = [*warnings, *files.warnings()]
+    notes = [*warnings, *files.warnings()]
     if bare := [item.id for item in items if not item.captions and not item.problem]:
-        told.append(f"{examples(bare, 'video')} without a caption in the annotations")
+        notes.append(f"{examples(bare, 'video')} without a caption in the annotations")
     if same := _same_file(items, absent):
-        told.append(f"{examples(same, 'video')} with the file of an earlier video: it is packed more than once")
+        notes.append(f"{examples(same, 'video')} with the file of an earlier video: it is packed more than once")
     published = published or Counts()
-    for what, found in asdict(_count(items)).items():
+    for what, given in asdict(_count(items)).items():
         known = getattr(published, what)
-        if known not in (None, found):
-            told.append(f"{known} {what} are published for this split, the annotations given hold {found}")
-    return Reading(items, len(files), missing, published, tuple(told))
+        if known not in (None, given):
+            notes.append(f"{known} {what} are published for this split, the given annotations hold {given}")
+    return Reading(items, len(files), missing, published, tuple(notes))
 
 
 def refuse_duplicates(items: list[Item]) -> None:
@@ -146,10 +148,23 @@ def examples(names: list[str], what: str) -> str:
 
 
 def unique(names: Iterable[str], where: str) -> tuple[list[str], list[str]]:
-    """The names of a list, each once, and the note that some stand in it more than once."""
+    """The names of a list, each once, and a note if some are in it more than once."""
     count = Counter(names)
     twice = [name for name, times in count.items() if times > 1]
     return list(count), [f"{examples(twice, 'video')} listed more than once in {where}: packed once"] if twice else []
+
+
+def unknown(ids: Iterable[str], known: Container[str], listing: Path, annotations: Path) -> list[str]:
+    """A note if videos of the file `listing` are not in the annotations."""
+    absent = [id for id in ids if id not in known]
+    return [f"{examples(absent, 'video')} of {listing.name} not in {annotations.name}"] if absent else []
+
+
+def add_annotations(parser: ArgumentParser, help: str, split: str = "") -> None:
+    """Add --annotations, which has to be given, and --split if there are words for it."""
+    parser.add_argument("--annotations", type=Path, required=True, help=help)
+    if split:
+        parser.add_argument("--split", type=Path, help=split)
 
 
 def readers() -> dict[str, ModuleType]:

@@ -6,10 +6,9 @@ with or without the `v_` that the annotations put before a YouTube id.
 """
 
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 
 from shards import ShardError
-from shards.annotations import Caption, Counts, Item, Reading, conclude, examples, unique
+from shards.annotations import Caption, Counts, Item, Reading, add_annotations, conclude, unique, unknown
 from shards.annotations.text import expect, published, read_json, seconds
 
 PUBLISHED = {
@@ -21,13 +20,14 @@ PUBLISHED = {
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--annotations", type=Path, required=True, help="train.json or val_1.json")
-    parser.add_argument("--split", type=Path, help="train_ids.json or val_ids.json (all of the annotations)")
+    """Add the options of this data set."""
+    add_annotations(parser, "train.json or val_1.json", "train_ids.json or val_ids.json (all of the annotations)")
 
 
 def read(args: Namespace) -> Reading:
+    """Videos in the order of the list, or of the annotations."""
     data = expect(read_json(args.annotations), dict, args.annotations, "an object of videos")
-    ids, warnings = list(data), []
+    ids, warnings = list(data), list[str]()
     known: dict[str, str] = {}
     for id in data:
         if known.setdefault(_bare(id), id) != id:
@@ -35,8 +35,7 @@ def read(args: Namespace) -> Reading:
     if args.split:
         named = expect(read_json(args.split), list, args.split, "a list of video ids")
         ids, warnings = unique((known.get(_bare(str(id)), str(id)) for id in named), args.split.name)
-        if unknown := [id for id in ids if id not in data]:
-            warnings.append(f"{examples(unknown, 'video')} of {args.split.name} not in {args.annotations.name}")
+        warnings += unknown(ids, data, args.split, args.annotations)
     items = []
     for id in ids:
         captions, meta = _captions(data[id], f"{args.annotations}: {id}") if id in data else ((), {})

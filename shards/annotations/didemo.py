@@ -5,13 +5,12 @@ video's descriptions stay single, in the json's order. Names keep their extensio
 another.
 """
 
-import math
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 
-from shards import ShardError, number
-from shards.annotations import Caption, Counts, Item, Reading, conclude, examples, unique
+from shards import ShardError
+from shards.annotations import Caption, Counts, Item, Reading, add_annotations, conclude, unique, unknown
 from shards.annotations.text import expect, published, read_json, read_lines
+from shards.limits import Limits
 
 CHUNK = 5.0  # seconds: annotators marked whole chunks of this length
 PUBLISHED = {
@@ -25,29 +24,26 @@ PUBLISHED = {
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--annotations", type=Path, required=True, help="train_data.json, val_data.json or test_data.json"
-    )
-    parser.add_argument("--split", type=Path, help="train_list.txt, val_list.txt or test_list.txt (all annotations)")
+    """Add the options of this data set."""
+    lists = "train_list.txt, val_list.txt or test_list.txt (all annotations)"
+    add_annotations(parser, "train_data.json, val_data.json or test_data.json", lists)
     parser.add_argument(
         "--seconds",
-        type=number(float, "above 0"),
-        help="keep only the first so many; the papers look at seconds 0 to 31: 32 (all)",
+        type=Limits(float, 0),
+        help="keep only the first SECONDS seconds; the papers look at seconds 0 to 31: 32 (all)",
     )
 
 
 def read(args: Namespace) -> Reading:
-    if args.seconds is not None and not 0 < args.seconds < math.inf:
-        raise ShardError(f"--seconds {args.seconds}: must be above 0")
+    """Videos in the order of the list, or of the descriptions."""
     captions: dict[str, list[Caption]] = {}
     for nth, entry in enumerate(expect(read_json(args.annotations), list, args.annotations, "a list of descriptions")):
         name, caption = _caption(entry, f"{args.annotations}, entry {nth}")
         captions.setdefault(name, []).append(caption)
-    ids, warnings = list(captions), []
+    ids, warnings = list(captions), list[str]()
     if args.split:
         ids, warnings = unique(read_lines(args.split), args.split.name)
-        if unknown := [id for id in ids if id not in captions]:
-            warnings.append(f"{examples(unknown, 'video')} of {args.split.name} not in {args.annotations.name}")
+        warnings += unknown(ids, captions, args.split, args.annotations)
     items = [
         Item(id, args.videos.find(id), tuple(captions.get(id, ())), {}, None, args.seconds) for id in ids
     ]  # fmt: skip

@@ -5,6 +5,7 @@ import re
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 from urllib.parse import unquote
 
 from shards import ShardError
@@ -19,7 +20,7 @@ EXTENSIONS = (
 _RANK = {extension: rank for rank, extension in enumerate(EXTENSIONS)}
 # Also videos, or what may become one; too much like the end of a name (clip.264), or a download that did not finish.
 _UNUSUAL = (".264", ".265", ".apng", ".m4s", ".part", ".crdownload")
-# Files that often lie beside videos and are none. They are not remembered: there can be one for each video.
+# Files that often lie beside videos and are not videos. They are not remembered: there can be one for each video.
 _NO_VIDEO = frozenset((
     ".txt", ".json", ".jsonl", ".csv", ".tsv", ".md", ".xml", ".yaml", ".yml", ".html", ".pdf", ".log", ".srt", ".vtt", ".ass",
     ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".wav", ".mp3", ".m4a", ".aac", ".flac", ".opus", ".npy", ".npz", ".pkl",
@@ -37,7 +38,8 @@ class Files:
     """
 
     def __init__(self, root: str | Path, *, follow_links: bool = False, beside: tuple[str, ...] = ()):
-        self.absent: set[str] = set()  # names that were asked for and are not there, as `name` writes them
+        self.root: Path  # or UPath
+        self.absent: set[str] = set()  # names that were asked for and not found, as `name` writes them
         self._links: set[str] = set()  # paths of links that lead out
         self._spelled: dict[str, str] = {}  # how a URL spells a path, where that differs
         self._count = 0
@@ -121,7 +123,7 @@ class Files:
                 return self.at(path)
             if self._links and not self._links.isdisjoint(_prefixes(name)):
                 raise ShardError(
-                    f"the video name {name!r} leads out of {self.root}, by a link: --follow-links allows that"
+                    f"the video name {name!r} leads out of {self.root} through a link; --follow-links allows that"
                 )
         self.absent.add(_composed(plain[0]))
         return self.root / _composed(plain[0])
@@ -140,23 +142,23 @@ class Files:
     def beside(self, path: str, extension: str) -> list[Path]:
         """The files called like the video at `path` (relative), but with this extension: `.txt` and `.TXT` are two."""
         stem = os.path.splitext(path)[0]
-        found = self._beside.get(_composed(stem) + extension, [])
-        return [self.at(p) for p in sorted([p for p in found if os.path.splitext(p)[0] == stem] or found)]
+        paths = self._beside.get(_composed(stem) + extension, [])
+        return [self.at(p) for p in sorted([p for p in paths if os.path.splitext(p)[0] == stem] or paths)]
 
     def unclear(self, name: str) -> list[str]:
         """The files, more than one, that `name` without its extension stands for at its place."""
-        found = [
+        paths = [
             p for p in self._called(name.rpartition("/")[2]) if _composed(os.path.splitext(p)[0]) == _composed(name)
         ]
-        return sorted(found) if len(found) > 1 else []
+        return sorted(paths) if len(paths) > 1 else []
 
     def previews(self) -> list[str]:
-        """The .gif files beside another video of the same name: most likely a preview of it. Sorted."""
+        """The .gif files beside another video of the same name: probably previews of it. Sorted."""
         gifs = sorted(path for path in self._all() if path.lower().endswith(".gif"))
         return [p for p in gifs if any(not v.lower().endswith(".gif") for v in self._alike(os.path.splitext(p)[0]))]
 
     def passed_over(self) -> list[str]:
-        """What the user should know of files that are listed as no video: notes that name some of them."""
+        """Notes about files that were not taken for videos, which name some of them."""
         unusual, owned = [], set()
         for path in dict.fromkeys(self._others.values()):
             stem, extension = os.path.splitext(path)
@@ -179,21 +181,22 @@ class Files:
         return notes
 
     def warnings(self) -> list[str]:
-        said = []
+        """Notes about links that were not followed, and about names that were not found but are nearly those of files."""
+        notes = []
         if self._links:
             links = examples(sorted(self._links), "link")
-            said.append(f"{links} out of --videos not followed (--follow-links follows them)")
+            notes.append(f"{links} out of --videos not followed (--follow-links follows them)")
         if meant := self._meant():
-            said.append(
+            notes.append(
                 f"{examples(sorted(meant), 'video')} not found. Did you mean "
                 + ", ".join(repr(path) for _, path in sorted(meant.items())[:2])
                 + (", …?" if len(meant) > 2 else "?")
             )
-        return said
+        return notes
 
     def _meant(self) -> dict[str, str]:
-        """For names that are not there the one file that was probably meant: it differs in letters being large or small,
-        in its extension, in slashes, or lies in another folder."""
+        """{name that was not found: the one file that was probably meant}. That differs in letter case, extension or
+        slashes, or is in another folder."""
         wanted: dict[str, list[str]] = {}
         for name in self.absent:
             last = name.replace("\\", "/").rpartition("/")[2].lower()
@@ -257,8 +260,8 @@ class Files:
         return min(paths, key=_rank, default=None)
 
     def _called(self, stem: str) -> list[str]:
-        found = self._by_stem.get(_composed(stem), [])
-        return [found] if isinstance(found, str) else found
+        paths = self._by_stem.get(_composed(stem), [])
+        return [paths] if isinstance(paths, str) else paths
 
     def _alike(self, stem: str) -> list[str]:
         """The videos at the path `stem`, whatever their extension."""
@@ -267,9 +270,9 @@ class Files:
 
     def _add(self, stem: str, path: str) -> None:
         self._count += 1
-        there = self._by_stem.setdefault(stem, path)
-        if there is not path:
-            self._by_stem[stem] = [*([there] if isinstance(there, str) else there), path]
+        known = self._by_stem.setdefault(stem, path)
+        if known is not path:
+            self._by_stem[stem] = [*([known] if isinstance(known, str) else known), path]
 
     def at(self, path: str) -> Path:
         """The file at `path`, relative to the root as iterating gives it."""
@@ -280,14 +283,15 @@ class Files:
         from upath import UPath  # here, since few need it and it takes its time
 
         try:
-            self.root = UPath(url)
-            found = self.root.fs.find(self.root.path)
+            root = UPath(url)
+            listing = root.fs.find(root.path)
         except (ImportError, OSError, ValueError) as error:
             raise ShardError(f"--videos {url} cannot be listed: {error or type(error).__name__}") from error
-        if not found:
+        if not listing:
             raise ShardError(f"--videos {url}: no files are listed there")
-        start = self.root.path.rstrip("/") + "/"
-        for spelled in (path.removeprefix(start) for path in found):
+        self.root = cast(Path, root)
+        start = root.path.rstrip("/") + "/"
+        for spelled in (path.removeprefix(start) for path in listing):
             path = unquote(spelled) if url.startswith("http") else spelled
             if path != spelled:
                 self._spelled[path] = spelled
@@ -295,15 +299,15 @@ class Files:
 
     def _walk(self, follow_links: bool) -> Iterator[str]:
         """Paths relative to the root, of files, in no order."""
-        home = os.path.realpath(self.root)
-        todo, seen = [""], {home}
+        root = os.path.realpath(self.root)
+        todo, seen = [""], {root}
         while todo:
             folder = todo.pop()
             with os.scandir(self.root / folder) as entries:
                 for entry in entries:
                     path = f"{folder}/{entry.name}" if folder else entry.name
                     real = os.path.realpath(entry.path) if entry.is_symlink() else None
-                    if real and not follow_links and os.path.commonpath([home, real]) != home:
+                    if real and not follow_links and os.path.commonpath([root, real]) != root:
                         self._links.add(path)
                     elif not entry.is_dir():
                         yield path

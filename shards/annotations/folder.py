@@ -42,6 +42,7 @@ _KEYS = (*_CAPTIONS, "video", "id", "cut", "meta", "start", "end")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
+    """Add the options of this kind of data set."""
     parser.add_argument(
         "--captions", type=Path,
         help="csv with the header video,caption, or jsonl; one row a caption (a .txt or .json beside each video)",
@@ -57,8 +58,8 @@ def read(args: Namespace) -> Reading:
         paths = [path for path in files if path not in previews] if previews else list(files)
         ids = _ids(paths)
         items = [_beside(files, path, ids[path], notes) for path in paths]
-        said = [f"{examples(previews, 'file')} beside a video of the same name not packed"] if previews else []
-        return conclude(items, files, warnings=[*said, *files.passed_over(), *notes.texts("the .json files")])
+        skipped = [f"{examples(previews, 'file')} beside a video of the same name not packed"] if previews else []
+        return conclude(items, files, warnings=[*skipped, *files.passed_over(), *notes.texts("the .json files")])
     table = _Table(files)
     if args.captions.suffix.lower() in (".jsonl", ".ndjson"):
         _jsonl(args.captions, table, notes)
@@ -74,25 +75,25 @@ def read(args: Namespace) -> Reading:
 
 @dataclass
 class _Notes:
-    """What is found in captions and not used, by name."""
+    """What stands in captions and is not used, by name."""
 
     unused: dict[str, None] = field(default_factory=dict)  # keys or columns
     overwritten: dict[str, None] = field(default_factory=dict)  # videos
     long: list[str] = field(default_factory=list)  # rows
 
     def texts(self, where: str) -> list[str]:
-        told = []
+        notes = []
         if self.unused:
-            told.append(f"{examples(list(self.unused), 'name')} in {where} not used")
+            notes.append(f"{examples(list(self.unused), 'name')} in {where} not used")
         if self.overwritten:
-            told.append(
+            notes.append(
                 f"{examples(list(self.overwritten), 'video')} with several values of one meta key: the last is kept"
             )
         if self.long:
-            told.append(
+            notes.append(
                 f"{examples(self.long, 'caption')} in {where} of several lines that look like rows: is a quote not closed?"
             )
-        return told
+        return notes
 
 
 @dataclass
@@ -183,7 +184,7 @@ def _beside(files: Files, path: str, id: str, notes: _Notes) -> Item:
     in them is the item's problem, not that of the others."""
     captions: list[Caption] = []
     meta: dict = {}
-    cut = (None, None)
+    cut: tuple[float | None, float | None] = (None, None)
     problem = ""
     try:
         for text in files.beside(path, ".txt"):

@@ -5,21 +5,23 @@ them. Either is several gigabytes and is read as a stream. What stays in memory 
 asked for: measured, 230 bytes each, 460 with --clips. At some hundred captions a video, 380 000 videos take 9 GB.
 """
 
-import math
 from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from shards import ShardError, number
-from shards.annotations import Caption, Item, Reading, conclude, examples
+from shards import ShardError
+from shards.annotations import Caption, Item, Reading, add_annotations, conclude, examples, unknown
 from shards.annotations.text import read_csv, seconds
+from shards.limits import Limits
 
 _MIN_DURATION = 5.0  # seconds
+_Spoken = tuple[float, float, str]  # start, end, text
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--annotations", type=Path, required=True, help="caption.json or raw_caption.json")
+    """Add the options of this data set."""
+    add_annotations(parser, "caption.json or raw_caption.json")
     parser.add_argument("--list", type=Path, help="HowTo100M_v1.csv: the videos to pack (all of the annotations)")
     parser.add_argument(
         "--category", help="of the list, only those whose category_1 is this ('Food and Entertaining': 380 000 videos)"
@@ -28,29 +30,28 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--clips", action="store_true", help="cut at the captions while packing (whole videos with timed captions)"
     )
     parser.add_argument(
-        "--min-duration", type=number(float, "above 0"), default=_MIN_DURATION, metavar="SECONDS",
+        "--min-duration", type=Limits(float, 0), default=_MIN_DURATION, metavar="SECONDS",
         help="--clips: captions are joined to their neighbours until a clip is this long (%(default)s)",
     )  # fmt: skip
 
 
 def read(args: Namespace) -> Reading:
+    """Videos in the order of the list, or of the annotations; with --clips, the clips of each."""
     if args.category and not args.list:
         raise ShardError("--category is looked up in --list: give --list HowTo100M_v1.csv")
-    if not 0 < args.min_duration < math.inf:
-        raise ShardError(f"--min-duration {args.min_duration}: must be above 0")
     wanted, warnings = _wanted(args.list, args.category) if args.list else (None, [])
-    found: dict[str, tuple[Caption, ...]] = {}
+    spoken: dict[str, tuple[Caption, ...]] = {}
     for id, entry in _stream(args.annotations):
         if wanted is None or id in wanted:
             captions = _captions(entry, f"{args.annotations}: {id}")
-            found[id] = found[id] + captions if id in found else captions
-    ids = list(found if wanted is None else wanted)
-    if unknown := [id for id in ids if id not in found]:
-        warnings.append(f"{examples(unknown, 'video')} of {args.list.name} not in {args.annotations.name}")
+            spoken[id] = spoken[id] + captions if id in spoken else captions
+    ids = list(spoken if wanted is None else wanted)
+    if args.list:
+        warnings += unknown(ids, spoken, args.list, args.annotations)
     items: list[Item] = []
     untimed: list[str] = []
     for id in ids:
-        meta, captions = (wanted or {}).get(id, {}), found.pop(id, ())
+        meta, captions = (wanted or {}).get(id, {}), spoken.pop(id, ())
         path = args.videos.find(id)
         if args.clips and captions and not args.videos.lacks(id):
             timed = _timed(captions)
@@ -65,10 +66,10 @@ def read(args: Namespace) -> Reading:
         else:
             items.append(Item(id, path, captions, meta))
     if not args.clips and args.min_duration != _MIN_DURATION:
-        warnings.append(f"--min-duration {args.min_duration:g} has no use without --clips")
+        warnings.append(f"--min-duration {args.min_duration:g} is not used without --clips")
     if untimed:
         warnings.append(
-            f"{examples(untimed, 'video')} with captions left out by --clips: no text, no times, or said twice"
+            f"{examples(untimed, 'video')} with captions left out by --clips: no text, no times, or repeated"
         )
     return conclude(items, args.videos, warnings=warnings)
 
@@ -77,7 +78,8 @@ def _wanted(path: Path, category: str | None) -> tuple[dict[str, dict], list[str
     """{video id: the other columns} of the list, in its order, and a note of videos that it has several times."""
     columns = ("video_id", "category_1", "category_2", "rank", "task_id")
     wanted: dict[str, dict] = {}
-    others, again = Counter(), []
+    others: Counter[str] = Counter()
+    again = []
     for row in read_csv(path, columns):
         others[row["category_1"]] += 1
         id = row["video_id"].strip()
@@ -88,8 +90,8 @@ def _wanted(path: Path, category: str | None) -> tuple[dict[str, dict], list[str
             if wanted.setdefault(id, meta) is not meta:
                 again.append(id)
     if not wanted:
-        there = ", ".join(repr(name) for name, _ in others.most_common(20))
-        raise ShardError(f"{path}: no video has the category_1 {category!r}; there are {there or 'no rows'}")
+        listed = ", ".join(repr(name) for name, _ in others.most_common(20))
+        raise ShardError(f"{path}: no video has the category_1 {category!r}; the list has {listed or 'no rows'}")
     return wanted, [f"{examples(again, 'row')} of {path.name} repeat a video: the first is used"] if again else []
 
 
@@ -120,10 +122,10 @@ def _stream(path: Path) -> Iterator[tuple[str, dict]]:
 
 def _captions(entry: dict, where: str) -> tuple[Caption, ...]:
     try:
-        told = zip(entry["text"], entry["start"], entry["end"], strict=True)
+        rows = zip(entry["text"], entry["start"], entry["end"], strict=True)
         return tuple(
             Caption(" ".join((text or "").split()), seconds(start, where), seconds(end, where))
-            for text, start, end in told
+            for text, start, end in rows
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, ShardError):
@@ -135,17 +137,17 @@ def clips(captions: tuple[Caption, ...], shortest: float) -> Iterator[tuple[floa
     """(start, end, caption) of clips of at least `shortest` seconds, in order of time.
 
     A caption is joined to those after it until the clip is long enough. Silence longer than `shortest` is not bridged:
-    a clip that ends there too early is widened around its middle instead. Empty captions and those without times are
-    passed over, as are those that are there twice.
+    a clip that would end too early there is widened around its middle instead. Empty captions, captions without times and
+    repeated captions are left out.
     """
     timed = _timed(captions)
-    group: list[Caption] = []
-    waiting: tuple[float, float, Caption] | None = None  # another group may come to the same seconds
-    for nth, caption in enumerate(timed, 1):
+    group: list[_Spoken] = []
+    waiting: tuple[float, float, _Spoken] | None = None  # another group may come to the same seconds
+    for nth, spoken in enumerate(timed, 1):
         after = timed[nth] if nth < len(timed) else None
-        group.append(caption)
-        start, end = group[0].start, max(c.end for c in group)
-        if end - start < shortest and after and after.start - end <= shortest:
+        group.append(spoken)
+        start, end = group[0][0], max(end for _, end, _ in group)
+        if end - start < shortest and after and after[0] - end <= shortest:
             continue
         if end - start < shortest:
             start = max(0.0, (start + end - shortest) / 2)
@@ -153,17 +155,23 @@ def clips(captions: tuple[Caption, ...], shortest: float) -> Iterator[tuple[floa
         if waiting and waiting[:2] == (start, end):
             group.insert(0, waiting[2])
         elif waiting:
-            yield waiting
-        text = " ".join(c.text for c in group)
-        waiting = start, end, Caption(text, group[0].start, max(c.end for c in group))
+            yield _clip(*waiting)
+        joined = group[0][0], max(end for _, end, _ in group), " ".join(text for _, _, text in group)
+        waiting = start, end, joined
         group = []
     if waiting:
-        yield waiting
+        yield _clip(*waiting)
 
 
-def _timed(captions: tuple[Caption, ...]) -> list[Caption]:
-    """The captions with text and times, in order of time, each once: the speech recogniser says some things twice."""
+def _clip(start: float, end: float, spoken: _Spoken) -> tuple[float, float, Caption]:
+    return start, end, Caption(spoken[2], *spoken[:2])
+
+
+def _timed(captions: tuple[Caption, ...]) -> list[_Spoken]:
+    """The captions with text and times, in order of time, each once: recognised speech repeats."""
     timed = {
-        c: None for c in captions if c.text and c.start is not None and c.end is not None and c.end >= c.start >= 0
+        (c.start, c.end, c.text): None
+        for c in captions
+        if c.text and c.start is not None and c.end is not None and c.end >= c.start >= 0
     }
-    return sorted(timed, key=lambda c: (c.start, c.end))
+    return sorted(timed, key=lambda spoken: spoken[:2])

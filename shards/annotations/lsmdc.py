@@ -6,10 +6,9 @@ captions of one video. The clips are already cut.
 """
 
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 
 from shards import ShardError
-from shards.annotations import Caption, Counts, Item, Reading, conclude
+from shards.annotations import Caption, Counts, Item, Reading, add_annotations, conclude
 from shards.annotations.text import numbered_lines, published
 
 PUBLISHED = {
@@ -20,13 +19,14 @@ PUBLISHED = {
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--annotations", type=Path, required=True,
-        help="LSMDC16_annos_training.csv, LSMDC16_annos_val.csv or LSMDC16_challenge_1000_publictect.csv",
-    )  # fmt: skip
+    """Add the options of this data set."""
+    add_annotations(
+        parser, "LSMDC16_annos_training.csv, LSMDC16_annos_val.csv or LSMDC16_challenge_1000_publictect.csv"
+    )
 
 
 def read(args: Namespace) -> Reading:
+    """Clips in the order of the csv; `meta` keeps their times in the film."""
     captions: dict[str, list[Caption]] = {}
     times: dict[str, list[dict]] = {}
     for number, line in numbered_lines(args.annotations):
@@ -44,6 +44,6 @@ def read(args: Namespace) -> Reading:
         if stamp not in times.setdefault(clip, []):
             times[clip].append(stamp)
     items = [
-        Item(clip, args.videos.find(clip), tuple(said), {"in_film": times[clip]}) for clip, said in captions.items()
+        Item(clip, args.videos.find(clip), tuple(texts), {"in_film": times[clip]}) for clip, texts in captions.items()
     ]
     return conclude(items, args.videos, published(PUBLISHED, args.annotations))

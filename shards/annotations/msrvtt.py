@@ -9,7 +9,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from shards import ShardError
-from shards.annotations import Caption, Counts, Item, Reading, conclude, examples, unique
+from shards.annotations import Caption, Counts, Item, Reading, conclude, examples, unique, unknown
 from shards.annotations.text import expect, published, read_csv, read_json, sentences
 
 OWN = {"train": Counts(6513, 130_260), "validate": Counts(497, 9940), "test": Counts(2990, 59_800)}
@@ -22,6 +22,7 @@ PUBLISHED = {
 
 
 def add_arguments(parser: ArgumentParser) -> None:
+    """Add the options of this data set."""
     parser.add_argument(
         "--annotations", type=Path,
         help='MSRVTT_data.json, or mmaction2\'s json {"video0.mp4": [captions]}; a --split with sentences needs none',
@@ -34,10 +35,11 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def read(args: Namespace) -> Reading:
+    """Videos in the order of the csv, or of the json."""
     if not args.annotations and not args.split:
         raise ShardError("give --annotations, --split, or both")
     captions, meta, own = _annotations(args.annotations) if args.annotations else ({}, {}, {})
-    warnings = []
+    warnings: list[str] = []
     if args.split is None:
         ids = list(captions)
     elif args.split in OWN:
@@ -49,11 +51,11 @@ def read(args: Namespace) -> Reading:
     else:
         if not Path(args.split).exists():
             raise ShardError(f"--split {args.split}: there is no such file, and the json's own are {', '.join(OWN)}")
-        told, spoken, warnings = _split(Path(args.split))
-        ids = list(told)
-        if unknown := [id for id in ids if args.annotations and id not in captions]:
-            warnings.append(f"{examples(unknown, 'video')} of {Path(args.split).name} not in {args.annotations.name}")
-        captions = told if spoken else {id: captions.get(id, ()) for id in ids}
+        listed, has_sentences, warnings = _split(Path(args.split))
+        ids = list(listed)
+        if args.annotations:
+            warnings += unknown(ids, captions, Path(args.split), args.annotations)
+        captions = listed if has_sentences else {id: captions.get(id, ()) for id in ids}
         if not any(captions.values()):
             raise ShardError(f"{args.split} has no column sentence: give --annotations MSRVTT_data.json with it")
     items = [Item(id, args.videos.find(id), captions[id], meta.get(id, {})) for id in ids]
@@ -73,7 +75,7 @@ def _annotations(path: Path) -> tuple[dict[str, tuple[Caption, ...]], dict[str, 
         videos: dict[str, dict] = {}
         for video in data["videos"]:
             if videos.setdefault(str(video["video_id"]), video) != video:
-                raise ShardError(f"{path}: the video_id {video['video_id']!r} stands there twice, and differs")
+                raise ShardError(f"{path}: the video_id {video['video_id']!r} is listed twice, with different values")
         captions: dict[str, list[Caption]] = {id: [] for id in videos}
         for sentence in data["sentences"]:
             captions.setdefault(str(sentence["video_id"]), []).extend(sentences(sentence["caption"], str(path)))
@@ -83,22 +85,22 @@ def _annotations(path: Path) -> tuple[dict[str, tuple[Caption, ...]], dict[str, 
         ) from error
     meta = {id: {k: v for k, v in video.items() if k not in ("video_id", "id")} for id, video in videos.items()}
     own = {id: str(video.get("split")) for id, video in videos.items()}
-    return {id: tuple(said) for id, said in captions.items()}, meta, own
+    return {id: tuple(texts) for id, texts in captions.items()}, meta, own
 
 
 def _split(path: Path) -> tuple[dict[str, tuple[Caption, ...]], bool, list[str]]:
     """The videos of a csv, with their captions; whether it has a column `sentence` for these; and what the user should
     know. `vid_key` (msr9770) is no video_id."""
-    found: dict[str, tuple[Caption, ...]] = {}
-    ids, spoken = [], False
+    captions: dict[str, tuple[Caption, ...]] = {}
+    ids, has_sentences = [], False
     for row in read_csv(path, ["video_id"]):
         id = _stem(row["video_id"].strip())
         if not id:
             raise ShardError(f"{path}, line {row['line']}: the video is not named")
-        spoken = "sentence" in row
-        found[id] = found.get(id, ()) + (sentences(row["sentence"], str(path)) if spoken else ())
+        has_sentences = "sentence" in row
+        captions[id] = captions.get(id, ()) + (sentences(row["sentence"], str(path)) if has_sentences else ())
         ids.append(id)
-    return found, spoken, [] if spoken else unique(ids, path.name)[1]
+    return captions, has_sentences, [] if has_sentences else unique(ids, path.name)[1]
 
 
 def _stem(name: str) -> str:

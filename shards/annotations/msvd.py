@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shards import ShardError
-from shards.annotations import Caption, Counts, Item, Reading, conclude, examples, unique
+from shards.annotations import Caption, Counts, Item, Reading, add_annotations, conclude, unique, unknown
 from shards.annotations.text import expect, published, read_json, read_lines, sentences, unreadable
 
 PUBLISHED = {
@@ -20,27 +20,25 @@ PUBLISHED = {
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--annotations", type=Path, required=True,
-        help="raw-captions.pkl (nothing in it is executed), or a json {video: [captions]}",
-    )  # fmt: skip
-    parser.add_argument("--split", type=Path, help="train_list.txt, val_list.txt or test_list.txt (all videos)")
+    """Add the options of this data set."""
+    captions = "raw-captions.pkl (nothing in it is executed), or a json {video: [captions]}"
+    add_annotations(parser, captions, "train_list.txt, val_list.txt or test_list.txt (all videos)")
 
 
 def read(args: Namespace) -> Reading:
+    """Videos in the order of the list, or of the captions."""
     if args.annotations.suffix == ".json":
         data = expect(read_json(args.annotations), dict, args.annotations, "an object of lists of captions")
-        captions = {}
+        captions: dict[str, tuple[Caption, ...]] = {}
         for name, texts in data.items():  # with and without .avi it is one video
             id = name.removesuffix(".avi")
             captions[id] = captions.get(id, ()) + sentences(texts, f"{args.annotations}: {name}")
     else:
         captions = _pickled(args.annotations)
-    ids, warnings = list(captions), []
+    ids, warnings = list(captions), list[str]()
     if args.split:
         ids, warnings = unique((name.removesuffix(".avi") for name in read_lines(args.split)), args.split.name)
-    if unknown := [id for id in ids if id not in captions]:
-        warnings.append(f"{examples(unknown, 'video')} of {args.split.name} not in {args.annotations.name}")
+        warnings += unknown(ids, captions, args.split, args.annotations)
     items = [Item(id, args.videos.find(id), captions.get(id, ())) for id in ids]
     return conclude(items, args.videos, published(PUBLISHED, args.split), warnings)
 
@@ -49,7 +47,7 @@ class _Plain(pickle.Unpickler):
     """Unpickles lists, tuples, dicts, strings and numbers; whatever would import a name or call something is refused."""
 
     def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, and captions need no such thing")
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which captions never need")
 
 
 def _pickled(path: Path) -> dict[str, tuple[Caption, ...]]:
@@ -71,10 +69,10 @@ def _pickled(path: Path) -> dict[str, tuple[Caption, ...]]:
 
 def _sentence(words: object, path: Path) -> Caption:
     """A sentence, a list of words or already a string."""
-    said = (
+    text = (
         _text(words, path) if isinstance(words, str | bytes) else " ".join(_text(w, path) for w in _list(words, path))
     )
-    return Caption(" ".join(said.split()))
+    return Caption(" ".join(text.split()))
 
 
 def _list(value: object, path: Path) -> list | tuple:

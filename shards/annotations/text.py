@@ -19,7 +19,7 @@ from shards.annotations.files import EXTENSIONS
 
 
 class DiskError(ShardError):
-    """A disk, a server or the machine failed: no file is to blame, and another try may do."""
+    """A disk, a server or the machine failed: no file is to blame, and another try may succeed."""
 
 
 _ENCODINGS = {
@@ -34,6 +34,7 @@ _LONGEST = 1 << 24  # characters in a cell: a quote that is never closed must no
 
 
 def read_json(path: Path) -> Any:
+    """The value in a JSON file. Raises ShardError if it is not one, or holds an object with a key twice."""
     text = _text(path)
     try:
         return parse_json(text)
@@ -258,7 +259,7 @@ def unreadable(path: Path, error: OSError) -> ShardError:
 
 def _nul(path: Path, line: int) -> ShardError:
     return ShardError(
-        f"{path}, line {line}: a NUL character, which no text has. If it is UTF-16, save the file as UTF-8"
+        f"{path}, line {line}: it holds a NUL character, so it is not plain text. If it is UTF-16, save the file as UTF-8"
     )
 
 

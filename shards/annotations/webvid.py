@@ -5,20 +5,21 @@ at {page_dir}/{videoid}.mp4 below the folder `videos`.
 """
 
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 
 from shards import ShardError
-from shards.annotations import Caption, Item, Reading, conclude, examples
+from shards.annotations import Caption, Item, Reading, add_annotations, conclude, examples
 from shards.annotations.text import read_csv
 
 COLUMNS = ("videoid", "contentUrl", "duration", "page_dir", "name")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--annotations", type=Path, required=True, help="results_2M_train.csv and the like")
+    """Add the options of this data set."""
+    add_annotations(parser, "results_2M_train.csv and the like")
 
 
 def read(args: Namespace) -> Reading:
+    """Videos in the order of the csv; a video of several rows has several captions."""
     items: dict[str, Item] = {}
     repeated: list[str] = []
     for row in read_csv(args.annotations, COLUMNS):

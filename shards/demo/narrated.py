@@ -21,7 +21,7 @@ import av
 from shards.annotations import Caption, Item
 from shards.demo.scenes import VERSION as SCENES_VERSION
 from shards.demo.scenes import Scene, scenes
-from shards.demo.shapes import _claim, _write, encoded, render
+from shards.demo.shapes import claim, encoded, render, write
 
 VERSION = 1  # of what a seed stands for: raise it with every change to pictures, speech or encoder settings
 
@@ -50,6 +50,7 @@ class Narrated:
 
     @property
     def meta(self) -> dict:
+        """What each event shows and when: [start, end, caption], seconds."""
         shown = [[i * SECONDS, (i + 1) * SECONDS, scene.captions[0]] for i, scene in enumerate(self.events)]
         return {"shown": shown}
 
@@ -71,16 +72,16 @@ def generate(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     about = {"version": [VERSION, SCENES_VERSION], "seed": seed, "videos": videos, "small": list(small)}
-    _claim(out / "demo.json", json.dumps(about) + "\n")
-    found = narrated(seed, videos, small)
-    todo = [video for video in found if not (out / f"{video.key}.mp4").exists()]
-    done = len(found) - len(todo)
+    claim(out / "demo.json", json.dumps(about) + "\n")
+    clips = narrated(seed, videos, small)
+    todo = [video for video in clips if not (out / f"{video.key}.mp4").exists()]
+    done = len(clips) - len(todo)
     for video, data in zip(todo, encoded(todo, encode, workers), strict=True):
-        _write(out / f"{video.key}.mp4", data)
+        write(out / f"{video.key}.mp4", data)
         done += 1
         if progress:
-            progress(done, len(found))
-    return [Item(video.key, out / f"{video.key}.mp4", video.captions, video.meta) for video in found]
+            progress(done, len(clips))
+    return [Item(video.key, out / f"{video.key}.mp4", video.captions, video.meta) for video in clips]
 
 
 def narrated(seed: int, videos: int, small: tuple[int, int] = (200, 200)) -> list[Narrated]:
@@ -91,9 +92,9 @@ def narrated(seed: int, videos: int, small: tuple[int, int] = (200, 200)) -> lis
     rng.shuffle(events)
     out = []
     for i in range(videos):
-        mine, portrait = events[i * EVENTS : (i + 1) * EVENTS], rng.random() < 0.5
-        mine = tuple(replace(s, fps=FPS, frames=int(SECONDS * FPS), portrait=portrait) for s in mine)
-        out.append(Narrated(f"narrated{i:05d}", mine, _speech(rng, mine, events)))
+        drawn, portrait = events[i * EVENTS : (i + 1) * EVENTS], rng.random() < 0.5
+        shown = tuple(replace(s, fps=FPS, frames=int(SECONDS * FPS), portrait=portrait) for s in drawn)
+        out.append(Narrated(f"narrated{i:05d}", shown, _speech(rng, shown, events)))
     return out
 
 
@@ -106,7 +107,7 @@ def _events(seed: int, hidden: set) -> Iterator[Scene]:
 
 def _speech(rng: random.Random, shown: tuple[Scene, ...], everything: list[Scene]) -> tuple[Caption, ...]:
     """What is said over a video, in order of time."""
-    end, found = len(shown) * SECONDS, []
+    end, spoken = len(shown) * SECONDS, []
     for i, scene in enumerate(shown):
         for _ in range(SAID):
             kind = rng.random()
@@ -115,8 +116,8 @@ def _speech(rng: random.Random, shown: tuple[Scene, ...], everything: list[Scene
             middle = rng.gauss((i + 0.5) * SECONDS, LATE_S)
             length = rng.uniform(1.0, 2.5)
             start = min(max(0.0, middle - length / 2), end - length)
-            found.append(Caption(text, round(start, 2), round(start + length, 2)))
-    return tuple(sorted(found, key=lambda caption: caption.start))
+            spoken.append((round(start, 2), Caption(text, round(start, 2), round(start + length, 2))))
+    return tuple(caption for _, caption in sorted(spoken, key=lambda timed: timed[0]))
 
 
 def encode(video: Narrated) -> bytes:

@@ -81,7 +81,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """One video, whole: `render` and `encode` are pure functions of it. `pair` is the name twins share, or None."""
+    """One video: `render` and `encode` are pure functions of it. `pair` is the name twins share, or None."""
 
     key: str
     kind: str
@@ -128,7 +128,7 @@ class Scene:
     @property
     def meta(self) -> dict[str, Any]:
         """What the file's line says beside its captions; JSON types only."""
-        looks = [_look(thing) for thing in (self.before, self.after) if thing]
+        looks = [look for look in (_look(self.before), _look(self.after)) if look]
         names = {"shape": 0, "colour": 1, "size": 2}
         attributes = {name: list(dict.fromkeys(look[i] for look in looks)) for name, i in names.items()}
         return {"kind": self.kind, "action": self.action, **attributes, "background": self.background,
@@ -136,7 +136,7 @@ class Scene:
 
 
 def _look(thing: Thing | None) -> tuple[str, str, str] | None:
-    return thing and (thing.shape, thing.colour, thing.size)
+    return (thing.shape, thing.colour, thing.size) if thing else None
 
 
 def reverse(scene: Scene) -> Scene:
@@ -159,8 +159,8 @@ def scenes(seed: int, train: int, test: int) -> dict[str, list[Scene]]:
         raise ValueError(f"the demo set has 0 to 2000 videos in all, not train={train} and test={test}")
     taken: set[frozenset[tuple[Any, ...]]] = set()
     # test first: its videos then do not depend on how many train videos are asked for
-    found = {name: _split(seed, name, count, taken) for name, count in (("test", test), ("train", train))}
-    return {"train": found["train"], "test": found["test"]}
+    splits = {name: _split(seed, name, count, taken) for name, count in (("test", test), ("train", train))}
+    return {"train": splits["train"], "test": splits["test"]}
 
 
 def _split(seed: int, name: str, count: int, taken: set[frozenset[tuple[Any, ...]]]) -> list[Scene]:
@@ -199,7 +199,7 @@ def _draw(rng: random.Random, kind: str) -> Scene:
     if kind == "move":
         axis = rng.choice("xy")
         edge = SIZES[size] // 2 + 3
-        a, b = replace(a, **{axis: edge}), replace(a, **{axis: SIDE - edge})
+        a, b = (replace(a, x=at) if axis == "x" else replace(a, y=at) for at in (edge, SIDE - edge))
     elif kind == "resize":
         a, b = replace(a, size="small"), replace(a, size="large")
     elif kind == "show":
@@ -232,10 +232,10 @@ def _draw(rng: random.Random, kind: str) -> Scene:
 def _captions(scene: Scene, count: int) -> list[str]:
     """`count` different sentences that all say the scene's whole combination."""
     rng = random.Random(f"captions {scene.seed}")  # the twin has the same seed: it is worded alike
-    found: dict[str, None] = {}
-    while len(found) < count:
-        found[_sentence(scene, rng)] = None
-    return list(found)
+    sentences: dict[str, None] = {}
+    while len(sentences) < count:
+        sentences[_sentence(scene, rng)] = None
+    return list(sentences)
 
 
 def _sentence(scene: Scene, rng: random.Random) -> str:

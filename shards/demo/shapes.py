@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
 from functools import cache, lru_cache
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -223,7 +224,7 @@ def generate(
     for name in splits:
         (out / name).mkdir(parents=True, exist_ok=True)
     recipe = json.dumps({"version": VERSION, "seed": seed, "train": train, "test": test}) + "\n"
-    _claim(out / "demo.json", recipe)
+    claim(out / "demo.json", recipe)
 
     todo = [(out / name / f"{s.key}.mp4", s) for name, some in splits.items() for s in some]
     total = len(todo)
@@ -232,7 +233,7 @@ def generate(
     if progress:
         progress(done, total)
     for (path, _), data in zip(todo, encoded([scene for _, scene in todo], encode, workers), strict=True):
-        _write(path, data)
+        write(path, data)
         done += 1
         if progress:
             progress(done, total)
@@ -241,20 +242,20 @@ def generate(
     for name, some in splits.items():
         lines = [{"video": f"{name}/{s.key}.mp4", "captions": list(s.captions), "meta": s.meta} for s in some]
         if not (out / f"{name}.jsonl").exists():
-            _write(out / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+            write(out / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
         items[name] = [
             Item(s.key, out / name / f"{s.key}.mp4", tuple(Caption(text) for text in s.captions), s.meta) for s in some
         ]
     return items
 
 
-def _claim(path: Path, recipe: str) -> None:
-    """Write what this folder is made of, or see that it is made of the same."""
+def claim(path: Path, recipe: str) -> None:
+    """Record what this folder is made of. Raises FileExistsError if it was made of something else."""
     if not path.exists():
-        _write(path, recipe.encode())
-    elif (found := path.read_text()) != recipe:
+        write(path, recipe.encode())
+    elif (existing := path.read_text()) != recipe:
         raise FileExistsError(
-            f"{path.parent} holds another demo set ({found.strip()}, asked for: {recipe.strip()}): "
+            f"{path.parent} holds another demo set ({existing.strip()}, asked for: {recipe.strip()}): "
             "delete that folder or choose another"
         )
 
@@ -275,12 +276,16 @@ def encoded(todo: Sequence, encode: Callable[[Any], bytes], workers: int | None)
 
 def _end_with_parent() -> None:
     """Let this worker end when the process that started it is killed, rather than wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    if parent:
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
 
 
-def _write(path: Path, data: bytes) -> None:
+def _exit_after(parent: BaseProcess) -> None:
+    parent.join()
+    os._exit(1)
+
+
+def write(path: Path, data: bytes) -> None:
     """Write a file so that it is there whole or not at all."""
     part = path.with_name(path.name + ".part")
     with naming(path):

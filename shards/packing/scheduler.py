@@ -1,8 +1,8 @@
-"""Who packs which shard when: local processes, or a Dask cluster. Each shard is packed by a process that is watched.
+"""Hands shards to packing processes, here or on a Dask cluster, and watches each process.
 
-No thread can stop a decoder that hangs, and nothing survives one that crashes. So a process packs, a thread waits for
-it: when a video takes too long the process is killed, when the process dies twice on the same video that video is to
-blame. The shard is then packed again without it, and the verdict is kept beside the shards until they are complete.
+No thread can stop a decoder that hangs, and nothing survives one that crashes. So a process packs and a thread waits for
+it: a process that takes too long over a video is killed, and a video on which the process dies twice is to blame. The
+shard is then packed again without it, and the verdict is kept beside the shards until they are complete.
 """
 
 import itertools
@@ -37,13 +37,13 @@ class Supervisor:
 
     def pack(self, job: Job, on_progress: Callable[[Progress], None]) -> None:
         """Pack a shard; every item is reported once. Raises what is not the fault of a video."""
-        reported, deaths = 0, Counter()
+        reported, deaths = 0, Counter[int]()
         while not self._closed:
             item, deadline, limit = -1, None, 0.0
             try:
-                self._send(job)
-                while self._pipe.poll(None if deadline is None else max(0.0, deadline - time.monotonic())):
-                    event: Event = self._pipe.recv()
+                pipe = self._send(job)
+                while pipe.poll(None if deadline is None else max(0.0, deadline - time.monotonic())):
+                    event: Event = pipe.recv()
                     if event.error:
                         raise event.error
                     if event.what == "packed":
@@ -54,13 +54,14 @@ class Supervisor:
                         deadline = time.monotonic() + limit
                     if event.what == "done" and event.item == reported:
                         reported += 1
+                        assert event.progress is not None, "an item that is done has a progress"
                         on_progress(event.progress)
                 reason = f"it took longer than {limit:.4g} s"
                 self._kill()
             except (EOFError, ConnectionError):
                 if self._closed:
                     return
-                reason = f"it kills the program ({self._death()}{memory.limit_text()})"
+                reason = f"it crashes the program ({self._death()}{memory.limit_text()})"
                 deaths[item] += 1
                 if deaths[item] < 2:
                     continue
@@ -71,11 +72,12 @@ class Supervisor:
             job = _without(job, item, reason)
 
     def close(self) -> None:
+        """Kill the packing process."""
         self._closed = True
         self._kill()
 
-    def _send(self, job: Job) -> None:
-        if self._process is None or self._process.poll() is not None:
+    def _send(self, job: Job) -> Connection:
+        if self._process is None or self._pipe is None or self._process.poll() is not None:
             self._pipe, theirs = Pipe()
             root = str(Path(__file__).parents[2])
             path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -92,6 +94,7 @@ class Supervisor:
             )
             theirs.close()
         self._pipe.send(job)
+        return self._pipe
 
     def _kill(self) -> None:
         if self._process is not None:
@@ -99,7 +102,7 @@ class Supervisor:
             self._process.wait()
 
     def _death(self) -> str:
-        code = self._process.wait()
+        code = self._process.wait() if self._process else 0
         return f"exit status {code}" if code >= 0 else signal.Signals(-code).name
 
 
@@ -115,9 +118,16 @@ def lost_name(shard: str) -> str:
     return f".{shard}.lost.json"
 
 
+def read_lost(target: storage.Folder | storage.Bucket, listing: dict[str, int], shard: str) -> dict[int, str]:
+    """The verdicts of an earlier run on a shard that it did not commit: which videos hang or kill, by place in the shard."""
+    file = lost_name(shard)
+    return {int(i): reason for i, reason in json.loads(target.read(file)).items()} if file in listing else {}
+
+
 def run_locally(jobs: Iterable[Job], workers: int, on_progress: Callable[[Progress], None]) -> None:
     """Pack with `workers` processes. Raises the first error, after having stopped them all."""
-    todo, said = queue.SimpleQueue(), queue.SimpleQueue()
+    todo: queue.SimpleQueue[Job] = queue.SimpleQueue()
+    events: queue.SimpleQueue[Progress | BaseException | None] = queue.SimpleQueue()  # None: a supervisor is done
     for job in jobs:
         todo.put(job)
     supervisors = [Supervisor() for _ in range(min(workers, todo.qsize()))]
@@ -125,11 +135,11 @@ def run_locally(jobs: Iterable[Job], workers: int, on_progress: Callable[[Progre
     def work(supervisor: Supervisor) -> None:
         try:
             while True:
-                supervisor.pack(todo.get_nowait(), said.put)
+                supervisor.pack(todo.get_nowait(), events.put)
         except queue.Empty:
-            said.put(None)
+            events.put(None)
         except BaseException as error:
-            said.put(error)
+            events.put(error)
         finally:
             supervisor.close()
 
@@ -140,7 +150,7 @@ def run_locally(jobs: Iterable[Job], workers: int, on_progress: Callable[[Progre
             _start(thread)
         left = len(threads)
         while left:
-            event = said.get()
+            event = events.get()
             if isinstance(event, BaseException):
                 raise event
             if event is None:
@@ -195,7 +205,7 @@ def run_on_dask(jobs: Iterable[Job], address: str, on_progress: Callable[[Progre
             except KilledWorker as error:
                 raise ShardError(
                     f"shard {future.key.rsplit('-', 1)[-1]} was given to several Dask workers and each was lost (out of "
-                    "memory?). What is committed stays: run the same command again to go on."
+                    "memory?). Committed shards are kept: run the same command again to go on."
                 ) from error
             for event in events:
                 on_progress(event)

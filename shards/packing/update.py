@@ -1,273 +1,238 @@
-"""Bringing a packed split up to date with a list of videos that has changed, and saying how the two differ.
+"""Bringing a packed split up to date with a list of videos that has changed.
 
 The shards are laid out as a new packing would do it. Those whose content stays are left alone. The others are written into
-a folder inside the split, from stored samples where there are any, while the split stays as it is. Once all of them are
-there a journal says so, and they are moved into place; whoever comes next after a kill goes on with that.
+a folder inside the split, from stored samples where there are any, while the split stays as it is. Once all of them exist
+a journal records it, and they are moved into place; whoever runs next after a kill goes on with that.
 """
 
-import hashlib
 import json
-import os
+import shlex
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 from crc32c import crc32c
 
-from shards import ShardError, VideoError, storage
-from shards.annotations import Caption, Item
+from shards import ShardError, storage
 from shards.packing import scheduler
-from shards.packing.worker import ABSENT, MISSING, in_clip, rejection, screened, source_size
-from shards.schema import REJECTS, SCHEMA
+from shards.packing.committed import CommittedShard, StoredSample, is_of, state, survey
+from shards.packing.differences import name_differences, profile_differences
+from shards.packing.finish import finish
+from shards.packing.plan import READERS, SUFFIXES, Packing, is_committed, shard_name, with_counts
+from shards.packing.worker import Job
+from shards.schema import REJECTS
 from shards.storage import Bucket, Folder
-from shards.tar import commit, read_index
-from shards.tarcopy import Place
+from shards.tar import commit
 
 STAGING = ".update"  # the folder inside a split in which its new shards are made
 JOURNAL = "update.json"  # beside dataset.json: all of them are made, and are being moved into place
 
-SUFFIXES = ("tar", "idx", "parquet")  # of a shard's files, in the order in which they are put into place
-_READERS = 8
+
+def refuse_update(out: Path, part: tuple[int, int] | None) -> None:
+    """Raises ShardError where no update is possible."""
+    if part:
+        raise ShardError("--update and --part exclude each other: an update is made by one command")
+    if storage.is_remote(out):
+        raise ShardError(f"--update needs a folder: {out} cannot be changed in place. Pack into another --out.")
 
 
-# ---- what is stored ----
+def bring_up_to_date(
+    packing: Packing,
+    known: dict,
+    finished: dict | None,
+    on_start: Callable[[int, int], None],
+    fresh: Iterable[str] = (),
+) -> dict | None:
+    """Make a split that was packed by the plan `known` the one that `packing` asks for; returns what dataset.json then says.
 
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """What a stored sample's JSON says: its source's name and size (None: not recorded), its cut, its duration, and a digest of its
-    captions and meta."""
-
-    place: Place
-    file: str
-    bytes: int | None
-    cut: tuple | None
-    duration: float
-    said: bytes
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A committed shard: its samples by id, in order, its rejects, and whether its table has all columns of today."""
-
-    samples: dict[str, Sample]
-    rejects: list[dict]
-    current: bool
-
-
-def survey(folder: Path, names: Iterable[str]) -> dict[str, Shard]:
-    """The committed shards `names` that can be read. Of each sample only the JSON is read."""
-    names = list(names)
-    with ThreadPoolExecutor(_READERS) as pool:
-        found = zip(names, pool.map(lambda name: _shard(folder, name), names), strict=True)
-        return {name: shard for name, shard in found if shard}
-
-
-def _shard(folder: Path, name: str) -> Shard | None:
-    base = folder / name
-    try:
-        with pq.ParquetFile(base.with_suffix(".parquet")) as file:
-            columns = file.read(["key", "id"]).to_pydict()
-            schema = file.schema_arrow
-        index, samples = read_index(base.with_suffix(".idx")), {}
-        with open(base.with_suffix(".tar"), "rb") as file:
-            for row, (key, id) in enumerate(zip(columns["key"], columns["id"], strict=True)):
-                offset, size = index[f"{key}.json"]
-                samples[id] = _sample(Place(name, row), json.loads(os.pread(file.fileno(), size, offset)))
-        return Shard(samples, json.loads(schema.metadata[REJECTS]), set(SCHEMA.names) <= set(schema.names))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, pa.ArrowException):
-        return None
-
-
-def _sample(place: Place, described: dict) -> Sample:
-    source, cut = described["source"], described.get("cut")
-    said = _digest(described["captions"], described.get("meta", {}))
-    return Sample(place, source["file"], source.get("bytes"), cut and tuple(cut), described["duration"], said)
-
-
-def _digest(captions: list[dict], meta: dict) -> bytes:
-    meta = json.loads(json.dumps(meta, sort_keys=True))
-    return hashlib.blake2b(json.dumps([captions, meta], sort_keys=True).encode(), digest_size=16).digest()
-
-
-def is_of(sample: Sample, item: Item) -> bool:
-    """Whether the sample was made of the item's file and cut. Where the file is gone its name decides, with or without
-    an extension; where it is on a server, or its size was not recorded, its name alone."""
-    cut = None if (item.start, item.end) == (None, None) else (item.start, item.end)
-    if sample.cut != cut:
-        return False
-    size = source_size(item.path)
-    if size == ABSENT:
-        return sample.file == item.path.name or Path(sample.file).stem in (item.path.name, item.path.stem)
-    return sample.file == item.path.name and (None in (size, sample.bytes) or size == sample.bytes)
-
-
-def state(items: Sequence[Item], shard: Shard | None, retry: bool) -> tuple[str, dict[int, str]]:
-    """What is to be done with a shard that is to hold `items`: nothing ("same"), its table has to be written again
-    ("table"), or all of it ("changed"); and, unless that, why which of the items are rejected.
-
-    With `retry` rejected videos are tried again, which makes a shard "changed", unless they are known to be rejected again
-    without reading them; without, only those are whose file was missing and now is not.
+    `finished` is its dataset.json, if it has been finished. Rejected videos of the shards `fresh` are not tried again.
     """
-    if shard is None:
-        return "changed", {}
-    known = {r["id"]: r for r in shard.rejects if "caption" not in r}
-    ids, rejects, reasons = [], [], {}
-    for number, item in enumerate(items):
-        sample, before = shard.samples.get(item.id), known.get(item.id)
-        try:
-            captions = screened(item, rejects)
-            if sample:
-                said = _digest([asdict(in_clip(c, item, sample.duration)) for c in captions], item.meta)
-                if said != sample.said or not is_of(sample, item):
-                    return "changed", {}
-                ids.append(item.id)
-            elif source_size(item.path) == ABSENT:
-                raise VideoError(MISSING)
-            elif not retry and before and before["path"] == str(item.path) and not before.get("missing"):
-                raise VideoError(before["reason"])
-            else:
-                return "changed", {}
-        except VideoError as error:
-            reasons[number] = str(error)
-            rejects.append(rejection(item, reasons[number]))
-    if ids != list(shard.samples):
-        return "changed", {}
-    return "same" if shard.current and shard.rejects == rejects else "table", reasons
+    target, plan = packing.target, packing.plan
+    assert isinstance(target, Folder), "refuse_update allows no other"
+    _refuse_other_set(target, known, plan)
+    names, old = _committed(target, known, finished)
+    samples = {id: sample for shard in old.values() for id, sample in shard.samples.items()}
+    if samples and samples.keys().isdisjoint(item.id for items in packing.shards for item in items):
+        raise ShardError(
+            f"--update: not one of the {len(samples)} videos in {target} is asked for (it holds {next(iter(samples))!r}, ..., "
+            f"asked for are {packing.shards[0][0].id!r}, ...). Choose another --out."
+        )
+    staging = _staging(target, plan)
+    states = _states(packing, old, staging, fresh)
+    jobs = _jobs(packing, staging, states, samples)
+    changed = [name for name, (how, _) in states.items() if how != "same"]
+    surplus = [name for name in names if name not in states]
+    total = sum(map(len, packing.shards))
+    on_start(total - sum(len(job.items) for job in jobs), total)
+    if not changed and not surplus and finished and _is_recorded(finished, packing):
+        _clear(target)
+        return finished
+    storage.write(staging, "packing.json", json.dumps(plan) + "\n")
+    packing.run(jobs)
+    staging.sweep("")
+    _refuse_emptied(target, staging, changed, [old[name] for name, (how, _) in states.items() if how == "same"])
+    _write_journal(target, packing, changed, surplus)
+    return end_update(target)
+
+
+def end_update(target: Folder | Bucket, part: tuple[int, int] | None = None) -> dict | None:
+    """Put the shards of an update into place, if all of them are made; returns what dataset.json then says."""
+    if not isinstance(target, Folder) or JOURNAL not in target.listing():
+        return None
+    if part:
+        raise ShardError(
+            f"an update of {target} was stopped at its last step. Run the command once without --part to end it."
+        )
+    journal = _move(target)
+    plan = journal["plan"]
+    info = finish(target.path, plan, list(map(shard_name, range(plan["shards"]))), journal["reconciliation"])
+    _clear(target)
+    return info
+
+
+def _committed(target: Folder, known: dict, finished: dict | None) -> tuple[list[str], dict[str, CommittedShard]]:
+    """Names of the split's shards, and those of them that can be read. Raises ShardError if one is damaged."""
+    listing, sizes = target.listing(), {s["name"]: s["bytes"] for s in finished["shards"]} if finished else {}
+    names = list(sizes) if finished else list(map(shard_name, range(known["shards"])))
+    shards = survey(target.path, [name for name in names if is_committed(listing, name, sizes.get(name))])
+    if damaged := [name for name in sizes if name not in shards and f"{name}.tar" in listing]:
+        raise ShardError(
+            f"--update: shard {damaged[0]} of {target} is damaged. Repair it (python -m c4c.shard repair {shlex.quote(str(target))}), or delete "
+            f"{target}/{damaged[0]}.tar to pack its videos again; then run the update again."
+        )
+    return names, shards
+
+
+def _staging(target: Folder, plan: dict) -> Folder:
+    """The folder for new shards, without what an update to another list of videos recorded there."""
+    staging = Folder(target.path / STAGING)
+    staging.create()
+    staging.sweep("")
+    listing = staging.listing()
+    if "packing.json" in listing and json.loads(staging.read("packing.json")) != plan:
+        for file in (file for file in listing if file.endswith(".lost.json")):
+            staging.delete(file)
+    return staging
+
+
+def _states(
+    packing: Packing, old: dict[str, CommittedShard], staging: Folder, fresh: Iterable[str]
+) -> dict[str, tuple[str, dict[int, str]]]:
+    """For each shard what is to be done with it, and why videos are rejected: see `state`; "staged" is made already."""
+    listing, fresh = staging.listing(), set(fresh)
+    staged = survey(staging.path, [name for name in packing.names if is_committed(listing, name, None)])
+
+    def look(name: str, items: tuple) -> tuple[str, dict[int, str]]:
+        how, reasons = state(items, old.get(name), name not in fresh)
+        if how == "changed" and state(items, staged.get(name), retry=False)[0] == "same":
+            return "staged", {}
+        return how, reasons
+
+    with ThreadPoolExecutor(READERS) as pool:
+        return dict(zip(packing.names, pool.map(look, packing.names, packing.shards), strict=True))
+
+
+def _jobs(
+    packing: Packing,
+    staging: Folder,
+    states: dict[str, tuple[str, dict[int, str]]],
+    samples: dict[str, StoredSample],
+) -> list[Job]:
+    """Jobs that write the new shards and tables into `staging`; what is there of them and is of no use is deleted."""
+    listing, jobs = staging.listing(), []
+    for (name, (how, reasons)), items in zip(states.items(), packing.shards, strict=True):
+        if how != "staged":
+            for file in (f"{name}.{suffix}" for suffix in reversed(SUFFIXES)):
+                if file in listing:
+                    staging.delete(file)
+        if how in ("table", "changed"):
+            before = ((number, samples.get(item.id)) for number, item in enumerate(items))
+            stored = {n: sample.place for n, sample in before if sample and is_of(sample, items[n])}
+            lost = reasons if how == "table" else scheduler.read_lost(staging, listing, name)
+            job = replace(
+                packing.template, name=name, items=items, out=staging.path, lost=lost, stored=stored,
+                source=packing.target.path, table_only=how == "table",
+            )  # fmt: skip
+            jobs.append(job)
+    return jobs
+
+
+def _is_recorded(finished: dict, packing: Packing) -> bool:
+    """Whether dataset.json already says what it is to say."""
+    counts = finished.get("reconciliation") or {}
+    asked = {what: n for what, n in (packing.reconciliation or {}).items() if what != "missing"}
+    same = all(counts.get(what) == n for what, n in asked.items()) and bool(counts) == bool(asked)
+    return same and finished["plan"] == packing.plan
+
+
+def _refuse_other_set(target: Folder, known: dict, plan: dict) -> None:
+    """Raises ShardError if an update would have to replace everything."""
+    if differing := name_differences(known, plan):
+        raise ShardError(f"--update: {target} holds another data set ({'; '.join(differing)}). Choose another --out.")
+    if differing := profile_differences(known.get("profile", {}), plan["profile"]):
+        raise ShardError(
+            f"--update keeps the profile: {'; '.join(differing)}, so every video in {target} would be transcoded again. "
+            "Choose another --out, or the options that it was packed with."
+        )
+
+
+def _refuse_emptied(target: Folder, staging: Folder, changed: list[str], same: list[CommittedShard]) -> None:
+    """Raises ShardError if not one video would be left."""
+    if any(shard.samples for shard in same):
+        return
+    schemas = []
+    for name in changed:
+        if pq.read_metadata(staging.path / f"{name}.parquet").num_rows:
+            return
+        schemas.append(pq.read_schema(staging.path / f"{name}.parquet"))
+    rejects = [r for schema in schemas for r in json.loads(schema.metadata[REJECTS])]
+    first = next((r for r in rejects if "caption" not in r), {"id": "?", "reason": "?"})
+    _clear(target)
+    raise ShardError(
+        f"--update: not one of the videos can be packed (first: {first['id']}: {first['reason']}). {target} stays as it was."
+    )
 
 
 # ---- putting the new shards into place ----
 
 
-def write_journal(
-    target: Folder, plan: dict, reconciliation: dict | None, shards: Iterable[str], surplus: Iterable[str]
-) -> None:
-    """Say that all new `shards` are made, which ones go (`surplus`), and what the split is then to say of itself."""
-    made = target.path / STAGING
-    tables = {name: crc32c((made / f"{name}.parquet").read_bytes()) for name in shards}
-    journal = {"plan": plan, "reconciliation": reconciliation, "tables": tables, "surplus": list(surplus)}
+def _write_journal(target: Folder, packing: Packing, changed: Iterable[str], surplus: Iterable[str]) -> None:
+    """Record that all new shards are made, which ones go (`surplus`), and what the split is then to say of itself."""
+    staging = target.path / STAGING
+    tables = {name: crc32c((staging / f"{name}.parquet").read_bytes()) for name in changed}
+    counts = packing.reconciliation
+    journal = {"plan": packing.plan, "reconciliation": counts, "tables": tables, "surplus": list(surplus)}
     storage.write(target, JOURNAL, json.dumps(journal) + "\n")
 
 
-def move(target: Folder) -> dict:
+def _move(target: Folder) -> dict:
     """Move all new shards into place, or those that are left to be moved; returns the journal. Until `dataset.json` is
-    written again the split passes for incomplete."""
+    written again the split counts as incomplete."""
     journal = json.loads(target.read(JOURNAL))
-    plan, counts = journal["plan"], journal["reconciliation"]
-    storage.write(target, "packing.json", json.dumps(plan | ({"reconciliation": counts} if counts else {})) + "\n")
+    packing = with_counts(journal["plan"], journal["reconciliation"])
+    storage.write(target, "packing.json", json.dumps(packing) + "\n")
     target.delete("dataset.json")
-    made = target.path / STAGING
+    staging = target.path / STAGING
     for name, crc in journal["tables"].items():
         table = target.path / f"{name}.parquet"
-        if not (made / table.name).exists() and not (table.exists() and crc32c(table.read_bytes()) == crc):
+        if not (staging / table.name).exists() and not (table.exists() and crc32c(table.read_bytes()) == crc):
             raise ShardError(
-                f"{target}: an update was stopped while it moved its shards into place, and {made / table.name} is gone. "
+                f"{target}: an update was stopped while it moved its shards into place, and {staging / table.name} is gone. "
                 f"Delete {target} and pack it again."
             )
-        for file in (made / f"{name}.{suffix}" for suffix in SUFFIXES):
-            if file.exists():
-                commit(file, target.path / file.name)
+        for path in (staging / f"{name}.{suffix}" for suffix in SUFFIXES):
+            if path.exists():
+                commit(path, target.path / path.name)
     for name in journal["surplus"]:
         for file in (*(f"{name}.{suffix}" for suffix in reversed(SUFFIXES)), scheduler.lost_name(name)):
             target.delete(file)
     return journal
 
 
-def clear(target: Folder) -> None:
+def _clear(target: Folder) -> None:
     """Remove what an update leaves. The journal goes last."""
     shutil.rmtree(target.path / STAGING, ignore_errors=True)
     target.delete(JOURNAL)
-
-
-# ---- how a packing differs from what is asked for ----
-
-
-@dataclass(frozen=True)
-class Listed:
-    """What the committed shards `names` of a packing were made from: ids in order, the captions and the duration of those packed."""
-
-    ids: list[str]
-    captions: dict[str, tuple[list[dict], float]]
-
-
-def listed(target: Folder | Bucket, names: Sequence[str]) -> Listed:
-    """Read it from the tables. Raises ShardError if one cannot be read."""
-
-    def read(name: str) -> tuple[dict, list[dict]]:
-        with target.open(f"{name}.parquet") as file:
-            table = pq.read_table(file, columns=["id", "captions", "duration"])
-        return table.to_pydict(), json.loads(table.schema.metadata[REJECTS])
-
-    ids, captions = [], {}
-    with ThreadPoolExecutor(_READERS) as pool:
-        try:
-            for columns, rejects in pool.map(read, names):
-                ids += [*columns["id"], *(r["id"] for r in rejects if "caption" not in r)]
-                said = zip(columns["captions"], columns["duration"], strict=True)
-                captions |= dict(zip(columns["id"], said, strict=True))
-        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-            raise ShardError(
-                f"{target} holds a different packing, and a table that cannot be read ({error})"
-            ) from error
-    return Listed(ids, captions)
-
-
-def profile_differences(there: dict, asked: dict) -> list[str]:
-    """What differs between two profiles, as `Profile.describe` gives them."""
-    if there.get("name") != asked["name"]:
-        return [f"the profile is {there.get('name')} there, {asked['name']} asked for"]
-    names = [name for name in {**asked, **there} if there.get(name) != asked.get(name)]
-    return [f"{name} is {there.get(name)} there, {asked.get(name)} asked for" for name in names]
-
-
-def name_differences(there: dict, asked: dict) -> list[str]:
-    """What differs between the names of the data set and of the split in two plans."""
-    names = {"name": "the data set", "split": "the split"}
-    return [
-        f"{what} is {there.get(k)} there, {asked[k]} asked for" for k, what in names.items() if there.get(k) != asked[k]
-    ]
-
-
-def list_differences(found: Listed, items: Sequence[Item], complete: bool) -> list[str]:
-    """What differs between the list that a packing was made from, or the committed part of it, and `items`."""
-    asked, there = {item.id: item for item in items}, set(found.ids)
-    removed = [id for id in found.ids if id not in asked]
-    added = [id for id in asked if id not in there] if complete else []
-    changed = [id for id, said in found.captions.items() if id in asked and _differ(asked[id], *said)]
-    parts = []
-    if removed or added:
-        counts = [examples(removed, "removed")] * bool(removed) + [examples(added, "added")] * bool(added)
-        made = f"it was made from {len(found.ids)}" if complete else f"of it {len(found.ids)} are packed"
-        parts.append(f"{videos(len(asked))} asked for, {made} ({'; '.join(counts)})")
-    if changed:
-        shown = ", ".join(map(repr, changed[:3])) + (", ..." if len(changed) > 3 else "")
-        parts.append(f"the captions of {len(changed)} video{'s' * (len(changed) > 1)} differ ({shown})")
-    if parts:
-        return parts
-    if not complete:
-        return ["the list of videos is another one, but not in what is packed so far"]
-    kept, now = set(found.captions), [item.id for item in items if item.id in found.captions]
-    if now != [id for id in found.ids if id in kept]:
-        return ["the order of the videos differs"]
-    return ["videos and captions are the same; names of files, cuts, meta or rejected videos' captions differ"]
-
-
-def _differ(item: Item, captions: list[dict], duration: float) -> bool:
-    try:
-        kept: list[Caption] = screened(item, [])
-    except VideoError:
-        kept = []
-    return [asdict(in_clip(c, item, duration)) for c in kept] != captions
-
-
-def videos(n: int) -> str:
-    return f"{n} video{' is' if n == 1 else 's are'}"
-
-
-def examples(ids: list[str], what: str) -> str:
-    """`2 added: 'a', 'b'`"""
-    return f"{len(ids)} {what}: " + ", ".join(map(repr, ids[:3])) + (", ..." if len(ids) > 3 else "")

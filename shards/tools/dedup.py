@@ -34,6 +34,8 @@ class Group:
 
 @dataclass(frozen=True)
 class RepeatedCaption:
+    """A caption text, how many videos have it, and the splits that these are in."""
+
     text: str
     videos: int
     splits: tuple[str, ...]
@@ -62,6 +64,7 @@ class Report:
         return not (self.content or self.source or self.names)
 
     def to_json(self) -> dict:
+        """The report as JSON, with every group."""
         groups = {
             k: [{"leak": g.leak, "videos": [{"split": s, "id": i} for s, i in g.members]} for g in getattr(self, k)]
             for k in ("content", "source", "names")
@@ -164,10 +167,8 @@ def _sha256(every: _Every, index: int) -> bytes:
 def _source(every: _Every, index: int) -> str | None:
     split, row = every.find(index)
     described = split.json(split.video(row))
-    told = {k: v for k, v in described.items() if k not in _NOT_THE_SOURCE}
-    if "source" in told:  # packed before, it has no size
-        told["source"] = {k: v for k, v in told["source"].items() if k != "bytes"}
-    return json.dumps(told, sort_keys=True) if described.get("source", {}).get("file") else None
+    described["source"].pop("bytes")  # a file that was downloaded again may have another size
+    return json.dumps({k: v for k, v in described.items() if k not in _NOT_THE_SOURCE}, sort_keys=True)
 
 
 def _captions(every: _Every) -> tuple[int, int, list[RepeatedCaption]]:

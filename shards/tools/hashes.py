@@ -6,10 +6,12 @@ from hashlib import blake2b
 import numpy as np
 import pyarrow as pa
 
-from shards.split import Split, read_table
+from shards.split import Split
+from shards.table import read_table
 
 
 def hash64(text: str) -> int:
+    """64 bits of BLAKE2b; any text has one, valid Unicode or not."""
     return int.from_bytes(blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
 
 
@@ -21,7 +23,7 @@ def hashes(texts: Iterable[str]) -> np.ndarray:
 def tables(split: Split, columns: Sequence[str]) -> Iterator[pa.Table]:
     """These columns of each shard, one shard at a time."""
     for shard in split.info["shards"]:
-        yield read_table(split.path / f"{shard['name']}.parquet", list(columns), crc=shard.get("table_crc32c"))
+        yield read_table(split.path / f"{shard['name']}.parquet", list(columns), crc=shard["table_crc32c"])
 
 
 def column_hashes(split: Split, column: str) -> np.ndarray:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from shards import count
-from shards.split import Split, Stored
+from shards.split import Split, TarPlace
 from shards.tools.hashes import hashes, tables
 
 _SOURCES = 1000  # videos of a split whose JSON is read
@@ -20,25 +20,25 @@ _COLUMNS = [
 
 def describe(path: Path) -> dict[str, str]:
     """Counts, durations, sizes, codecs and caption statistics, as rows of text to print."""
-    told = measure(path)
-    captions, frames, profile = told["captions"], told["stored_frames"], told["profile"]
+    numbers = measure(path)
+    captions, frames, profile = numbers["captions"], numbers["stored_frames"], numbers["profile"]
     return {
-        "name": title(told["name"], told["split"]),
+        "name": title(numbers["name"], numbers["split"]),
         "profile": ", ".join(f"{k} {v}" if k != "name" else v for k, v in profile.items()),
-        "videos": f"{told['videos']} in {count(told['shards'], 'shard')}",
-        "left out": told["left_out"],
-        "captions": f"{captions['count']} ({_said(captions['per_video'])} a video, {_said(captions['words'])} words)",
+        "videos": f"{numbers['videos']} in {count(numbers['shards'], 'shard')}",
+        "left out": numbers["left_out"],
+        "captions": f"{captions['count']} ({_range(captions['per_video'])} a video, {_range(captions['words'])} words)",
         "caption trouble": _trouble(captions),
         "timed captions": f"{captions['timed']} of {captions['count']}",
-        "duration": f"{(told['duration_s'] or {'sum': 0})['sum'] / 3600:.2f} h ({_said(told['duration_s'])} s a video)",
-        "stored frames": f"{frames['sum'] if frames else 0:.0f} ({_said(frames)} a video)",
-        "size": f"{told['bytes'] / 1e6:.1f} MB ({_said(told['video_bytes'], 1e3)} kB a video)",
-        "stored codec": _most(told["codecs"]),
-        "source codec": _most(told["source_codecs"]) + _of(told),
-        "frame size": _most(told["frame_sizes"]),
-        "source fps": _most(told["source_fps"]),
-        "sliceable": f"{told['sliceable']} of {told['videos']}",
-        "digest": told["digest"],
+        "duration": f"{(numbers['duration_s'] or {'sum': 0})['sum'] / 3600:.2f} h ({_range(numbers['duration_s'])} s a video)",
+        "stored frames": f"{frames['sum'] if frames else 0:.0f} ({_range(frames)} a video)",
+        "size": f"{numbers['bytes'] / 1e6:.1f} MB ({_range(numbers['video_bytes'], 1e3)} kB a video)",
+        "stored codec": _most(numbers["codecs"]),
+        "source codec": _most(numbers["source_codecs"]) + _of(numbers),
+        "frame size": _most(numbers["frame_sizes"]),
+        "source fps": _most(numbers["source_fps"]),
+        "sliceable": f"{numbers['sliceable']} of {numbers['videos']}",
+        "digest": numbers["digest"],
     }
 
 
@@ -48,32 +48,10 @@ def measure(path: Path) -> dict:
 
     Raises ShardError if `path` is not a finished split.
     """
-    split = Split(path)
-    values: dict[str, list[np.ndarray]] = {k: [] for k in ("duration", "size", "stored", "captions", "words", "text")}
-    codecs, shapes, rates, sources = Counter(), Counter(), Counter(), Counter()
-    empty = timed = repeated_inside = sliceable = 0
+    split, values = Split(path), _Values()
     for shard, table in zip(split.shards, tables(split, _COLUMNS), strict=True):
         columns = {name: table.column(name).to_pylist() for name in _COLUMNS}
-        captions = [c for row in columns["captions"] for c in row]
-        texts = [" ".join(c["text"].casefold().split()) for c in captions]
-        keys = hashes(texts)
-        values["text"].append(keys)
-        values["words"].append(np.array([len(t.split()) for t in texts], np.int32))
-        values["captions"].append(np.array([len(row) for row in columns["captions"]], np.int32))
-        values["stored"].append(np.array([len(row) for row in columns["frame_number"]], np.int32))
-        values["duration"].append(np.array(columns["duration"], np.float64))
-        values["size"].append(np.array(columns["size"], np.int64))
-        empty += texts.count("")
-        timed += sum(c["start"] is not None or c["end"] is not None for c in captions)
-        bounds = np.cumsum(values["captions"][-1])[:-1]
-        repeated_inside += sum(len(row) - len(np.unique(row)) for row in np.split(keys, bounds) if len(row))
-        sliceable += sum(bool(row) and row[0] >= 0 for row in columns["frame_offset"])
-        codecs.update(columns["codec"])
-        sources.update(_source_codecs(split, shard, columns))
-        shapes.update(f"{w}x{h}" for w, h in zip(columns["width"], columns["height"], strict=True))
-        rates.update(f"{n / d:.4g}" for n, d in zip(columns["fps_num"], columns["fps_den"], strict=True))
-    joined = {name: np.concatenate([np.zeros(0), *parts]) for name, parts in values.items() if name != "text"}
-    text = np.concatenate([np.zeros(0, np.uint64), *values["text"]])
+        values.add(columns, _source_codecs(split, shard, columns))
     return {
         "path": str(path),
         "name": split.info["name"],
@@ -84,60 +62,108 @@ def measure(path: Path) -> dict:
         "rejected_videos": split.info["rejected_videos"],
         "rejected_captions": split.info["rejected_captions"],
         "left_out": left_out(split.info),
-        "captions": {
-            "count": len(text),
-            "per_video": _span(joined["captions"]),
-            "words": _span(joined["words"]),
-            "empty": empty,
-            "repeated": len(text) - len(np.unique(text)),
-            "repeated_in_a_video": repeated_inside,
-            "timed": timed,
-        },
-        "duration_s": _span(joined["duration"]),
-        "stored_frames": _span(joined["stored"]),
+        "captions": values.captions(),
+        "duration_s": values.span("duration"),
+        "stored_frames": values.span("stored"),
         "bytes": sum(s["bytes"] for s in split.info["shards"]),
-        "video_bytes": _span(joined["size"]),
-        "codecs": dict(codecs.most_common()),
-        "source_codecs": dict(sources.most_common()),
-        "frame_sizes": dict(shapes.most_common()),
-        "source_fps": dict(rates.most_common()),
-        "sliceable": sliceable,
+        "video_bytes": values.span("size"),
+        "codecs": dict(values.codecs.most_common()),
+        "source_codecs": dict(values.sources.most_common()),
+        "frame_sizes": dict(values.shapes.most_common()),
+        "source_fps": dict(values.rates.most_common()),
+        "sliceable": values.sliceable,
         "digest": split.digest,
     }
+
+
+class _Values:
+    """What `measure` keeps of the rows of all shards."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[np.ndarray]] = {k: [] for k in ("duration", "size", "stored", "captions", "words")}
+        self._texts = [np.zeros(0, np.uint64)]
+        self.codecs: Counter[str] = Counter()
+        self.sources: Counter[str] = Counter()
+        self.shapes: Counter[str] = Counter()
+        self.rates: Counter[str] = Counter()
+        self._empty = self._timed = self._repeated_inside = self.sliceable = 0
+
+    def add(self, columns: dict[str, list], source_codecs: list[str]) -> None:
+        """The rows of a shard, as columns."""
+        captions = [c for row in columns["captions"] for c in row]
+        texts = [" ".join(c["text"].casefold().split()) for c in captions]
+        keys = hashes(texts)
+        per_video = np.array([len(row) for row in columns["captions"]], np.int32)
+        self._texts.append(keys)
+        self._values["words"].append(np.array([len(t.split()) for t in texts], np.int32))
+        self._values["captions"].append(per_video)
+        self._values["stored"].append(np.array([len(row) for row in columns["frame_number"]], np.int32))
+        self._values["duration"].append(np.array(columns["duration"], np.float64))
+        self._values["size"].append(np.array(columns["size"], np.int64))
+        self._empty += texts.count("")
+        self._timed += sum(c["start"] is not None or c["end"] is not None for c in captions)
+        rows = np.split(keys, np.cumsum(per_video)[:-1])
+        self._repeated_inside += sum(len(row) - len(np.unique(row)) for row in rows if len(row))
+        self.sliceable += sum(bool(row) and row[0] >= 0 for row in columns["frame_offset"])
+        self.codecs.update(columns["codec"])
+        self.sources.update(source_codecs)
+        self.shapes.update(f"{w}x{h}" for w, h in zip(columns["width"], columns["height"], strict=True))
+        self.rates.update(f"{n / d:.4g}" for n, d in zip(columns["fps_num"], columns["fps_den"], strict=True))
+
+    def span(self, name: str) -> dict[str, float] | None:
+        """Smallest, middle and largest value and the sum; None without values."""
+        values = np.concatenate([np.zeros(0), *self._values[name]])
+        if not len(values):
+            return None
+        return {name: float(getattr(np, name)(values)) for name in ("min", "median", "max", "sum")}
+
+    def captions(self) -> dict:
+        """Numbers about the captions."""
+        texts = np.concatenate(self._texts)
+        return {
+            "count": len(texts),
+            "per_video": self.span("captions"),
+            "words": self.span("words"),
+            "empty": self._empty,
+            "repeated": len(texts) - len(np.unique(texts)),
+            "repeated_in_a_video": self._repeated_inside,
+            "timed": self._timed,
+        }
 
 
 def _source_codecs(split: Split, shard: str, columns: dict[str, list]) -> list[str]:
     """Of some of the shard's videos: only their JSON in the tar tells, unless the stored bytes are the source's."""
     if split.info["profile"]["name"] == "copy":
         return columns["codec"]
-    most, found = max(1, _SOURCES // len(split.shards)), []
+    most, codecs = max(1, _SOURCES // len(split.shards)), []
     rows = len(columns["size"])
     for row in range(0, rows, -(-rows // most)):
-        where = Stored(shard, columns["offset"][row], columns["size"][row])
+        where = TarPlace(shard, columns["offset"][row], columns["size"][row])
         with suppress(OSError, ValueError, KeyError, TypeError, RecursionError, tarfile.TarError):  # `verify` names it
-            found.append(str(split.json(where)["source"]["codec"]))
-    return found
+            codecs.append(str(split.json(where)["source"]["codec"]))
+    return codecs
 
 
-def _of(told: dict) -> str:
-    looked = sum(told["source_codecs"].values())
-    return "" if looked == told["videos"] else f", of {count(looked, 'video')} looked at"
+def _of(numbers: dict) -> str:
+    looked = sum(numbers["source_codecs"].values())
+    return "" if looked == numbers["videos"] else f", of {count(looked, 'video')} looked at"
 
 
 def title(name: str, split: str) -> str:
+    """How a split is called on the screen: `msrvtt train`, or `mine` where both names are the same."""
     return name if name == split else f"{name} {split}"
 
 
 def left_out(info: dict) -> str:
     """What `dataset.json` says was not packed, counted as the table at the end of packing does, or "nothing"."""
     counts = info.get("reconciliation") or {}
-    if (counts.get("rejected") or {}).get("videos") is None:  # not packed from annotations, or by an older version
+    if (counts.get("rejected") or {}).get("videos") is None:  # not packed from annotations, or repaired with losses
         counts = {"rejected": {what: info[f"rejected_{what}"] for what in ("videos", "captions")}}
-    told = []
+    parts = []
     for why in ("missing", "rejected"):
         numbers = [count(n, what.removesuffix("s")) for what, n in counts.get(why, {}).items() if n]
-        told += [f"{' and '.join(numbers)} {why}"] * bool(numbers)
-    return "; ".join(told) or "nothing"
+        parts += [f"{' and '.join(numbers)} {why}"] * bool(numbers)
+    return "; ".join(parts) or "nothing"
 
 
 def _trouble(captions: dict) -> str:
@@ -147,13 +173,7 @@ def _trouble(captions: dict) -> str:
     return ", ".join(parts) or "none"
 
 
-def _span(values: np.ndarray) -> dict[str, float] | None:
-    if not len(values):
-        return None
-    return {name: float(getattr(np, name)(values)) for name in ("min", "median", "max", "sum")}
-
-
-def _said(span: dict[str, float] | None, unit: float = 1) -> str:
+def _range(span: dict[str, float] | None, unit: float = 1) -> str:
     if span is None:
         return "none"
     return f"{span['min'] / unit:.4g} to {span['max'] / unit:.4g}, median {span['median'] / unit:.4g}"

@@ -10,13 +10,14 @@ import numpy as np
 from PIL import Image
 
 from shards import ShardError, VideoError, count
+from shards.limits import Limits
 from shards.schema import Video
 from shards.split import Split
 from shards.tar import write_atomic
 from shards.tools.info import title
 from shards.video.random_access import pick_frames
 
-_MOST = 10_000  # of what a page is asked for
+COUNT, WIDTH = Limits(int, 1, 10_000), Limits(int, 16, 10_000)  # of videos and of pictures; pixels
 _CAPTIONS = 20  # shown of one video
 
 # no script, no address: the page can be opened from anywhere and shown to anyone
@@ -54,9 +55,9 @@ def preview(
     Each shows `frames` pictures of at most `width` pixels, from the middles of equal parts, and its captions. Returns
     how many of the videos could not be shown (the page says why).
     """
-    for name, value, low in (("count", count, 1), ("frames", frames, 1), ("width", width, 16)):
-        if not low <= value <= _MOST:
-            raise ShardError(f"--{name} {value}: must be between {low} and {_MOST}")
+    COUNT.check("--count", count)
+    COUNT.check("--frames", frames)
+    WIDTH.check("--width", width)
     splits = [Split(p) for p in paths]
     chosen = [_choose(len(s), count, seed) for s in splits]
     total, bad, body = sum(map(len, chosen)), 0, []
@@ -83,14 +84,14 @@ def _choose(videos: int, count: int, seed: int | None) -> list[int]:
 
 
 def _pictures(split: Split, video: Video, count: int, width: int) -> tuple[list[tuple[float, str]], str | None]:
-    """(seconds, data URI) of some stored frames, and why there are none if they cannot be had."""
+    """(seconds, data URI) of some stored frames, and why there are none if they cannot be decoded."""
     low, high = video.inside
     wanted = sorted({low + (2 * i + 1) * (high - low) // (2 * count) for i in range(count)})
     try:
-        found = pick_frames(video, lambda at, size: split.read(video, at, size), wanted)
+        pictures = pick_frames(video, lambda at, size: split.read(video, at, size), wanted)
     except (VideoError, ShardError) as error:
         return [], str(error)
-    return [(float(video.frames.time[i]), _data_uri(found[i], width)) for i in wanted], None
+    return [(float(video.frames.time[i]), _data_uri(pictures[i], width)) for i in wanted], None
 
 
 def _data_uri(picture: np.ndarray, width: int) -> str:

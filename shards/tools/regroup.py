@@ -14,17 +14,18 @@ import pyarrow as pa
 from crc32c import crc32c
 
 from shards import ShardError
-from shards.packing.pack import finish
-from shards.packing.worker import write_table
-from shards.schema import FORMAT_VERSION, JSON_CRCS, REJECTS, SCHEMA, upgraded
-from shards.split import Split, read_table
+from shards.packing.finish import finish
+from shards.packing.rows import write_table
+from shards.schema import FORMAT_VERSION, JSON_CRCS, REJECTS, SCHEMA
+from shards.split import Split
+from shards.table import read_table
 from shards.tar import commit, naming, read_index, safe_key, write_atomic
-from shards.tarcopy import TarCopier, copy_file, link_or_copy
+from shards.tarcopy import Members, TarCopier, copy_file, link_or_copy
 
 
 @dataclass(frozen=True)
-class Source:
-    """A split to take from; the videos in `renamed` ({key: new id}) get another name on the way."""
+class SourceSplit:
+    """A split to take samples from; the videos in `renamed` ({key: new id}) get another name on the way."""
 
     split: Split
     renamed: dict[str, str] = field(default_factory=dict)
@@ -32,13 +33,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows of one shard (`shard` of `source`, both positions), or all of it. `home`: the shard's rejects that speak of no
-    packed video come along."""
+    """Rows of one shard (`shard` of `source`, both positions), or all of it. `with_rejects`: the rejected videos of the
+    shard are listed, too."""
 
     source: int
     shard: int
     rows: np.ndarray | None = None
-    home: bool = True
+    with_rejects: bool = True
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Made:
 
 def write_split(
     out: Path,
-    sources: Sequence[Source],
+    sources: Sequence[SourceSplit],
     shards: Sequence[Sequence[Piece]],
     *,
     name: str,
@@ -64,7 +65,7 @@ def write_split(
     """Write the split `out`, one shard for each list of pieces. Nothing is decoded and no crc is checked on the way.
 
     `origin` is kept in dataset.json; `copy` shares no file with the sources. `out` must be a folder that
-    `new_folder` gave, and is whole when this returns.
+    `new_folder` gave, and is complete when this returns.
     """
     how: Counter = Counter()
     names = [f"{i:06d}" for i in range(len(shards))]
@@ -106,14 +107,14 @@ def new_folder(out: Path):
         raise
 
 
-def _any_renamed(source: Source, base: Path) -> bool:
+def _any_renamed(source: SourceSplit, base: Path) -> bool:
     if not source.renamed:
         return False
     keys = read_table(base.with_suffix(".parquet"), ["key"]).column("key").to_pylist()
     return any(key in source.renamed for key in keys)
 
 
-def _rewrite(target: Path, sources: Sequence[Source], pieces: Sequence[Piece]) -> None:
+def _rewrite(target: Path, sources: Sequence[SourceSplit], pieces: Sequence[Piece]) -> None:
     """Write one shard from samples of others; committed as the packer does, table last."""
     temporary = target.with_name(f".{target.name}.tmp")
     copier = TarCopier(temporary, target.with_suffix(".tar"))
@@ -130,16 +131,16 @@ def _rewrite(target: Path, sources: Sequence[Source], pieces: Sequence[Piece]) -
     write_table(target.with_suffix(".parquet"), temporary, table, rejects, crcs)
 
 
-def _copy_piece(copier: TarCopier, source: Source, piece: Piece) -> tuple[pa.Table, list[dict], list[int]]:
+def _copy_piece(copier: TarCopier, source: SourceSplit, piece: Piece) -> tuple[pa.Table, list[dict], list[int]]:
     """Append the samples; returns their rows with the new places, their rejects and the crc32c of their JSONs."""
     base = source.split.path / source.split.shards[piece.shard]
-    told = source.split.info["shards"][piece.shard]
-    whole = upgraded(read_table(base.with_suffix(".parquet"), crc=told.get("table_crc32c")))
-    rows = np.arange(whole.num_rows) if piece.rows is None else piece.rows
+    crc = source.split.info["shards"][piece.shard]["table_crc32c"]
+    shard_table = read_table(base.with_suffix(".parquet"), crc=crc)
+    rows = np.arange(shard_table.num_rows) if piece.rows is None else piece.rows
     index = read_index(base.with_suffix(".idx"))
-    old_crcs = json.loads(whole.schema.metadata[JSON_CRCS])
-    all_rejects = json.loads(whole.schema.metadata[REJECTS])
-    table = whole.take(pa.array(rows, pa.int64())).combine_chunks()
+    old_crcs = json.loads(shard_table.schema.metadata[JSON_CRCS])
+    all_rejects = json.loads(shard_table.schema.metadata[REJECTS])
+    table = shard_table.take(pa.array(rows, pa.int64())).combine_chunks()
     keys, ids, offsets, crcs = [], [], [], []
     names: dict[str, str] = {}  # old id: new id
     columns = [table.column(c).to_pylist() for c in ("key", "id", "ext", "offset", "size")]
@@ -148,13 +149,14 @@ def _copy_piece(copier: TarCopier, source: Source, piece: Piece) -> tuple[pa.Tab
         for row, key, old, extension, offset, size in zip(rows.tolist(), *columns, strict=True):
             at, length = index[f"{key}.json"]
             new = source.renamed.get(key, old)
-            described, crc = (descriptor, at, length), old_crcs[row]
+            described: bytes | tuple[int, int, int] = (descriptor, at, length)
+            crc = old_crcs[row]
             if new != old:
                 value = json.loads(os.pread(descriptor, length, at)) | {"id": new}
-                described = json.dumps(value, ensure_ascii=False, sort_keys=True).encode()
-                crc = crc32c(described)
+                text = json.dumps(value, ensure_ascii=False, sort_keys=True).encode()
+                described, crc = text, crc32c(text)
             new_key = key if new == old else safe_key(new)
-            members = {extension: (descriptor, offset, size), "json": described}
+            members: Members = {extension: (descriptor, offset, size), "json": described}
             offsets.append(copier.add(new_key, members)[extension])
             keys.append(new_key)
             ids.append(new)
@@ -163,6 +165,6 @@ def _copy_piece(copier: TarCopier, source: Source, piece: Piece) -> tuple[pa.Tab
     for name, values in (("key", keys), ("id", ids), ("offset", offsets)):
         place = SCHEMA.get_field_index(name)
         table = table.set_column(place, SCHEMA.field(name), pa.array(values, SCHEMA.field(name).type))
-    packed = set(whole.column("id").to_pylist())
-    rejects = [r for r in all_rejects if r["id"] in names or (piece.home and r["id"] not in packed)]
+    packed = set(shard_table.column("id").to_pylist())
+    rejects = [r for r in all_rejects if r["id"] in names or (piece.with_rejects and r["id"] not in packed)]
     return table, [r | {"id": names.get(r["id"], r["id"])} for r in rejects], crcs

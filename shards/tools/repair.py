@@ -2,74 +2,26 @@
 
 import json
 import os
-import re
-import shlex
-import tarfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
-from fractions import Fraction
+from dataclasses import fields
 from multiprocessing import get_context
 from pathlib import Path
-from typing import BinaryIO
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from crc32c import crc32c
 
-from shards import ShardError, VideoError
+from shards import ShardError
 from shards.annotations import Caption, Item
-from shards.packing.pack import finish, input_digest
-from shards.packing.worker import frame_columns, write_table
-from shards.schema import FORMAT_VERSION, JSON_CRCS, REJECTS, SCHEMA, FrameTable
-from shards.split import Table
+from shards.packing.finish import finish
+from shards.packing.plan import input_digest
+from shards.schema import FORMAT_VERSION, REJECTS
 from shards.summary import checked
-from shards.tar import commit, index_text, key_to_name, read_index, read_members, write_atomic
-from shards.tarcopy import TarCopier, link_or_copy
+from shards.tar import read_index
+from shards.tools.rebuild import Repaired, RepairedShard, ShardRepair, repair_shard
+from shards.tools.tar_samples import pread
 from shards.video.profiles import Profile
-from shards.video.source import scan
-
-_AT_ONCE = 16 << 20  # bytes in memory while a crc is computed
-_NEEDED = {"id", "captions", "codec", "width", "height", "duration", "source_frames", "fps", "profile", "frame_number"}
-
-
-@dataclass(frozen=True)
-class Repaired:
-    """What was done to one shard: "kept" (nothing was wrong), "rebuilt", or "cut" (its tar has been written anew)."""
-
-    shard: str
-    done: str
-    videos: int
-    lost: tuple[str, ...] = ()  # what was left out, and why
-
-
-@dataclass(frozen=True)
-class _Sample:
-    key: str
-    members: dict[str, tuple[int, int]]  # {extension: (offset, size)}
-
-    @property
-    def id(self) -> str:
-        return key_to_name(self.key)
-
-
-@dataclass(frozen=True)
-class _Job:
-    path: Path
-    name: str
-    everything: bool
-    truncate: bool
-    drop: bool
-
-
-@dataclass(frozen=True)
-class _Found:
-    """A shard whose files are all in order now, and the profile of its videos (None: it holds none)."""
-
-    repaired: Repaired
-    profile: dict | None
 
 
 def repair(
@@ -96,24 +48,24 @@ def repair(
     """
     names, old = _names(path)
     rejects = _rejects(path, names)
-    jobs = [_Job(path, shard, everything, truncate, drop) for shard in names]
-    found: list[_Found] = []
+    jobs = [ShardRepair(path, shard, everything, truncate, drop) for shard in names]
+    shards: list[RepairedShard] = []
     failures: list[str] = []
     on_shard(0, len(jobs))
     for done, one in enumerate(_each(jobs, rejects, workers or os.cpu_count() or 1), 1):
         if isinstance(one, ShardError):
             failures.append(str(one))
         else:
-            found.append(one)
+            shards.append(one)
         on_shard(done, len(jobs))
     if failures:
-        more = f" ({len(failures) - 1} more shards have troubles of their own)" if len(failures) > 1 else ""
+        more = f" ({len(failures) - 1} more shards cannot be repaired either)" if len(failures) > 1 else ""
         raise ShardError(failures[0] + more)
-    profiles = [p for i, f in enumerate(found) if (p := f.profile) and p not in [g.profile for g in found[:i]]]
+    profiles = [p for i, s in enumerate(shards) if (p := s.profile) and p not in [t.profile for t in shards[:i]]]
     if len(profiles) != 1:
-        told = "; ".join(json.dumps(p) for p in profiles) or "none holds a video"
-        raise ShardError(f"{path}: the shards must be of one profile to be a split ({told})")
-    repaired = [f.repaired for f in found]
+        found = "; ".join(json.dumps(p) for p in profiles) or "none holds a video"
+        raise ShardError(f"{path}: the shards must be of one profile to be a split ({found})")
+    repaired = [shard.repaired for shard in shards]
     order = [f.name for f in fields(Profile)]  # in the tar's json the keys are sorted
     profile = dict(
         sorted(profiles[0].items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order))
@@ -125,12 +77,14 @@ def repair(
     return repaired
 
 
-def _each(jobs: list[_Job], rejects: dict[str, list[dict]], workers: int) -> Iterator[_Found | ShardError]:
+def _each(
+    jobs: list[ShardRepair], rejects: dict[str, list[dict]], workers: int
+) -> Iterator[RepairedShard | ShardError]:
     if workers == 1 or len(jobs) == 1:
-        yield from (_repair_shard(job, rejects[job.name]) for job in jobs)
+        yield from (repair_shard(job, rejects[job.name]) for job in jobs)
         return
     with ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn")) as pool:
-        yield from pool.map(_repair_shard, jobs, [rejects[job.name] for job in jobs])
+        yield from pool.map(repair_shard, jobs, [rejects[job.name] for job in jobs])
 
 
 def _names(path: Path) -> tuple[list[str], dict]:
@@ -139,7 +93,7 @@ def _names(path: Path) -> tuple[list[str], dict]:
         raise ShardError(f"there is no folder {path}")
     names = sorted(p.stem for p in path.glob("*.tar"))
     if not names:
-        raise ShardError(f"{path} holds no tar, and there is nothing else to repair a split from")
+        raise ShardError(f"{path} holds no tar, and a split is repaired from its tars")
     if (path / "packing.json").exists():
         raise ShardError(
             f"{path} has not been packed to its end. Run the packing command again: it goes on where it stopped. "
@@ -151,8 +105,8 @@ def _names(path: Path) -> tuple[list[str], dict]:
     try:
         checked(old, path)
     except ShardError:
-        told = old.items() if isinstance(old, dict) else ()
-        old = {k: v for k, v in told if k in ("name", "split") and isinstance(v, str)}
+        entries = old.items() if isinstance(old, dict) else ()
+        old = {k: v for k, v in entries if k in ("name", "split") and isinstance(v, str)}
     listed = [s["name"] for s in old["shards"]] if "shards" in old else [f"{i:06d}" for i in range(len(names))]
     if missing := sorted(set(listed) - set(names)):
         raise ShardError(
@@ -160,7 +114,7 @@ def _names(path: Path) -> tuple[list[str], dict]:
             "again with the original videos; it packs what is missing."
         )
     if odd := sorted(set(names) - set(listed)):
-        raise ShardError(f"{path / odd[0]}.tar is no shard of this split: move it elsewhere")
+        raise ShardError(f"{path / odd[0]}.tar is not a shard of this split: move it elsewhere")
     return listed, old
 
 
@@ -204,7 +158,7 @@ def _plan(path: Path, name: str | None, split: str | None, profile: dict, repair
 def _input(items: Iterator[Item] | None) -> str | None:
     """The digest of the packing's input, or None where the tars do not tell all of it."""
     try:
-        return items and input_digest(items)
+        return None if items is None else input_digest(items)
     except _Unknown:
         return None
 
@@ -218,313 +172,12 @@ def _items(path: Path, names: list[str]) -> Iterator[Item]:
         with open(path / f"{name}.tar", "rb") as file:
             for sample, (offset, size) in read_index(path / f"{name}.idx").items():
                 if sample.endswith(".json"):
-                    described = json.loads(_pread(file, offset, size))
-                    if described.get("cut"):
+                    described = json.loads(pread(file, offset, size))
+                    if described["cut"]:
                         raise _Unknown
                     captions = tuple(Caption(**c) for c in described["captions"])
                     try:
                         file_name = Path(described["source"]["file"])
                     except (KeyError, TypeError) as error:
                         raise _Unknown from error
-                    yield Item(described["id"], file_name, captions, described.get("meta", {}))
-
-
-def _repair_shard(job: _Job, rejects: list[dict]) -> _Found | ShardError:
-    try:
-        return _rebuild(job, rejects)
-    except ShardError as error:  # the other shards are still looked at
-        return error
-
-
-def _rebuild(job: _Job, rejects: list[dict]) -> _Found:
-    if not job.everything and (found := _well(job)):
-        return found
-    tar = job.path / f"{job.name}.tar"
-    samples, damage = _walk(tar)
-    if damage and not job.truncate:
-        last = f"after sample {samples[-1].id!r}" if samples else "before the first sample"
-        raise ShardError(
-            f"{tar} is damaged {last}: {damage}. Whole samples before that: {len(samples)}. Copy the file again, or "
-            f"cut it there: {command(job.path, '--truncate')} (the file as it is stays as {tar.name}.damaged)."
-        )
-    rows, crcs, good, lost = [], [], [], [damage] if damage else []
-    packed, profile = _packed(job), None
-    with open(tar, "rb") as file:
-        for sample in samples:
-            try:
-                _refuse_changed(sample, file, packed)
-                described = _described(tar, sample, file)
-                row, json_crc = _row(sample, described, file)
-            except VideoError as error:
-                if not job.drop:
-                    raise ShardError(
-                        f"{tar}: {sample.id}: {error}. Copy the file again, or leave the sample out: "
-                        f"{command(job.path, '--drop')} (the file as it is stays as {tar.name}.damaged)."
-                    ) from error
-                lost.append(f"{sample.id}: {error}")
-                gone = {"id": sample.id, "path": tar.name, "reason": f"damaged in the tar: {error}"}
-                rejects = [*rejects, gone]
-                continue
-            if profile not in (None, described["profile"]):
-                raise ShardError(f"{tar} mixes profiles: {profile} and {described['profile']} ({sample.id})")
-            profile = described["profile"]
-            rows.append(row)
-            crcs.append(json_crc)
-            good.append(sample)
-        if lost:
-            _rewrite(tar, file, good, rows)
-        else:
-            lines = [
-                " ".join(f"{ext} {offset} {size} {s.key}.{ext}" for ext, (offset, size) in s.members.items())
-                for s in good
-            ]
-            write_atomic(tar.with_suffix(".idx"), index_text(lines))
-    parquet = tar.with_suffix(".parquet")
-    temporary = parquet.with_name(f".{parquet.name}.{os.getpid()}.tmp")
-    write_table(parquet, temporary, pa.Table.from_pylist(rows, schema=SCHEMA), rejects, crcs)
-    return _Found(Repaired(job.name, "cut" if lost else "rebuilt", len(rows), tuple(lost)), profile)
-
-
-def command(path: Path, *options: str) -> str:
-    """The command that repairs the split, to be pasted."""
-    return " ".join(["python -m c4c.shard repair", shlex.quote(str(path)), *options])
-
-
-@dataclass(frozen=True)
-class _Crcs:
-    """What the old table says of a sample: the crc32c of its video and of its JSON."""
-
-    video: int
-    json: int
-
-
-def _packed(job: _Job) -> dict[str, _Crcs]:
-    """{member's name: its sample's crc32c} as far as there is a table that can be read."""
-    parquet = job.path / f"{job.name}.parquet"
-    try:
-        table = Table(parquet, job.name, 0)
-        json_crcs = json.loads(pq.read_schema(parquet).metadata[JSON_CRCS])
-        names = [f"{key}.{ext}" for key, ext in zip(table.column("key"), table.column("ext"), strict=True)]
-        crcs = [_Crcs(*both) for both in zip(table.column("crc32c"), json_crcs, strict=True)]
-        return dict(zip(names, crcs, strict=True))
-    except (ShardError, ValueError, KeyError, TypeError, OSError, pa.ArrowException):
-        return {}
-
-
-def _refuse_changed(sample: _Sample, file: BinaryIO, packed: dict[str, _Crcs]) -> None:
-    """Raises VideoError if the sample's bytes are not those that were packed."""
-    for extension, place in sample.members.items():
-        if extension != "json" and (crcs := packed.get(f"{sample.key}.{extension}")):
-            if _crc(file, *place) != crcs.video:
-                raise VideoError("its bytes changed after packing (crc32c differs from the table's)")
-            if "json" in sample.members and _crc(file, *sample.members["json"]) != crcs.json:
-                raise VideoError("its .json member changed after packing (crc32c differs from the table's)")
-
-
-def _crc(file: BinaryIO, offset: int, size: int) -> int:
-    crc = 0
-    for at in range(offset, offset + size, _AT_ONCE):
-        crc = crc32c(_pread(file, at, min(_AT_ONCE, offset + size - at)), crc)
-    return crc
-
-
-def _well(job: _Job) -> _Found | None:
-    """The shard as it is, if index and table can be read and say of every member what the tar says; where samples are to
-    be dropped, also of its bytes."""
-    base = job.path / job.name
-    try:
-        members = read_members(base.with_suffix(".tar"))
-        if read_index(base.with_suffix(".idx")) != members:
-            return None
-        table = Table(base.with_suffix(".parquet"), job.name, 0)
-        metadata = pq.read_schema(base.with_suffix(".parquet")).metadata
-        videos = [table.video(row) for row in range(table.rows)]
-        agree = all(members.get(f"{v.key}.{v.ext}") == (v.offset, v.size) for v in videos)
-        if not agree or len(members) != 2 * table.rows or len(json.loads(metadata[JSON_CRCS])) != table.rows:
-            return None
-        if not _ends_well(base.with_suffix(".tar"), max((o + s for o, s in members.values()), default=0)):
-            return None
-        profile = None
-        with open(base.with_suffix(".tar"), "rb") as file:
-            if videos:
-                profile = json.loads(_pread(file, *members[f"{videos[0].key}.json"]))["profile"]
-            if job.drop:
-                packed = _packed(job)
-                for v in videos:
-                    both = {extension: members[f"{v.key}.{extension}"] for extension in (v.ext, "json")}
-                    _refuse_changed(_Sample(v.key, both), file, packed)
-    except (
-        VideoError,
-        ShardError,
-        ValueError,
-        KeyError,
-        TypeError,
-        RecursionError,
-        OSError,
-        EOFError,
-        tarfile.TarError,
-    ):
-        return None
-    return _Found(Repaired(job.name, "kept", table.rows), profile)
-
-
-def _walk(tar: Path) -> tuple[list[_Sample], str | None]:
-    """The whole samples before the first damage, in order, and what the damage is (None if there is none).
-
-    Raises ShardError if the file is no tar at all.
-    """
-    size, end, damage = tar.stat().st_size, 0, None
-    samples: list[_Sample] = []
-    try:
-        with tarfile.open(tar, "r:") as archive:
-            while (member := archive.next()) is not None:
-                if member.offset_data + member.size > size:
-                    damage = f"the file ends inside {member.name!r}"
-                    break
-                end = member.offset_data + member.size
-                key, _, extension = member.name.partition(".")
-                if not member.isreg() or not key or "/" in member.name:
-                    raise ShardError(
-                        f"{tar} holds {member.name!r}, which is no member of a sample that this packer writes. {_FOREIGN}"
-                    )
-                if not samples or samples[-1].key != key or extension in samples[-1].members:
-                    samples.append(_Sample(key, {}))
-                samples[-1].members[extension] = (member.offset_data, member.size)
-    except tarfile.TarError as error:
-        if not samples and not end:
-            raise ShardError(f"{tar} is not a tar ({error})") from error
-        damage = f"from byte {end} on it cannot be read ({error})"
-    if damage is None and not _ends_well(tar, end):
-        damage = f"what follows byte {end} is no header and no end of an archive"
-    if damage and samples and (len(samples[-1].members) < 2 or "json" not in samples[-1].members):
-        samples.pop()
-    return samples, damage
-
-
-def _ends_well(tar: Path, end: int) -> bool:
-    """Whether nothing but zeros, and at least two blocks of them, follows the last member's last byte `end`."""
-    with open(tar, "rb") as file:
-        file.seek(end)
-        rest = file.read(4 * tarfile.RECORDSIZE)
-        return len(rest) - (-end % tarfile.BLOCKSIZE) >= 2 * tarfile.BLOCKSIZE and not rest.strip(b"\0")
-
-
-_FOREIGN = (
-    "Was it written by another program? Such tars are no split of c4c: unpack them and pack the videos with their captions "
-    "by: python -m c4c.shard folder --help"
-)
-
-
-def _described(tar: Path, sample: _Sample, file: BinaryIO) -> dict:
-    """The sample's JSON member. Raises ShardError if the packer did not write it."""
-    where = f"{tar}: sample {sample.id!r}"
-    if "json" not in sample.members:
-        raise ShardError(f"{where} has no .json member (only {', '.join(sample.members)}). {_FOREIGN}")
-    try:
-        described = json.loads(_pread(file, *sample.members["json"]))
-        missing = _NEEDED - described.keys()
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise ShardError(f"{where}: its .json member cannot be read ({error}). Copy the tar again.") from error
-    if missing:
-        raise ShardError(f"{where}: its .json member lacks {', '.join(sorted(missing))}. {_FOREIGN}")
-    if len(sample.members) != 2:
-        raise ShardError(
-            f"{where} has the members {', '.join(sample.members)}, not one video and its .json. {_FOREIGN}"
-        )
-    if sample.id != described["id"]:
-        raise ShardError(
-            f"{where} is called {str(described['id'])[:80]!r} in its .json member: the tar has been changed"
-        )
-    return described
-
-
-def _row(sample: _Sample, described: dict, file: BinaryIO) -> tuple[dict, int]:
-    """A row of the sample table as the packer wrote it, and the crc32c of the JSON. Raises VideoError."""
-    try:
-        _refuse_odd(described)
-        row, crc = _row_of(sample, described, file)
-        pa.Table.from_pylist([row], schema=SCHEMA)  # raises where a number does not fit its column
-        return row, crc
-    except VideoError:
-        raise
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, pa.ArrowException) as error:
-        what = (str(error) or type(error).__name__).splitlines()[0][:120]
-        raise VideoError(f"its .json member says what no packing writes ({what})") from error
-
-
-def _refuse_odd(described: dict) -> None:
-    """Raises ValueError for values of the JSON member that its column would take, and that are still none of the packer's."""
-    if not re.fullmatch(r"[0-9]{1,10}/0*[1-9][0-9]{0,9}", str(described["fps"])):
-        raise ValueError(f"fps {str(described['fps'])[:40]!r}")
-    for name in ("duration", "width", "height", "source_frames"):
-        value = described[name]
-        if type(value) not in (int, float) or not 0 <= value < 2**31:
-            raise ValueError(f"{name} {str(value)[:40]}")
-    captions, profile = described["captions"], described["profile"]
-    if not captions or not all(c.keys() == {"text", "start", "end"} and type(c["text"]) is str for c in captions):
-        raise ValueError("captions")
-    if type(profile) is not dict or type(profile.get("name")) is not str:
-        raise ValueError("profile")
-
-
-def _row_of(sample: _Sample, described: dict, file: BinaryIO) -> tuple[dict, int]:
-    extension = next(e for e in sample.members if e != "json")
-    offset, size = sample.members[extension]
-    data = _pread(file, offset, size)
-    source = scan(data)
-    fps = Fraction(described["fps"])
-    profile = described["profile"]["name"]
-    untouched = profile == "copy" and not described.get("cut")
-    row = {
-        "key": sample.key,
-        "ext": extension,
-        "offset": offset,
-        "size": size,
-        "crc32c": crc32c(data),
-        # what the stored file says of it, unless it was made of one that said more
-        "rotation": source.rotation if untouched else described.get("rotation", source.rotation),
-        "mirrored": source.mirrored if untouched else described.get("mirrored"),
-        "fps_num": fps.numerator,
-        "fps_den": fps.denominator,
-        "extradata": b"" if profile == "intra" else source.extradata,
-        "coding": None if profile == "intra" else asdict(source.coding),
-    }
-    row |= {k: described[k] for k in ("id", "captions", "codec", "width", "height", "duration", "source_frames")}
-    json_crc = crc32c(_pread(file, *sample.members["json"]))
-    return row | frame_columns(_frames(source.frames, described, fps)), json_crc
-
-
-def _frames(stored: FrameTable, described: dict, fps: Fraction) -> FrameTable:
-    """The frame table with the numbers and times of the source video, which the stored file does not tell."""
-    numbers = described["frame_number"]
-    if numbers is None:
-        return stored
-    if len(numbers) != len(stored):
-        raise VideoError(f"{len(stored)} frames decode, its json names {len(numbers)}")
-    times = described.get("frame_time") or [float(n / fps) for n in numbers]  # shards of before had no times
-    if len(times) != len(numbers):
-        raise VideoError(f"its json names {len(numbers)} frames and the times of {len(times)}")
-    return FrameTable(
-        np.asarray(numbers, np.int32), np.asarray(times), stored.offset, stored.size, stored.key, stored.crc32c
-    )
-
-
-def _rewrite(tar: Path, file: BinaryIO, samples: list[_Sample], rows: list[dict]) -> None:
-    """Write the tar anew with these samples, keep the old one aside, and correct the rows' offsets."""
-    temporary = tar.with_name(f".{tar.name}.{os.getpid()}.tmp")
-    copier = TarCopier(temporary, tar)
-    for sample, row in zip(samples, rows, strict=True):
-        places = {ext: (file.fileno(), offset, size) for ext, (offset, size) in sample.members.items()}
-        row["offset"] = copier.add(sample.key, places)[row["ext"]]
-    copier.close()
-    aside = tar.with_name(f"{tar.name}.damaged")
-    if aside.exists():
-        temporary.unlink()
-        raise ShardError(f"{aside} is there already, from an earlier repair: move it elsewhere first")
-    link_or_copy(tar, aside)  # not renamed: at no moment is there no tar
-    commit(temporary, tar)
-    write_atomic(tar.with_suffix(".idx"), copier.index())
-
-
-def _pread(file: BinaryIO, offset: int, size: int) -> bytes:
-    return os.pread(file.fileno(), size, offset)
+                    yield Item(described["id"], file_name, captions, described["meta"])

@@ -11,7 +11,7 @@ from shards import ShardError, count
 from shards.split import Split
 from shards.tar import safe_key
 from shards.tools.hashes import column_hashes, hashes, repeated, tables
-from shards.tools.regroup import Made, Piece, Source, new_folder, write_split
+from shards.tools.regroup import Made, Piece, SourceSplit, new_folder, write_split
 
 
 def merge(
@@ -56,20 +56,20 @@ def merge(
 def _refuse_other_profile(splits: list[Split]) -> None:
     first = splits[0].info["profile"]
     for other in splits[1:]:
-        there = other.info["profile"]
-        if differing := sorted(k for k in first.keys() | there.keys() if first.get(k) != there.get(k)):
-            details = "; ".join(f"{k}: {first.get(k)} and {there.get(k)}" for k in differing)
+        second = other.info["profile"]
+        if differing := sorted(k for k in first.keys() | second.keys() if first.get(k) != second.get(k)):
+            details = "; ".join(f"{k}: {first.get(k)} and {second.get(k)}" for k in differing)
             raise ShardError(
                 f"{splits[0].path} and {other.path} differ in their profile ({details}), and a split has one profile. "
                 "Pack one of them again with the other's settings."
             )
 
 
-def _named_apart(splits: list[Split], prefix: bool) -> list[Source]:
+def _named_apart(splits: list[Split], prefix: bool) -> list[SourceSplit]:
     """The sources with new names for the videos whose name an earlier split has. Raises ShardError unless `prefix`."""
     clashes = _clashes(splits)
     if not any(clashes):
-        return [Source(s) for s in splits]
+        return [SourceSplit(s) for s in splits]
     if not prefix:
         which = next(i for i, c in enumerate(clashes) if c)
         some = ", ".join(repr(id) for id in list(clashes[which].values())[:3])
@@ -88,7 +88,7 @@ def _named_apart(splits: list[Split], prefix: bool) -> list[Source]:
     for name, again in zip(new, np.isin(hashes(keys), taken), strict=True):
         if again:
             raise ShardError(f"--prefix would make {name!r} of one name, and there is a video of that name already")
-    return [Source(s, names) for s, names in zip(splits, renamed, strict=True)]
+    return [SourceSplit(s, names) for s, names in zip(splits, renamed, strict=True)]
 
 
 def _clashes(splits: list[Split]) -> list[dict[str, str]]:
@@ -99,14 +99,15 @@ def _clashes(splits: list[Split]) -> list[dict[str, str]]:
     seen: set[str] = set()
     out: list[dict[str, str]] = []
     for split, column in zip(splits, columns, strict=True):
-        hit, first, mine = np.isin(column, suspects), 0, {}
+        hit, first = np.isin(column, suspects), 0
+        suspected: dict[str, str] = {}
         for table in tables(split, ["key", "id"]) if hit.any() else ():
             rows = np.flatnonzero(hit[first : first + table.num_rows])
             first += table.num_rows
             for row in table.take(rows).to_pylist() if len(rows) else ():
-                mine[row["key"]] = row["id"]
-        out.append({key: id for key, id in mine.items() if key in seen})
-        seen |= mine.keys()
+                suspected[row["key"]] = row["id"]
+        out.append({key: id for key, id in suspected.items() if key in seen})
+        seen |= suspected.keys()
     return out
 
 
@@ -168,7 +169,7 @@ def split(
         for part, folder, layout in zip(parts, folders, layouts, strict=True):
             origin = {"divided": {"digest": source.digest, "part": part.name, "seed": seed}}
             one = write_split(
-                folder, [Source(source)], layout, name=source.info["name"], split=part.name, origin=origin, copy=copy,
+                folder, [SourceSplit(source)], layout, name=source.info["name"], split=part.name, origin=origin, copy=copy,
                 on_shard=step,
             )  # fmt: skip
             made.append(Made(out / part.name, one.info, one.how))
@@ -184,7 +185,7 @@ def _draw(source: Split, parts: Sequence[Part], seed: int) -> np.ndarray:
     for number, size in _sizes(parts, len(source)).items():
         if size > len(free):
             raise ShardError(
-                f"part {parts[number].name} wants {count(size, 'video')}; left for it: {len(free)} of {len(source)}"
+                f"part {parts[number].name} asks for {count(size, 'video')}, but only {len(free)} of {len(source)} are left"
             )
         part_of[free[:size]], free = number, free[size:]
     for number, part in enumerate(parts):
@@ -225,7 +226,7 @@ def _give_listed(source: Split, parts: Sequence[Part], part_of: np.ndarray) -> N
 def _draw_shards(source: Split, parts: Sequence[Part], seed: int) -> np.ndarray:
     """As `_draw`, but the videos of a shard stay together."""
     if any(p.ids is not None for p in parts):
-        raise ShardError("--whole-shards cannot follow a list of ids")
+        raise ShardError("--whole-shards cannot be combined with a list of ids")
     videos = [s["videos"] for s in source.info["shards"]]
     free = np.random.default_rng(seed).permutation(len(videos)).tolist()
     shard_part = np.full(len(videos), -1, np.int16)
@@ -256,7 +257,7 @@ def _layouts(source: Split, part_of: np.ndarray, parts: int) -> list[list[list[P
             layouts[used[0]].append([Piece(0, shard)])
         else:
             for number in np.unique(used).tolist():
-                filling[number].add(shard, np.flatnonzero(here == number), home=number == used[0])
+                filling[number].add(shard, np.flatnonzero(here == number), with_rejects=number == used[0])
     for one in filling:
         one.close()
     return layouts
@@ -270,11 +271,11 @@ class _Filling:
         self._pieces: list[Piece] = []
         self._rows = 0
 
-    def add(self, shard: int, rows: np.ndarray, home: bool) -> None:
+    def add(self, shard: int, rows: np.ndarray, with_rejects: bool) -> None:
         while len(rows):
             some, rows = np.split(rows, [min(len(rows), self._capacity - self._rows)])
-            self._pieces.append(Piece(0, shard, some, home))
-            self._rows, home = self._rows + len(some), False
+            self._pieces.append(Piece(0, shard, some, with_rejects))
+            self._rows, with_rejects = self._rows + len(some), False
             if self._rows == self._capacity:
                 self.close()
 

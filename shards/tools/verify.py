@@ -15,13 +15,14 @@ import pyarrow.parquet as pq
 from crc32c import crc32c
 
 from shards import ShardError, VideoError, count
-from shards.packing.pack import summarise
+from shards.packing.finish import summarise
 from shards.schema import CAPTION_COUNTS, JSON_CRCS, Video
-from shards.split import Split, Table, read_counts
+from shards.split import Split
 from shards.summary import read_summary
+from shards.table import Table, read_counts
 from shards.tar import key_to_name, read_index, read_members
 from shards.tools.hashes import tables
-from shards.tools.repair import command
+from shards.tools.rebuild import command
 from shards.video.probe import open_video
 from shards.video.random_access import decode_stored
 
@@ -63,38 +64,36 @@ def verify(
         first += shard["videos"]
     with ProcessPoolExecutor(min(workers or os.cpu_count() or 1, max(1, len(jobs))), get_context("spawn")) as pool:
         on_shard(0, len(jobs))
-        for done, found in enumerate(pool.map(_verify_shard, jobs), 1):
-            problems += found
+        for done, of_shard in enumerate(pool.map(_verify_shard, jobs), 1):
+            problems += of_shard
             on_shard(done, len(jobs))
-    return problems + _verify_split(path, info, whole=all(p.key for p in problems))
+    return problems + _verify_split(path, info, readable=all(p.key for p in problems))
 
 
-def _verify_split(path: Path, info: dict, whole: bool) -> list[Problem]:
-    """The files of the split against each other; `whole`: all tables can be read and are the right ones."""
+def _verify_split(path: Path, info: dict, readable: bool) -> list[Problem]:
+    """The files of the split against each other; `readable`: all tables can be read and are the right ones."""
     remedy = f"Rebuild it from the tars: {command(path)}"
     names, problems = {shard["name"] for shard in info["shards"]}, []
     for file in sorted(p for p in path.iterdir() if p.suffix in (".tar", ".idx", ".parquet")):
         if file.stem not in names:
-            problems.append(Problem(None, None, f"{file.name} is no shard of this split", "Move it elsewhere"))
-    if not whole:
+            problems.append(Problem(None, None, f"{file.name} is not a shard of this split", "Move it elsewhere"))
+    if not readable:
         return problems
-    found = summarise(path, info["profile"], [shard["name"] for shard in info["shards"]])
-    for what, value in found.info.items():
-        if what == "shards":
-            value = [{k: v for k, v in a.items() if k in b} for a, b in zip(value, info[what], strict=True)]
+    tables_say = summarise(path, info["profile"], [shard["name"] for shard in info["shards"]])
+    for what, value in tables_say.info.items():
         if info[what] != value:
             differs = f"{what} is {info[what]}" if isinstance(value, str | int) else f"{what} differ"
-            told = f", the tables say {value}" if isinstance(value, str | int) else " from the tables"
-            problems.append(Problem(None, None, f"dataset.json: {differs}{told}", remedy))
+            expected = f", the tables say {value}" if isinstance(value, str | int) else " from the tables"
+            problems.append(Problem(None, None, f"dataset.json: {differs}{expected}", remedy))
     counts, rejects = path / CAPTION_COUNTS, path / "rejects.jsonl"
     try:
-        if read_counts(counts.read_bytes()).tolist() != found.counts:
+        if read_counts(counts.read_bytes()).tolist() != tables_say.counts:
             raise ValueError("does not fit the tables")
-    except FileNotFoundError:  # of a split packed before there was such a file, too: it is read slowly
+    except FileNotFoundError:
         problems.append(Problem(None, None, f"{CAPTION_COUNTS} is missing", remedy))
     except (OSError, ValueError) as error:
         problems.append(Problem(None, None, f"{CAPTION_COUNTS} {error}", remedy))
-    if not rejects.exists() or rejects.read_bytes() != found.rejects_text:
+    if not rejects.exists() or rejects.read_bytes() != tables_say.rejects_text:
         missing = "is missing" if not rejects.exists() else "does not say what the tables say"
         problems.append(Problem(None, None, f"rejects.jsonl {missing}", remedy))
     keys: dict[str, str] = {}
@@ -115,7 +114,7 @@ def _verify_shard(job: tuple[Path, dict, int, dict]) -> list[Problem]:
     if missing:
         return [Problem(name, None, f"{name}.{s} is missing", copy if s == "tar" else rebuild) for s in missing]
     try:
-        table = Table(path / f"{name}.parquet", name, first, crc=shard.get("table_crc32c"))
+        table = Table(path / f"{name}.parquet", name, first, crc=shard["table_crc32c"])
         json_crcs = json.loads(pq.read_schema(path / f"{name}.parquet").metadata[JSON_CRCS])
         if len(json_crcs) != table.rows:
             raise ValueError(f"it has {table.rows} rows and {len(json_crcs)} checksums")
@@ -147,8 +146,8 @@ def _verify_shard(job: tuple[Path, dict, int, dict]) -> list[Problem]:
             video = table.video(row)
             if any(p.key == video.key for p in problems):
                 continue
-            what = _verify_members(video, file, members, json_crcs[row], profile)
-            problems += [Problem(name, video.key, what, leave_out if what in _DAMAGED else rebuild)] if what else []
+            if damage := _verify_members(video, file, members, json_crcs[row], profile):
+                problems.append(Problem(name, video.key, damage, leave_out if damage in _DAMAGED else rebuild))
     return problems
 
 
@@ -184,8 +183,8 @@ def _verify_video(video: Video, data: bytes) -> str | None:
             if crc32c(data[start : start + size]) != frames.crc32c[i]:
                 return f"the frame table is wrong about frame {i}"
     try:
-        if frames.sliceable and (there := _packets(data)) != len(frames):
-            return f"{there} frames are in the file, the table has {len(frames)}"
+        if frames.sliceable and (packets := _packets(data)) != len(frames):
+            return f"{packets} frames are in the file, the table has {len(frames)}"
         low, high = video.inside
         read = lambda at, size: data[at:] if size < 0 else data[at : at + size]  # noqa: E731
         decoded = sum(1 for _ in decode_stored(video, read, range(low, high)))
@@ -202,4 +201,5 @@ def _packets(data: bytes) -> int:
     with container:
         packets = [(packet.pts, packet.is_keyframe) for packet in container.demux(stream) if packet.size]
     first = next((i for i, (_, key) in enumerate(packets) if key), 0)
-    return sum(first == 0 or pts is None or pts >= packets[first][0] for pts, _ in packets[first:])
+    begin = packets[first][0] if packets else None
+    return sum(first == 0 or pts is None or begin is None or pts >= begin for pts, _ in packets[first:])

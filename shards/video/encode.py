@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
 from typing import BinaryIO
@@ -12,7 +12,9 @@ import av
 import numpy as np
 
 from shards import VideoError
-from shards.video.decode import WAYS, Pass, Unpredictable, on_grid
+from shards.video.by_stamps import AllStampPass, StampPass
+from shards.video.decode import WAYS, on_grid
+from shards.video.frame_pass import Unpredictable
 from shards.video.picture import short
 from shards.video.source import Source, describe, scan, unsliced
 from shards.video.writer import Layout, Writer, Written, spool
@@ -39,34 +41,39 @@ _ENCODERS = {
 }  # fmt: skip
 
 
-def to_intra(
-    file: BinaryIO, *, rate: int, short_side: int, quality: int, chroma: int = 420, start: float = 0.0,
-    end: float = math.inf,
-) -> tuple[Source, Written]:  # fmt: skip
-    """The frames of the extractor's grid as independent JPEGs in an MJPEG mp4.
+@dataclass(frozen=True)
+class Grid:
+    """Which frames are stored and how large: those on the extractor's grid at `rate` frames a second, in [start, end) seconds
+    of a player's clock, with a short side of `short_side` pixels."""
+
+    rate: int
+    short_side: int
+    start: float = 0.0
+    end: float = math.inf
+
+
+def to_intra(file: BinaryIO, grid: Grid, *, quality: int, chroma: int = 420) -> tuple[Source, Written]:
+    """The frames of the grid as independent JPEGs in an MJPEG mp4.
 
     `quality` is MJPEG's quantiser scale, 1 (best) to 31. `chroma` 420 scales planes as they are (fast); 444 scales RGB
     as PIL does and keeps full colour resolution (exact). The frame table speaks of the source: numbers and times are
-    those of the frames in [start, end) seconds, from the first of them on.
+    those of the frames of the cut, from the first of them on.
     """
     options = {"qmin": quality, "qmax": quality}
-    layout = Layout(f"yuvj{chroma}p", short_side, even=False, exact=chroma == 444)
-    return _transcode(file, rate, start, end, lambda: Writer("mjpeg", {}, layout, options))
+    layout = Layout(f"yuvj{chroma}p", grid.short_side, even=False, exact=chroma == 444)
+    return _transcode(file, grid, lambda: Writer("mjpeg", {}, layout, options))
 
 
 def to_gops(
-    file: BinaryIO, *, codec: str, rate: int, short_side: int, quality: int, gop: int, encoder: str = "cpu",
-    start: float = 0.0, end: float = math.inf,
-) -> tuple[Source, Written]:  # fmt: skip
-    """The frames of the extractor's grid re-encoded with `codec` (h264, hevc, av1) in closed GOPs of `gop` frames.
+    file: BinaryIO, grid: Grid, *, codec: str, quality: int, gop: int, encoder: str = "cpu"
+) -> tuple[Source, Written]:
+    """The frames of the grid re-encoded with `codec` (h264, hevc, av1) in closed GOPs of `gop` frames.
 
     `quality` is the encoder's constant rate factor. The written file is decoded once to see that it holds every frame.
     """
     name, settings = _ENCODERS[codec, encoder]
-    layout = Layout("yuv420p", short_side, even=True, exact=False)
-    source, made = _transcode(
-        file, rate, start, end, lambda: Writer(name, settings(quality, gop), layout, {"gop_size": gop})
-    )
+    layout = Layout("yuv420p", grid.short_side, even=True, exact=False)
+    source, made = _transcode(file, grid, lambda: Writer(name, settings(quality, gop), layout, {"gop_size": gop}))
     stored = scan(made.file)
     made.file.seek(0)
     if len(stored.frames) != len(made.frames):
@@ -75,13 +82,14 @@ def to_gops(
     return source, replace(made, frames=frames, codec=stored.codec, extradata=stored.extradata, coding=stored.coding)
 
 
-def _transcode(file: BinaryIO, rate: int, start: float, end: float, begin: Callable) -> tuple[Source, Written]:
-    for way in WAYS:
+def _transcode(file: BinaryIO, grid: Grid, begin: Callable[[], Writer]) -> tuple[Source, Written]:
+    for way in WAYS.values():
         try:
-            with Pass(file, start, end, way) as source, begin() as writer:
+            with way(file, grid.start, grid.end) as source, begin() as writer:
                 when = source.timeline
-                for shown in source.frames(on_grid(when, rate)):
-                    writer.add(shown.frame, source.shape, shown.number, shown.time, min(Fraction(rate), when.fps))
+                for shown in source.frames(on_grid(when, grid.rate)):
+                    assert source.shape is not None, "the first frame tells it"
+                    writer.add(shown.frame, source.shape, shown.number, shown.time, min(Fraction(grid.rate), when.fps))
                 return describe(source, unsliced(when.times)), writer.finish()
         except Unpredictable:
             continue
@@ -96,6 +104,7 @@ def nvenc_opens(codec: str) -> bool:
     name, settings = _ENCODERS[codec, "nvenc"]
     try:
         context = av.CodecContext.create(name, "w")
+        assert isinstance(context, av.VideoCodecContext)
         context.width, context.height, context.pix_fmt = 256, 256, "yuv420p"
         context.time_base, context.options = Fraction(1, 3), settings(25, 3)
         context.encode(av.VideoFrame(256, 256, "yuv420p"))
@@ -114,13 +123,14 @@ def cut_copy(file: BinaryIO, start: float, end: float) -> tuple[Source, Written]
     out = spool()
     codec = "video"
     try:
-        with Pass(file, start, end, "all") as cut:
+        with AllStampPass(file, start, end) as cut:
             codec = av.Codec(cut.context.name, "r").canonical_name
             extension, kind = ("mp4", "mp4") if codec in _MP4 else ("mkv", "matroska")
             before, packets = _remux(cut, out, kind)
             when, fps = cut.timeline, cut.timeline.fps
             times = cut.seconds(np.sort(np.asarray(cut.packets.pts)[:packets]))
-            shape = next(cut.frames()).frame and cut.shape  # what is written may have lost how it is shown
+            next(cut.frames())
+            shape = cut.shape  # what is written may have lost how it is shown
     except (Unpredictable, av.FFmpegError, ValueError) as error:
         if isinstance(error, VideoError):
             raise
@@ -134,22 +144,29 @@ def cut_copy(file: BinaryIO, start: float, end: float) -> tuple[Source, Written]
             f"of {packets} frames cut out of this {codec} file without re-encoding, {len(stored.times)} decode: "
             "use another profile than copy"
         )
-    look = {"width": shape.width, "height": shape.height, "rotation": shape.rotation, "mirrored": shape.mirrored}
-    source = replace(stored, fps=fps, duration=when.duration, drift=when.drift, times=when.times, **look)
+    assert shape is not None, "the first frame tells it"
+    source = replace(
+        stored, fps=fps, duration=when.duration, drift=when.drift, times=when.times, width=shape.width, height=shape.height,
+        rotation=shape.rotation, mirrored=shape.mirrored,
+    )  # fmt: skip
     number = np.arange(packets, dtype=np.int32) - before
     frames = replace(stored.frames, number=number, time=times)
-    return source, Written(out, frames, stored.codec, extension, stored.extradata, coding=stored.coding, **look)
+    return source, Written(
+        file=out, frames=frames, codec=stored.codec, extension=extension, extradata=stored.extradata, width=shape.width,
+        height=shape.height, rotation=shape.rotation, mirrored=shape.mirrored, coding=stored.coding,
+    )  # fmt: skip
 
 
-def _remux(cut: Pass, out: BinaryIO, kind: str) -> tuple[int, int]:
+def _remux(cut: StampPass, out: BinaryIO, kind: str) -> tuple[int, int]:
     """Write the packets of a cut. Returns how many of its frames are shown before it, and how many there are."""
     stamps: list[int] = []
-    first = math.inf
+    first: float = math.inf
     with av.open(out, "w", format=kind, options={"fflags": "+bitexact"}) as target:
         stream = target.add_stream_from_template(cut.stream, opaque=True)
         for packet, number in cut.again():
             if packet is None:
                 break
+            assert packet.pts is not None, "`again` gives none without"
             stamps.append(packet.pts)
             if number >= 0:
                 first = min(first, packet.pts)

@@ -44,14 +44,15 @@ def orientation(frame: av.VideoFrame) -> tuple[int, bool]:
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return 0, False
-    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].astype(float).tolist()
+    numbers = np.frombuffer(matrix, np.int32)  # type: ignore[call-overload]  # side data has the buffer protocol
+    a, b, _, c, d = numbers[:5].astype(float).tolist()
     if a == b == c == d == 0:
         return 0, False
     fits = {}
     for turns, (p, q, r, s) in enumerate(((1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0))):
         fits[90 * turns, False] = a * p + b * q + c * r + d * s
         fits[90 * turns, True] = -a * p + b * q - c * r + d * s
-    return max(fits, key=fits.get)
+    return max(fits, key=fits.__getitem__)
 
 
 def square_pixels(width: int, height: int, aspect: Fraction | None) -> tuple[int, int]:
@@ -124,9 +125,9 @@ def grid(number: int, fps: Fraction, rate: int) -> bool:
     Second s starts at frame s*int(fps); in it, frames k*max(1, int(fps)//rate) for k < rate are taken
     (CLIP4Clip `RawVideoExtractorCV2`, with the frame rate truncated as there).
     """
-    whole = max(1, int(fps))
-    step = max(1, whole // rate)
-    inside = number % whole
+    per_second = max(1, int(fps))
+    step = max(1, per_second // rate)
+    inside = number % per_second
     return inside % step == 0 and inside // step < rate
 
 

@@ -21,6 +21,7 @@ av.logging.set_level(av.logging.PANIC)  # libav's own lines say nothing that our
 
 UNKNOWN = -(2**63)  # a packet without stamp or place
 _BUFFER = 1 << 18  # bytes a read
+_NO_TIMESTAMPS: int = av.format.Flags.no_timestamps.value  # type: ignore[assignment]  # an enum of numbers
 _USUAL_RATES = [Fraction(n * 1000, 1001) for n in (24, 30, 48, 60, 120)] + [Fraction(n) for n in range(1, 241)]
 
 
@@ -37,6 +38,7 @@ class Packets:
         return len(self.pts)
 
     def add(self, packet: av.Packet, crc: int = 0) -> None:
+        """Append what a packet says of itself; `crc` is that of its bytes."""
         self.pts.append(UNKNOWN if packet.pts is None else packet.pts)
         self.dts.append(UNKNOWN if packet.dts is None else packet.dts)
         self.duration.append(packet.duration or 0)
@@ -69,9 +71,9 @@ def open_video(file: BinaryIO) -> tuple[av.container.InputContainer, av.VideoStr
         raise VideoError(_unreadable(error)) from error
     films = [s for s in container.streams.video if "attached_pic" not in str(s.disposition).lower()]
     if not films:
-        kinds = sorted({s.type for s in container.streams}) or ["none"]
+        kinds = ", ".join(sorted({s.type for s in container.streams})) or "none"
         container.close()
-        raise VideoError(f"no video stream in the file (streams: {', '.join(kinds)})")
+        raise VideoError(f"no video stream in the file (streams: {kinds})")
     best = container.streams.best("video")
     stream = best if best in films else films[0]
     if stream.codec_context is None:
@@ -93,7 +95,7 @@ def _unreadable(error: Exception) -> str:
 
 def stores_no_stamps(container: av.container.InputContainer) -> bool:
     """Whether frames have no presentation times in this container, so that libav's are guesses: AVI and bare streams."""
-    return container.format.name == "avi" or bool(container.format.flags & av.format.Flags.no_timestamps.value)
+    return container.format.name == "avi" or bool(container.format.flags & _NO_TIMESTAMPS)
 
 
 def has_jumps(container: av.container.InputContainer) -> bool:
@@ -114,8 +116,8 @@ def clock_zero(container: av.container.InputContainer, first: Fraction) -> Fract
 
     `first` is that of the first picture shown. Sound before 0 is what a decoder needs to start, and is not played.
     """
-    sounds = [s.start_time * s.time_base for s in container.streams.audio if s.start_time is not None]
-    zero = min([first, *sounds])
+    starts = ((s.start_time, s.time_base) for s in container.streams.audio)
+    zero = min([first, *(start * base for start, base in starts if start is not None and base is not None)])
     if zero >= 0 or has_jumps(container):  # there, libav counts down from where stamps start anew
         return zero
     return min(first, Fraction(0))
@@ -165,15 +167,15 @@ def _rate(times: np.ndarray, claimed: Fraction | None, tick: float) -> Fraction:
     return Fraction(count / span).limit_denominator(100_000)
 
 
-def _last(times: np.ndarray, told: tuple[float, float], usual: float, even: bool, tick: float) -> float:
+def _last(times: np.ndarray, last_two: tuple[float, float], usual: float, even: bool, tick: float) -> float:
     """For how long the last frame is shown."""
     if even and len(times) > 1:
         return usual
     if len(times) < 2:
-        return told[1] or usual
+        return last_two[1] or usual
     before = float(times[-1] - times[-2])
-    believable = told[1] > 0 and abs(told[0] - before) <= max(1.5 * tick, 0.1 * before)
-    return told[1] if believable else before
+    believable = last_two[1] > 0 and abs(last_two[0] - before) <= max(1.5 * tick, 0.1 * before)
+    return last_two[1] if believable else before
 
 
 def steady(times: np.ndarray, numbers: np.ndarray, tick: float = 0.0) -> bool:
@@ -244,11 +246,11 @@ def _refuse_cut_short(
     size, kind = file.tell(), container.format.name.split(",")[0]
     if kind == "mov":
         entries = stream.index_entries
-        there = sum(entry.pos + entry.size <= size for entry in entries)
-        if there < len(entries):
-            _cut_short(len(entries), there)
+        present = sum(entry.pos + entry.size <= size for entry in entries)
+        if present < len(entries):
+            _cut_short(len(entries), present)
         if _fragment_end(file) > size:
-            raise VideoError("the file is cut short: its last fragment promises more bytes than are there")
+            raise VideoError("the file is cut short: its last fragment promises more bytes than the file has")
     elif kind == "flv" and _flv_end(file, size) > size:
         raise VideoError("the file is cut short: it ends inside a tag")
     elif kind == "asf" and (promised := _asf_size(file)) > size:
@@ -260,18 +262,18 @@ def _refuse_cut_short(
         if chunks < stream.frames and _riff_end(file) > size + 1:
             _cut_short(stream.frames, chunks)
     elif kind == "matroska" and packets and _segment_end(file) > size:
-        base = float(stream.time_base)
+        base = float(stream.time_base or 0)
         end = (max(packets.pts) + packets.duration[-1]) * base
-        said = float(container.duration or 0) / 1e6
-        if not said or end < said - max(0.5, 0.01 * said):
+        promised_s = float(container.duration or 0) / 1e6
+        if not promised_s or end < promised_s - max(0.5, 0.01 * promised_s):
             raise VideoError(
-                f"the file is cut short: its header promises {said:.1f} s, {end:.1f} s are there"
-                if said else "the file is cut short: its header promises more bytes than are there"
+                f"the file is cut short: its header promises {promised_s:.1f} s, {end:.1f} s are there"
+                if promised_s else "the file is cut short: its header promises more bytes than the file has"
             )  # fmt: skip
 
 
-def _cut_short(promised: int, there: int) -> None:
-    raise VideoError(f"the file is cut short: its header promises {promised} frames, {there} are there")
+def _cut_short(promised: int, present: int) -> None:
+    raise VideoError(f"the file is cut short: its header promises {promised} frames, {present} are there")
 
 
 def _riff_end(file: BinaryIO) -> int:

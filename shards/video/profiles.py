@@ -8,15 +8,25 @@ from typing import BinaryIO
 from crc32c import crc32c
 
 from shards import ShardError, VideoError
-from shards.schema import Coding, FrameTable
+from shards.limits import Limits
 from shards.tar import safe_extension
-from shards.video.encode import cut_copy, nvenc_opens, to_gops, to_intra
+from shards.video.encode import Grid, cut_copy, nvenc_opens, to_gops, to_intra
 from shards.video.source import Source, scan
+from shards.video.writer import Written
 
+FPS, SHORT_SIDE, GOP = Limits(int, 1, 240), Limits(int, 16, 4096), Limits(int, 1, 600)
+QUALITY = Limits(int, 0, 63)  # of any profile
 # name: the default of --quality and its range
-_QUALITY = {"intra": (3, 1, 31), "copy": (0, 0, 0), "h264": (23, 0, 51), "hevc": (26, 0, 51), "av1": (32, 1, 63)}
+_QUALITY = {
+    "intra": (3, Limits(int, 1, 31)),
+    "copy": (0, Limits(int, 0, 0)),
+    "h264": (23, Limits(int, 0, 51)),
+    "hevc": (26, Limits(int, 0, 51)),
+    "av1": (32, Limits(int, 1, 63)),
+}
 PROFILES = tuple(_QUALITY)
 ENCODERS = ("cpu", "nvenc", "auto")
+CHROMAS = (420, 444)
 _FIELDS = {
     "intra": ("name", "fps", "short_side", "quality", "chroma"),
     "copy": ("name",),
@@ -49,21 +59,18 @@ class Profile:
 
     def __post_init__(self):
         if self.name not in PROFILES:
-            raise ShardError(f"--profile {self.name}: there are {', '.join(PROFILES)}")
-        default, best, worst = _QUALITY[self.name]
+            raise ShardError(f"--profile must be one of {', '.join(PROFILES)}; got {self.name}")
+        default, quality = _QUALITY[self.name]
         if self.quality is None or self.name == "copy":
             object.__setattr__(self, "quality", default)
         if self.gop is None:
             object.__setattr__(self, "gop", max(1, min(self.fps, 12)))
-        limits = (("fps", 1, 240), ("short_side", 16, 4096), ("quality", best, worst), ("gop", 1, 600))
-        for name, low, high in limits:
-            if not low <= getattr(self, name) <= high:
-                flag = name.replace("_", "-")
-                raise ShardError(f"--{flag} {getattr(self, name)}: must be between {low} and {high} for {self.name}")
-        if self.chroma not in (420, 444):
-            raise ShardError(f"--chroma {self.chroma}: there are 420 and 444")
+        for name, limits in {"fps": FPS, "short_side": SHORT_SIDE, "quality": quality, "gop": GOP}.items():
+            limits.check(f"--{name.replace('_', '-')}", getattr(self, name), f" with --profile {self.name}")
+        if self.chroma not in CHROMAS:
+            raise ShardError(f"--chroma must be {' or '.join(map(str, CHROMAS))}; got {self.chroma}")
         if self.encoder not in ENCODERS:
-            raise ShardError(f"--encoder {self.encoder}: there are {', '.join(ENCODERS)}")
+            raise ShardError(f"--encoder must be one of {', '.join(ENCODERS)}; got {self.encoder}")
         if self.encodes and self.short_side % 2:
             raise ShardError(f"--short-side {self.short_side}: {self.name} needs an even number of pixels")
 
@@ -90,25 +97,16 @@ class Profile:
         return {name: value for name, value in asdict(self).items() if name in _FIELDS[self.name]}
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A video in its stored form. `file` is seekable, stands at its beginning and holds `size` bytes; `crc32c` is of
-    all of them. Width and height are as displayed; `rotation` and `mirrored` are what is left to be done to decoded frames.
-    Numbers in `frames` count from the first frame of the cut."""
+@dataclass(frozen=True, kw_only=True)
+class Stored(Written):
+    """A video in its stored form: a seekable file of `size` bytes, of which `crc32c` is the checksum, and its source.
+
+    Numbers in `frames` count from the first frame of the cut.
+    """
 
     source: Source
-    file: BinaryIO
     size: int
     crc32c: int
-    frames: FrameTable
-    codec: str
-    extension: str
-    extradata: bytes
-    width: int
-    height: int
-    rotation: int = 0
-    mirrored: bool = False
-    coding: Coding | None = None
 
 
 def store(file: BinaryIO, name: str, profile: Profile, start: float | None = None, end: float | None = None) -> Stored:
@@ -127,23 +125,27 @@ def store(file: BinaryIO, name: str, profile: Profile, start: float | None = Non
     if profile.name == "copy":
         source, written = cut_copy(file, begin, stop)
     else:
-        common = {"rate": profile.fps, "short_side": profile.short_side, "quality": profile.quality}
-        common |= {"start": begin, "end": stop}
+        assert profile.quality is not None and profile.gop is not None, "__post_init__ sets them"
+        grid = Grid(profile.fps, profile.short_side, begin, stop)
         if profile.name == "intra":
-            source, written = to_intra(file, chroma=profile.chroma, **common)
+            source, written = to_intra(file, grid, quality=profile.quality, chroma=profile.chroma)
         else:
             encoder = profile.resolved().encoder
-            source, written = to_gops(file, codec=profile.name, gop=profile.gop, encoder=encoder, **common)
+            source, written = to_gops(
+                file, grid, codec=profile.name, quality=profile.quality, gop=profile.gop, encoder=encoder
+            )
     size, crc = _measure(written.file)
-    return Stored(source, written.file, size, crc, written.frames, written.codec, written.extension, written.extradata,
-                  written.width, written.height, written.rotation, written.mirrored, written.coding)  # fmt: skip
+    return Stored(**vars(written), source=source, size=size, crc32c=crc)
 
 
 def _untouched(file: BinaryIO, name: str) -> Stored:
     source = scan(file)
     size, crc = _measure(file)
-    return Stored(source, file, size, crc, source.frames, source.codec, safe_extension(name), source.extradata,
-                  source.width, source.height, source.rotation, source.mirrored, source.coding)  # fmt: skip
+    return Stored(
+        source=source, file=file, size=size, crc32c=crc, frames=source.frames, codec=source.codec,
+        extension=safe_extension(name), extradata=source.extradata, width=source.width, height=source.height,
+        rotation=source.rotation, mirrored=source.mirrored, coding=source.coding,
+    )  # fmt: skip
 
 
 def _measure(file: BinaryIO) -> tuple[int, int]:

@@ -5,7 +5,7 @@ it commits a video. What the container told the decoder stands in the row of the
 """
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import av
@@ -14,7 +14,8 @@ from crc32c import crc32c
 
 from shards import VideoError
 from shards.schema import Coding, FrameTable
-from shards.video.decode import Pass, Unpredictable
+from shards.video.by_stamps import StampPass
+from shards.video.frame_pass import Unpredictable
 from shards.video.picture import Shape, short, upright
 from shards.video.probe import open_video
 
@@ -23,16 +24,24 @@ _SKIPPING = ("h264", "hevc", "vp9", "vp8", "mpeg4", "mpeg2video", "mpeg1video") 
 
 
 class StoredVideo(Protocol):
-    """What decoding needs to know of a stored video: a row of the sample table."""
+    """What decoding needs to know of a stored video: columns of its row in the sample table."""
 
-    codec: str
-    extradata: bytes
-    coding: Coding | None
-    frames: FrameTable
-    width: int
-    height: int
-    rotation: int
-    mirrored: bool | None
+    @property
+    def codec(self) -> str: ...  # noqa: D102 see shards.schema.SCHEMA
+    @property
+    def extradata(self) -> bytes: ...  # noqa: D102
+    @property
+    def coding(self) -> Coding | None: ...  # noqa: D102
+    @property
+    def frames(self) -> FrameTable: ...  # noqa: D102
+    @property
+    def width(self) -> int: ...  # noqa: D102
+    @property
+    def height(self) -> int: ...  # noqa: D102
+    @property
+    def rotation(self) -> int: ...  # noqa: D102
+    @property
+    def mirrored(self) -> bool: ...  # noqa: D102
 
 
 class Picked(dict[int, np.ndarray]):
@@ -41,7 +50,7 @@ class Picked(dict[int, np.ndarray]):
     decoded = 0
 
 
-def pick_frames(video: StoredVideo, read: Callable[[int, int], bytes], wanted: Sequence[int]) -> Picked:
+def pick_frames(video: StoredVideo, read: Callable[[int, int], bytes], wanted: Iterable[int]) -> Picked:
     """The stored frames `wanted` (positions in the frame table) as a player shows them.
 
     No GOP is decoded that holds none of them; of the others in it only frames that some frame refers to, where the codec
@@ -55,11 +64,12 @@ def pick_frames(video: StoredVideo, read: Callable[[int, int], bytes], wanted: S
 
 
 def shape_of_stored(video: StoredVideo) -> Shape:
-    return Shape(video.width, video.height, video.rotation % 360, bool(video.mirrored))
+    """How decoded frames become what a player shows."""
+    return Shape(video.width, video.height, video.rotation % 360, video.mirrored)
 
 
 def decode_stored(
-    video: StoredVideo, read: Callable[[int, int], bytes], wanted: Sequence[int], count: Picked | None = None
+    video: StoredVideo, read: Callable[[int, int], bytes], wanted: Iterable[int], count: Picked | None = None
 ) -> Iterator[tuple[int, av.VideoFrame]]:
     """(position, frame as decoded) of each of the stored frames `wanted`, once. As `pick_frames`; `count.decoded` grows."""
     count = Picked() if count is None else count
@@ -78,6 +88,7 @@ def decode_stored(
 def stored_decoder(video: StoredVideo) -> av.VideoCodecContext:
     """A decoder for packets of the stored video, told all that the container knew."""
     decoder = av.CodecContext.create(_DECODERS.get(video.codec, video.codec), "r")
+    assert isinstance(decoder, av.VideoCodecContext)
     decoder.extradata = video.extradata or None
     decoder.thread_count = 1
     if video.coding is not None:
@@ -85,7 +96,7 @@ def stored_decoder(video: StoredVideo) -> av.VideoCodecContext:
     return decoder
 
 
-def packet_of(data: bytes | memoryview, position: int, key: bool) -> av.Packet:
+def packet_of(data: bytes, position: int, key: bool) -> av.Packet:
     """A packet whose stamp is the frame's position, which is carried through reordering."""
     packet = av.Packet(len(data))  # av.Packet(data) lacks the zeros after it that libav's decoders read
     packet.update(data)
@@ -156,17 +167,20 @@ def _decode_container(
     what made the table, else as they come."""
     left, first = set(wanted), 0
     try:
-        with Pass(io.BytesIO(data)) as whole:
-            places = _positions(whole, video)
+        with StampPass(io.BytesIO(data)) as video_pass:
+            places = _positions(video_pass, video)
             first = int(places[0])
-            for shown in whole.frames(lambda number: int(places[number]) in left):
+            for shown in video_pass.frames(lambda number: int(places[number]) in left):
                 count.decoded += 1
                 position = int(places[shown.number])
                 left.discard(position)
                 yield position, shown.frame
                 if not left:
                     return
-    except (Unpredictable, VideoError):  # an older version may have packed what is refused today; what decodes is shown
+    except (
+        Unpredictable,
+        VideoError,
+    ):  # the table was made another way: as packing did then, frames are taken as they come
         pass
     container, stream = open_video(io.BytesIO(data))
     with container:
@@ -183,20 +197,20 @@ def _decode_container(
     raise VideoError(f"stored frames {_some(sorted(left))} did not come out of the decoder")
 
 
-def _positions(whole: Pass, video: StoredVideo) -> np.ndarray:
+def _positions(video_pass: StampPass, video: StoredVideo) -> np.ndarray:
     """int64 [frames shown]: their positions in the frame table, which lists those that an edit list hides, too. Raises
     Unpredictable if the table was made another way than by the packets' stamps."""
-    packets, times, table = whole.packets, whole.timeline.times, video.frames
+    packets, times, table = video_pass.packets, video_pass.timeline.times, video.frames
     places = np.arange(len(times))
     if len(packets) == len(table):
         order = np.argsort(np.asarray(packets.pts), kind="stable")
         places = np.flatnonzero(np.asarray(packets.discard)[order] == 0)
     if len(places) != len(times) or len(times) > len(table):
         raise Unpredictable("the table lists other frames")
-    if whole.context.has_b_frames and np.array_equal(packets.pts, packets.dts):
+    if video_pass.context.has_b_frames and np.array_equal(packets.pts, packets.dts):
         raise Unpredictable("its stamps may be those of decoding")
-    there = table.time[places]
-    if np.abs((times - times[0]) - (there - there[0])).max() > 2e-3:
+    listed = table.time[places]
+    if np.abs((times - times[0]) - (listed - listed[0])).max() > 2e-3:
         raise Unpredictable("the table has other times")
     return places
 

@@ -10,17 +10,13 @@ import av
 import numpy as np
 from crc32c import crc32c
 
-from shards import VideoError
 from shards.schema import Coding, FrameTable
-from shards.video.decode import WAYS, Pass, Unpredictable
-from shards.video.picture import Shape, grid, scaled_size, upright
-from shards.video.probe import Packets, open_video
-from shards.video.random_access import decode_stored, packet_of, pick_frames, stored_decoder
-
-__all__ = [
-    "Source", "VideoError", "decode_stored", "describe", "grid", "open_video", "pick_frames", "scaled_size", "scan",
-    "unsliced", "upright",
-]  # fmt: skip
+from shards.video.by_stamps import StampPass
+from shards.video.decode import WAYS
+from shards.video.frame_pass import Pass, Unpredictable
+from shards.video.picture import Shape, upright
+from shards.video.probe import Packets
+from shards.video.random_access import packet_of, stored_decoder
 
 _HEADER = 64  # bytes that may stand between where a container says a packet is and where its data begins
 # decoders that need nothing of the container but the extradata, as every player relies on
@@ -56,15 +52,17 @@ def scan(file: BinaryIO | bytes) -> Source:
     the file ends before its header says.
     """
     file = as_file(file)
-    for way in WAYS[1:]:  # all of it is decoded
+    for name, way in WAYS.items():
+        if name == "stamps":  # all of it is to be decoded
+            continue
         try:
-            with Pass(file, way=way, on_packet=lambda packets, packet: packets.add(packet, crc32c(packet))) as whole:
-                if way == "all":
-                    return _sliced(file, whole)
-                for _ in whole.frames():
-                    if way == "decoding":  # once has been enough; this tells the shape
+            with way(file, on_packet=lambda packets, packet: packets.add(packet, crc32c(packet))) as video_pass:
+                if isinstance(video_pass, StampPass):
+                    return _sliced(file, video_pass)
+                for _ in video_pass.frames():
+                    if name == "decoding":  # once has been enough; this tells the shape
                         break
-                return describe(whole, unsliced(whole.timeline.times))
+                return describe(video_pass, unsliced(video_pass.timeline.times))
         except Unpredictable:
             continue
     raise AssertionError("decoding decides")
@@ -108,58 +106,58 @@ def unsliced(times) -> FrameTable:
     )
 
 
-def _sliced(file: BinaryIO, whole: Pass) -> Source:
+def _sliced(file: BinaryIO, video_pass: StampPass) -> Source:
     """What is in a file whose packets can be decoded out of their place. Raises Unpredictable if they cannot."""
-    codec = av.Codec(whole.context.name, "r").canonical_name
+    codec = av.Codec(video_pass.context.name, "r").canonical_name
     usual, expected = codec in _USUAL, []
-    for shown in whole.frames():
+    for shown in video_pass.frames():
         if usual:  # the first tells the shape
             break
-        expected.append(crc32c(upright(shown.frame)))
-    offsets = _locate(file, whole.packets)
+        expected.append(crc32c(upright(shown.frame).data))
+    offsets = _locate(file, video_pass.packets)
     if offsets is None:
         raise Unpredictable("the packets do not stand in the file in one piece")
-    found = describe(whole, _frame_table(whole, offsets))
-    sure = codec in _SURE or whole.context.codec.intra_only
+    source = describe(video_pass, _frame_table(video_pass, offsets))
+    sure = codec in _SURE or video_pass.context.codec.intra_only
     try:
-        came = {i: 0 if usual and sure else crc32c(upright(frame)) for i, frame in _decoded_alone(file, found)}
-        if len(came) != len(found.times) or (not usual and list(came.values()) != expected):
+        crcs = {i: 0 if usual and sure else crc32c(upright(frame).data) for i, frame in _decoded_alone(file, source)}
+        if len(crcs) != len(source.times) or (not usual and list(crcs.values()) != expected):
             raise Unpredictable("packets alone give other pictures than the container")
-        return found if sure else replace(found, frames=_with_true_keys(file, found, came))
+        return source if sure else replace(source, frames=_with_true_keys(file, source, crcs))
     except (av.FFmpegError, ValueError) as error:
         raise Unpredictable(str(error)) from error
 
 
-def _with_true_keys(file: BinaryIO, found: Source, came: dict[int, int]) -> FrameTable:
-    """The frame table with those keyframes only at which a decoder shows the right picture when it begins there. `came`:
+def _with_true_keys(file: BinaryIO, source: Source, crcs: dict[int, int]) -> FrameTable:
+    """The frame table with those keyframes only at which a decoder shows the right picture when it begins there. `crcs`:
     {position: crc32c of the picture}. Some containers mark every frame of an old codec, or the wrong ones."""
-    frames, key = found.frames, found.frames.key.copy()
+    frames, key = source.frames, source.frames.key.copy()
     first = int(np.argmin(frames.offset))
     for position in np.flatnonzero(key).tolist():
-        if position != first and position in came:
-            key[position] = _begins_right(file, found, position, came[position])
+        if position != first and position in crcs:
+            key[position] = _begins_right(file, source, position, crcs[position])
     return replace(frames, key=key)
 
 
-def _begins_right(file: BinaryIO, found: Source, position: int, crc: int) -> bool:
-    decoder = stored_decoder(found)
+def _begins_right(file: BinaryIO, source: Source, position: int, crc: int) -> bool:
+    decoder = stored_decoder(source)
     try:
-        pictures = decoder.decode(_stored_packet(file, found.frames, position)) + decoder.decode(None)
+        pictures = decoder.decode(_stored_packet(file, source.frames, position)) + decoder.decode(None)
     except (av.FFmpegError, ValueError):
         return False
-    return [(p.pts, crc32c(upright(p))) for p in pictures] == [(position, crc)]
+    return [(p.pts, crc32c(upright(p).data)) for p in pictures] == [(position, crc)]
 
 
-def _decoded_alone(file: BinaryIO, found: Source) -> Iterator[tuple[int, av.VideoFrame]]:
+def _decoded_alone(file: BinaryIO, source: Source) -> Iterator[tuple[int, av.VideoFrame]]:
     """(position, frame) of the frames that are shown, decoded from their packets without the container."""
-    frames, last = found.frames, -1
-    decoder = stored_decoder(found)
+    frames, last = source.frames, -1
+    decoder = stored_decoder(source)
     for position in [*np.argsort(frames.offset).tolist(), None]:
         for frame in decoder.decode(None if position is None else _stored_packet(file, frames, position)):
             if frame.pts is None or frame.pts <= last or frame.is_corrupt:
                 raise Unpredictable("frames do not come as their packets promise")
             last = frame.pts
-            if 0 <= frames.number[last] < len(found.times):
+            if 0 <= frames.number[last] < len(source.times):
                 yield int(last), frame
 
 
@@ -168,18 +166,18 @@ def _stored_packet(file: BinaryIO, frames: FrameTable, position: int) -> av.Pack
     return packet_of(file.read(int(frames.size[position])), position, bool(frames.key[position]))
 
 
-def _frame_table(whole: Pass, offsets: np.ndarray) -> FrameTable:
+def _frame_table(video_pass: StampPass, offsets: np.ndarray) -> FrameTable:
     """All packets in display order; those that are not shown have numbers outside [0, frames)."""
-    packets = whole.packets
+    packets = video_pass.packets
     rows = np.argsort(np.asarray(packets.pts), kind="stable")  # frame -> packet
-    ranks = whole.ranks[rows]
+    ranks = video_pass.ranks[rows]
     first = int(np.flatnonzero(ranks >= 0)[0])
     if (np.diff(np.flatnonzero(ranks >= 0)) != 1).any():
         raise Unpredictable("frames between others are not shown")
     number = np.arange(len(rows), dtype=np.int32) - first
     return FrameTable(
         number=number,
-        time=whole.seconds(np.asarray(packets.pts)[rows]),
+        time=video_pass.seconds(np.asarray(packets.pts)[rows]),
         offset=offsets[rows],
         size=np.asarray(packets.size, np.int32)[rows],
         key=np.asarray(packets.key, bool)[rows],

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import av
 import numpy as np
@@ -29,9 +29,13 @@ from shards.video.source import unsliced
 _IN_MEMORY = 32 << 20  # bytes of a stored video before it goes to a temporary file
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Written:
-    """A stored file, standing at its beginning, and the table of its frames. `codec` is libav's name of the decoder."""
+    """A video file that was written, standing at its beginning, and the table of its frames.
+
+    `codec` is libav's name of the decoder. Width and height are as displayed; `rotation` and `mirrored` are what is left to
+    be done to decoded frames.
+    """
 
     file: BinaryIO
     frames: FrameTable
@@ -47,7 +51,7 @@ class Written:
 
 def spool() -> BinaryIO:
     """A file in memory that moves to a temporary one as it grows."""
-    return tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY)
+    return cast(BinaryIO, tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY))
 
 
 @contextmanager
@@ -75,6 +79,7 @@ class Layout:
     exact: bool
 
     def size(self, shape: Shape) -> tuple[int, int]:
+        """Width and height of what frames of that shape are scaled to, pixels."""
         width, height = scaled_size(shape.width, shape.height, self.short_side)
         return (width - width % 2, height - height % 2) if self.even else (width, height)
 
@@ -86,6 +91,7 @@ class Writer:
         self._codec, self._options, self._layout, self._attributes = codec, options, layout, attributes
         self._file = spool()
         self._container: av.container.OutputContainer | None = None
+        self._stream: av.VideoStream  # once there is a container
         self._numbers: list[int] = []
         self._times: list[float] = []
         self._packets = Packets()
@@ -115,8 +121,7 @@ class Writer:
         self._write(self._stream.encode(None))
         extradata = bytes(self._stream.codec_context.extradata or b"")
         width, height = self._stream.width, self._stream.height
-        self._container.close()
-        self._container = None
+        self.__exit__()
         if len(self._packets) != len(self._numbers):
             raise VideoError(
                 f"{len(self._numbers)} frames gave {len(self._packets)} packets: a defect of {self._codec}"
@@ -127,12 +132,17 @@ class Writer:
         )  # fmt: skip
         self._file.seek(0)
         extradata = b"" if self._codec == "mjpeg" else extradata
-        return Written(self._file, frames, self._codec, "mp4", extradata, width, height)
+        return Written(
+            file=self._file, frames=frames, codec=self._codec, extension="mp4", extradata=extradata, width=width,
+            height=height,
+        )  # fmt: skip
 
     def _open(self, shape: Shape, rate: Fraction) -> None:
         # bitexact: no library version in the file
         self._container = av.open(self._file, "w", format="mp4", options={"fflags": "+bitexact"})
-        stream = self._stream = self._container.add_stream(self._codec, rate=rate, options=self._options)
+        stream = self._container.add_stream(self._codec, rate=rate, options=self._options)
+        assert isinstance(stream, av.VideoStream)
+        self._stream = stream
         stream.width, stream.height = self._layout.size(shape)
         stream.pix_fmt = self._layout.pix_fmt
         context = stream.codec_context
@@ -150,6 +160,7 @@ class Writer:
             raise VideoError(f"{what} ({short(error)})") from error
 
     def _write(self, packets: list[av.Packet]) -> None:
+        assert self._container is not None, "packets come of frames, and the first opens it"
         for packet in packets:
             self._packets.add(packet, crc32c(packet) if self._codec == "mjpeg" else 0)
             self._container.mux(packet)
@@ -159,9 +170,9 @@ class Writer:
         width, height = self._stream.width, self._stream.height
         full = self._codec == "mjpeg"  # JPEG is BT.601 in full range, and what is small is BT.601
         if self._layout.exact:
-            picture = Image.fromarray(turned_rgb(frame, shape).to_ndarray())
+            image = Image.fromarray(turned_rgb(frame, shape).to_ndarray())
             frame = av.VideoFrame.from_ndarray(
-                np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC)), format="rgb24"
+                np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)), format="rgb24"
             )
         elif shape.rotation or shape.mirrored:
             frame = turned_rgb(frame, shape)
@@ -233,14 +244,14 @@ def to_bt601(frame: av.VideoFrame, weights: tuple[float, float], full: bool) -> 
     for plane, values in zip(out.planes, planes, strict=True):
         rows = np.zeros((plane.height, plane.line_size), np.uint8)
         rows[:, : plane.width] = values
-        plane.update(rows)
+        plane.update(rows)  # type: ignore[arg-type]  # any buffer will do
     out.colorspace, out.color_range = Colorspace.ITU601, frame.color_range
     return out
 
 
 def _plane(frame: av.VideoFrame, i: int) -> np.ndarray:
     plane = frame.planes[i]
-    return np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]
+    return np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]
 
 
 @lru_cache

@@ -47,7 +47,7 @@ def failing(monkeypatch, kind: str, once: bool) -> list[tuple[int, int]]:
             raise MemoryError if kind == "memory" else OSError(getattr(errno, kind), os.strerror(getattr(errno, kind)))
         return pread(descriptor, size, offset)
 
-    monkeypatch.setattr("shards.split.os.pread", read)
+    monkeypatch.setattr("shards.open_files.os.pread", read)
     return seen
 
 
@@ -92,7 +92,8 @@ SHARDS = 60
 OPEN_ALL = """
 import os, resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (48, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-from shards.split import Split, NoMoreFiles
+from shards.open_files import NoMoreFiles
+from shards.split import Split
 splits = [Split(sys.argv[1]) for _ in range(2)]
 for i in range(len(splits[0])):
     for split in splits:
@@ -145,7 +146,7 @@ def test_the_limit_is_blamed_on_no_video(numbered, monkeypatch, tmp_path):
 
     split = Split(numbered.intra.path)
     video = split.video(0)
-    monkeypatch.setattr("shards.split.os.open", full)
+    monkeypatch.setattr("shards.open_files.os.open", full)
     with pytest.raises(ShardError, match=r"cannot be opened: this process may have \d+ files open.*ulimit -n"):
         Reader(split).jpegs(video, np.array([0]))
 

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import re
 import resource
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from c4c.shard import main
 from pipelines.frame_sampling import choose
 from pipelines.frames import pictures, write_frames
-from shards import ShardError
 from shards.annotations import Caption, Item
 from shards.packing.pack import pack
 from shards.split import Split
-from shards.tools.reshard import merge
-from shards.tools.verify import verify
 from shards.video.profiles import Profile
-from shards.video.random_access import pick_frames
 from tests.pipelines.test_remote import store  # noqa: F401 a fixture
-from tests.shards.test_profiles import rotated
 from tests.videos import encode, number_in
 
 
@@ -76,7 +69,6 @@ def test_mistakes_are_one_sentence(numbered, tmp_path: Path, capsys) -> None:
         (["--key", "long_52"], "holds no video called 'long_52'. Did you mean 'long_25'"),
         (["--key", "short", "--positions", "0,99"], "short has the stored frames 0 to"),
         (["--key", "short", "--rule", "middle"], "--rule must be one of uniform, head"),
-        (["--key", "short", "--num-frames", "0"], "--num-frames 0: must be at least 1"),
         (["--key", "short", "--rule", "head", "--positions", "0"], "--rule and --positions: give a rule that chooses"),
     ):
         assert main(["frames", path, *words, "--out", str(tmp_path / "none")]) == 1
@@ -97,53 +89,3 @@ def test_a_full_disk_names_the_picture(numbered, tmp_path: Path, capsys, monkeyp
     assert code == 1 and re.search(
         rf"error: {tmp_path}/\d+_0\.\d+\.png cannot be read or written \(File too large\)", said
     )
-
-
-# ---- shards of format 1 ----
-
-
-def older(split: Path) -> Path:
-    """The split as the format before this one has it."""
-    for parquet in split.glob("*.parquet"):
-        table = pq.read_table(parquet)
-        pq.write_table(table.drop_columns(["mirrored", "coding"]), parquet, write_page_checksum=True)
-    info = json.loads((split / "dataset.json").read_text())
-    info["format"] = info["plan"]["format"] = 1
-    for shard in info["shards"]:
-        del shard["table_crc32c"]
-    (split / "dataset.json").write_text(json.dumps(info))
-    return split
-
-
-def test_shards_of_format_1_remain_readable(tmp_path: Path) -> None:
-    made = {
-        "a.mp4": encode(40, options={"bf": "3", "g": "12"}),
-        "b.ts": encode(30, format="mpegts"),
-        "c.mp4": rotated(encode(30), 90),
-    }
-    folders = []
-    for part in ("old", "new"):
-        folder = tmp_path / part
-        folder.mkdir()
-        items = []
-        for name, data in made.items():
-            (folder / name).write_bytes(data)
-            items.append(Item(f"{part}_{name[0]}", folder / name, (Caption("x"),)))
-        pack(items, folder / "out", dataset="d", split="s", profile=Profile(name="copy"), workers=1)
-        folders.append(folder / "out")
-    old, new = older(folders[0]), folders[1]
-    assert verify(old, 1) == []
-    a, b = Split(old), Split(new)
-    for name in "abc":
-        x, y = a.find(f"old_{name}"), b.find(f"new_{name}")
-        assert (x.coding, x.mirrored, x.rotation) == (None, None, y.rotation)
-        at = [0, 17, 29]
-        one = pick_frames(x, lambda offset, size, x=x: a.read(x, offset, size), at)
-        two = pick_frames(y, lambda offset, size, y=y: b.read(y, offset, size), at)
-        assert all(np.array_equal(one[i], two[i]) for i in at)
-    joined = merge([old, new], tmp_path / "both")
-    assert joined.info["format"] == 1 and joined.info["videos"] == 6 and verify(tmp_path / "both", 1) == []
-    with pytest.raises(ShardError, match="has format 3; this version reads 1 and 2"):
-        info = json.loads((old / "dataset.json").read_text())
-        (old / "dataset.json").write_text(json.dumps(info | {"format": 3}))
-        Split(old)

@@ -23,7 +23,7 @@ from shards.tools.preview import preview
 from shards.tools.repair import repair
 from shards.tools.verify import verify
 from shards.video.profiles import Profile
-from tests.shards.test_matrix import FPS, PLAIN, made, plain, with_edit
+from tests.shards.video.matrix import FPS, PLAIN, made, plain, with_edit
 from tests.videos import number_in
 
 STAMPS = np.cumsum([0, *([1, 1, 4, 1, 9, 1] * 6)[:35]]).tolist()

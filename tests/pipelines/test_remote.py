@@ -61,7 +61,7 @@ def test_what_is_in_use_stays(tmp_path, monkeypatch):
     with open(tmp_path / "set/0", "rb") as first, open(tmp_path / "set/1", "rb") as second:
         fcntl.flock(first, fcntl.LOCK_SH)
         fcntl.flock(second, fcntl.LOCK_SH)
-        with pytest.raises(Full, match="full of what running processes use"):
+        with pytest.raises(Full, match="full of files that running processes use"):
             pieces.bring("set/2", lambda: bytes(20_000))
         fcntl.flock(second, fcntl.LOCK_UN)
         pieces.bring("set/2", lambda: bytes(20_000))

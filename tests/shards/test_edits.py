@@ -24,15 +24,11 @@ from shards.tools import dedup, verify
 from shards.tools.info import describe, measure
 from shards.tools.repair import repair
 from shards.tools.reshard import Part, merge, split
+from tests.edits import changed, damaged, several
 from tests.shards.sets import COPY, packed, reading
-from tests.shards.test_summary import edited
 from tests.videos import encode
 
 COUNT, SEED = 500, 17
-BYTES = (
-    b"\0", b"\xff", b"\xfe\xff", b"\xef\xbb\xbf", b'"', b'""', b",", b";", b"\t", b"\r", b"\n", b"{", b"}", b"[", b"]", b":",
-    b"-", b"e999", b"NaN", b"Infinity", b"1e400", b"null", b"\\ud800", b"\\u0000", b"..", b"/", b"9" * 400, b"[" * 3000, "é".encode(),
-)  # fmt: skip
 
 
 class Serial:
@@ -46,38 +42,18 @@ class Serial:
     map = staticmethod(map)
 
 
-def changed(data: bytes, rng: random.Random) -> bytes:
-    """`data` with one to three edits of its bytes, or of its lines."""
-    for _ in range(rng.randint(1, 3)):
-        at = rng.randrange(len(data) + 1)
-        end = min(len(data), at + rng.choice([0, 1, 1, 4, 16, 64]))
-        lines = data.splitlines(keepends=True)
-        kind = rng.randrange(6)
-        if kind == 0:
-            data = data[:at]
-        elif kind == 1:
-            data = data[:at] + bytes(b ^ 1 << rng.randrange(8) for b in data[at:end]) + data[end:]
-        elif kind == 2:
-            data = data[:at] + rng.choice(BYTES) + data[end:]
-        elif kind == 3 and lines:
-            data = b"".join(rng.choices(lines, k=rng.randint(1, 2 * len(lines))))
-        elif kind == 4:
-            data = data.decode(errors="replace").encode(
-                rng.choice(["utf-16", "utf-32", "utf-16-le", "cp1252"]), "replace"
-            )
-        else:
-            data = data[:at] + data[end:]
-    return data
+def with_other_bytes(data: bytes, rng: random.Random) -> bytes:
+    return several(damaged, data, rng)
 
 
 def with_other_values(data: bytes, rng: random.Random) -> bytes:
     """JSON, or JSON lines, with one to three values of another kind, lost, doubled or exchanged."""
     try:
-        return json.dumps(edited(json.loads(data), rng)).encode()
+        return json.dumps(several(changed, json.loads(data), rng)).encode()
     except ValueError:
         rows = [json.loads(line) for line in data.decode().splitlines()]
         at = rng.randrange(len(rows))
-        rows[at] = edited(rows[at], rng)
+        rows[at] = several(changed, rows[at], rng)
         return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
@@ -144,7 +120,7 @@ class Place:
         rng = random.Random(seed)
         name = rng.choice(list(self.readers))
         data = self.whole[name]
-        edit = with_other_values if "json" in name.rpartition(".")[2] and rng.random() < 0.6 else changed
+        edit = with_other_values if "json" in name.rpartition(".")[2] and rng.random() < 0.6 else with_other_bytes
         refused = 0
         before = {path: path.read_bytes() for path in (self.folder / "set").iterdir()}
         readers = self.readers[name]

@@ -14,8 +14,8 @@ import pytest
 
 from shards import ShardError
 from shards.annotations import Counts, Reading
+from tests.shards.annotations.reading import texts, videos, write
 from tests.shards.sets import reading
-from tests.shards.test_readers import texts, videos, write
 
 FILES = ("v1.mp4", "v2.mp4", "sub/v3.MKV", "a b.webm", "d.e.mp4", "two.mp4", "two.mkv", "caf\u00e9.mp4", "re\u0301el.mov", "noext", "x.dat", "anim.gif")  # fmt: skip
 GONE = ("gone1.mp4", "sub/gone 2.avi", "gone3", "V1.mp4")
@@ -259,7 +259,7 @@ def test_quotes_that_are_meant(six: Path) -> None:
     ("content", "words"),
     [
         ("video,caption\nv1,a\nv2\n", "line 3: no cell for 'caption'"),
-        ("video,caption\nv1,a\nv2,b\0\n", "line 3: a NUL character"),
+        ("video,caption\nv1,a\nv2,b\0\n", "line 3: it holds a NUL character"),
         ("video,caption\nv1,a\nv2,caf\u00e9\n".encode("latin-1"), "line 3: the text is not in UTF-8.*as CSV UTF-8"),
         ("video,caption,caption\nv1,a,b\n", "line 1: two columns are called 'caption'"),
         ("video,caption,\nv1,a man, running\n", "line 2: text in a column without a name"),
@@ -386,7 +386,7 @@ def test_captions_that_cannot_be_read_are_the_problem_of_one_video(six: Path) ->
     problems = [item.problem.removeprefix(f"{six}/") for item in read.items]
     assert problems[:2] == ["", ""]
     for problem, words in zip(problems[2:], (
-        r"v3\.txt, line 1: the text is not in UTF-8.*Save the file as UTF-8", r"v4\.txt, line 2: a NUL character",
+        r"v3\.txt, line 1: the text is not in UTF-8.*Save the file as UTF-8", r"v4\.txt, line 2: it holds a NUL character",
         r"v5\.json is not JSON .*'captions' twice", r"v6\.json: unknown key 'captoin'",
     ), strict=True):  # fmt: skip
         assert re.match(words, problem), problem

@@ -14,7 +14,7 @@ from c4c.shard import main
 from shards import ShardError, tarcopy
 from shards.split import Split
 from shards.tar import read_index, read_members
-from shards.tools.regroup import Piece, Source, new_folder, write_split
+from shards.tools.regroup import Piece, SourceSplit, new_folder, write_split
 from shards.tools.reshard import Part, merge, split
 from shards.tools.verify import verify
 from tests.shards.sets import files
@@ -61,7 +61,7 @@ def test_what_is_written_anew_is_what_the_packer_writes(copied: Path, rough: Pat
         shards = [[Piece(0, i, np.arange(s["videos"]))] for i, s in enumerate(opened.info["shards"])]
         out = tmp_path / str(nth)
         with new_folder(out) as folder:
-            made = write_split(folder, [Source(opened)], shards, name="set", split="train", origin={})
+            made = write_split(folder, [SourceSplit(opened)], shards, name="set", split="train", origin={})
         assert made.how == {"rewritten": len(shards)} and made.info["digest"] == opened.digest
         ours, theirs = files(out), files(source)
         assert ours.pop("dataset.json") != theirs.pop("dataset.json")
@@ -115,15 +115,15 @@ def test_rejects_go_along(rough: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("parts", "words"),
     [
-        (["a=6"], "part a wants 6 videos; left for it: 5 of 5"),
+        (["a=6"], "part a asks for 6 videos, but only 5 of 5 are left"),
         (["a=0.05", "b=rest"], "part a would be empty"),
         (["a=0.6", "b=0.6"], "add up to more than 1"),
-        (["a=1", "a=2"], "every name may be given once"),
-        (["a=rest", "b=rest"], "one part may be the rest"),
+        (["a=1", "a=2"], "give each name once"),
+        (["a=rest", "b=rest"], "the size rest at most once"),
         (["../a=1"], "a plain name"),
         (["a"], "must be NAME=SIZE"),
         (["a=2.0"], "at most 1"),
-        (["a=nowhere.txt"], "no such file of ids"),
+        (["a=nowhere.txt"], "not an existing file of ids"),
     ],
 )
 def test_sizes_that_cannot_be_meant(parts, words, copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -58,7 +58,7 @@ def unbroken(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[di
 
 def start(folder: Path, out: Path, workers: int = 1, limit: int = 0) -> subprocess.Popen:
     command = [sys.executable, "-c", PACKER, str(folder), str(out), str(workers), str(limit)]
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     return subprocess.Popen(command, cwd=root, start_new_session=True, stderr=subprocess.PIPE, text=True)
 
 

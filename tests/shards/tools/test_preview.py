@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from c4c.shard import main
+from shards import ShardError
 from shards.annotations import Caption, Item
 from shards.split import Split
 from shards.tools.preview import preview
@@ -102,8 +103,8 @@ def test_what_cannot_be_shown_is_said(copied: Path, tmp_path: Path, capsys: pyte
     assert page.tags.count("article") == 4 and page.tags.count("img") == 3 and page.tags.count("h1") == 2
     assert any("the shard is damaged" in t for t in page.text["p"])
     assert main(["preview", str(tmp_path), "--out", str(out)]) == 1
-    assert main(["preview", str(copied), "--out", str(out), "--count", "0"]) == 1
-    assert "--count 0: must be between 1 and 10000" in capsys.readouterr().err
+    with pytest.raises(ShardError, match="--count 0: must be a whole number from 1 to 10000"):
+        preview([copied], out, count=0)
 
 
 # ---- numbers as JSON ----

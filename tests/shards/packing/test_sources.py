@@ -12,7 +12,8 @@ import pytest
 
 from shards import ShardError
 from shards.annotations import Caption, Item
-from shards.packing.worker import Job, folders_of, pack_shard
+from shards.packing.sources import folders_of
+from shards.packing.worker import Job, pack_shard
 from shards.split import Split
 from tests.shards.sets import COPY, files, packed
 from tests.videos import encode
@@ -58,7 +59,7 @@ def test_a_folder_that_goes_while_packing_ends_it(many: list[Item], tmp_path: Pa
             vanish(folder)
 
     with pytest.raises(
-        ShardError, match=r"(is gone or another one now|vanish while).*bring them back, and run the same"
+        ShardError, match=r"(is gone or was replaced|vanish while).*bring the files back, and run the same"
     ):
         packed(many, tmp_path / "out", shard_videos=4, workers=1, on_progress=on_progress)
     assert not (tmp_path / "out/dataset.json").exists() and (tmp_path / "out/packing.json").exists()
@@ -80,7 +81,7 @@ def test_a_few_files_that_go_are_rejected(many: list[Item], tmp_path: Path) -> N
     folder = tmp_path / "videos"
     shard(many[:12], tmp_path / "out", 3, lambda: [(folder / f"{i}.mp4").unlink() for i in (4, 5, 7, 8, 10)])
     assert len(list((tmp_path / "out").glob("000000.*"))) == 3
-    with pytest.raises(ShardError, match=r"5 of 27 files of this shard are gone.* one of them .*/22\.mp4"):
+    with pytest.raises(ShardError, match=r"5 of the 27 files of this shard .* are gone, one of them .*/22\.mp4"):
         shard(many[12:], tmp_path / "other", 3, lambda: [(folder / f"{i}.mp4").unlink() for i in (16, 17, 20, 21, 22)])
     assert list((tmp_path / "other").iterdir()) == []
 

@@ -3,82 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 
 from c4c.shard import main
 from shards import ShardError
 from shards.annotations import Caption, Item
-from shards.packing import scheduler, worker
+from shards.packing import worker
 from shards.packing.pack import pack
-from shards.packing.update import JOURNAL, STAGING
-from shards.packing.worker import Progress, pack_shard
-from shards.schema import JSON_CRCS, REJECTS
+from shards.packing.worker import Progress
 from shards.split import Split
 from shards.tools.repair import repair
-from shards.tools.verify import verify
 from shards.video.profiles import Profile
+from tests.shards.packing.updates import anew, said, updated
 from tests.shards.sets import COPY, INTRA, files, packed
-from tests.shards.test_pack import killed
 from tests.videos import encode
-
-
-@pytest.fixture(scope="module")
-def many(tmp_path_factory: pytest.TempPathFactory) -> list[Item]:
-    """Nine small videos with two captions each, the last two of them cut with timed captions."""
-    folder = tmp_path_factory.mktemp("nine")
-    out = []
-    for i in range(9):
-        path = folder / f"v{i}.mp4"
-        path.write_bytes(encode(8 + i, 12, (64, 48)))
-        captions = (Caption(f"caption {i}"), Caption("again", 0.1, 0.3 + i / 10))
-        out.append(Item(f"v{i}", path, captions, {"nth": i}, *((0.2, 0.6) if i > 6 else (None, None))))
-    return out
-
-
-@pytest.fixture
-def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the files that are decoded from here on. Shards are packed in this process."""
-    names, real = [], worker.store
-
-    def store(file, name: str, *args):
-        names.append(name)
-        return real(file, name, *args)
-
-    def run_locally(jobs, workers: int, on_progress: Callable[[Progress], None]) -> None:
-        for job in jobs:
-            pack_shard(job, lambda event: event.what == "done" and on_progress(event.progress))
-
-    monkeypatch.setattr(worker, "store", store)
-    monkeypatch.setattr(scheduler, "run_locally", run_locally)
-    return names
-
-
-def updated(items: list[Item], out: Path, profile: Profile = COPY, **options) -> dict:
-    return packed(items, out, profile, update=True, **options)
-
-
-def said(item: Item, *texts: str) -> Item:
-    return replace(item, captions=tuple(map(Caption, texts)))
-
-
-def anew(items: list[Item], tmp_path: Path, profile: Profile = COPY, **options) -> dict[str, bytes]:
-    out = tmp_path / "anew"
-    shutil.rmtree(out, ignore_errors=True)
-    packed(items, out, profile, **options)
-    return files(out)
-
 
 # ---- the same as a new packing ----
 
@@ -223,40 +165,6 @@ def test_rejects_alone_cost_no_tar(many: list[Item], decoded: list[str], tmp_pat
     assert (out / "000000.tar").stat().st_mtime_ns == before and files(out) == anew(items, tmp_path, shard_videos=5)
 
 
-def old_format(out: Path) -> None:
-    """Make it what the first version wrote."""
-    for path in out.glob("*.parquet"):
-        table = pq.read_table(path).drop_columns(["mirrored", "coding"])
-        pq.write_table(table, path)
-    info = json.loads((out / "dataset.json").read_text())
-    info["format"] = info["plan"]["format"] = 1
-    for shard in info["shards"]:
-        del shard["table_crc32c"]
-    (out / "dataset.json").write_text(json.dumps(info))
-
-
-def test_format_1_is_updated_without_decoding(many: list[Item], decoded: list[str], tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    digest = packed(many, out)["digest"]
-    tars = {p.name: p.read_bytes() for p in out.glob("*.tar")}
-    old_format(out)
-    with pytest.raises(ShardError, match=r"its format is 1, this version writes 2\. Run .* --update"):
-        packed(many, out)
-    repair(out, workers=1)
-    assert json.loads((out / "dataset.json").read_text())["format"] == 1  # the tables are still the old ones
-    decoded.clear()
-    info = updated(many, out)
-    # it has the columns of format 2, and remains what it is: nobody has looked at the videos again
-    assert not decoded and (info["format"], info["plan"]["format"], info["digest"]) == (1, 2, digest)
-    assert {p.name: p.read_bytes() for p in out.glob("*.tar")} == tars and not verify(out, 1)
-    assert all("coding" in pq.read_schema(p).names for p in out.glob("*.parquet"))
-    old_format(out)
-    updated([said(many[0], "new"), *many[1:]], out)
-    assert not decoded and Split(out).info["format"] == 1
-    repair(out, everything=True, workers=1)  # which looks at those of profile copy
-    assert Split(out).info["format"] == 2
-
-
 def test_a_damaged_stored_video_is_packed_again(many: list[Item], decoded: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     packed(many, out)
@@ -275,136 +183,12 @@ def test_a_damaged_shard_is_not_replaced(many: list[Item], decoded: list[str], t
     packed(many, out)
     (out / "000002.parquet").unlink()
     before = files(out)
-    with pytest.raises(ShardError, match=r"shard 000002 of .* is damaged\. Mend it .*repair"):
+    with pytest.raises(ShardError, match=r"shard 000002 of .* is damaged\. Repair it .*repair"):
         updated(items, out)
     assert files(out) == before
     (out / "000002.tar").unlink()
     updated(items, out)
     assert files(out) == anew(items, tmp_path)
-
-
-# ---- kills ----
-
-
-def shown(out: Path) -> dict[str, bytes]:
-    """What a reader sees of a split that is being updated."""
-    others = (".lock", "packing.json", JOURNAL)
-    return {
-        p.name: p.read_bytes() for p in out.iterdir() if p.is_file() and p.name not in others and p.suffix != ".tmp"
-    }
-
-
-def calls(monkeypatch: pytest.MonkeyPatch, name: str, action: Callable[[], object]) -> int:
-    """How often `action` calls `os.NAME`."""
-    real, done = getattr(os, name), []
-
-    def call(*args, **options):
-        done.append(args)
-        return real(*args, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, name, call)
-        action()
-    return len(done)
-
-
-@pytest.mark.parametrize("step", ["replace", "unlink"])
-def test_an_update_killed_at_any_step_goes_on(many, decoded, tmp_path: Path, monkeypatch, step: str) -> None:
-    begun, old, new = tmp_path / "begun", many[:6], [said(many[0], "new"), *many[2:5], many[6]]
-    packed(old, begun)
-    shutil.copytree(begun, tmp_path / "out")
-    before, expected = files(begun), anew(new, tmp_path)
-    steps, journals = calls(monkeypatch, step, lambda: updated(new, tmp_path / "out")), 0
-    assert steps > (20 if step == "replace" else 3)
-    for nth in range(steps):
-        out, late = tmp_path / f"{step}{nth}", nth % 3 == 0 and step == "replace"
-        shutil.copytree(begun, out)
-        decoded.clear()
-        assert killed(monkeypatch, step, nth, late, lambda out=out: updated(new, out))
-        try:
-            Split(out)
-            assert shown(out) in (before, expected)
-        except ShardError as error:
-            assert "is incomplete" in str(error)
-        if (out / JOURNAL).exists():
-            journals += 1
-            if nth % 2:  # anybody who comes along ends it
-                with pytest.raises(ShardError, match="different packing"):
-                    packed(old, out)
-                assert files(out) == expected
-        else:
-            assert shown(out) in (before, expected)
-        updated(new, out)
-        assert files(out) == expected and len(decoded) <= 2
-    assert journals > 2
-
-
-def test_staged_shards_that_are_gone_are_missed(
-    many: list[Item], decoded: list[str], tmp_path: Path, monkeypatch
-) -> None:
-    out, items = tmp_path / "out", [said(item, "new") for item in many[:6]]
-    packed(many[:6], out)
-    assert killed(monkeypatch, "unlink", 0, True, lambda: updated(items, out))
-    assert (out / JOURNAL).exists()
-    shutil.rmtree(out / STAGING)
-    with pytest.raises(ShardError, match=r"000000\.parquet is gone"):
-        updated(items, out)
-
-
-def test_a_stopped_update_to_another_list_is_no_hindrance(many, decoded, tmp_path: Path, monkeypatch) -> None:
-    out = tmp_path / "out"
-    packed(many[:6], out)
-    assert killed(monkeypatch, "replace", 7, True, lambda: updated(many[:8], out, shard_videos=3))
-    items = [said(many[0], "new"), *many[1:9]]
-    decoded.clear()
-    updated(items, out, shard_videos=3)
-    assert files(out) == anew(items, tmp_path, shard_videos=3)
-
-
-UPDATER = """
-import sys
-from pathlib import Path
-from shards.annotations import Caption, Item
-from shards.packing.pack import pack
-from shards.video.profiles import Profile
-folder, out, new = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "new"
-names = sorted(folder.glob("*.mp4"))
-items = [Item(p.stem, p, (Caption(f"{p.stem} {new and i % 3 == 0}"),)) for i, p in enumerate(names[2:] if new else names[:6])]
-pack(items, out, dataset="set", split="train", profile=Profile(short_side=96), shard_videos=2, workers=1, update=new)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="workers end with a killed packer on Linux only")
-def test_kill_9_at_any_moment(tmp_path: Path) -> None:
-    folder, data = tmp_path / "videos", encode(100, 24, (320, 240))
-    folder.mkdir()
-    for i in range(8):
-        (folder / f"v{i}.mp4").write_bytes(data if i != 4 else b"not a video")
-
-    def start(out: Path, which: str) -> subprocess.Popen:
-        command = [sys.executable, "-c", UPDATER, str(folder), str(out), which]
-        return subprocess.Popen(command, cwd=Path(__file__).parents[2], start_new_session=True)
-
-    begun, out, whole, stopped = tmp_path / "begun", tmp_path / "out", tmp_path / "whole", 0
-    assert start(begun, "old").wait() == 0
-    shutil.copytree(begun, whole)
-    began = time.monotonic()
-    assert start(whole, "new").wait() == 0
-    seconds, rng = time.monotonic() - began, random.Random(3)
-    shutil.copytree(begun, out)
-    for _ in range(3):
-        process = start(out, "new")
-        time.sleep(seconds * rng.uniform(0.4, 0.9))
-        os.killpg(process.pid, signal.SIGKILL)
-        stopped += process.wait() == -signal.SIGKILL
-        if (out / "dataset.json").exists():
-            assert shown(out) in (files(begun), files(whole))
-            if shown(out) == files(whole):
-                shutil.rmtree(out)
-                shutil.copytree(begun, out)
-    assert stopped
-    assert start(out, "new").wait() == 0
-    assert files(out) == files(whole)
 
 
 # ---- refusals ----
@@ -500,20 +284,6 @@ def test_the_closing_table_adds_up(many: list[Item], decoded: list[str], tmp_pat
     with pytest.raises(ShardError, match="annotations hold 8 videos, but 2 packed, 3 rejected and 2 missing are 7"):
         packed(items, tmp_path / "wrong", reconciliation=wrong)
 
-    # rejects of an older version do not tell how many captions their videos had
-    for path in out.glob("*.parquet"):
-        table = pq.read_table(path)
-        rejects = json.loads(table.schema.metadata[REJECTS])
-        told = [{k: v for k, v in r.items() if k not in ("captions", "missing")} for r in rejects]
-        metadata = {REJECTS: json.dumps(told).encode(), JSON_CRCS: table.schema.metadata[JSON_CRCS]}
-        pq.write_table(table.replace_schema_metadata(metadata), path)
-    repair(out, workers=1)
-    assert Split(out).info["reconciliation"]["rejected"] == {"videos": None, "captions": None}
-    assert Split(out).info["reconciliation"]["packed"] == expected["packed"]
-    decoded.clear()
-    told = updated(items, out, reconciliation=counts)["reconciliation"]
-    assert {name: told[name] for name in expected} == expected and decoded == ["bad.mp4"]
-
 
 # ---- on the screen ----
 
@@ -535,9 +305,9 @@ def test_the_command(many: list[Item], tmp_path: Path, capsys: pytest.CaptureFix
     code, told = run(rows=[*rows[:3], "v3.mp4,new", "v4.mp4,more"])
     assert code == 1 and "30 removed: 'gone0', 'gone1', 'gone2', ...; 1 added: 'v4'" in told and "--update" in told
     code, told = run("--update", rows=[*rows[:3], "v3.mp4,new", "v4.mp4,more"])
-    assert code == 0 and "5 videos, 5 captions in 1 shard" in told and "4 were taken from the shards there" in told
+    assert code == 0 and "5 videos, 5 captions in 1 shard" in told and "4 were taken from existing shards" in told
     code, told = run("--update", rows=[*rows[:3], "v3.mp4,new", "v4.mp4,more"])
-    assert code == 0 and "all of it was there already" in told
+    assert code == 0 and "all of it was packed already" in told
 
 
 def test_a_varying_frame_rate_is_noted(many, decoded, tmp_path: Path, monkeypatch) -> None:

@@ -13,14 +13,15 @@ from crc32c import crc32c
 from PIL import Image
 
 from shards.schema import FrameTable
+from shards.video.encode import Grid
 from shards.video.encode import to_intra as encode_intra
 from shards.video.picture import grid
 from shards.video.source import Source, scan
 from tests.videos import encode, encode_pictures, number_in
 
 
-def to_intra(data: bytes, **settings) -> tuple[Source, bytes, FrameTable]:
-    source, written = encode_intra(io.BytesIO(data), **settings)
+def to_intra(data: bytes, rate: int, short_side: int, **settings) -> tuple[Source, bytes, FrameTable]:
+    source, written = encode_intra(io.BytesIO(data), Grid(rate, short_side), **settings)
     return source, written.file.read(), written.frames
 
 

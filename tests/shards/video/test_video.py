@@ -14,7 +14,7 @@ from crc32c import crc32c
 from PIL import Image
 
 from shards import VideoError
-from shards.video.decode import Pass
+from shards.video.decode import WAYS
 from shards.video.picture import grid, scaled_size, upright
 from shards.video.random_access import pick_frames
 from shards.video.source import Source, scan
@@ -102,7 +102,7 @@ def test_scan_finds_keyframes_and_b_frames() -> None:
 @pytest.mark.parametrize("way", ["stamps", "all", "decoding"])
 def test_a_pass_hands_over_each_frame_once_and_in_order(way: str) -> None:
     data = encode(FRAMES, NTSC, options=SHORT_GOP)
-    with Pass(io.BytesIO(data), way=way) as whole:
+    with WAYS[way](io.BytesIO(data)) as whole:
         seen = [(s.number, s.time, number_in(upright(s.frame))) for s in whole.frames()]
         assert whole.timeline.fps == NTSC and whole.timeline.steady
     assert [(i, n) for i, _, n in seen] == [(i, i) for i in range(FRAMES)]

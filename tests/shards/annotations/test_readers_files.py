@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from c4c import shard
+from c4c import shard, shard_console
 from shards import ShardError
 from shards.annotations.files import Files
 from shards.split import Split
+from tests.shards.annotations.reading import paths, texts, videos, write
 from tests.shards.sets import files, reading
-from tests.shards.test_readers import paths, texts, videos, write
 from tests.videos import encode
 
 CLIP = encode(12, 6, (32, 32))
@@ -131,7 +131,7 @@ def test_videos_on_another_file_system(tmp_path: Path) -> None:
 
 
 def test_packing_ends_with_a_reconciliation(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard, "console", Console(stderr=True, width=120))
+    monkeypatch.setattr(shard_console, "console", Console(stderr=True, width=120))
     for name, data in (("TrainValVideo/video0.mp4", CLIP), ("TrainValVideo/video1.mp4", b"bad"), ("more.mp4", CLIP)):
         (videos(tmp_path / "videos", name) / name).write_bytes(data)
     data = {
@@ -155,14 +155,14 @@ def test_packing_ends_with_a_reconciliation(tmp_path: Path, capsys, monkeypatch:
         "rejected": {"videos": 1, "captions": 4},
         "packed": {"videos": 1, "captions": 2},
         "warnings": [
-            "9000 videos are published for this split, the annotations given hold 3",
-            "180000 captions are published for this split, the annotations given hold 9",
+            "9000 videos are published for this split, the given annotations hold 3",
+            "180000 captions are published for this split, the given annotations hold 9",
         ],
     }
     split = Split(tmp_path / "msrvtt" / "train")
     assert [c["text"] for c in split.captions(0)] == ["one", "two"]
     told = capsys.readouterr().err
-    assert "note 9000 videos are published for this split, the annotations given hold 3" in told
+    assert "note 9000 videos are published for this split, the given annotations hold 3" in told
     assert "3 video files found" in told and "note 9000 videos are published, 1 were packed" in told
     assert "videos │ 9000 │ 3 │ 1 │ 1 │ 1" in " ".join(told.split())
     before = files(tmp_path / "msrvtt" / "train")

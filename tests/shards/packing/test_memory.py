@@ -71,9 +71,10 @@ def test_a_process_that_is_killed_once_starts_again(items, tmp_path, monkeypatch
     send, killed = Supervisor._send, []
 
     def send_and_kill(self, job):
-        send(self, job)
+        pipe = send(self, job)
         if not killed:
             killed.append(self._process.kill())
+        return pipe
 
     monkeypatch.setattr(scheduler.Supervisor, "_send", send_and_kill)
     again = packed(items, tmp_path / "again", workers=1)

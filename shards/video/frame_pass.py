@@ -1,0 +1,139 @@
+"""A pass over the frames of a video file: what every way of doing it has in common (see `shards.video.decode`)."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import BinaryIO, Self
+
+import av
+import numpy as np
+
+from shards import VideoError
+from shards.video.picture import Shape, shape_of, short
+from shards.video.probe import Packets, Timeline, clock_zero, open_video
+
+CUT_MARGIN = 1.0  # seconds read beyond the end of a cut
+
+
+class Unpredictable(Exception):
+    """This way cannot be sure of the file: another one has to decide."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A frame of the cut: its number, counted from the first frame of the cut, and its time in seconds (see Timeline)."""
+
+    number: int
+    time: float
+    frame: av.VideoFrame
+
+
+class Pass(ABC):
+    """A pass over the frames with start <= time < end, in seconds of the clock that a player shows.
+
+    `timeline` says when each is shown. `packets` are those that were read for it. After `frames` has given the first frame,
+    `shape` is how frames are shown. `on_packet(packets, packet)` stores each packet that is read. Use it as a context
+    manager. Raises VideoError for a file that cannot be used, Unpredictable if another way has to decide.
+    """
+
+    gives_up: type[Exception] | None = Unpredictable  # what libav's errors become; None: VideoError, no way is left
+
+    def __init__(
+        self, file: BinaryIO, start: float = 0.0, end: float = math.inf,
+        on_packet: Callable[[Packets, av.Packet], None] = Packets.add,
+    ):  # fmt: skip
+        self._file, self.start, self.end = file, start, end
+        self._on_packet = on_packet
+        self.container, self.stream = open_video(file)
+        self.packets = Packets()
+        self.shape: Shape | None = None
+        try:
+            with _library_errors(self.gives_up):
+                self.timeline: Timeline = self._plan()
+        except BaseException:
+            self.container.close()
+            raise
+
+    @abstractmethod
+    def _plan(self) -> Timeline:
+        """When the frames of the cut are shown, before `frames` decodes one."""
+
+    @abstractmethod
+    def _decode(self, wanted: Callable[[int], bool]) -> Iterator[Shown]:
+        """The wanted frames in display order."""
+
+    @property
+    def context(self) -> av.VideoCodecContext:
+        """The decoder."""
+        return self.stream.codec_context
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of the file is meant, not a cut."""
+        return self.start <= 0 and self.end == math.inf
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.container.close()
+
+    def frames(self, wanted: Callable[[int], bool] = lambda number: True) -> Iterator[Shown]:
+        """The wanted frames in display order. Raises VideoError at the first that does not decode."""
+        with _library_errors(self.gives_up):
+            yield from self._decode(wanted)
+
+    def _note_shape(self, frame: av.VideoFrame) -> None:
+        if self.shape is None:
+            self.shape = shape_of(frame, self.stream.sample_aspect_ratio)
+
+    @property
+    def _base(self) -> Fraction:
+        """The unit of time stamps, in seconds."""
+        assert self.stream.time_base is not None, "a demuxer sets it"
+        return self.stream.time_base
+
+    @property
+    def _tick(self) -> float:
+        return float(self._base)
+
+    @property
+    def _claimed(self) -> Fraction | None:
+        return self.stream.average_rate or self.stream.guessed_rate or self.stream.base_rate
+
+    def _clock(self, stamps: np.ndarray, first: int, start: Fraction | int = 0) -> np.ndarray:
+        """Stamps as seconds of the player's clock since `start`; `first` is the stamp of the first frame shown."""
+        base = self._base
+        origin = clock_zero(self.container, first * base) + start
+        ticks = math.floor(origin / base)  # so that only the rest of it is rounded
+        return (stamps - ticks) * base.numerator / base.denominator - float(origin - ticks * base)
+
+    def _refuse_empty(self) -> None:
+        raise VideoError(
+            "not one frame decodes" if self.is_whole else f"no frame between {self.start:g} and {self.end:g} s"
+        )
+
+    def _reopen(self) -> None:
+        self.container.close()
+        self.container, self.stream = open_video(self._file)
+
+
+def decode(context: av.VideoCodecContext, packet: av.Packet | None) -> list[av.VideoFrame]:
+    """Every packet that is decoded for packing goes through here; None at the end of the file."""
+    return context.decode(packet)
+
+
+@contextmanager
+def _library_errors(kind: type[Exception] | None) -> Iterator[None]:
+    """Turns libav's errors into `kind`; without one into VideoError, since no other way is left."""
+    try:
+        yield
+    except VideoError:
+        raise
+    except (av.FFmpegError, ValueError) as error:
+        if kind:
+            raise kind(str(error)) from error
+        raise VideoError(f"it cannot be decoded ({short(error)})") from error
