@@ -25,7 +25,10 @@ from shards.split import Split
 from shards.video.profiles import Profile
 from tests.launch.runs import ROOT, lines
 
-pytestmark = pytest.mark.timeout(1200)  # the first launch in a new environment compiles DeepSpeed's optimizer
+pytestmark = [
+    pytest.mark.launch,
+    pytest.mark.timeout(1200),
+]  # the first launch in a new environment compiles DeepSpeed's optimizer
 WAYS = ["1 rank", "2 ranks", "2 ranks, ZeRO 2", "2 ranks, ZeRO 3"]
 
 

@@ -21,7 +21,7 @@ from shards.packing.pack import pack
 from shards.video.profiles import Profile
 from tests.launch.runs import ROOT, lines
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(600)]
 STEPS, KILLED_AT = 12, 6
 FILE = """
 launcher: python
