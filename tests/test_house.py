@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import NOT_QUICK, file_marks
+
 ROOT = Path(__file__).parents[1]
 ROOMS = ["launch", "c4c", "pipelines", "shards"]  # each may import those after it
 SHARDS = ["tools", "packing", "video"]  # parts of shards, likewise
@@ -119,3 +121,33 @@ def functions(tree: ast.AST) -> Iterator[tuple[str, int]]:
 def test_no_file_and_no_function_is_too_long(path):
     assert len((ROOT / path).read_text().splitlines()) <= LONGEST_FILE
     assert [found for found in functions(tree_of(ROOT / path)) if found[1] > LONGEST_FUNCTION] == []
+
+
+def imported_at_start(path: Path) -> set[str]:
+    """Packages that are imported when this file is, by whichever module of the rooms or tests."""
+    seen, packages, waiting = set(), set(), [path]
+    while waiting:
+        if (file := waiting.pop()) in seen:
+            continue
+        seen.add(file)
+        for source, name in imports(tree_of(file), at_start=True):
+            names = [f"{source}.{name}", *(source.rsplit(".", i)[0] for i in range(source.count(".") + 1))]
+            waiting += [found for module in names if (found := _file_of(module))]
+            packages.add(source.split(".")[0])
+    return packages
+
+
+@cache
+def _file_of(module: str) -> Path | None:
+    bare = ROOT / module.replace(".", "/")
+    return next((file for file in (bare.with_suffix(".py"), bare / "__init__.py") if file.is_file()), None)
+
+
+QUICK = [path for path in FILES if path.name.startswith("test_") and not file_marks(ROOT / path) & NOT_QUICK]
+
+
+@pytest.mark.parametrize("path", QUICK, ids=str)
+def test_a_quick_test_imports_nothing_slow(path):
+    """What takes a second or more to import, and a data room has no use for, is imported by files that are marked slow."""
+    slow = {"nvidia", "deepspeed", "webdataset", "torchvision", "moto"}
+    assert not imported_at_start(ROOT / path) & (slow | ({"torch"} if path.parts[1] == "shards" else set()))

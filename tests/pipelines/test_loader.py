@@ -19,6 +19,8 @@ from pipelines.videos import VideoReader
 from shards import ShardError
 from shards.split import Split
 
+pytestmark = pytest.mark.slow  # imports DALI
+
 SMALL = DataConfig(num_frames=3, image_size=32, max_words=12, threads=1)
 PROFILES = ["copy", "intra"]
 
