@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from crc32c import crc32c
 
 sys.path.append(str(Path(__file__).parents[1]))
 
@@ -145,7 +146,7 @@ def make_split(path: Path, videos: int, cycle: list[int]) -> None:
     path.mkdir()
     sizes = [SHARD] * (videos // SHARD) + [videos % SHARD] * (videos % SHARD > 0)
     per_shard = {size: np.resize(cycle, size).astype(np.uint8) for size in set(sizes)}
-    sources = {}
+    sources, crcs = {}, {}
     shards = []
     for number, size in enumerate(sizes):
         key, name = (size, number // LINKS), f"{number:06d}"
@@ -154,11 +155,13 @@ def make_split(path: Path, videos: int, cycle: list[int]) -> None:
             with open(path / f"{name}.tar", "wb") as file:
                 file.truncate(size * FRAMES * 10_000)
             sources[key] = name
+            crcs[key] = crc32c((path / f"{name}.parquet").read_bytes())
         else:
             for suffix in ("tar", "parquet"):
                 os.link(path / f"{sources[key]}.{suffix}", path / f"{name}.{suffix}")
         captions = int(per_shard[size].sum())
-        shards.append({"name": name, "videos": size, "captions": captions, "bytes": size * FRAMES * 10_000})
+        shards.append({"name": name, "videos": size, "captions": captions, "bytes": size * FRAMES * 10_000,
+                       "table_crc32c": crcs[key]})  # fmt: skip
     np.save(path / CAPTION_COUNTS, np.concatenate([per_shard[size] for size in sizes]))
     info = {
         "format": FORMAT_VERSION, "name": path.name, "split": "train", "profile": {"name": "intra", "short_side": 224},

@@ -29,7 +29,7 @@ from c4c.launched import leave  # noqa: E402
 from tests.launch.runs import free_port, own_environment  # noqa: E402
 
 PRELOADED = [
-    "torch", "deepspeed", "open_clip", "nvidia.dali", "torch.utils.tensorboard", "c4c.training.trainer", "c4c.retrieval.evaluate",
+    "torch", "torch._dynamo", "deepspeed", "open_clip", "nvidia.dali", "torch.utils.tensorboard", "c4c.training.trainer", "c4c.retrieval.evaluate",
 ]  # fmt: skip
 
 

@@ -215,7 +215,6 @@ def footer(path: Path) -> slice:
     return slice(len(data) - 8 - size, len(data))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kept", [True, False], ids=["with a checksum", "of before"])
 def test_a_bit_in_the_footer_is_noticed_or_says_nothing(copy: Path, kept: bool) -> None:
     info = json.loads((copy / "dataset.json").read_text())

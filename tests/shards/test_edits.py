@@ -28,8 +28,6 @@ from tests.shards.sets import COPY, packed, reading
 from tests.shards.test_summary import edited
 from tests.videos import encode
 
-pytestmark = pytest.mark.slow
-
 COUNT, SEED = 500, 17
 BYTES = (
     b"\0", b"\xff", b"\xfe\xff", b"\xef\xbb\xbf", b'"', b'""', b",", b";", b"\t", b"\r", b"\n", b"{", b"}", b"[", b"]", b":",

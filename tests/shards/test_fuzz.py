@@ -15,8 +15,6 @@ from shards.video.profiles import Profile
 from tests.shards.sets import COPY, INTRA, files, packed
 from tests.videos import encode
 
-pytestmark = pytest.mark.slow
-
 COUNT = 500
 
 

@@ -17,8 +17,6 @@ import pytest
 from tests.shards.sets import files
 from tests.videos import encode
 
-pytestmark = pytest.mark.slow
-
 KILLS = 20
 SHARDS = 5
 
@@ -92,10 +90,9 @@ def kill(process: subprocess.Popen, group: bool) -> bool:
     else:
         process.kill()
     stopped = process.wait() == -signal.SIGKILL
-    patience = time.monotonic() + 60
+    patience = time.monotonic() + 10
     while left := alive(process.pid):
-        if time.monotonic() > patience:
-            raise TimeoutError(f"outlived its packer: {left}")
+        assert time.monotonic() < patience, f"outlived its packer: {left}"
         time.sleep(0.01)
     return stopped
 

@@ -142,7 +142,6 @@ shards.video.profiles.store = store
 """
 
 
-@pytest.mark.slow
 def test_a_video_that_hangs_and_one_that_kills_cost_only_themselves(
     eight: list[Item], whole: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,7 +255,6 @@ def cluster():
         process.wait()
 
 
-@pytest.mark.network
 def test_a_lost_dask_worker_costs_nothing(cluster, eight: list[Item], whole: dict, tmp_path: Path) -> None:
     address, workers = cluster
     out, events = tmp_path / "train", []
@@ -373,7 +371,6 @@ def bucket(monkeypatch: pytest.MonkeyPatch):
     server.stop()
 
 
-@pytest.mark.network
 def test_a_bucket_to_read_from_and_to_write_to(bucket: str, eight: list[Item], whole: dict, tmp_path: Path) -> None:
     fs = UPath(bucket).fs
     for item in eight:

@@ -54,7 +54,6 @@ def edited(info: dict, rng: random.Random) -> object:
     return info
 
 
-@pytest.mark.slow
 def test_random_edits_end_in_a_sentence_or_work(copied: Path, tmp_path: Path) -> None:
     split = Path(shutil.copytree(copied, tmp_path / "split"))
     whole, rng, refused = json.loads((split / "dataset.json").read_text()), random.Random(11), 0
