@@ -142,4 +142,4 @@ def show(
 
 def number(value: float | None, form: str = ".1f", unit: float = 1) -> str:
     """A cell of a table; "-" for what was not measured."""
-    return "-" if value is None else format(value / unit, form)
+    return "-" if value is None else format(value if unit == 1 else value / unit, form)

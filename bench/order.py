@@ -27,7 +27,7 @@ from crc32c import crc32c
 sys.path.append(str(Path(__file__).parents[1]))
 
 from bench import harness
-from shards.schema import CAPTION_COUNTS, FORMAT_VERSION, SCHEMA
+from shards.schema import CAPTION_COUNTS, FORMAT_VERSION, JSON_CRCS, REJECTS, SCHEMA
 
 SHARD = 256  # videos of a shard
 FRAMES = 30
@@ -183,7 +183,10 @@ def write_table(path: Path, captions: np.ndarray) -> None:
             "frame_number": np.arange(0, 300, 10), "frame_time": np.arange(FRAMES) / 3, "frame_offset": np.cumsum(size),
             "frame_size": size, "frame_key": [True] * FRAMES, "frame_crc32c": draw.integers(0, 2**32, FRAMES),
         })  # fmt: skip
-    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), path, compression="zstd", write_page_checksum=True)
+    table = pa.Table.from_pylist(rows, SCHEMA).replace_schema_metadata(
+        {REJECTS: "[]", JSON_CRCS: json.dumps([0] * len(rows))}
+    )
+    pq.write_table(table, path, compression="zstd", write_page_checksum=True)
 
 
 def show(rows: list[dict]) -> None:
