@@ -3,7 +3,10 @@ VENV ?= .venv
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 # without bytecode on disk, each of the many processes would compile torch and open_clip again, for 20 s
 unexport PYTHONDONTWRITEBYTECODE
-.PHONY: demo demo-two-stage test kills lint
+.PHONY: demo demo-two-stage test test-quick kills lint
+# tests run in as many processes as there are cores, up to 4; each takes whole files, so that fixtures are made once
+CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+TESTS := python -m pytest -q -n $(shell echo $$(( $(CORES) > 4 ? 4 : $(CORES) ))) --dist loadfile
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -13,7 +16,10 @@ demo-two-stage: $(VENV)/ready
 	python -c 'from c4c.zero.distributed import compile_ops; compile_ops()' & python -m c4c.shard demo-narrated --out data/narrated && wait && python launch/pipeline.py --cfg demo_two_stage.yaml
 
 test: $(VENV)/ready
-	python -m pytest -q
+	$(TESTS)
+
+test-quick: $(VENV)/ready
+	$(TESTS) --quick
 
 kills: $(VENV)/ready
 	python tests/launch/kills.py --tries 20 && python tests/launch/faults.py

@@ -12,9 +12,7 @@ the rest (metrics, screen, agreeing on signals). Key=value words are settings of
 """
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,11 +21,13 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
-ROOT = Path(__file__).parents[1]
+sys.path.append(str(Path(__file__).parents[1]))
+
+from bench import harness
+
 VIDEOS, WARM = 64, 3
 SETTINGS = [
     "model.backbone=ViT-S-32-alt", "model.init_from=scratch", "train.batch_size=8", "data.num_frames=2", "data.max_words=32",
@@ -38,13 +38,12 @@ COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, "engine")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument(
         "--block", type=int, default=8, help=f"steps of each in a round; the first {WARM} are not counted"
     )
-    parser.add_argument("--json", type=Path, default=ROOT / "bench/results/engine.json")
     parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # as one of the ranks
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
@@ -60,8 +59,7 @@ def main() -> int:
         deepspeed = Path(sys.executable).parent / "deepspeed"
         words = ["--measure", folder, "--rounds", args.rounds, "--block", args.block, "--json", args.json.resolve()]
         command = [deepspeed, "--num_accelerators", args.ranks, __file__, *words, *args.overrides]
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        return subprocess.run([*map(str, command)], env=os.environ | {"PYTHONPATH": path}).returncode
+        return subprocess.run([*map(str, command)], env=harness.environment()).returncode
 
 
 def make_splits(folder: Path) -> None:
@@ -95,48 +93,49 @@ def measure(args: argparse.Namespace) -> None:
     session, plain = trainer.session, Plain(config, trainer.session.split, device, world)
     for name, part in (("forward", "forward"), ("backward", "backward"), ("step", "optimizer")):
         setattr(session.engine, name, clock.timed(part, getattr(session.engine, name)))
-    ours, theirs, parts = [], [], []
-    batches, step_of = session.batches, plain.step
-
-    def taking_turns(count: int) -> Iterator:
-        source = batches(count)
-        for number in range(args.rounds + 1):
-            clock.on = number == args.rounds  # the last block only: on a GPU its waits cost time
-            ours.append([]), theirs.append([])
-            for _ in range(args.block):
-                clock.parts.clear()
-                mark = time.perf_counter()
-                with clock("data"):
-                    batch = next(source)
-                yield batch
-                clock.wait()
-                ours[-1].append(time.perf_counter() - mark)
-                parts.append(dict(clock.parts) | {"whole": ours[-1][-1]})
-            for _ in range(args.block):
-                mark = time.perf_counter()
-                step_of()
-                clock.wait()
-                theirs[-1].append(time.perf_counter() - mark)
-        raise Finished
-
-    session.batches = taking_turns
+    turns = Turns(args.rounds, args.block, clock, plain.step)
+    batches = session.batches
+    session.batches = lambda count: turns.take(batches(count))
     with suppress(Finished):
         trainer.run()
     if rank == 0:
-        flops = (
-            3 * per_pair(session.model.spec, config.data.num_frames, config.data.max_words) * config.train.batch_size
-        )
-        report(
-            args,
-            config,
-            session,
-            ours[:-1],
-            theirs[:-1],
-            parts[-args.block :],
-            flops,
-            peak(device, config.engine.precision),
-        )
+        data = config.data
+        flops = 3 * per_pair(session.model.spec, data.num_frames, data.max_words) * config.train.batch_size
+        report(args, config, session, turns, flops, peak(device, config.engine.precision))
     stop_distributed()
+
+
+class Turns:
+    """Blocks of steps of the training loop and of the bare one, in turn; seconds of every step, by block."""
+
+    def __init__(self, rounds: int, block: int, clock: "Clock", bare: Callable[[], object]):
+        self._rounds, self._block, self._clock, self._bare = rounds, block, clock, bare
+        self.ours: list[list[float]] = []
+        self.theirs: list[list[float]] = []
+        self.parts: list[dict[str, float]] = []  # of ours
+
+    def take(self, batches: Iterator) -> Iterator:
+        """The loop's batches, until there are enough steps; the bare loop's blocks are run between them."""
+        for number in range(self._rounds + 1):
+            self._clock.on = number == self._rounds  # the last block only: on a GPU its waits cost time
+            self.ours.append([])
+            for _ in range(self._block):
+                self._clock.parts.clear()
+                mark = time.perf_counter()
+                with self._clock("data"):
+                    batch = next(batches)
+                yield batch
+                self._clock.wait()
+                self.ours[-1].append(time.perf_counter() - mark)
+                self.parts.append(dict(self._clock.parts) | {"whole": self.ours[-1][-1]})
+            self.theirs.append([self._bare_step() for _ in range(self._block)])
+        raise Finished
+
+    def _bare_step(self) -> float:
+        mark = time.perf_counter()
+        self._bare()
+        self._clock.wait()
+        return time.perf_counter() - mark
 
 
 class Finished(Exception):
@@ -232,51 +231,38 @@ class Plain:
         return loss.item()
 
 
-def report(
-    args, config, session, ours: list, theirs: list, parts: list[dict], flops: float, peak: float | None
-) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    median = {name: [statistics.median(block[WARM:]) for block in blocks] for name, blocks in (("c4c", ours), ("plain PyTorch", theirs))}  # fmt: skip
+def report(args, config, session, turns: Turns, flops: float, peak: float | None) -> None:
+    blocks = {"c4c": turns.ours[:-1], "plain PyTorch": turns.theirs[:-1]}
+    median = {name: [statistics.median(block[WARM:]) for block in each] for name, each in blocks.items()}
     overhead = 100 * (statistics.median(a / b for a, b in zip(*median.values(), strict=True)) - 1)
     rows = {}
-    for name, blocks in median.items():
-        step = statistics.median(blocks)
+    for name, each in median.items():
+        step = statistics.median(each)
         rows[name] = {"step_s": step, "clips_per_s": config.train.batch_size / step, "tflop_per_s": flops / step / 1e12}
         rows[name]["mfu_pct"] = 100 * flops / step / (peak * session.world) if peak else None
-    split = {}
+    split, last = {}, turns.parts[-args.block :][WARM:]
     for part in ("data", "forward", "backward", "optimizer", "communication"):
-        split[f"{part}_s"] = statistics.median(p.get(part, 0.0) for p in parts[WARM:])
-    split["rest_s"] = statistics.median(p["whole"] for p in parts[WARM:]) - sum(split.values())
-    table = Table("", "step s", "clips/s", "TFLOP/s", "MFU %")
-    for name, row in rows.items():
-        mfu = f"{row['mfu_pct']:.1f}" if peak else "peak unknown"
-        table.add_row(name, f"{row['step_s']:.3f}", f"{row['clips_per_s']:.1f}", f"{row['tflop_per_s']:.3f}", mfu)
-    Console().print(table)
-    pieces = Table("of a c4c step", "s", "%")
-    for part, seconds in split.items():
-        pieces.add_row(part[:-2], f"{seconds:.4f}", f"{100 * seconds / sum(split.values()):.1f}")
-    Console().print(pieces)
+        split[f"{part}_s"] = statistics.median(p.get(part, 0.0) for p in last)
+    split["rest_s"] = statistics.median(p["whole"] for p in last) - sum(split.values())
+    show(rows, split)
     print(f"c4c takes {overhead:+.1f} % over plain PyTorch (median of {args.rounds} rounds of {args.block} steps each)")
-    machine = {
-        "cpus": os.cpu_count(),
-        "cpu": cpu_name(),
-        "device": device_name(session.device),
-        "load": os.getloadavg()[0],
-    }
-    versions = {name: version(name) for name in ("torch", "deepspeed", "numpy")} | {"python": platform.python_version()}
     words = [*SETTINGS, f"engine.precision={config.engine.precision}", *args.overrides]
-    out = {"machine": machine, "versions": versions, "ranks": session.world, "settings": words, "weights": session.weights,
-           "rounds": args.rounds, "block": args.block, "overhead_pct": overhead, "ways": rows, "split": split,
-           "step_s_by_round": median}  # fmt: skip
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(out, indent=2) + "\n")
+    out = {"machine": harness.machine() | {"device": device_name(session.device)},
+           "versions": harness.versions("torch", "deepspeed", "numpy"), "ranks": session.world, "settings": words,
+           "weights": session.weights, "rounds": args.rounds, "block": args.block, "overhead_pct": overhead, "ways": rows,
+           "split": split, "step_s_by_round": median}  # fmt: skip
+    harness.save(args.json, out)
 
 
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+def show(rows: dict[str, dict], split: dict[str, float]) -> None:
+    figures = (("step_s", ".3f"), ("clips_per_s", ".1f"), ("tflop_per_s", ".3f"))
+    told = []
+    for name, row in rows.items():
+        mfu = "peak unknown" if row["mfu_pct"] is None else harness.number(row["mfu_pct"])
+        told.append([name, *(harness.number(row[key], form) for key, form in figures), mfu])
+    harness.show(["", "step s", "clips/s", "TFLOP/s", "MFU %"], told)
+    shares = [[part[:-2], f"{s:.4f}", f"{100 * s / sum(split.values()):.1f}"] for part, s in split.items()]
+    harness.show(["of a c4c step", "s", "%"], shares)
 
 
 def device_name(device) -> str:

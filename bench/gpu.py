@@ -22,7 +22,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -32,29 +31,29 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # also when it is started as a script
+sys.path.append(str(Path(__file__).parents[1]))
 
-from bench.packing import make_clips  # noqa: E402
-from bench.smi import Busy, asked, has_nvdec  # noqa: E402
-from pipelines import bench as loading  # noqa: E402
-from pipelines.config import CacheConfig, DataConfig  # noqa: E402
-from pipelines.frame_sampling import choose  # noqa: E402
+from bench import harness
+from bench.harness import ROOT
+from bench.packing import make_clips
+from bench.smi import Busy, asked, has_nvdec
+from pipelines import bench as loading
+from pipelines.config import CacheConfig, DataConfig
+from pipelines.frame_sampling import choose
 from pipelines.lanes import Lane
-from pipelines.requests import ClipRequest  # noqa: E402
-from pipelines.stages.augment import view  # noqa: E402
-from pipelines.stages.fetch import Reader  # noqa: E402
-from pipelines.stages.graph import Graph, Plan  # noqa: E402
-from shards.annotations import Caption, Item  # noqa: E402
-from shards.packing.pack import pack  # noqa: E402
-from shards.split import Split  # noqa: E402
-from shards.video.profiles import Profile  # noqa: E402
+from pipelines.requests import ClipRequest
+from pipelines.stages.augment import view
+from pipelines.stages.fetch import Reader
+from pipelines.stages.graph import Graph, Plan
+from shards.annotations import Caption, Item
+from shards.packing.pack import pack
+from shards.split import Split
+from shards.video.profiles import Profile
 
 FRAMES, WORDS, PAIRS = 12, 77, 900_000  # a clip, a caption; five epochs of MSR-VTT 9k
 NAMES, WARM = 4, 4  # names of each clip; steps that are not counted
@@ -79,12 +78,10 @@ LOSS_STEPS, LOSS_BATCH = 4, 8
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, "gpu-NAME-DATE", parts=PARTS)
     parser.add_argument("--clips", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=12.0, help="that a part is measured for (%(default)g)")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--batch-size", type=int, default=128, help="clips (%(default)s)")
-    parser.add_argument("--json", type=Path, help="default: bench/results/gpu-NAME-DATE.json")
     parser.add_argument("--part", help=argparse.SUPPRESS)  # in a process of its own
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
@@ -95,12 +92,11 @@ def main() -> int:
     store(args.folder, args.clips)
     report = {"machine": machine(), "settings": args.overrides, "seconds": args.seconds, "parts": {}}
     name = report["machine"]["gpu"].lower().replace(" ", "-")
-    args.json = args.json or ROOT / f"bench/results/gpu-{name}-{date.today()}.json"
-    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json = args.json.with_name(args.json.name.replace("NAME-DATE", f"{name}-{date.today()}"))
     for part in args.only:
         print(f"{part} …", file=sys.stderr, flush=True)
         report["parts"][part] = run(part, args)
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+        harness.save(args.json, report)
     show(report)
     print(f"-> {args.json}")
     return int(any("error" in found for found in report["parts"].values()))
@@ -124,10 +120,7 @@ def machine() -> dict:
     if torch.cuda.is_available():
         told = {"gpu": torch.cuda.get_device_name(), "driver": asked("driver_version"), "nvdec": has_nvdec()}
     names = ("torch", "nvidia-dali-cuda130", "deepspeed", "open_clip_torch", "numpy")
-    return told | {
-        "cores": os.cpu_count(),
-        "versions": {name: version(name) for name in names} | {"python": platform.python_version()},
-    }
+    return told | {"cores": os.cpu_count(), "versions": harness.versions(*names)}
 
 
 def run(part: str, args: argparse.Namespace) -> dict:
@@ -142,11 +135,8 @@ def run(part: str, args: argparse.Namespace) -> dict:
 
 
 def started(command: list, found: Path, **env: str) -> dict:
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with Busy() as busy:
-        process = subprocess.run(
-            [*map(str, command)], env=os.environ | {"PYTHONPATH": path} | env, capture_output=True, text=True
-        )
+        process = subprocess.run([*map(str, command)], env=harness.environment(**env), capture_output=True, text=True)
     if process.returncode or not found.exists():
         lines = (process.stderr or process.stdout).strip().splitlines() or [f"exit code {process.returncode}"]
         return {"error": lines[-1][:500]}
@@ -172,7 +162,7 @@ def split_of(args: argparse.Namespace, name: str) -> Split:
     return Split(args.folder / f"{name}-{args.clips}")
 
 
-def clips_of(split: Split, count: int) -> list[Request]:
+def clips_of(split: Split, count: int) -> list[ClipRequest]:
     videos = [split.video(i) for i in range(min(count, len(split)))]
     return [ClipRequest(video, choose(video, "uniform", FRAMES)) for video in videos]
 
@@ -255,9 +245,9 @@ def equal(args: argparse.Namespace, device: torch.device) -> dict:
     return {"lanes": found}
 
 
-def shown(split: Split, config: DataConfig, device: torch.device, requests: list[Request]) -> torch.Tensor:
-    lane = Lane(split, config, device, len(requests))
-    frames, _ = lane.decode(requests, lane.read(requests), raw=True)
+def shown(split: Split, config: DataConfig, device: torch.device, requests: list[ClipRequest]) -> torch.Tensor:
+    lane = Lane(split, config, device, len(requests), raw=True)
+    frames = lane.batch(requests).frames
     frames = frames.cpu().clone()
     lane.close()
     return frames
@@ -273,75 +263,91 @@ class Finished(Exception):
     """Enough steps; nothing has to be saved."""
 
 
+class Steps:
+    """Seconds of each counted step of a training, how much of them was waiting for data, and the losses of all steps."""
+
+    def __init__(self, part: str, wanted_s: float, warm: int, wait: Callable[[], None]):
+        self._part, self._wanted_s, self._warm, self._wait = part, wanted_s, warm, wait
+        self.seconds: list[float] = []
+        self.waits: list[float] = []
+        self.losses: list[float] = []
+
+    def timed(self, batches: Iterator) -> Iterator:
+        """The batches, until there are enough steps; the first ones are not counted."""
+        began, steps = time.perf_counter(), 0
+        while len(self.seconds) < 6 or time.perf_counter() - began < self._wanted_s:
+            mark = time.perf_counter()
+            batch = next(batches)
+            yield batch
+            self._wait()
+            steps += 1
+            if steps > self._warm:
+                self.seconds.append(time.perf_counter() - mark)
+                self.waits.append(batch.wait_s)
+            elif steps == self._warm:
+                began = time.perf_counter()
+            if self._part == "losses" and len(self.losses) == LOSS_STEPS:
+                break
+        raise Finished
+
+    def noting(self, step: Callable) -> Callable:
+        """A step of the session that notes its loss."""
+
+        def noted(*given):
+            outcome = step(*given)
+            self.losses.append(outcome.loss)
+            return outcome
+
+        return noted
+
+
 def training(args: argparse.Namespace) -> dict:
     """Steps of c4c/training/trainer.py, on one batch again and again or on the loader's."""
-    from c4c.config import load
     from c4c.models.flops import peak, per_pair
     from c4c.training.trainer import Trainer
     from c4c.zero.distributed import start_distributed, stop_distributed
 
-    part, stored = args.part, "h264" if args.part.endswith("h264") else "intra"
+    part = args.part
     rank, world, device = start_distributed()
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     with tempfile.TemporaryDirectory(prefix="gpu-run-") as folder:
-        (Path(folder) / "bench.yaml").write_text("{}")
-        words = [f"data.{kind}={args.folder / f'{stored}-{args.clips}'}" for kind in ("train", "test")]
-        words += [
-            "model.init_from=scratch",
-            f"data.num_frames={FRAMES}",
-            f"data.max_words={WORDS}",
-            "train.epochs=10000",
-        ]
-        words += [f"run.dir={folder}/run", "checkpoint.every_steps=0", "checkpoint.every_minutes=0"]
-        words += [f"train.batch_size={LOSS_BATCH if part == 'losses' else args.batch_size}"]
-        words += [f"cache.dir={folder}/cache"] if part == "train cache" else []
-        config = load("bench.yaml", [*words, *TRAINING.get(part, []), *args.overrides], [Path(folder)])
+        config = config_of(args, Path(folder))
         trainer = Trainer(config, rank, world, device)
-        session, seconds, waits, losses = trainer.session, [], [], []
-        batches, step = session.batches, session.step
+        session, batches = trainer.session, trainer.session.batches
         warm = max(WARM, trainer.per_epoch) if part == "train cache" else WARM
-
-        def timed(count: int) -> Iterator:
-            given = again(batches) if part.startswith("step") else batches(count)
-            began = time.perf_counter()
-            while len(seconds) < 6 or time.perf_counter() - began < args.seconds:
-                mark = time.perf_counter()
-                batch = next(given)
-                yield batch
-                wait()
-                seconds.append(time.perf_counter() - mark)
-                waits.append(batch.wait_s)
-                if len(seconds) == warm and not warmed:
-                    seconds.clear(), waits.clear(), warmed.append(True)
-                    began = time.perf_counter()
-                if part == "losses" and len(losses) == LOSS_STEPS:
-                    break
-            raise Finished
-
-        def noted(*given):
-            outcome = step(*given)
-            losses.append(outcome.loss)
-            return outcome
-
-        warmed: list[bool] = []
-        session.batches, session.step = timed, noted
+        steps = Steps(part, args.seconds, warm, wait)
+        session.batches = lambda count: steps.timed(again(batches) if part.startswith("step") else batches(count))
+        session.step = steps.noting(session.step)
         with attention(part), suppress(Finished):
             trainer.run()
         flops = 3 * per_pair(session.model.spec, config.data.num_frames, config.data.max_words)
         most = peak(device, config.engine.precision)
     stop_distributed()
     if part == "losses":
-        return {"losses": losses}
-    clips = config.train.batch_size * len(seconds) / sum(seconds)
+        return {"losses": steps.losses}
+    clips = config.train.batch_size * len(steps.seconds) / sum(steps.seconds)
     return {
         "clips_per_s": clips,
-        "step_s": statistics.median(seconds),
-        "steps": len(seconds),
+        "step_s": statistics.median(steps.seconds),
+        "steps": len(steps.seconds),
         "mfu_pct": 100 * flops * clips / most if most else None,
-        "data_wait_pct": 100 * sum(waits) / sum(seconds),
+        "data_wait_pct": 100 * sum(steps.waits) / sum(steps.seconds),
         "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
         "minutes_for_900000_clips": PAIRS / clips / 60,
     }
+
+
+def config_of(args: argparse.Namespace, folder: Path):
+    from c4c.config import load
+
+    (folder / "bench.yaml").write_text("{}")
+    part, stored = args.part, "h264" if args.part.endswith("h264") else "intra"
+    words = [f"data.{kind}={args.folder / f'{stored}-{args.clips}'}" for kind in ("train", "test")]
+    words += ["model.init_from=scratch", f"data.num_frames={FRAMES}", f"data.max_words={WORDS}", "train.epochs=10000"]
+    words += [f"run.dir={folder}/run", "checkpoint.every_steps=0", "checkpoint.every_minutes=0"]
+    words += [f"train.batch_size={LOSS_BATCH if part == 'losses' else args.batch_size}"]
+    words += [f"cache.dir={folder}/cache"] if part == "train cache" else []
+    return load("bench.yaml", [*words, *TRAINING.get(part, []), *args.overrides], [folder])
 
 
 def again(batches: Callable) -> Iterator:
@@ -357,39 +363,34 @@ def attention(part: str):
 
 
 def show(report: dict) -> None:
-    from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
-    table = Table(
-        "part", "clips/s", "frames/s", "MFU %", "of the step", "data wait %", "decoded", "host CPU %", "PSNR dB"
-    )
+    rows = []
     alone = report["parts"].get("step", {}).get("clips_per_s")
-
-    def number(value: float | None, form: str = "{:.0f}") -> str:
-        return "" if value is None else form.format(value)
-
     for part, found in report["parts"].items():
         if "error" in found:
-            table.add_row(part, f"[red]{escape(found['error'][:80])}[/]")
+            rows.append([part, f"[red]{escape(found['error'][:80])}[/]"])
         elif part == "raw":
-            for name, frames in found["frames_per_s"].items():
-                table.add_row(name, "", number(frames))
+            rows += [[name, "", cell(frames)] for name, frames in found["frames_per_s"].items()]
         elif part in ("lanes", "equal"):
             for name, row in found["lanes"].items():
                 clips = row.get("clips_per_s")
-                told = [number(clips), number(clips and clips * FRAMES), "", "", ""]
-                told += [number(row.get("frames_decoded_per_frame_used"), "{:.2f}"), number(row.get("host_cpu_pct"))]
-                same = "equal" if row.get("psnr_db", 0) is None else number(row.get("psnr_db"), "{:.1f}")
-                table.add_row(f"{part}, {name}", *told, same)
+                told = [cell(clips), cell(clips and clips * FRAMES), "", "", ""]
+                told += [cell(row.get("frames_decoded_per_frame_used"), ".2f"), cell(row.get("host_cpu_pct"))]
+                same = "equal" if row.get("psnr_db", 0) is None else cell(row.get("psnr_db"), ".1f")
+                rows.append([f"{part}, {name}", *told, same])
         elif part == "losses":
-            worst = max(found["differ_by_pct"])
-            table.add_row(f"losses differ by at most {worst:.2g} %")
+            rows.append([f"losses differ by at most {max(found['differ_by_pct']):.2g} %"])
         else:
             clips, share = found["clips_per_s"], found["clips_per_s"] / alone if alone else None
-            told = [number(clips), number(clips * FRAMES), number(found["mfu_pct"], "{:.1f}"), number(share, "{:.3f}")]
-            table.add_row(part, *told, number(found["data_wait_pct"], "{:.2f}"))
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+            told = [cell(clips), cell(clips * FRAMES), cell(found["mfu_pct"], ".1f"), cell(share, ".3f")]
+            rows.append([part, *told, cell(found["data_wait_pct"], ".2f")])
+    heads = ("part", "clips/s", "frames/s", "MFU %", "of the step", "data wait %", "decoded", "host CPU %", "PSNR dB")
+    harness.show(heads, rows, width=140)
+
+
+def cell(value: float | None, form: str = ".0f") -> str:
+    return "" if value is None else format(value, form)
 
 
 if __name__ == "__main__":

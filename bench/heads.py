@@ -10,37 +10,34 @@ Needs data/demo (python -m c4c.shard demo --out data/demo). Writes bench/results
 are there already, of other heads and seeds with the same settings, stay.
 """
 
-import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
+sys.path.append(str(Path(__file__).parents[1]))
 
+from bench import harness
+from bench.harness import ROOT
 from c4c.training.run_folder import read_done
-
-ROOT = Path(__file__).parents[1]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Compare heads on the demo set.")
+    parser = harness.parser(__doc__, "heads")
     parser.add_argument("--heads", nargs="+", default=["meanP", "seqTransf"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[42])
-    parser.add_argument("--json", type=Path, default=ROOT / "bench/results/heads.json")
     parser.add_argument("overrides", nargs="*", help="settings for launch/train.py, key=value")
     args = parser.parse_intermixed_args()
     rows = [r for r in read(args.json) if r["settings"] == args.overrides]
     for head in args.heads:
         for seed in args.seeds:
             rows = [r for r in rows if (r["head"], r["seed"]) != (head, seed)] + [measure(head, seed, args.overrides)]
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(rows, indent=2) + "\n")
-    table = Table("head", "seed", "t2v R@1 %", "in pairs, t2v R@1 %", "others, t2v R@1 %")
-    for row in rows:
-        table.add_row(row["head"], str(row["seed"]), *(f"{row[k]:.1f}" for k in ("R1", "R1_pairs", "R1_others")))
-    Console().print(table)
+            harness.save(args.json, rows)
+    told = [
+        [row["head"], str(row["seed"]), *(harness.number(row[k]) for k in ("R1", "R1_pairs", "R1_others"))]
+        for row in rows
+    ]
+    harness.show(["head", "seed", "t2v R@1 %", "in pairs, t2v R@1 %", "others, t2v R@1 %"], told)
     return 0
 
 

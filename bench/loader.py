@@ -17,13 +17,10 @@ Needs pip install -e '.[bench]', ffmpeg on the path (or imageio-ffmpeg) and, for
 apt-get install ffmpeg). Rows of what does not load are left out, with the reason.
 """
 
-import argparse
-import json
 import os
 import sys
 import tempfile
 import threading
-import time
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -37,32 +34,18 @@ import numpy as np
 import psutil
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # also when it is started as a script
+sys.path.append(str(Path(__file__).parents[1]))
 
-from bench import rivals  # noqa: E402
-from bench.packing import FFMPEG, ffmpeg, make_clips, run_ffmpeg  # noqa: E402
-from bench.told import (  # noqa: E402
-    COMPRESSED,
-    DALI,
-    PSNR_CLIPS,
-    TURBO,
-    chart,
-    missing,
-    pixels,
-    processor,
-    report,
-    show,
-    targets,
-    versions,
-)  # fmt: skip
-from pipelines.config import CacheConfig, DataConfig  # noqa: E402
-from pipelines.frame_sampling import choose  # noqa: E402
-from pipelines.loader import Loader  # noqa: E402
-from shards.annotations import Caption, Item  # noqa: E402
-from shards.packing.pack import pack  # noqa: E402
-from shards.split import Split  # noqa: E402
-from shards.video.profiles import Profile  # noqa: E402
+from bench import harness, rivals
+from bench.harness import ROOT, Stopwatch
+from bench.packing import FFMPEG, ffmpeg, make_clips, run_ffmpeg
+from bench.told import COMPRESSED, DALI, PSNR_CLIPS, TURBO, chart, missing, pixels, report, show, targets
+from pipelines.config import CacheConfig, DataConfig
+from pipelines.loader import Loader
+from shards.annotations import Caption, Item
+from shards.packing.pack import pack
+from shards.split import Split
+from shards.video.profiles import Profile
 
 SECONDS = 2.0  # a round of a way lasts about so long at least
 BATCH = 32  # the official recipe's on each of four GPUs; fewer where they do not divide the clips
@@ -99,6 +82,10 @@ OTHERS = {
 }
 
 
+PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "av", "torchcodec", "decord", "opencv-python-headless", "simplejpeg",
+            "pillow", "numpy")  # fmt: skip
+
+
 @dataclass
 class Way:
     """One row. `run()` does every clip and returns (clips, seconds, seconds of processor, bytes read)."""
@@ -114,38 +101,31 @@ class Way:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, "loader", repeats=3, only=True)
     parser.add_argument("--clips", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only", nargs="+", default=[], metavar="PART", help="rows whose names hold one of these")
     parser.add_argument("--folder", type=Path, default=ROOT / "data/bench", help="where clips and shards are kept")
     parser.add_argument("--cache", type=Path, help="folder of the cache of decoded frames (default: a temporary one)")
-    parser.add_argument("--json", type=Path, default=ROOT / "bench/results/loader.json")
-    parser.add_argument("--png", type=Path, default=ROOT / "bench/results/loader.png")
+    parser.add_argument("--png", type=Path, default=harness.RESULTS / "loader.png")
     args = parser.parse_args()
-    chosen = partial(_chosen, args.only)
+    chosen = partial(harness.is_chosen, args.only)
     clips = make_clips(args.folder / "packing", args.clips, os.cpu_count())
     with tempfile.TemporaryDirectory(dir=args.cache) as cache:
         ways = [*bare(args.folder, clips, chosen), *ours(args.folder, clips, chosen, Path(cache)),
                 *others(args.folder, clips, chosen)]  # fmt: skip
-        started = time.perf_counter()
-        for _ in range(args.repeats):
-            for way in ways:
-                way.rounds.append(way.run())
-        seconds = time.perf_counter() - started
+        watch = Stopwatch()
+        rounds = harness.in_turn({way.name: way.run for way in ways}, args.repeats)
+        seconds, _ = watch.read()
+    for way in ways:
+        way.rounds = rounds[way.name]
     rows = report(ways, clips)
     met = targets(rows)
     show(rows, met, len(clips), args.repeats)
-    found = {"clips": len(clips), "repeats": args.repeats, "cores": os.cpu_count(), "processor": processor(), "seconds": seconds,
-             "load": os.getloadavg(), "versions": versions(), "ways": rows, "targets": met}  # fmt: skip
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(found, indent=2) + "\n")
+    found = {"clips": len(clips), "repeats": args.repeats, "cores": os.cpu_count(), "processor": harness.machine()["cpu"],
+             "seconds": seconds, "load": os.getloadavg(), "versions": harness.versions(*PACKAGES), "ways": rows,
+             "targets": met}  # fmt: skip
+    harness.save(args.json, found)
     chart(rows, args.png)
     return 0
-
-
-def _chosen(only: list[str], name: str) -> bool:
-    return not only or any(part in name for part in only)
 
 
 # ---- the ways ----
@@ -191,11 +171,11 @@ def _pass(way: Way, split: Split, config: DataConfig, how: str, cache: CacheConf
     with Loader(split, config, batch_size=gcd(len(split), BATCH), seed=0, cache=cache, raw="raw" in how) as loader:
         # memory for batches is taken once and used again; the first epoch of a cold cache is what is measured of it
         first = 0 if "cold" in how else 1 if way.name.startswith("video") else config.prefetch + 4
-        began, cpu, held = time.perf_counter(), time.process_time(), deque(maxlen=2)
+        watch, held = Stopwatch(), deque(maxlen=2)
         for i, batch in enumerate(loader.batches(count=first + passes * loader.steps_per_epoch)):
             if i < first:
                 held.append(batch)  # for a while, so that as many are about at once as there will ever be
-                began, cpu = time.perf_counter(), time.process_time()
+                watch = Stopwatch()
                 continue
             held.clear()
             clips += len(batch.keys)
@@ -203,7 +183,7 @@ def _pass(way: Way, split: Split, config: DataConfig, how: str, cache: CacheConf
             used, decoded = used + batch.stats.frames_used, decoded + batch.stats.frames_decoded
             if len(way.shown) < PSNR_CLIPS:
                 _remember(way, batch)
-        spent = time.perf_counter() - began, time.process_time() - cpu
+        spent = watch.read()
     way.decoded = decoded / used
     return clips, *spent, bytes_read
 
@@ -259,15 +239,15 @@ class Some(torch.utils.data.Sampler):
 
 
 def run_other(way: Way, loader):
-    clips, before, began = 0, spent_by_all(), time.perf_counter()
+    clips, before, watch = 0, spent_by_all(), Stopwatch()
     for frames, numbers in loader:
         for clip, shown in zip(frames, numbers, strict=True):
             if clips < PSNR_CLIPS and clips not in way.shown:
                 there = shown >= 0
                 way.shown[clips] = pixels(clip[there]), shown[there].numpy()
             clips += 1
-    seconds, after = time.perf_counter() - began, spent_by_all()
-    return clips, seconds, after[0] - before[0], after[1] - before[1]
+    after = spent_by_all()
+    return clips, watch.read()[0], after[0] - before[0], after[1] - before[1]
 
 
 def spent_by_all() -> tuple[float, int]:
@@ -286,6 +266,7 @@ def bare(folder: Path, clips: list[Path], chosen) -> list[Way]:
         return []
     split = packed(folder / f"shards/intra-{len(clips)}", clips, STORED["intra"])
     pictures = []
+    choose = harness.either("pipelines.frame_sampling:choose", "pipelines.sampling:choose")
     for video in map(split.video, range(len(split))):
         at = choose(video, "uniform", rivals.FRAMES)
         places = zip(video.frames.offset[at].tolist(), video.frames.size[at].tolist(), strict=True)
@@ -312,9 +293,9 @@ def run_turbo(pictures: list[list[np.ndarray]], passes: int = 16):
             simplejpeg.decode_jpeg(picture, "RGB", buffer=here.room)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        began, cpu = time.perf_counter(), time.process_time()
+        watch = Stopwatch()
         list(pool.map(decode, pictures * passes))
-        return len(pictures) * passes, time.perf_counter() - began, time.process_time() - cpu, 0
+        return len(pictures) * passes, *watch.read(), 0
 
 
 def run_dali(pictures: list[list[np.ndarray]], passes: int = 16):
@@ -332,11 +313,11 @@ def run_dali(pictures: list[list[np.ndarray]], passes: int = 16):
     batches = [list(chain.from_iterable(pictures[i : i + size])) for i in range(0, len(pictures), size)]
     pipeline.feed_input("source", batches[0])
     pipeline.run()
-    began, cpu = time.perf_counter(), time.process_time()
+    watch = Stopwatch()
     for batch in batches * passes:
         pipeline.feed_input("source", batch)
         pipeline.run()
-    return len(pictures) * passes, time.perf_counter() - began, time.process_time() - cpu, 0
+    return len(pictures) * passes, *watch.read(), 0
 
 
 # ---- what they read ----

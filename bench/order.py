@@ -12,10 +12,8 @@ draw before. "stored" is what a DistributedSampler does: torch.randperm of all p
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,12 +23,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from crc32c import crc32c
-from rich.console import Console
-from rich.table import Table
 
-from shards.schema import CAPTION_COUNTS, FORMAT_VERSION, SCHEMA
+sys.path.append(str(Path(__file__).parents[1]))
 
-ROOT = Path(__file__).parents[1]
+from bench import harness
+from shards.schema import CAPTION_COUNTS, FORMAT_VERSION, JSON_CRCS, REJECTS, SCHEMA
+
 SHARD = 256  # videos of a shard
 FRAMES = 30
 LINKS = 30000  # hard links that a file gets before the next copy of it: file systems allow few more
@@ -38,11 +36,10 @@ CASES = {"one caption": [1], "1 to 5 captions": [1, 2, 3, 4, 5]}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Cost of opening a huge split and of drawing its order.")
+    parser = harness.parser(__doc__, "order")
     parser.add_argument("--videos", type=int, default=10_000_000)
     parser.add_argument("--batch-size", type=int, default=1024)
     parser.add_argument("--draws", type=int, default=200)
-    parser.add_argument("--json", type=Path, default=ROOT / "bench/results/order.json")
     parser.add_argument("--folder", type=Path, help="where to make the split; default: a temporary folder")
     parser.add_argument("--measure", help=argparse.SUPPRESS)  # one case, in a process of its own
     args = parser.parse_args()
@@ -59,25 +56,14 @@ def main() -> int:
             stored = run("stored", args, pairs=rows[-1]["pairs"])
             rows.append({"case": f"{name}, stored"} | stored)
     show(rows)
-    about = {
-        "cpus": os.cpu_count(),
-        "cpu": platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "pyarrow": pa.__version__,
-    }
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps({"machine": about, "results": rows}, indent=2) + "\n")
+    harness.save(args.json, {"machine": harness.machine() | harness.versions("numpy", "pyarrow"), "results": rows})
     return 0
 
 
 def run(what: str, args: argparse.Namespace, pairs: int = 0) -> dict:
     videos = pairs or args.videos
     words = ["--measure", what, "--videos", videos, "--batch-size", args.batch_size, "--draws", args.draws]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, __file__, *map(str, words)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
-    return json.loads(done.stdout.splitlines()[-1])
+    return harness.answer(__file__, *words)
 
 
 def measure(path: Path, args: argparse.Namespace) -> dict:
@@ -197,17 +183,18 @@ def write_table(path: Path, captions: np.ndarray) -> None:
             "frame_number": np.arange(0, 300, 10), "frame_time": np.arange(FRAMES) / 3, "frame_offset": np.cumsum(size),
             "frame_size": size, "frame_key": [True] * FRAMES, "frame_crc32c": draw.integers(0, 2**32, FRAMES),
         })  # fmt: skip
-    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), path, compression="zstd", write_page_checksum=True)
+    table = pa.Table.from_pylist(rows, SCHEMA).replace_schema_metadata(
+        {REJECTS: "[]", JSON_CRCS: json.dumps([0] * len(rows))}
+    )
+    pq.write_table(table, path, compression="zstd", write_page_checksum=True)
 
 
 def show(rows: list[dict]) -> None:
-    table = Table("", "pairs", "open + first pairs, s", "with rows, s", "peak MiB", "any step, median ms", "p95 ms")
-    for row in rows:
-        cells = [f"{row['pairs']:,}", f"{row['open_and_first_pairs_s']:.2f}"]
-        cells += [f"{row['first_pairs_rows_and_captions_s']:.2f}" if "any_step_p95_ms" in row else ""]
-        cells += [f"{row['peak_mib']:.0f}", f"{row['any_step_median_ms']:.2f}"]
-        table.add_row(row["case"], *cells, f"{row['any_step_p95_ms']:.2f}" if "any_step_p95_ms" in row else "")
-    Console().print(table)
+    figures = {"pairs": ",", "open_and_first_pairs_s": ".2f", "first_pairs_rows_and_captions_s": ".2f", "peak_mib": ".0f",
+               "any_step_median_ms": ".2f", "any_step_p95_ms": ".2f"}  # fmt: skip
+    told = [[row["case"], *(harness.number(row.get(key), form) for key, form in figures.items())] for row in rows]
+    heads = ["", "pairs", "open + first pairs, s", "with rows, s", "peak MiB", "any step, median ms", "p95 ms"]
+    harness.show(heads, told)
 
 
 if __name__ == "__main__":

@@ -10,16 +10,12 @@ ffmpeg's files against the source frame that fits best. Prints a table and write
 Needs ffmpeg on the path, or the package imageio-ffmpeg (pip install -e '.[bench]').
 """
 
-import argparse
-import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
@@ -30,14 +26,15 @@ from pathlib import Path
 import av
 import numpy as np
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 
+sys.path.append(str(Path(__file__).parents[1]))
+
+from bench import harness
+from bench.harness import ROOT
 from shards.video.picture import scaled_size
 from shards.video.profiles import PROFILES, Profile, store
 from shards.video.random_access import pick_frames
 
-ROOT = Path(__file__).parents[1]
 WIDTH, HEIGHT, SHORT_SIDE, RATE = 320, 240, 224, 3
 SIZE = scaled_size(WIDTH, HEIGHT, SHORT_SIDE)
 PSNR_CLIPS = 2
@@ -52,13 +49,11 @@ BASE, BARE = "ffmpeg, MJPEG q3", "bare decoding"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, "packing", repeats=3)
     parser.add_argument("--clips", type=int, default=64)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--profiles", nargs="+", choices=PROFILES, default=list(PROFILES))
     parser.add_argument("--folder", type=Path, default=ROOT / "data/bench/packing", help="where the clips are kept")
-    parser.add_argument("--json", type=Path, default=ROOT / "bench/results/packing.json")
     args = parser.parse_args()
     clips = make_clips(args.folder, args.clips, args.workers)
     seconds = sum(map(duration, clips))
@@ -76,11 +71,10 @@ def main() -> int:
         row["times_decoding"] = rows[BARE]["cpu_s"] / row["cpu_s"]
         row["psnr_db"], row["psnr_luma_db"] = quality(name, ways[name], clips[:PSNR_CLIPS])
     show(rows, len(clips), seconds, args.workers)
-    versions = {"av": av.__version__, "ffmpeg": version(program), "python": platform.python_version()}
+    versions = harness.versions("av") | {"ffmpeg": version(program)}
     report = {"clips": len(clips), "video_seconds": seconds, "workers": args.workers, "repeats": args.repeats,
               "cores": os.cpu_count(), "load_before": os.getloadavg()[0], "versions": versions, "ways": rows}  # fmt: skip
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(report, indent=2) + "\n")
+    harness.save(args.json, report)
     return 0
 
 
@@ -201,16 +195,16 @@ def measure(ways: dict[str, Callable], clips: list[Path], workers: int, repeats:
 
 def measure_clip(ways: dict[str, Callable], clip: Path) -> dict[str, tuple[float, float, int]]:
     """{way: (clock, processor time of this process and its children, bytes written)}"""
-    found = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, way in ways.items():
-            out = Path(folder) / "out.mp4"
-            before, started = os.times(), time.perf_counter()
-            way(clip, out)
-            after, clock = os.times(), time.perf_counter() - started
-            cpu = sum(after[:4]) - sum(before[:4])
-            found[name] = clock, cpu, out.stat().st_size if way is not decode_all else 0
-    return found
+        turns = {name: partial(measure_way, way, clip, Path(folder) / "out.mp4") for name, way in ways.items()}
+        return {name: once for name, (once,) in harness.in_turn(turns).items()}
+
+
+def measure_way(way: Callable, clip: Path, out: Path) -> tuple[float, float, int]:
+    watch = harness.Stopwatch(children=True)
+    way(clip, out)
+    clock, cpu = watch.read()
+    return clock, cpu, out.stat().st_size if way is not decode_all else 0
 
 
 # ---- quality ----
@@ -269,13 +263,14 @@ def psnr(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
 
 
 def show(rows: dict[str, dict], clips: int, seconds: float, workers: int) -> None:
-    table = Table("way", *(f"{head}" for head in ("videos/s", "video s/s", "x ffmpeg", "x decoding", "kB a clip", "PSNR dB", "luma")),
-                  title=f"{clips} clips, {seconds:.0f} s of video, {workers} processes")  # fmt: skip
-    for name, row in rows.items():
-        figures = (("videos_per_s", 1, 1), ("video_seconds_per_s", 1, 0), ("times_ffmpeg", 1, 2), ("times_decoding", 1, 2),
-                   ("bytes_per_clip", 1e3, 0), ("psnr_db", 1, 1), ("psnr_luma_db", 1, 1))  # fmt: skip
-        table.add_row(name, *("-" if not row[k] else f"{row[k] / unit:.{digits}f}" for k, unit, digits in figures))
-    Console(width=110).print(table)
+    heads = ("way", "videos/s", "video s/s", "x ffmpeg", "x decoding", "kB a clip", "PSNR dB", "luma")
+    figures = (("videos_per_s", 1, 1), ("video_seconds_per_s", 1, 0), ("times_ffmpeg", 1, 2), ("times_decoding", 1, 2),
+               ("bytes_per_clip", 1e3, 0), ("psnr_db", 1, 1), ("psnr_luma_db", 1, 1))  # fmt: skip
+    told = [
+        [name, *(harness.number(row[key] or None, f".{digits}f", unit) for key, unit, digits in figures)]
+        for name, row in rows.items()
+    ]
+    harness.show(heads, told, f"{clips} clips, {seconds:.0f} s of video, {workers} processes", width=110)
 
 
 if __name__ == "__main__":

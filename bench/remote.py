@@ -11,8 +11,6 @@ Prints the share of the time that steps waited, without and with those of the re
 Exits with 1 if the share without is 5 % or more, the folder exceeded its bound, or a pair was missed. Needs the test extras.
 """
 
-import argparse
-import json
 import os
 import statistics
 import sys
@@ -22,35 +20,32 @@ import time
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # also when it is started as a script
+sys.path.append(str(Path(__file__).parents[1]))
 
-from bench.store import Store  # noqa: E402
-from pipelines.config import DataConfig  # noqa: E402
-from pipelines.loader import Loader  # noqa: E402
-from shards.annotations import Caption, Item  # noqa: E402
-from shards.packing.pack import pack  # noqa: E402
-from shards.remote import Local  # noqa: E402
-from shards.split import Split  # noqa: E402
-from shards.video.profiles import Profile  # noqa: E402
-from tests.videos import encode  # noqa: E402
+from bench import harness
+from bench.store import Store
+from pipelines.config import DataConfig
+from pipelines.loader import Loader
+from shards.annotations import Caption, Item
+from shards.packing.pack import pack
+from shards.remote import Local
+from shards.split import Split
+from shards.video.profiles import Profile
+from tests.videos import encode
 
 SHARD_VIDEOS, BATCH = 8, 32
 ALLOWED = 0.05
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, "remote")
     parser.add_argument("--shards", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--latency", type=float, default=0.05, help="seconds (default: %(default)s)")
     parser.add_argument("--failures", type=float, default=0.01, help="share of the requests (default: %(default)s)")
     parser.add_argument("--step-seconds", type=float, default=0.5, help="of computing (default: %(default)s)")
-    parser.add_argument("--folder", type=Path, default=ROOT / "data/bench", help="where the shards are kept")
-    parser.add_argument("--json", type=Path, default=ROOT / "bench/results/remote.json")
+    parser.add_argument("--folder", type=Path, default=harness.ROOT / "data/bench", help="where the shards are kept")
     args = parser.parse_args()
     packed = make_shards(args.folder / f"remote-{args.shards}", args.shards)
     store = Store(packed, args.latency, args.failures)
@@ -65,8 +60,7 @@ def main() -> int:
     found |= {"shards": args.shards, "latency_s": args.latency, "failures": args.failures, "cores": os.cpu_count(),
               "step_s_wanted": args.step_seconds, "load": os.getloadavg()}  # fmt: skip
     show(found)
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(found, indent=2) + "\n")
+    harness.save(args.json, found)
     good = found["wait_share"] < ALLOWED and found["most_bytes"] <= found["bound_bytes"] and not found["missed"]
     return 0 if good else 1
 
@@ -160,19 +154,18 @@ def make_shards(folder: Path, count: int) -> Path:
 
 
 def show(found: dict) -> None:
-    table = Table("", "", show_header=False, title=f"{found['shards']} shards, {found['steps']} steps")
-    table.add_row("waited for data", f"{100 * found['wait_share']:.2f} % of the time (below {100 * ALLOWED:.0f} %)")
-    table.add_row("with the restart", f"{100 * found['wait_share_with_the_restart']:.2f} %")
-    table.add_row("the server was away for", f"{found['seconds_without_server']:.1f} s")
-    table.add_row("first batch after, longest wait", f"{found['first_wait_s']:.2f} s, {found['longest_wait_s']:.2f} s")
-    table.add_row("a step", f"{found['step_s']:.2f} s")
-    table.add_row(
-        "local folder at most",
-        f"{found['most_bytes'] / 1e6:.1f} of {found['bound_bytes'] / 1e6:.1f} MB; set {found['set_bytes'] / 1e6:.0f} MB",
-    )
-    table.add_row("requests", f"{found['requests']}, of which {found['failed_requests']} failed")
-    table.add_row("pairs missed", str(found["missed"]))
-    Console(width=100).print(table)
+    told = [
+        ("waited for data", f"{100 * found['wait_share']:.2f} % of the time (below {100 * ALLOWED:.0f} %)"),
+        ("with the restart", f"{100 * found['wait_share_with_the_restart']:.2f} %"),
+        ("the server was away for", f"{found['seconds_without_server']:.1f} s"),
+        ("first batch after, longest wait", f"{found['first_wait_s']:.2f} s, {found['longest_wait_s']:.2f} s"),
+        ("a step", f"{found['step_s']:.2f} s"),
+        ("local folder at most", f"{found['most_bytes'] / 1e6:.1f} of {found['bound_bytes'] / 1e6:.1f} MB; set "
+         f"{found['set_bytes'] / 1e6:.0f} MB"),
+        ("requests", f"{found['requests']}, of which {found['failed_requests']} failed"),
+        ("pairs missed", str(found["missed"])),
+    ]  # fmt: skip
+    harness.show(["", ""], told, f"{found['shards']} shards, {found['steps']} steps", width=100)
 
 
 if __name__ == "__main__":

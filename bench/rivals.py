@@ -11,8 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipelines.frame_sampling import extractor_frames
-
 FRAMES, SIDE = 12, 224
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _RESIZE = 256  # mmaction2's short side
@@ -124,7 +122,9 @@ def pyav_seek(path: str):
 
 
 def wanted(count: int, fps: Fraction) -> np.ndarray:
-    return extractor_frames(count, fps, FRAMES, "uniform")
+    """CLIP4Clip's rule: the first frame of every second, and of more than FRAMES an even choice."""
+    seconds = np.arange(0, count, max(1, int(fps)))
+    return seconds[np.linspace(0, len(seconds) - 1, min(FRAMES, len(seconds)), dtype=int)]
 
 
 def transformed(frames: torch.Tensor) -> torch.Tensor:

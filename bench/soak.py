@@ -5,9 +5,7 @@
 Ten minutes of 64-pixel frames show as many batches as hours of training. Exits with 1 if anything grew.
 """
 
-import argparse
 import gc
-import json
 import math
 import os
 import sys
@@ -16,9 +14,9 @@ import threading
 import time
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
+sys.path.append(str(Path(__file__).parents[1]))
 
+from bench import harness
 from pipelines.config import CacheConfig, DataConfig
 from pipelines.loader import Loader
 from shards.split import Split
@@ -27,22 +25,18 @@ GROWTH_MIB = 64  # more than this between the first tenth of the time and the en
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Watch the loader for growth over many epochs.")
+    parser = harness.parser(__doc__, None)
     parser.add_argument("--data", type=Path, required=True, help="folder of a packed split")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--cache", type=Path, help="folder of a cache (default: a temporary one, every other loader)")
-    parser.add_argument("--json", type=Path, help="write the samples here")
     args = parser.parse_args()
     config = DataConfig(num_frames=4, image_size=64, threads=2)
     with tempfile.TemporaryDirectory() as folder:
         found = soak(Split(args.data), config, 60 * args.minutes, args.cache or Path(folder), every=3 * args.minutes)
-    table = Table("seconds", "epochs", "batches", "resident MiB", "open files", "threads")
-    for row in found["samples"]:
-        table.add_row(*(f"{row[k]:.0f}" for k in ("seconds", "epochs", "batches", "mib", "files", "threads")))
-    Console().print(table)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(found, indent=2) + "\n")
+    heads = {"seconds": "seconds", "epochs": "epochs", "batches": "batches", "mib": "resident MiB", "files": "open files",
+             "threads": "threads"}  # fmt: skip
+    harness.show(list(heads.values()), [[f"{row[key]:.0f}" for key in heads] for row in found["samples"]])
+    harness.save(args.json, found)
     first, last = found["samples"][len(found["samples"]) // 10 + 1], found["samples"][-1]
     grown = [k for k, most in (("mib", GROWTH_MIB), ("files", 0), ("threads", 0)) if last[k] > first[k] + most]
     print(f"grown: {', '.join(grown)}" if grown else "nothing grew")

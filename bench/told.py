@@ -2,20 +2,16 @@
 
 import importlib
 import os
-import platform
 import statistics
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import av
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 
-from bench import rivals
+from bench import harness, rivals
 from bench.packing import psnr
 from shards.video.picture import scaled_size
 
@@ -136,22 +132,26 @@ def targets(rows: dict[str, dict]) -> list[dict]:
 
 
 def show(rows: dict[str, dict], met: list[dict], clips: int, repeats: int) -> None:
-    heads = ("clips/s", "x official", "ours / it", "x cpu", "decoded", "kB read", "kB stored", "PSNR dB", "luma")
-    table = Table("way", *heads, title=f"{clips} clips, {os.cpu_count()} cores, median of {repeats}")
+    heads = ("way", "clips/s", "x official", "ours / it", "x cpu", "decoded", "kB read", "kB stored", "PSNR dB", "luma")
     figures = (("clips_per_s", 1, 1), ("times_official", 1, 1), ("ours_over_it", 1, 2), ("times_official_cpu", 1, 1),
                ("frames_decoded_per_frame_used", 1, 1), ("bytes_read_per_clip", 1e3, 0), ("bytes_stored_per_clip", 1e3, 0),
                ("psnr_db", 1, 1), ("psnr_luma_db", 1, 1))  # fmt: skip
+    told = []
     for name, row in sorted(rows.items(), key=lambda item: item[1]["clips_per_s"]):
-        cells = ["-" if row.get(k) is None else f"{row[k] / unit:.{digits}f}" for k, unit, digits in figures]
+        cells = [harness.number(row.get(key), f".{digits}f", unit) for key, unit, digits in figures]
         cells[-2:] = ["exact" if c != "-" and float(c) > 100 else c for c in cells[-2:]]
-        table.add_row(f"[bold]{name}[/bold]" if row["group"] == "ours" else name, *cells)
-    console = Console(width=140)
-    console.print(table)
-    table = Table("must reach", "at least", "reached", "in processor time")
-    for row in met:
-        cpu = f"{row['in_processor_time']:.2f}" if "in_processor_time" in row else ""
-        table.add_row(row["what"], f"{row['wanted']:g}", f"{row['reached']:.2f}", cpu)
-    console.print(table)
+        told.append([f"[bold]{name}[/bold]" if row["group"] == "ours" else name, *cells])
+    harness.show(heads, told, f"{clips} clips, {os.cpu_count()} cores, median of {repeats}", width=140)
+    reached = [
+        [
+            row["what"],
+            f"{row['wanted']:g}",
+            f"{row['reached']:.2f}",
+            harness.number(row.get("in_processor_time"), ".2f"),
+        ]
+        for row in met
+    ]
+    harness.show(["must reach", "at least", "reached", "in processor time"], reached, width=140)
 
 
 def chart(rows: dict[str, dict], path: Path) -> None:
@@ -177,20 +177,3 @@ def chart(rows: dict[str, dict], path: Path) -> None:
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
-
-
-def versions() -> dict[str, str | None]:
-    names = ("torch", "torchvision", "nvidia-dali-cuda130", "av", "torchcodec", "decord", "opencv-python-headless",
-             "simplejpeg", "pillow", "numpy")  # fmt: skip
-    found = {"python": platform.python_version()}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())

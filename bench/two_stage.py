@@ -8,8 +8,6 @@ demo-narrated --out data/narrated). Writes bench/results/two_stage.json; started
 """
 
 import argparse
-import json
-import os
 import platform
 import statistics
 import subprocess
@@ -19,12 +17,14 @@ from pathlib import Path
 
 import yaml
 from rich.console import Console
-from rich.table import Table
 
+sys.path.append(str(Path(__file__).parents[1]))
+
+from bench import harness
+from bench.harness import ROOT
 from c4c.training import stages
 from c4c.training.run_folder import validations
 
-ROOT = Path(__file__).parents[1]
 CE = {"train.loss": "cross_entropy", "clips.bag": 1}
 FINE = {"train.lr": 5e-4}  # from a start that is good already
 # the training stage whose last validation, on the test set, stands for it
@@ -38,14 +38,13 @@ ROWS = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="The demo's two stages over seeds.")
+    parser = harness.parser(__doc__, "two_stage")
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
     parser.add_argument("--launcher", default="python", help="how training is started (%(default)s)")
     parser.add_argument(
         "--jobs", type=int, default=1, help="seeds at once, each with its share of the cores (%(default)s)"
     )
     parser.add_argument("--runs", type=Path, default=Path("runs/bench_two_stage"))
-    parser.add_argument("--json", type=Path, default=ROOT / "bench/results/two_stage.json")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of all training stages")
     args = parser.parse_intermixed_args()
     if args.jobs > 1:  # each seed in a process of its own; what follows then finds everything done
@@ -61,7 +60,7 @@ def main() -> int:
         stages.run(pipeline, ROOT / "launch", lambda text: console.print(text, highlight=False, markup=False))
         found[seed] = {stage.name: validations(stage.run)[-1] for stage in pipeline.stages}
         _write(args.json, found, args.overrides)
-    console.print(_table(found))
+    _show(found)
     return 0
 
 
@@ -70,7 +69,7 @@ def _alone(seed: int, args: argparse.Namespace) -> None:
     part = args.runs / str(seed) / "result.json"
     share = {"LOCAL_WORLD_SIZE": str(args.jobs)}  # by which training divides the machine's cores
     command = [sys.executable, __file__, *words, "--json", str(part)]
-    subprocess.run(command, cwd=ROOT, env=os.environ | share, check=True)
+    subprocess.run(command, cwd=ROOT, env=harness.environment(**share), check=True)
 
 
 def _stages(folder: Path, common: dict) -> list[dict]:
@@ -92,12 +91,12 @@ def _mean(found: dict, name: str) -> tuple[float, float]:
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def _table(found: dict) -> Table:
-    table = Table("", *(f"seed {seed}" for seed in found), "mean", title="text-to-video R@1 %")
+def _show(found: dict) -> None:
+    rows = []
     for name, title in ROWS.items():
-        values = [f"{result[name]:.1f}" for result in found.values()]
-        table.add_row(title, *values, f"{_mean(found, name)[0]:.1f}")
-    return table
+        values = [*(result[name] for result in found.values()), _mean(found, name)[0]]
+        rows.append([title, *map(harness.number, values)])
+    harness.show(["", *(f"seed {seed}" for seed in found), "mean"], rows, "text-to-video R@1 %")
 
 
 def _write(path: Path, found: dict, overrides: list[str]) -> None:
@@ -109,9 +108,8 @@ def _write(path: Path, found: dict, overrides: list[str]) -> None:
         "MIL-NCE over cross-entropy, fine-tuned, R@1 points": means["finetune"]["mean"] - means["finetune-ce"]["mean"],
     }
     about = {"machine": platform.machine(), "system": platform.platform(), "overrides": overrides}
-    path.parent.mkdir(parents=True, exist_ok=True)
     out = {"gains": gains, "t2v_R1": {ROWS[name]: mean for name, mean in means.items()}, "seeds": each, **about}
-    path.write_text(json.dumps(out, indent=2) + "\n")
+    harness.save(path, out)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,15 @@
+"""Shared by all tests. Importing it costs next to nothing: what a test needs, its own file imports."""
+
+import ast
 import os
+from pathlib import Path
 
 import pytest
-import torch
 
-# what a test that trains in this process leaves in the environment: commands that later tests start are no ranks
-_OF_RANKS = {
+NOT_QUICK = {"slow", "launch", "network", "gpu"}  # marks, described in pyproject.toml
+
+# A test that trains in this process leaves these in the environment; commands that later tests start are not ranks.
+RANK_VARIABLES = {
     "RANK",
     "WORLD_SIZE",
     "LOCAL_RANK",
@@ -15,17 +20,47 @@ _OF_RANKS = {
 } - os.environ.keys()
 
 
-def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+def pytest_addoption(parser):
+    marks = ", ".join(sorted(NOT_QUICK))
+    parser.addoption("--quick", action="store_true", help=f"leave out what is marked {marks}, without importing it")
+
+
+def pytest_ignore_collect(collection_path: Path, config) -> bool | None:
+    """A file that is marked as a whole is not even imported with --quick: torch, DALI and DeepSpeed take seconds."""
+    if config.getoption("quick") and collection_path.suffix == ".py" and file_marks(collection_path) & NOT_QUICK:
+        return True
+    return None
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("quick"):
+        left_out = [item for item in items if NOT_QUICK & {mark.name for mark in item.iter_markers()}]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
+    of_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if of_gpu and not _has_gpu():
+        for item in of_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+def file_marks(path: Path) -> set[str]:
+    """Names of the marks in a file's `pytestmark = ...`, read from its source."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "pytestmark" for t in node.targets):
+            return {part.attr for part in ast.walk(node.value) if isinstance(part, ast.Attribute)}
+    return set()
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 @pytest.fixture(autouse=True)
 def no_rank():
-    for name in _OF_RANKS:
+    for name in RANK_VARIABLES:
         os.environ.pop(name, None)
     yield
-    for name in _OF_RANKS:
+    for name in RANK_VARIABLES:
         os.environ.pop(name, None)

@@ -29,8 +29,8 @@ def start_distributed(timeout_s: float = 1800.0) -> tuple[int, int, torch.device
     _name_ranks(os.environ)
     if "SLURM_GPUS_PER_TASK" in os.environ and torch.cuda.device_count() == 1:
         os.environ["LOCAL_RANK"] = "0"  # each task is shown its own GPU alone
-    local = int(os.environ["LOCAL_RANK"])
-    if torch.cuda.is_available():
+    local, on_gpu = int(os.environ["LOCAL_RANK"]), get_accelerator().device_name() == "cuda"  # DS_ACCELERATOR decides
+    if on_gpu:
         if local >= torch.cuda.device_count():
             raise ValueError(
                 f"rank {os.environ['RANK']} is the {local + 1}th on a machine of {torch.cuda.device_count()} GPUs"
@@ -50,7 +50,7 @@ def start_distributed(timeout_s: float = 1800.0) -> tuple[int, int, torch.device
         store = dist.PrefixStore(common_word(store, rank, world, timeout_s), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
     return dist.get_rank(), dist.get_world_size(), device
 
 

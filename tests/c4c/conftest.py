@@ -23,3 +23,16 @@ def small_disk(tmp_path):
 
     yield disk, fill
     subprocess.run(["umount", disk], check=True)
+
+
+@pytest.fixture
+def write(tmp_path):
+    """write(name, text) -> the path of a file of this text."""
+
+    def write(name: str, text: str) -> str:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return str(path)
+
+    return write

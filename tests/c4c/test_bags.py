@@ -13,6 +13,8 @@ from c4c.models.clip4clip import CLIP4Clip
 from c4c.zero import engine as engines
 from c4c.zero.engine import Learner
 
+pytestmark = pytest.mark.slow
+
 SPEC = {
     "embed_dim": 16,
     "quick_gelu": True,

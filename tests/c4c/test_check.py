@@ -12,6 +12,8 @@ from shards.remote import Local
 from shards.split import Split
 from tests.shards import sets
 
+pytestmark = pytest.mark.slow  # imports DALI
+
 
 def test_a_remote_test_split_is_read_with_the_settings_of_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

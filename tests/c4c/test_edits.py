@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 
@@ -26,6 +27,8 @@ from pipelines.quarantine import append_line, json_lines
 from tests.edits import changed, damaged, edited_json, edited_lines
 
 CFG = Path(__file__).parents[2] / "launch" / "cfg"
+
+pytestmark = pytest.mark.slow  # imports DALI
 IN_A_TEST = 600
 
 

@@ -11,6 +11,8 @@ from c4c.retrieval import evaluate as module
 from c4c.retrieval.evaluate import evaluate, features
 from pipelines.config import DataConfig
 
+pytestmark = pytest.mark.slow  # imports DALI
+
 CAPTIONS = [["0"], ["1", "1", "1"], ["2", "2"], ["3"], ["4"]]  # each says which video it belongs to
 CPU = torch.device("cpu")
 

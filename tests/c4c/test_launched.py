@@ -77,16 +77,14 @@ DEADLOCK = "import ctypes; c = ctypes.CDLL(None); m = ctypes.create_string_buffe
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("work", ["time.sleep(60)", DEADLOCK], ids=["python", "C code"])
+@pytest.mark.parametrize("work", ["time.sleep(3600)", DEADLOCK], ids=["python", "C code"])
 def test_a_signal_before_the_first_step_is_one_line(work, number, rank):
     env = os.environ | {"RANK": str(rank), "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([sys.executable, "-c", STARTING.format(work=work)], env=env, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
     assert process.stdout.readline() == "ready\n"
-    began = time.monotonic()
     process.send_signal(number)
-    _, err = process.communicate(timeout=30)
-    assert time.monotonic() - began < 10
+    _, err = process.communicate()  # which the work does not end: it goes on for longer than a test may take
     assert process.returncode == 128 + number
     name = signal.Signals(number).name
     command = "python launch/train.py --cfg demo.yaml"

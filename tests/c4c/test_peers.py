@@ -11,6 +11,8 @@ import pytest
 
 from tests.launch.runs import ROOT, free_port
 
+pytestmark = pytest.mark.slow
+
 RANK = """
 import os, sys, time
 import torch
@@ -61,7 +63,7 @@ class Ranks:
             assert rank.stdout.readline() == "ready\n", rank.communicate()
 
     def said_by(self, rank: int) -> str:
-        out = self.both[rank].communicate(timeout=60)[1]
+        out = self.both[rank].communicate()[1]
         assert self.both[rank].returncode == 1, out
         return re.sub(r"pid \d+", "pid N", out)
 
@@ -85,13 +87,11 @@ COMMAND = "Go on with\n    deepspeed --num_accelerators 2"
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_is_killed_is_named_at_once(rank, ranks):
-    """Before its launcher ends the others, which deepspeed's does by force after 30 s."""
-    both = ranks()
-    began = time.monotonic()
+    """Long before `timeout_s`, which a test would not live to see."""
+    both = ranks(timeout_s=3600)
     both.both[rank].kill()
     both.both[rank].wait()
     err = both.said_by(1 - rank)
-    assert time.monotonic() - began < 25
     reason = "it was" if rank else "unless it gave a reason above, it was"
     said = (
         f"error: rank {rank} (pid N) vanished: {reason} killed, usually because memory ran out (dmesg tells). {COMMAND}"

@@ -15,6 +15,8 @@ import pytest
 
 from tests.launch.runs import ROOT
 
+pytestmark = pytest.mark.slow
+
 LAUNCHER = """
 import subprocess, sys
 ranks = [subprocess.Popen([sys.executable, "-c", sys.argv[1], str(rank)]) for rank in (0, 1)]
@@ -77,11 +79,12 @@ class Terminal:
         os.close(slave)
         self.shown = ""
 
-    def until(self, text: str, seconds: float = 30) -> None:
+    def until(self, text: str, seconds: float = 120) -> None:
         """Read what is shown, up to `text` or, if that is empty, to the end."""
         end = time.monotonic() + seconds
         while not text or text not in self.shown:
-            assert time.monotonic() < end, self.shown
+            if time.monotonic() > end:
+                raise TimeoutError(self.shown)
             if select.select([self.master], [], [], 0.1)[0]:
                 try:
                     self.shown += os.read(self.master, 4096).decode()
@@ -115,7 +118,7 @@ def test_ctrl_c_reaches_the_first_rank_and_not_the_launcher(start):
     terminal = start()
     terminal.type("\x03")
     terminal.until("")
-    assert terminal.process.wait(30) == 0
+    assert terminal.process.wait(120) == 0
     assert "Traceback" not in terminal.shown
     lines = [line for line in terminal.shown.replace("^C", "").splitlines() if line]
     assert lines == ["ready", "heard", "stopped by SIGINT", "codes [0, 0]"]
@@ -127,14 +130,14 @@ def test_a_second_ctrl_c_reaches_the_launcher_as_well(start):
     terminal.until("heard")
     assert terminal.process.poll() is None
     terminal.type("\x03")
-    assert terminal.process.wait(30) == -signal.SIGINT
+    assert terminal.process.wait(120) == -signal.SIGINT
     terminal.until("KeyboardInterrupt")
 
 
 def test_a_script_around_the_launcher_gets_its_ctrl_c(start):
     terminal = start("/bin/sh", "-c", '"$@"; echo the next command', "sh")
     terminal.type("\x03")
-    terminal.process.wait(30)
+    terminal.process.wait(120)
     terminal.until("stopped by SIGINT")
     assert "the next command" not in terminal.shown
 
@@ -147,9 +150,7 @@ def test_ctrl_z_stops_all_and_fg_goes_on(start, tmp_path):
     time.sleep(0.2)
     assert (tmp_path / "ticks").stat().st_size == ticks
     terminal.type("fg\n")
-    until = time.monotonic() + 30
     while (tmp_path / "ticks").stat().st_size < ticks + 5:
-        assert time.monotonic() < until, terminal.shown
         time.sleep(0.02)
     terminal.type("\x03")
     terminal.until("")

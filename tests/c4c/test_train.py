@@ -15,6 +15,8 @@ from c4c.training.trainer import Trainer, train
 from c4c.zero import checkpoint
 from tests.launch.runs import ROOT, Launcher, losses, make_splits
 
+pytestmark = pytest.mark.slow  # imports DALI
+
 STEPS = 5
 
 

@@ -23,6 +23,8 @@ from c4c.models.weights import read
 from c4c.settings import ModelConfig
 from c4c.training.run_folder import is_run
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = Path(__file__).parents[1] / "golden"
 SPEC = {
     "embed_dim": 64,

@@ -1,21 +1,14 @@
 """A tiny packed data set and finished runs on it, made once for all tests of this folder, in whatever process."""
 
 import fcntl
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch
 
+from tests.launch.forks import Forks
 from tests.launch.runs import Launcher, make_splits
-
-
-def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        for item in items:
-            if Path(__file__).parent in item.path.parents:
-                item.add_marker(pytest.mark.skip(reason="compares ranks on CPU; here the launcher gives each a GPU"))
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +36,15 @@ def launcher(shared) -> Launcher:
 
 
 @pytest.fixture(scope="session")
-def runs(launcher, shared) -> dict[str, Path]:
+def forks(launcher) -> Iterator[Forks]:
+    """Starts ranks without importing anything anew, for the device that all launched runs compute on."""
+    forks = Forks(**launcher.env)
+    yield forks
+    forks.close()
+
+
+@pytest.fixture(scope="session")
+def runs(launcher, forks, shared) -> dict[str, Path]:
     """Finished runs of two epochs that differ in nothing but ranks and ZeRO stage."""
     ways = {"1 rank": (1, 1), "2 ranks": (2, 1), "2 ranks, ZeRO 2": (2, 2), "2 ranks, ZeRO 3": (2, 3)}
     names = {name: f"run{i}" for i, name in enumerate(ways)}
@@ -52,7 +53,10 @@ def runs(launcher, shared) -> dict[str, Path]:
         def run(name: str) -> None:
             ranks, stage = ways[name]
             words = [f"run.dir={folder / names[name]}", f"engine.zero_stage={stage}"]
-            code, out, err = launcher.finish(launcher.command(ranks, *words))
+            if name == "2 ranks":
+                code, out, err = launcher.finish(launcher.command(ranks, *words))
+            else:
+                code, out, err = forks.run(["launch/train.py", *launcher.words(*words)], ranks)
             assert code == 0, out + err
 
         with ThreadPoolExecutor(2) as pool:  # a launch is mostly one core importing
@@ -63,12 +67,12 @@ def runs(launcher, shared) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def engines(launcher, shared) -> Path:
+def engines(forks, shared) -> Path:
     """What tests/launch/engines.py wrote: 2.json, 1.json, 4.json, one for each number of ranks."""
 
     def make(folder: Path) -> None:
         for ranks in (2, 1, 4):  # the later ones go on from checkpoints of the earlier
-            code, out, err = launcher.finish(launcher.launch(ranks, "tests/launch/engines.py", str(folder)))
+            code, out, err = forks.run(["tests/launch/engines.py", str(folder)], ranks)
             assert code == 0, out[-3000:] + err[-3000:]
 
     return shared("engines", make)

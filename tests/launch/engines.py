@@ -9,12 +9,17 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+
+from c4c.training.session import make_deterministic
 from c4c.zero.distributed import start_distributed, stop_distributed
 from tests.launch import continues, every_head
 
 
 def main() -> None:
     folder = Path(next(word for word in sys.argv[1:] if not word.startswith("-")))
+    if torch.cuda.is_available():
+        make_deterministic()
     rank, world, _ = start_distributed()
     found = {"continues": continues.results(folder, rank, world)}
     if world == 2:

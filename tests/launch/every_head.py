@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 import yaml
+from deepspeed.accelerator import get_accelerator
 
 from c4c.models.clip4clip import CLIP4Clip
 from c4c.models.heads import HEADS
@@ -28,7 +29,7 @@ SPEC = {
 
 
 def batch(rank: int, world: int) -> SimpleNamespace:
-    """This rank's share of one global batch whose last row is padding."""
+    """This rank's share of one global batch whose last row is padding, on its device."""
     random = torch.Generator().manual_seed(0)
     frames = torch.randn(ROWS, FRAMES, 3, 32, 32, generator=random)
     mask = torch.arange(FRAMES) < torch.randint(1, FRAMES + 1, (ROWS, 1), generator=random)
@@ -36,7 +37,9 @@ def batch(rank: int, world: int) -> SimpleNamespace:
     tokens[:, 4], tokens[:, 5] = 999, 0
     valid = torch.arange(ROWS) < ROWS - 1
     mine = slice(rank * ROWS // world, (rank + 1) * ROWS // world)
-    return SimpleNamespace(frames=frames[mine], frame_mask=mask[mine], tokens=tokens[mine], valid=valid[mine])
+    tensors = {"frames": frames, "frame_mask": mask, "tokens": tokens, "valid": valid}
+    device = get_accelerator().current_device_name()
+    return SimpleNamespace(**{name: tensor[mine].to(device) for name, tensor in tensors.items()})
 
 
 def train(way: dict, folder: Path, rank: int, world: int) -> dict:
@@ -67,8 +70,8 @@ def train(way: dict, folder: Path, rank: int, world: int) -> dict:
             again = CLIP4Clip.from_checkpoint(folder)
             out["logit_scale"] = again.clip.logit_scale.item()
             with torch.no_grad():
-                texts, videos = again(data.frames, data.frame_mask, data.tokens)
-                out["checkpoint_differs_by"] = float((again.head.score(texts, videos) - scores).abs().max())
+                texts, videos = again(data.frames.cpu(), data.frame_mask.cpu(), data.tokens.cpu())
+                out["checkpoint_differs_by"] = float((again.head.score(texts, videos) - scores.cpu()).abs().max())
         dist.barrier()
     engine.destroy()
     return out

@@ -18,6 +18,7 @@ from shards.packing.pack import pack
 from shards.video.profiles import Profile
 
 ROOT = Path(__file__).parents[2]
+MOST_RANKS = 4  # of any test
 STEPS_PER_EPOCH = 5  # as many as a video has captions; batches of 40 of the 48 that fit, so that ranks get padding
 SETTINGS = [
     "train.batch_size=48",
@@ -39,12 +40,25 @@ def make_splits(folder: Path) -> None:
 OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
+def own_environment() -> dict[str, str]:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {name: value for name, value in os.environ.items() if name not in OF_RANKS} | {"PYTHONPATH": path}
+
+
 class Launcher:
-    """Starts launch/train.py on the packed splits in `folder`."""
+    """Starts launch/train.py on the packed splits in `folder`.
+
+    Runs of several numbers of ranks are compared with each other, so all compute on the same kind of `device`: on a GPU each
+    where there are enough, else on the CPU.
+    """
 
     def __init__(self, folder: Path):
+        import torch
+
         self.folder = folder
         self.train, self.test = folder / "train", folder / "test"
+        self.device = "cuda" if torch.cuda.device_count() >= MOST_RANKS else "cpu"
+        self.env = {"DS_ACCELERATOR": "cpu"} if self.device == "cpu" else {}
 
     def command(self, ranks: int, *words: str) -> list[str]:
         """Training, with DeepSpeed's launcher."""
@@ -63,10 +77,8 @@ class Launcher:
     def start(self, command: list[str], **env: str) -> subprocess.Popen:
         """In a process group of its own, so that a signal to us is none to it."""
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        mine = {name: value for name, value in os.environ.items() if name not in OF_RANKS}
         return subprocess.Popen(
-            command, cwd=ROOT, start_new_session=True, env=mine | {"PYTHONPATH": path} | env, **pipes
+            command, cwd=ROOT, start_new_session=True, env=own_environment() | self.env | env, **pipes
         )
 
     def finish(self, command: list[str]) -> tuple[int, str, str]:
@@ -78,7 +90,8 @@ class Launcher:
     def words(self, *more: str) -> list[str]:
         """Arguments of launch/train.py."""
         data = [f"data.train={self.train}", f"data.test={self.test}"]
-        return ["--cfg", "demo.yaml", *data, *SETTINGS, *more]
+        exact = ["run.deterministic=true"] if self.device == "cuda" else []  # as the CPU is anyway
+        return ["--cfg", "demo.yaml", *data, *SETTINGS, *exact, *more]
 
 
 def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:

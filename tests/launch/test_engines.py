@@ -9,7 +9,10 @@ import pytest
 from c4c.models.heads import HEADS
 from tests.launch.continues import AGAIN, BF16, COMMON, FP16, HALF, SAVED, TWO
 
-pytestmark = pytest.mark.timeout(1200)  # the first launch in a new environment compiles DeepSpeed's optimizer
+pytestmark = [
+    pytest.mark.launch,
+    pytest.mark.timeout(1200),
+]  # the first launch in a new environment compiles DeepSpeed's optimizer
 ROUNDING = 2e-5  # relative, in fp32
 HALF_ROUNDING = 0.15  # relative, in 16 bits
 ONE_RANK = "ZeRO 0"

@@ -25,16 +25,20 @@ from shards.split import Split
 from shards.video.profiles import Profile
 from tests.launch.runs import ROOT, lines
 
-pytestmark = pytest.mark.timeout(1200)  # the first launch in a new environment compiles DeepSpeed's optimizer
+pytestmark = [
+    pytest.mark.launch,
+    pytest.mark.timeout(1200),
+]  # the first launch in a new environment compiles DeepSpeed's optimizer
 WAYS = ["1 rank", "2 ranks", "2 ranks, ZeRO 2", "2 ranks, ZeRO 3"]
 
 
 @pytest.fixture
-def evaluate(monkeypatch, capsys):
-    """Runs the script in this process, which has imported everything. Returns (exit code, stdout, stderr)."""
+def evaluate(launcher, monkeypatch, capsys):
+    """Runs the script in this process, which has imported everything, on the device of the runs; an option among the words
+    goes before. Returns (exit code, stdout, stderr)."""
 
     def evaluate(*words) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["launch/eval.py", *map(str, words)])
+        monkeypatch.setattr("sys.argv", ["launch/eval.py", "--device", launcher.device, *map(str, words)])
         with pytest.raises(SystemExit) as ended:
             runpy.run_path(str(ROOT / "launch" / "eval.py"), run_name="__main__")
         return ended.value.code, *capsys.readouterr()
@@ -75,14 +79,14 @@ def test_every_stage_and_number_of_ranks_gives_the_runs_own_metrics(way, runs, e
     assert f"{result['t2v']['R10']:.1f}" in out
 
 
-def test_ranks_of_a_launcher_share_the_work(runs, launcher, tmp_path):
+def test_ranks_share_the_work(runs, launcher, forks, tmp_path):
     """17 videos on 3 ranks in batches of 2: the last of one rank is empty. Rank 0 alone prints and writes."""
     run, out, found = runs["1 rank"], tmp_path / "out.json", tmp_path / "ranks.jsonl"
     words = ["--ckpt", run, "--json", out, "--ranks", found, "data.eval_batch_size=2"]
-    code, said, err = launcher.finish(launcher.launch(3, "launch/eval.py", *map(str, words)))
+    code, said, err = forks.run(["launch/eval.py", *map(str, words)], 3)
     assert code == 0, err
     assert metrics_of(out) == validated(run, 10)
-    assert said.count("text to video") == 1 and "3 x cpu" in said
+    assert said.count("text to video") == 1 and f"3 x {launcher.device}" in said
     assert [row["video"] for row in lines(found)] == [Split(launcher.test).video(i).id for i in range(17)]
 
 
@@ -331,7 +335,7 @@ def test_any_file_of_weights(model, evaluate, launcher, tmp_path):
         assert code == 0 and enlarged in err and err.count("\n") == bool(enlarged)
         one = CLIP4Clip(quick, heads[name]).eval() if name in heads else model
         one.load_state_dict(model.state_dict())
-        expected, _ = metrics(one, one, Split(launcher.test), data, torch.device("cpu"))
+        expected, _ = metrics(one, one, Split(launcher.test), data, torch.device(launcher.device))
         assert metrics_of(tmp_path / "out.json") == expected
 
 
@@ -343,7 +347,7 @@ def test_a_checkpoint_that_open_clip_names(model, evaluate, launcher, tmp_path, 
     words = ["--ckpt", "small:ViT-demo-16", "--data", launcher.test, "--json", tmp_path / "out.json"]
     assert evaluate(*words, "data.num_frames=5")[0] == 0
     data = DataConfig(num_frames=5, image_size=64)
-    expected, _ = metrics(model, model, Split(launcher.test), data, torch.device("cpu"))
+    expected, _ = metrics(model, model, Split(launcher.test), data, torch.device(launcher.device))
     assert metrics_of(tmp_path / "out.json") == expected
 
 

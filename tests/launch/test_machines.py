@@ -14,7 +14,7 @@ import pytest
 from tests.launch.kills import curve, validations
 from tests.launch.runs import free_port, ranks_of, step_in, wait_for_step
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(1200)]
 SCRIPT, HOSTS = "launch/train.py", ("127.0.0.1", "127.0.0.2")
 ROUNDING = 1e-5  # a rank that has a machine to itself computes in more threads
 
@@ -40,11 +40,22 @@ class Stages:
     def hostfile(self) -> None:
         """Ctrl-C on the machine that is not the first."""
         hosts = self.launcher.folder / "hosts"
-        hosts.write_text("".join(f"{host} slots=1\n" for host in HOSTS))
-        meet = ["--hostfile", str(hosts), "--no_ssh", "--master_addr", HOSTS[0], "--master_port", str(free_port())]
+        hosts.write_text("".join(f"{host} slots=2\n" for host in HOSTS))
+        slots = f"{HOSTS[0]}:0@{HOSTS[1]}:1"  # one of each, and on this machine not the same
+        meet = [
+            "--hostfile",
+            str(hosts),
+            "--include",
+            slots,
+            "--no_ssh",
+            "--master_addr",
+            HOSTS[0],
+            "--master_port",
+            str(free_port()),
+        ]
         command = [str(Path(sys.executable).parent / "deepspeed"), *meet]
         words = [SCRIPT, *self.words, "run.resume=auto"]
-        nodes = self._start([[*command, "--node_rank", str(i), *words] for i in range(2)])
+        nodes = [self.launcher.start([*command, "--node_rank", str(i), *words]) for i in range(2)]
         self._reach(step_in(self.run / "metrics.jsonl") + 1, nodes)
         ranks_of(nodes[1])[0].send_signal(signal.SIGINT)
         self._finish("hostfile", nodes)
@@ -57,7 +68,11 @@ class Stages:
         self._finish("srun", self._start([[sys.executable, SCRIPT, *self.words]] * 2, tasks))
 
     def _start(self, commands: list[list[str]], envs: Iterable[dict] = ({}, {})) -> list[Popen]:
-        return [self.launcher.start(command, **env) for command, env in zip(commands, envs, strict=True)]
+        started = []
+        for number, (command, env) in enumerate(zip(commands, envs, strict=True)):
+            gpu = {"CUDA_VISIBLE_DEVICES": str(number)} if self.launcher.device == "cuda" else {}
+            started.append(self.launcher.start(command, **gpu, **env))
+        return started
 
     def _reach(self, step: int, processes: list[Popen]) -> None:
         wait_for_step(self.run / "metrics.jsonl", step, processes[0])
@@ -80,12 +95,12 @@ def stages(launcher) -> Stages:
 def test_every_command_ends_well(launcher_name, stages):
     (first, said), (second, _) = stages.ended[launcher_name]
     assert (first, second) == (0, 0), stages.ended[launcher_name]
-    assert "2 x cpu" in said
+    assert f"2 x {stages.launcher.device}" in said
 
 
 def test_a_killed_rank_starts_again_and_goes_on(stages):
     (_, said), _ = stages.ended["torchrun"]
-    assert said.count("2 x cpu") == 2
+    assert said.count(f"2 x {stages.launcher.device}") == 2
     assert "continuing after step" in said
     assert not stages.run.with_name("machines.old1").exists()
 

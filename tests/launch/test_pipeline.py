@@ -1,11 +1,9 @@
 """`launch/pipeline.py`: two stages, killed in the one and in the other, come to the very result of the unbroken two."""
 
 import json
-import multiprocessing
 import os
 import runpy
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -19,9 +17,10 @@ from c4c.zero import checkpoint
 from shards.demo import narrated
 from shards.packing.pack import pack
 from shards.video.profiles import Profile
+from tests.launch.forks import Forks
 from tests.launch.runs import ROOT, lines
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(600)]
 STEPS, KILLED_AT = 12, 6
 FILE = """
 launcher: python
@@ -40,6 +39,7 @@ stages:
       checkpoint.every_steps: 4
       checkpoint.keep_last: 9
       data.threads: 1
+      run.deterministic: true
   - {name: zero-shot, eval: pretrain}
   - name: finetune
     cfg: demo_small.yaml
@@ -57,50 +57,39 @@ EARLY = """
 
 
 class Scripts:
-    """Runs the commands of a pipeline in forks of a process that has imported everything, and kills one if asked to."""
+    """Runs the commands of a pipeline as forks, and kills one if asked to."""
 
-    def __init__(self):
-        multiprocessing.set_forkserver_preload(
-            ["c4c.training.trainer", "c4c.retrieval.evaluate", "deepspeed", "torch.utils.tensorboard"]
-        )
-        self._context = multiprocessing.get_context("forkserver")
+    def __init__(self, forks: Forks):
+        self._forks = forks
         self.kill: Path | None = None  # the run to kill once it has taken some steps
         self.called: list[list[str]] = []
 
     def call(self, command: list[str], say) -> int:
         self.called.append(command)
-        process = self._context.Process(target=_script, args=(command[1:],))
-        process.start()
-        ended = threading.Event()
+        # half the cores: beside other tests, threads that wait for each other are slow
+        script, ended = self._forks.start(command[1:], LOCAL_WORLD_SIZE="2"), threading.Event()
         if self.kill:
-            watching = (process.pid, self.kill / "metrics.jsonl", ended)
+            watching = (script.pids[0], self.kill / "metrics.jsonl", ended)
             threading.Thread(target=self._watch, args=watching, daemon=True).start()
-        process.join()
+        code, out, err = script.finish()
         ended.set()
-        return process.exitcode
+        print(out, err)
+        return code
 
     def _watch(self, pid: int, metrics: Path, ended: threading.Event) -> None:
-        while not ended.is_set():  # asking the process would take its exit code away from who waits for it
+        while not ended.is_set():
             if metrics.exists() and metrics.read_text().count("\n") >= KILLED_AT:
                 os.kill(pid, signal.SIGKILL)
                 return
             time.sleep(0.005)
 
 
-def _script(words: list[str]) -> None:
-    sys.argv = words
-    runpy.run_path(words[0], run_name="__main__")
-
-
 @pytest.fixture(scope="module")
-def pipeline():
+def pipeline(forks):
     """Runs launch/pipeline.py in this process: folder -> its exit code."""
     with pytest.MonkeyPatch.context() as patch:
-        scripts = Scripts()
+        scripts = Scripts(forks)
         patch.setattr(stages, "_call", scripts.call)
-        patch.setenv(
-            "LOCAL_WORLD_SIZE", "2"
-        )  # half the cores: beside other tests, threads that wait for each other are slow
         patch.chdir(ROOT)
 
         def run(folder: Path, kill: Path | None = None) -> int:

@@ -15,7 +15,10 @@ from c4c.zero.checkpoint import latest, tags
 from tests.launch.kills import curve, kill_and_go_on, validations
 from tests.launch.runs import ROOT, STEPS_PER_EPOCH, lines, losses
 
-pytestmark = pytest.mark.timeout(1200)  # the first launch in a new environment compiles DeepSpeed's optimizer
+pytestmark = [
+    pytest.mark.launch,
+    pytest.mark.timeout(1200),
+]  # the first launch in a new environment compiles DeepSpeed's optimizer
 TOTAL = 2 * STEPS_PER_EPOCH
 ROUNDING = 1e-5  # relative, after ten steps in fp32
 
@@ -77,22 +80,23 @@ def test_a_run_folder_holds_all_that_is_needed_later(runs, launcher):
     assert latest(run) == "step00000010"
 
 
-def test_ranks_train_from_an_object_store_through_one_folder(launcher, runs, monkeypatch):
+@pytest.mark.network
+def test_ranks_train_from_an_object_store_through_one_folder(launcher, forks, runs, monkeypatch):
     moto = pytest.importorskip("moto.server")
     s3fs = pytest.importorskip("s3fs")
     server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    env = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1",
+           "AWS_ENDPOINT_URL": f"http://{host}:{port}"}  # fmt: skip
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
     store = s3fs.S3FileSystem(skip_instance_cache=True)
     store.mkdir("bucket")
     store.put(f"{launcher.train}/", "bucket/train/", recursive=True)
     run, local = launcher.folder / "remote", launcher.folder / "local"
     words = ["data.train=s3://bucket/train", f"data.local_dir={local}", "data.local_gb=0.1", f"run.dir={run}"]
-    code, out, err = launcher.finish(launcher.command(2, *words, "train.epochs=2"))
+    code, out, err = forks.run(["launch/train.py", *launcher.words(*words, "train.epochs=2")], 2, **env)
     server.stop()
     assert code == 0, out + err
     assert losses(run) == losses(runs["2 ranks"])
@@ -193,7 +197,7 @@ def test_a_run_in_use_is_refused_and_left_alone(launcher, runs, monkeypatch, cap
 
 
 @pytest.mark.parametrize("fault", ["latest is gone", "the newest is damaged"])
-def test_a_run_goes_on_after_a_fault_in_its_checkpoints(fault, launcher, runs):
+def test_a_run_goes_on_after_a_fault_in_its_checkpoints(fault, launcher, forks, runs):
     run = shutil.copytree(runs["1 rank"], launcher.folder / fault)
     (run / "done.json").unlink()
     newest = run / "checkpoints" / "step00000010"
@@ -203,7 +207,7 @@ def test_a_run_goes_on_after_a_fault_in_its_checkpoints(fault, launcher, runs):
     else:
         (newest / "optimizer.safetensors").write_bytes((newest / "optimizer.safetensors").read_bytes()[:1000])
         said = f"warning: {newest} is damaged: optimizer.safetensors has 1000 bytes and had "
-    code, out, err = launcher.finish(launcher.without_deepspeed(f"run.dir={run}", "run.resume=auto"))
+    code, out, err = forks.run(["launch/train.py", *launcher.words(f"run.dir={run}", "run.resume=auto")])
     assert code == 0, out + err
     assert sum(line.startswith(said) for line in err.splitlines()) == 1, err
     assert curve(run) == curve(runs["1 rank"])

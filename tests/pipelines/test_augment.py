@@ -15,6 +15,8 @@ from tests.pipelines.conftest import SIDE
 from tests.pipelines.test_lanes import number_shown, pixels
 from tests.pipelines.test_loader import run, same
 
+pytestmark = pytest.mark.slow  # imports DALI
+
 CLIP = DataConfig(num_frames=4, image_size=SIDE, max_words=12)
 ALL = replace(CLIP, random_crop=0.4, flip=0.5, colour=0.3, sampling="random", frame_order="random")
 

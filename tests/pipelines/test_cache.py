@@ -19,6 +19,8 @@ from pipelines.stages.cache import FrameCache
 from pipelines.stats import Stats
 from tests.pipelines import fill
 
+pytestmark = pytest.mark.slow  # imports DALI
+
 SMALL = DataConfig(num_frames=3, image_size=32, max_words=12, threads=1)
 
 

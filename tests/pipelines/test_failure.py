@@ -25,6 +25,8 @@ from tests.pipelines.conftest import pack_videos
 from tests.pipelines.test_loader import SMALL, run, until
 from tests.videos import encode
 
+pytestmark = pytest.mark.slow  # imports DALI
+
 
 def undecodable(monkeypatch, keys: list[str]) -> None:
     """Have JPEGs of these videos arrive with a valid crc and a picture that no decoder takes."""

@@ -31,6 +31,8 @@ from shards.remote import Local, Refused, Unreachable
 from shards.split import Split
 from tests.pipelines.test_loader import SMALL, run, same
 
+pytestmark = pytest.mark.slow  # imports DALI
+
 # ---- reading ----
 
 

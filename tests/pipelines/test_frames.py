@@ -20,6 +20,8 @@ from shards.video.profiles import Profile
 from tests.pipelines.test_remote import store  # noqa: F401 a fixture
 from tests.videos import encode, number_in
 
+pytestmark = pytest.mark.slow  # imports DALI
+
 
 def test_they_are_named_after_frame_and_second(numbered, tmp_path: Path) -> None:
     for split in (numbered.copy, numbered.intra):

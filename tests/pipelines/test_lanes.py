@@ -23,6 +23,8 @@ from shards.video.picture import grid, scaled_size
 from tests.pipelines.conftest import NUMBERED, SIDE, pack_videos
 from tests.videos import encode_pictures, number_in
 
+pytestmark = pytest.mark.slow  # imports DALI
+
 CLIP = DataConfig(num_frames=8, image_size=SIDE)
 LANES = {"copy": "video", "intra": "intra"}
 

@@ -23,6 +23,8 @@ from pipelines.tokens import tokenize
 from shards import ShardError
 from shards.split import Split
 
+pytestmark = pytest.mark.slow  # imports DALI
+
 SMALL = DataConfig(num_frames=3, image_size=32, max_words=12, threads=1)
 PROFILES = ["copy", "intra"]
 

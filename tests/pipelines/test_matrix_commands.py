@@ -26,6 +26,8 @@ from shards.video.profiles import Profile
 from tests.shards.video.matrix import FPS, PLAIN, made, plain, with_edit
 from tests.videos import number_in
 
+pytestmark = pytest.mark.slow  # imports DALI
+
 STAMPS = np.cumsum([0, *([1, 1, 4, 1, 9, 1] * 6)[:35]]).tolist()
 EXTENSIONS = {"matroska": "mkv", "mpegts": "ts", "mpeg": "mpg", "asf": "wmv", "ogg": "ogv"}
 

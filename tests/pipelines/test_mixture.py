@@ -16,6 +16,8 @@ from shards import ShardError
 from shards.concat import Concat, open_splits
 from shards.split import Split
 
+pytestmark = pytest.mark.slow  # imports DALI
+
 SMALL = DataConfig(num_frames=3, image_size=32, max_words=12, threads=1)
 COUNTS = [np.tile([1, 2, 3], 40), np.tile([4], 30), np.tile([1, 5], 10)]  # 240, 120 and 60 pairs
 

@@ -18,6 +18,8 @@ from shards.video.profiles import Profile
 from tests.pipelines.conftest import pack_videos
 from tests.videos import encode, number_in
 
+pytestmark = pytest.mark.slow  # imports DALI
+
 FPS, FRAMES = 10, 120
 DATA = DataConfig(num_frames=3, image_size=64, max_words=12, threads=1)
 CLIPS = ClipsConfig(cut=True, min_s=3, bag=3)

@@ -22,6 +22,8 @@ from shards.tools.preview import preview
 from shards.tools.verify import verify
 from shards.video.random_access import pick_frames
 
+pytestmark = pytest.mark.slow  # imports DALI
+
 FILES = Path(__file__).parents[1] / "files"
 
 # id, file, cut; then pictures that must come out, seconds of the first and of the last, duration

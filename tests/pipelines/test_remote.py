@@ -24,6 +24,8 @@ from shards.remote import Local, RemoteFiles, Server, Unreachable, patiently
 from shards.split import Split
 from tests.pipelines.test_loader import SMALL, run
 
+pytestmark = pytest.mark.slow  # imports DALI
+
 # ---- the folder ----
 
 

@@ -5,6 +5,8 @@ import pytest
 from bench.soak import soak
 from pipelines.config import DataConfig
 
+pytestmark = pytest.mark.slow  # imports DALI
+
 
 @pytest.mark.parametrize("profile", ["intra", "copy"])
 def test_nothing_grows_over_many_epochs(numbered, tmp_path, profile):
