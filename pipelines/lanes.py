@@ -32,15 +32,14 @@ from pipelines.stages.graph import Plan
 from pipelines.stages.resize import resized
 from pipelines.stats import Stats
 from pipelines.workers import Hung, InOrder, Workers
-from shards.concat import Concat
-from shards.split import Split
+from shards.dataset import Dataset
 from shards.video.picture import scaled_size
 
 _BYTES_A_THREAD = 8 << 20  # of frames that a CPU makes at once: more fall out of its caches before they are used
 _UNITS_TO_CACHE = 1024  # frames the graph takes at once where all frames of a video may be kept
 
 
-def lane_name(split: Split | Concat, config: DataConfig) -> str:
+def lane_name(split: Dataset, config: DataConfig) -> str:
     """The lane that suits a split. Raises ValueError if the one asked for does not."""
     intra = split.info["profile"]["name"] == "intra"
     if config.lane == "intra" and not intra:
@@ -59,7 +58,7 @@ class Lane:
 
     def __init__(
         self,
-        split: Split | Concat,
+        split: Dataset,
         config: DataConfig,
         device: torch.device,
         rows: int,
@@ -74,7 +73,7 @@ class Lane:
         self.threads = config.threads or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         self._reader = Reader(split)
         # a server that is away for a while is no hanging read
-        self._patience = config.read_timeout_s + (config.server_timeout_s if split.remote else 0)
+        self._patience = config.read_timeout_s + (config.server_timeout_s if split.is_remote else 0)
         self._nvdec = device.type == "cuda" and self.name == "video"
         self._draws = training and draws(config.sampling)
         self._pool = cache.frames if cache is not None else 0  # stored frames to draw from; 0: all
@@ -96,7 +95,7 @@ class Lane:
     def stages(self) -> list[Stage]:
         """From a stream of samples to one of batch plans, whose frames are there but for the clips with an error."""
         stages: list[Stage] = [("read_s", self._fetch), *self._after_fetch()]
-        if self._split.remote:
+        if self._split.is_remote:
             ahead = RemotePrefetch(self._bring, self._config.ahead, share_of(self._config.local_gb))
             stages.insert(0, ("read_s", ahead))
         return stages
@@ -242,7 +241,7 @@ class Lane:
     def _make_decoder(self) -> Decoder:
         config = self._config
         source = "files" if self._nvdec else "jpegs" if self.name == "intra" else "pictures"
-        splits = getattr(self._split, "splits", [self._split])
+        splits = self._split.parts
         stored = {split.info["profile"].get("short_side") for split in splits}
         resize = not (self.name == "intra" and stored == {config.short_side})
         if self._augments and not self._whole:

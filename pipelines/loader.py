@@ -24,8 +24,7 @@ from pipelines.requests import BatchPlan, Sample, TrainingRequests
 from pipelines.stats import Stats
 from pipelines.tokens import tokenize
 from shards import ShardError
-from shards.concat import Concat
-from shards.split import Split
+from shards.dataset import Dataset
 
 
 @dataclass
@@ -68,7 +67,7 @@ class Loader:
 
     def __init__(
         self,
-        split: Split | Concat,
+        split: Dataset,
         config: DataConfig,
         *,
         batch_size: int,

@@ -5,10 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from pipelines.config import DataConfig
-from pipelines.pair_order import Order
+from pipelines.pair_order import Order, PairOrder
 from shards import count
-from shards.concat import Concat
-from shards.split import Split
+from shards.dataset import Dataset
 
 _SMALL_BATCH = 1024  # pairs; one up to this may be larger than the set, as in trials on a few videos
 
@@ -39,9 +38,9 @@ class Mixture:
         return np.concatenate(parts)[np.argsort(places, kind="stable")]
 
 
-def order_of(split: Split | Concat, config: DataConfig, batch_size: int, seed: int, drop_last: bool) -> Order | Mixture:
+def order_of(split: Dataset, config: DataConfig, batch_size: int, seed: int, drop_last: bool) -> PairOrder:
     """The order in which training visits a split, or several. Raises ValueError for weights that cannot be had."""
-    splits = split.splits if isinstance(split, Concat) else [split]
+    splits = split.parts
     sizes = tuple(s.info["videos" if config.paragraph else "captions"] for s in splits)
     if batch_size > max(_SMALL_BATCH, 2 * sum(sizes)):
         raise ValueError(
@@ -60,7 +59,7 @@ def order_of(split: Split | Concat, config: DataConfig, batch_size: int, seed: i
         )
         for number, (one, share) in enumerate(zip(splits, shares(weights, batch_size), strict=True))
     ]
-    return Mixture(orders, config.epoch_samples) if isinstance(split, Concat) else orders[0]
+    return Mixture(orders, config.epoch_samples) if len(splits) > 1 else orders[0]
 
 
 def shares(weights: Sequence[float], batch_size: int) -> list[int]:

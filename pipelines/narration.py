@@ -10,12 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipelines.config import CacheConfig, ClipsConfig, DataConfig
-from shards.concat import Concat
+from shards.dataset import Dataset
 from shards.schema import Video
-from shards.split import Split
 
 
-def check(split: Split | Concat, clips: ClipsConfig, data: DataConfig, cache: CacheConfig | None) -> None:
+def check(split: Dataset, clips: ClipsConfig, data: DataConfig, cache: CacheConfig | None) -> None:
     """Raise ValueError for what does not go together with clips, or has none."""
     if not clips.cut:
         return
@@ -26,7 +25,7 @@ def check(split: Split | Concat, clips: ClipsConfig, data: DataConfig, cache: Ca
             "clips.cut and cache.dir or cache.frames: they keep a few frames of whole videos, and clips of a long one "
             "hold others every time. Leave the cache out"
         )
-    splits = split.splits if isinstance(split, Concat) else [split]
+    splits = split.parts
     if not any(timed(caption) for one in splits for caption in one.captions(0)):
         raise ValueError(
             f"clips.cut: the captions of {split.path} have no start and end (those of its first video, at least). Train on "

@@ -15,6 +15,7 @@ quarter of a second at most, and its sample tables fit in memory.
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 
@@ -23,6 +24,17 @@ from pipelines.shuffle import permutation, spread, stream
 FULL_SHUFFLE = 2**20  # pairs of the largest set that is shuffled as a whole by default
 FULL_SHARDS = 400  # and its shards: a Split keeps the tables of some more, and a batch may come from all of them
 BLOCK = 2**15  # pairs of a block of any larger one
+
+
+class PairOrder(Protocol):
+    """What says which pairs a step sees: `Order` for one split, `mixture.Mixture` for several."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps from one epoch to the next."""
+
+    def batch(self, epoch: int, step: int) -> np.ndarray:
+        """int64 [pairs, 2]: (video, caption of that video) of the global batch at `step` of `epoch`, both from 0."""
 
 
 class Order:

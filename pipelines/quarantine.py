@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # the functions below are used where nothing heavy may be imp
 class Quarantine:
     """Bad samples of the split at `split`; `file` (JSON lines, shared by ranks) lists each video once."""
 
-    def __init__(self, split: Path | str, file: Path | None, max_bad_fraction: float):
+    def __init__(self, split: object, file: Path | None, max_bad_fraction: float):
         self.split, self._file, self._limit = split, file, max_bad_fraction
         self._bad: dict[int, int] = {}
         self.read = 0  # samples asked for so far, good and bad

@@ -10,11 +10,10 @@ import torch
 
 from pipelines.config import ClipsConfig, DataConfig
 from pipelines.frame_sampling import candidates, choose, draws, generator, ordered
-from pipelines.mixture import Mixture
 from pipelines.narration import clip_of_pair, stored_between
-from pipelines.pair_order import Order
+from pipelines.pair_order import PairOrder
 from pipelines.stages.fetch import NOTHING, BadSample, Source
-from shards.concat import Concat
+from shards.dataset import Dataset
 from shards.schema import Video
 from shards.split import Split
 
@@ -103,7 +102,7 @@ class TrainingRequests:
     """
 
     def __init__(
-        self, split: Split | Concat, config: DataConfig, clips: ClipsConfig, order: Order | Mixture, rows: slice, seed: int,
+        self, split: Dataset, config: DataConfig, clips: ClipsConfig, order: PairOrder, rows: slice, seed: int,
         pool: int,
     ):  # fmt: skip
         self._split, self._config, self._clips, self._seed, self._pool = split, config, clips, seed, pool
@@ -177,7 +176,7 @@ class EvalRequests:
             yield from plan.complete()
 
 
-def texts_of(split: Split | Concat, video: int, config: DataConfig) -> list[str]:
+def texts_of(split: Dataset, video: int, config: DataConfig) -> list[str]:
     """The texts that describe a video: its captions, or with `config.paragraph` all of them as one."""
     texts = [caption["text"] for caption in split.captions(video)]
     return [" ".join(texts)] if config.paragraph else texts

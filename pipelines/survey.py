@@ -5,15 +5,15 @@ from collections.abc import Callable
 
 from pipelines.config import DataConfig
 from pipelines.lengths import TOKENIZER, Lengths
-from shards.concat import Concat
+from shards.dataset import Dataset
 from shards.split import Split
 
 _SECONDS = 1.0  # for the captions of a split; of a larger one the first are looked at
 
 
-def notes(train: Split | Concat | None, test: Split | None, config: DataConfig) -> list[str]:
+def notes(train: Dataset | None, test: Split | None, config: DataConfig) -> list[str]:
     """Warnings: the same videos in training and test, pictures that are scaled up, captions that are cut."""
-    trained = [] if train is None else getattr(train, "splits", [train])
+    trained = [] if train is None else train.parts
     tested = [] if test is None else [test]
     found = [
         f"data.test={one.path} holds the same videos and captions as data.train"

@@ -8,12 +8,11 @@ import numpy as np
 from crc32c import crc32c
 
 from shards import ShardError, VideoError
-from shards.concat import Concat
+from shards.dataset import Dataset
 from shards.disk_cache import Full
 from shards.open_files import NoMoreFiles, limit_reached
 from shards.remote import Unreachable
 from shards.schema import Video
-from shards.split import Split
 from shards.video.random_access import pick_frames
 
 _PAUSE = 0.2  # seconds before a read that failed is tried again
@@ -49,7 +48,7 @@ class Reader:
     """Fetches frames of one split. Safe to use from several threads. Raises BadSample, and Unreachable
     or Full where it is not the sample's fault. Bytes of a remote split that fail their checksum are fetched once more."""
 
-    def __init__(self, split: Split | Concat):
+    def __init__(self, split: Dataset):
         self._split = split
 
     def jpegs(self, video: Video, positions: np.ndarray) -> Source:

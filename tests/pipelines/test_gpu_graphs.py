@@ -13,6 +13,8 @@ from pipelines.lanes import Lane
 from pipelines.stages.graph import Graph, Plan
 from tests.pipelines.conftest import SIDE
 
+pytestmark = pytest.mark.slow  # imports DALI
+
 CLIP = DataConfig(num_frames=4, image_size=SIDE)
 AUGMENTED = replace(CLIP, random_crop=0.5, flip=0.5, colour=0.2)
 
