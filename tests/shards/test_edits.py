@@ -28,6 +28,8 @@ from tests.edits import changed, damaged, several
 from tests.shards.sets import COPY, packed, reading
 from tests.videos import encode
 
+pytestmark = pytest.mark.slow
+
 COUNT, SEED = 500, 17
 
 

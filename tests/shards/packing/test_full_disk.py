@@ -18,6 +18,8 @@ from shards.tools.repair import repair
 from shards.tools.reshard import SplitPart, merge, split
 from tests.shards.sets import COPY, files, packed
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def full(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -305,6 +305,7 @@ def test_grid_is_the_extractors_loop(fps: Fraction, rate: int) -> None:
     assert [n for n in range(8 * whole) if grid(n, Fraction(fps), rate)] == expected
 
 
+@pytest.mark.slow
 def test_scaled_size_is_torchvisions() -> None:
     resize = pytest.importorskip("torchvision.transforms").Resize(32)
     for width in range(50, 800, 37):
