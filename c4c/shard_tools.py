@@ -21,13 +21,13 @@ from shards.annotations.text import read_lines
 from shards.limits import POSITIVE, SEED
 from shards.remote import Local
 from shards.split import Split, find_splits
-from shards.tools.dedup import Group, Report, dedup
+from shards.tools.dedup import DuplicateGroup, DuplicateReport, dedup
 from shards.tools.hashes import tables
 from shards.tools.info import describe, measure
 from shards.tools.preview import COUNT, WIDTH, preview
 from shards.tools.regroup import Made
 from shards.tools.repair import repair
-from shards.tools.reshard import Part, merge, split
+from shards.tools.reshard import SplitPart, merge, split
 from shards.tools.verify import verify
 
 _PATIENCE_S = 20.0  # with a server, while somebody waits at the screen
@@ -269,23 +269,23 @@ def _split(args) -> int:
     return 0
 
 
-def _part(text: str) -> Part:
+def _part(text: str) -> SplitPart:
     name, equals, size = text.partition("=")
     if not equals or not re.fullmatch(r"\w[\w-]*", name):
         raise ShardError(f"--parts {text}: must be NAME=SIZE with a plain name, like train=0.9")
     if size == "rest":
-        return Part(name)
+        return SplitPart(name)
     if re.fullmatch(r"[0-9]+", size):
-        return Part(name, int(size))
+        return SplitPart(name, int(size))
     if re.fullmatch(r"[0-9]*\.[0-9]+", size):
         if not 0 < float(size) <= 1:
             raise ShardError(f"--parts {text}: a fraction must be above 0 and at most 1")
-        return Part(name, float(size))
+        return SplitPart(name, float(size))
     if not os.path.isfile(size):
         raise ShardError(
             f"--parts {text}: {size!r} is not a number, not the word rest, and not an existing file of ids"
         )
-    return Part(name, ids=frozenset(read_lines(Path(size))))
+    return SplitPart(name, ids=frozenset(read_lines(Path(size))))
 
 
 def _say_made(made: Made) -> None:
@@ -317,7 +317,7 @@ def _dedup(args) -> int:
     return 0 if report.clean else 1
 
 
-def _say_report(report: Report, splits: int) -> None:
+def _say_report(report: DuplicateReport, splits: int) -> None:
     for words, groups in (
         ("the same bytes", report.content), ("probably the same source file", report.source),
         ("the same name in several splits", report.names),
@@ -334,6 +334,6 @@ def _say_report(report: Report, splits: int) -> None:
     )
 
 
-def _members(group: Group, most: int = 8) -> str:
+def _members(group: DuplicateGroup, most: int = 8) -> str:
     more = f" and {len(group.members) - most} more" if len(group.members) > most else ""
     return ", ".join(f"{id} ({path})" for path, id in group.members[:most]) + more

@@ -92,16 +92,6 @@ class Concat:
         for split in self.parts:
             split.close()
 
-    @property
-    def splits(self) -> list[Split]:
-        """The old name of `parts`."""
-        return self.parts
-
-    @property
-    def remote(self) -> bool:
-        """The old name of `is_remote`."""
-        return self.is_remote
-
     def _find(self, index: int) -> tuple[Split, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"video {index} of {len(self)} in {self.path}")

@@ -60,7 +60,7 @@ def read(args: Namespace) -> Reading:
         items = [_beside(files, path, ids[path], notes) for path in paths]
         skipped = [f"{examples(previews, 'file')} beside a video of the same name not packed"] if previews else []
         return conclude(items, files, warnings=[*skipped, *files.passed_over(), *notes.texts("the .json files")])
-    table = _Table(files)
+    table = _CaptionTable(files)
     if args.captions.suffix.lower() in (".jsonl", ".ndjson"):
         _jsonl(args.captions, table, notes)
     else:
@@ -97,7 +97,7 @@ class _Notes:
 
 
 @dataclass
-class _Entry:
+class _Captioned:
     """What is known of one video, or of one cut of it. `name` is how the captions first write its file's name."""
 
     name: str
@@ -109,16 +109,16 @@ class _Entry:
     meta: dict = field(default_factory=dict)
 
 
-class _Table:
+class _CaptionTable:
     """The entries by file and id, in the order in which the captions first name them."""
 
     def __init__(self, files: Files):
-        self.entries: dict[tuple[Path, str | None], _Entry] = {}
+        self.entries: dict[tuple[Path, str | None], _Captioned] = {}
         self._files = files
         self._found: dict[str, tuple[str, Path]] = {}  # by the name as it is written: rows repeat it
-        self._ids: dict[str, _Entry] = {}
+        self._ids: dict[str, _Captioned] = {}
 
-    def entry(self, written: str, where: str, id: str | None = None, cut: tuple = (None, None)) -> _Entry:
+    def entry(self, written: str, where: str, id: str | None = None, cut: tuple = (None, None)) -> _Captioned:
         """The entry of the file that goes by the name `written`; it is made if there is none."""
         if written not in self._found:
             try:
@@ -127,7 +127,7 @@ class _Table:
             except ShardError as error:
                 raise ShardError(f"{where}: {error}") from error
         name, path = self._found[written]
-        entry = self.entries.setdefault((path, id), _Entry(name, path, id, cut, where))
+        entry = self.entries.setdefault((path, id), _Captioned(name, path, id, cut, where))
         if entry.cut != cut:
             raise ShardError(f'{where}: another cut of {written!r} needs another name: give each its "id"')
         if id is not None and self._ids.setdefault(id, entry) is not entry:
@@ -145,7 +145,7 @@ class _Table:
         ]
 
 
-def _csv(path: Path, files: Files, table: _Table, notes: _Notes) -> None:
+def _csv(path: Path, files: Files, table: _CaptionTable, notes: _Notes) -> None:
     known = {"video", "caption", "start", "end", "line", ""}
     for row in read_csv(path, ("video", "caption"), files.holds):
         where = f"{path}, line {row['line']}"
@@ -158,7 +158,7 @@ def _csv(path: Path, files: Files, table: _Table, notes: _Notes) -> None:
             notes.unused |= dict.fromkeys(name for name in row if name not in known)
 
 
-def _jsonl(path: Path, table: _Table, notes: _Notes) -> None:
+def _jsonl(path: Path, table: _CaptionTable, notes: _Notes) -> None:
     for number, line in numbered_lines(path):
         where = f"{path}, line {number}"
         try:

@@ -95,7 +95,7 @@ def _wanted(path: Path, category: str | None) -> tuple[dict[str, dict], list[str
     return wanted, [f"{examples(again, 'row')} of {path.name} repeat a video: the first is used"] if again else []
 
 
-class _Entry(dict):
+class _Speech(dict):
     """A dict that remembers a key that was set twice: ijson cannot be stopped from inside."""
 
     twice = ""
@@ -110,8 +110,8 @@ def _stream(path: Path) -> Iterator[tuple[str, dict]]:
 
     try:
         with open(path, "rb") as file:
-            for id, entry in ijson.kvitems(file, "", use_float=True, map_type=_Entry):
-                if isinstance(entry, _Entry) and entry.twice:
+            for id, entry in ijson.kvitems(file, "", use_float=True, map_type=_Speech):
+                if isinstance(entry, _Speech) and entry.twice:
                     raise ShardError(f"{path}: {id} holds the key {entry.twice!r} twice. Join the two")
                 yield id, entry
     except FileNotFoundError as error:

@@ -21,7 +21,7 @@ _NOT_THE_SOURCE = {
 
 
 @dataclass(frozen=True)
-class Group:
+class DuplicateGroup:
     """Videos that share something, as (split, id)."""
 
     members: tuple[tuple[str, str], ...]
@@ -42,7 +42,7 @@ class RepeatedCaption:
 
 
 @dataclass(frozen=True)
-class Report:
+class DuplicateReport:
     """`content`: the stored files are equal, byte for byte. `source`: not so, but they were made from files of the same
     name, codec, picture size, frames and length, cut alike. `names`: the same id in several splits.
 
@@ -51,9 +51,9 @@ class Report:
     """
 
     videos: int
-    content: list[Group]
-    source: list[Group]
-    names: list[Group]
+    content: list[DuplicateGroup]
+    source: list[DuplicateGroup]
+    names: list[DuplicateGroup]
     captions: int
     caption_leaks: int
     caption_examples: list[RepeatedCaption]
@@ -77,7 +77,7 @@ def dedup(
     *,
     sources: bool = True,
     on_step: Callable[[str, int, int], None] = lambda what, done, total: None,
-) -> Report:
+) -> DuplicateReport:
     """Compare all videos and captions of the splits `paths` with each other.
 
     Files are read only where size and crc32c agree, and JSON members (not at all without `sources`) only where frames,
@@ -89,7 +89,7 @@ def dedup(
     source = every.groups(_length_hashes(every), lambda i: _source(every, i), "sources", on_step) if sources else []
     names = every.groups(np.concatenate([column_hashes(s, "key") for s in every.splits]), every.id, "names", on_step)
     captions, leaks, examples = _captions(every)
-    return Report(
+    return DuplicateReport(
         len(every),
         content,
         [g for g in source if len({alike.get(m, m) for m in g.members}) > 1],
@@ -118,7 +118,9 @@ class _Every:
         split, row = self.find(index)
         return split.video(row).id
 
-    def groups(self, suspects: np.ndarray, proof: Callable[[int], object], what: str, on_step: Callable) -> list[Group]:
+    def groups(
+        self, suspects: np.ndarray, proof: Callable[[int], object], what: str, on_step: Callable
+    ) -> list[DuplicateGroup]:
         """Groups of videos of equal `suspects` [videos] for which `proof` gives equal values, None aside."""
         candidates = repeated(suspects)
         done, total = 0, sum(map(len, candidates))
@@ -133,8 +135,8 @@ class _Every:
             out += [self._group(members) for value, members in same.items() if len(members) > 1 and value is not None]
         return out
 
-    def _group(self, members: list[int]) -> Group:
-        return Group(tuple((str(self.find(i)[0].path), self.id(i)) for i in members))
+    def _group(self, members: list[int]) -> DuplicateGroup:
+        return DuplicateGroup(tuple((str(self.find(i)[0].path), self.id(i)) for i in members))
 
 
 def _content_hashes(every: _Every) -> np.ndarray:

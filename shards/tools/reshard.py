@@ -121,7 +121,7 @@ def _labels(paths: list[Path]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Part:
+class SplitPart:
     """A split to be made: `size` is a number of videos (int), a fraction of all (float), or None for what the others
     leave; `ids` names the videos instead."""
 
@@ -133,7 +133,7 @@ class Part:
 def split(
     path: Path,
     out: Path,
-    parts: Sequence[Part],
+    parts: Sequence[SplitPart],
     *,
     seed: int = 0,
     whole_shards: bool = False,
@@ -176,7 +176,7 @@ def split(
     return made
 
 
-def _draw(source: Split, parts: Sequence[Part], seed: int) -> np.ndarray:
+def _draw(source: Split, parts: Sequence[SplitPart], seed: int) -> np.ndarray:
     """int16 [videos]: the part of each video, -1 for none."""
     part_of = np.full(len(source), -1, np.int16)
     if any(p.ids is not None for p in parts):
@@ -194,7 +194,7 @@ def _draw(source: Split, parts: Sequence[Part], seed: int) -> np.ndarray:
     return part_of
 
 
-def _sizes(parts: Sequence[Part], total: int) -> dict[int, int]:
+def _sizes(parts: Sequence[SplitPart], total: int) -> dict[int, int]:
     """{position of the part: videos}; fractions are rounded so that parts that add up to 1 take all."""
     out: dict[int, int] = {}
     fraction = 0.0
@@ -207,7 +207,7 @@ def _sizes(parts: Sequence[Part], total: int) -> dict[int, int]:
     return out
 
 
-def _give_listed(source: Split, parts: Sequence[Part], part_of: np.ndarray) -> None:
+def _give_listed(source: Split, parts: Sequence[SplitPart], part_of: np.ndarray) -> None:
     wanted: dict[str, int] = {}
     for number, part in enumerate(parts):
         for id in part.ids or ():
@@ -223,7 +223,7 @@ def _give_listed(source: Split, parts: Sequence[Part], part_of: np.ndarray) -> N
         raise ShardError(f"{len(wanted)} of the listed ids are not in {source.path}: {some}{', …' * (len(wanted) > 3)}")
 
 
-def _draw_shards(source: Split, parts: Sequence[Part], seed: int) -> np.ndarray:
+def _draw_shards(source: Split, parts: Sequence[SplitPart], seed: int) -> np.ndarray:
     """As `_draw`, but the videos of a shard stay together."""
     if any(p.ids is not None for p in parts):
         raise ShardError("--whole-shards cannot be combined with a list of ids")

@@ -16,8 +16,8 @@ from shards.video.by_stamps import AllStampPass, StampPass
 from shards.video.decode import WAYS, on_grid
 from shards.video.frame_pass import Unpredictable
 from shards.video.picture import short
-from shards.video.source import Source, describe, scan, unsliced
-from shards.video.writer import Layout, Writer, Written, spool
+from shards.video.source import SourceVideo, describe, scan, unsliced
+from shards.video.writer import Layout, Writer, WrittenVideo, spool
 
 os.environ.setdefault("SVT_LOG", "1")  # errors only: SVT-AV1 prints a page for every file
 
@@ -52,7 +52,7 @@ class Grid:
     end: float = math.inf
 
 
-def to_intra(file: BinaryIO, grid: Grid, *, quality: int, chroma: int = 420) -> tuple[Source, Written]:
+def to_intra(file: BinaryIO, grid: Grid, *, quality: int, chroma: int = 420) -> tuple[SourceVideo, WrittenVideo]:
     """The frames of the grid as independent JPEGs in an MJPEG mp4.
 
     `quality` is MJPEG's quantiser scale, 1 (best) to 31. `chroma` 420 scales planes as they are (fast); 444 scales RGB
@@ -66,7 +66,7 @@ def to_intra(file: BinaryIO, grid: Grid, *, quality: int, chroma: int = 420) -> 
 
 def to_gops(
     file: BinaryIO, grid: Grid, *, codec: str, quality: int, gop: int, encoder: str = "cpu"
-) -> tuple[Source, Written]:
+) -> tuple[SourceVideo, WrittenVideo]:
     """The frames of the grid re-encoded with `codec` (h264, hevc, av1) in closed GOPs of `gop` frames.
 
     `quality` is the encoder's constant rate factor. The written file is decoded once to see that it holds every frame.
@@ -82,7 +82,7 @@ def to_gops(
     return source, replace(made, frames=frames, codec=stored.codec, extradata=stored.extradata, coding=stored.coding)
 
 
-def _transcode(file: BinaryIO, grid: Grid, begin: Callable[[], Writer]) -> tuple[Source, Written]:
+def _transcode(file: BinaryIO, grid: Grid, begin: Callable[[], Writer]) -> tuple[SourceVideo, WrittenVideo]:
     for way in WAYS.values():
         try:
             with way(file, grid.start, grid.end) as source, begin() as writer:
@@ -113,7 +113,7 @@ def nvenc_opens(codec: str) -> bool:
         return False
 
 
-def cut_copy(file: BinaryIO, start: float, end: float) -> tuple[Source, Written]:
+def cut_copy(file: BinaryIO, start: float, end: float) -> tuple[SourceVideo, WrittenVideo]:
     """The source's packets for the frames in [start, end) seconds, not re-encoded, in a file of their own.
 
     It begins at the keyframe before the cut, and it may end with frames that the last of the cut refer to. The frame
@@ -151,7 +151,7 @@ def cut_copy(file: BinaryIO, start: float, end: float) -> tuple[Source, Written]
     )  # fmt: skip
     number = np.arange(packets, dtype=np.int32) - before
     frames = replace(stored.frames, number=number, time=times)
-    return source, Written(
+    return source, WrittenVideo(
         file=out, frames=frames, codec=stored.codec, extension=extension, extradata=stored.extradata, width=shape.width,
         height=shape.height, rotation=shape.rotation, mirrored=shape.mirrored, coding=stored.coding,
     )  # fmt: skip

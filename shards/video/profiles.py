@@ -11,8 +11,8 @@ from shards import ShardError, VideoError
 from shards.limits import Limits
 from shards.tar import safe_extension
 from shards.video.encode import Grid, cut_copy, nvenc_opens, to_gops, to_intra
-from shards.video.source import Source, scan
-from shards.video.writer import Written
+from shards.video.source import SourceVideo, scan
+from shards.video.writer import WrittenVideo
 
 FPS, SHORT_SIDE, GOP = Limits(int, 1, 240), Limits(int, 16, 4096), Limits(int, 1, 600)
 QUALITY = Limits(int, 0, 63)  # of any profile
@@ -98,13 +98,13 @@ class Profile:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stored(Written):
+class Stored(WrittenVideo):
     """A video in its stored form: a seekable file of `size` bytes, of which `crc32c` is the checksum, and its source.
 
     Numbers in `frames` count from the first frame of the cut.
     """
 
-    source: Source
+    source: SourceVideo
     size: int
     crc32c: int
 

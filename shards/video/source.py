@@ -25,7 +25,7 @@ _SURE = {"h264", "hevc"}  # their decoders show nothing before a keyframe
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceVideo:
     """What a video file holds, or a cut of it: `times` are those of the frames of the cut (see Timeline), and `frames`
     the table of what is in the file. Width and height are as displayed, `duration` is in seconds; `rotation` and
     `mirrored` say what is to be done to decoded frames (see Shape)."""
@@ -44,7 +44,7 @@ class Source:
     frames: FrameTable
 
 
-def scan(file: BinaryIO | bytes) -> Source:
+def scan(file: BinaryIO | bytes) -> SourceVideo:
     """Decode the whole file once and describe it, with the place of every frame's bytes.
 
     Packets are decoded as readers of the shard will do it; where that shows other pictures than the container does, or not
@@ -73,10 +73,10 @@ def as_file(file: BinaryIO | bytes) -> BinaryIO:
     return io.BytesIO(file) if isinstance(file, bytes) else file
 
 
-def describe(done: Pass, frames: FrameTable) -> Source:
+def describe(done: Pass, frames: FrameTable) -> SourceVideo:
     """What a pass has seen of its file, once a frame has been decoded."""
     shape, when = done.shape or Shape(0, 0), done.timeline
-    return Source(
+    return SourceVideo(
         codec=av.Codec(done.context.name, "r").canonical_name,
         width=shape.width,
         height=shape.height,
@@ -106,7 +106,7 @@ def unsliced(times) -> FrameTable:
     )
 
 
-def _sliced(file: BinaryIO, video_pass: StampPass) -> Source:
+def _sliced(file: BinaryIO, video_pass: StampPass) -> SourceVideo:
     """What is in a file whose packets can be decoded out of their place. Raises Unpredictable if they cannot."""
     codec = av.Codec(video_pass.context.name, "r").canonical_name
     usual, expected = codec in _USUAL, []
@@ -128,7 +128,7 @@ def _sliced(file: BinaryIO, video_pass: StampPass) -> Source:
         raise Unpredictable(str(error)) from error
 
 
-def _with_true_keys(file: BinaryIO, source: Source, crcs: dict[int, int]) -> FrameTable:
+def _with_true_keys(file: BinaryIO, source: SourceVideo, crcs: dict[int, int]) -> FrameTable:
     """The frame table with those keyframes only at which a decoder shows the right picture when it begins there. `crcs`:
     {position: crc32c of the picture}. Some containers mark every frame of an old codec, or the wrong ones."""
     frames, key = source.frames, source.frames.key.copy()
@@ -139,7 +139,7 @@ def _with_true_keys(file: BinaryIO, source: Source, crcs: dict[int, int]) -> Fra
     return replace(frames, key=key)
 
 
-def _begins_right(file: BinaryIO, source: Source, position: int, crc: int) -> bool:
+def _begins_right(file: BinaryIO, source: SourceVideo, position: int, crc: int) -> bool:
     decoder = stored_decoder(source)
     try:
         pictures = decoder.decode(_stored_packet(file, source.frames, position)) + decoder.decode(None)
@@ -148,7 +148,7 @@ def _begins_right(file: BinaryIO, source: Source, position: int, crc: int) -> bo
     return [(p.pts, crc32c(upright(p).data)) for p in pictures] == [(position, crc)]
 
 
-def _decoded_alone(file: BinaryIO, source: Source) -> Iterator[tuple[int, av.VideoFrame]]:
+def _decoded_alone(file: BinaryIO, source: SourceVideo) -> Iterator[tuple[int, av.VideoFrame]]:
     """(position, frame) of the frames that are shown, decoded from their packets without the container."""
     frames, last = source.frames, -1
     decoder = stored_decoder(source)

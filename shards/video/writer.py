@@ -30,7 +30,7 @@ _IN_MEMORY = 32 << 20  # bytes of a stored video before it goes to a temporary f
 
 
 @dataclass(frozen=True, kw_only=True)
-class Written:
+class WrittenVideo:
     """A video file that was written, standing at its beginning, and the table of its frames.
 
     `codec` is libav's name of the decoder. Width and height are as displayed; `rotation` and `mirrored` are what is left to
@@ -116,7 +116,7 @@ class Writer:
         self._numbers.append(number)
         self._times.append(time)
 
-    def finish(self) -> Written:
+    def finish(self) -> WrittenVideo:
         """Close the file. Raises VideoError if a frame is missing in it."""
         self._write(self._stream.encode(None))
         extradata = bytes(self._stream.codec_context.extradata or b"")
@@ -132,7 +132,7 @@ class Writer:
         )  # fmt: skip
         self._file.seek(0)
         extradata = b"" if self._codec == "mjpeg" else extradata
-        return Written(
+        return WrittenVideo(
             file=self._file, frames=frames, codec=self._codec, extension="mp4", extradata=extradata, width=width,
             height=height,
         )  # fmt: skip

@@ -216,6 +216,7 @@ def footer(path: Path) -> slice:
     return slice(len(data) - 8 - size, len(data))
 
 
+@pytest.mark.slow
 def test_a_bit_in_the_footer_is_noticed(copy: Path) -> None:
     path, rng, refused = copy / "000000.parquet", random.Random(20), 0
     whole, good = path.read_bytes(), [everything(Split(copy), i) for i in range(2)]

@@ -23,10 +23,12 @@ from shards.split import Split, find_splits
 from shards.tools import dedup, verify
 from shards.tools.info import describe, measure
 from shards.tools.repair import repair
-from shards.tools.reshard import Part, merge, split
+from shards.tools.reshard import SplitPart, merge, split
 from tests.edits import changed, damaged, several
 from tests.shards.sets import COPY, packed, reading
 from tests.videos import encode
+
+pytestmark = pytest.mark.slow
 
 COUNT, SEED = 500, 17
 
@@ -111,7 +113,7 @@ class Place:
         return (
             read, lambda: find_splits(path), lambda: describe(path), lambda: json.dumps(measure(path)),
             lambda: token_lengths(path), lambda: verify.verify(path, 1), lambda: merge([path, self.folder / "other"], out),
-            lambda: split(path, out, [Part("a", 0.5), Part("b")]), lambda: dedup.dedup([path, self.folder / "other"]),
+            lambda: split(path, out, [SplitPart("a", 0.5), SplitPart("b")]), lambda: dedup.dedup([path, self.folder / "other"]),
             lambda: missing(path), lambda: finish_parts(path), lambda: repair(path, workers=1),
         )  # fmt: skip
 

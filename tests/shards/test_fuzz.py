@@ -15,6 +15,8 @@ from shards.video.profiles import Profile
 from tests.shards.sets import COPY, INTRA, files, packed
 from tests.videos import encode
 
+pytestmark = pytest.mark.slow
+
 COUNT = 500
 
 

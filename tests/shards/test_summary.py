@@ -20,6 +20,7 @@ from tests.edits import changed, several
 EDITS = 3000
 
 
+@pytest.mark.slow
 def test_random_edits_end_in_a_sentence_or_work(copied: Path, tmp_path: Path) -> None:
     split = Path(shutil.copytree(copied, tmp_path / "split"))
     whole, rng, refused = json.loads((split / "dataset.json").read_text()), random.Random(11), 0

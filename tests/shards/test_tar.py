@@ -8,9 +8,7 @@ import os
 import tarfile
 from pathlib import Path
 
-import nvidia.dali as dali
 import pytest
-import webdataset
 
 from shards import tar
 from shards.split import Split
@@ -49,6 +47,8 @@ def written(folder: Path, names: list[str] = NAMES) -> tuple[Path, list[dict[str
 
 def dali_reads(tars: list[Path], extensions: list[str]) -> list[list[bytes]]:
     """Every sample of the tars, in order, through DALI's own reader and the index files."""
+
+    import nvidia.dali as dali
 
     @dali.pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
     def graph():
@@ -126,20 +126,27 @@ def test_a_damaged_tar_loses_only_what_is_damaged(tmp_path: Path) -> None:
         read_members(path)
 
 
+@pytest.mark.slow
 def test_the_webdataset_library_reads_any_name(tmp_path: Path) -> None:
     path, samples, _ = written(tmp_path)
+    import webdataset
+
     read = list(webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False))
     assert [key_to_name(sample["__key__"]) for sample in read] == NAMES
     assert [{"mp4": sample["mp4"], "json": sample["json"]} for sample in read] == samples
 
 
+@pytest.mark.slow
 def test_dali_reads_any_name(tmp_path: Path) -> None:
     path, samples, _ = written(tmp_path)
     assert dali_reads([path], ["mp4", "json"]) == [[sample["mp4"], sample["json"]] for sample in samples]
 
 
+@pytest.mark.slow
 def test_the_webdataset_library_reads_packed_shards(copied: Path) -> None:
     split = Split(copied)
+    import webdataset
+
     read = [s for t in sorted(copied.glob("*.tar")) for s in webdataset.WebDataset(str(t), shardshuffle=False)]
     assert len(read) == len(split) == 5
     for i, sample in enumerate(read):
@@ -152,6 +159,7 @@ def test_the_webdataset_library_reads_packed_shards(copied: Path) -> None:
         assert described["meta"] == {"nth": i}
 
 
+@pytest.mark.slow
 def test_dali_reads_packed_shards(copied: Path, intra: Path) -> None:
     for folder in (copied, intra):
         split = Split(folder)

@@ -15,8 +15,10 @@ from shards.annotations import Item
 from shards.packing.worker import Job, pack_shard
 from shards.storage import Folder
 from shards.tools.repair import repair
-from shards.tools.reshard import Part, merge, split
+from shards.tools.reshard import SplitPart, merge, split
 from tests.shards.sets import COPY, files, packed
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -110,7 +112,7 @@ def test_a_full_disk_while_splits_are_merged_or_divided(copied: Path, rough: Pat
     out = tmp_path / "out"
     for make in (
         lambda: merge([copied, rough], out, copy=True, prefix=True),
-        lambda: split(copied, out, [Part("a", 0.4), Part("b")], seed=1),
+        lambda: split(copied, out, [SplitPart("a", 0.4), SplitPart("b")], seed=1),
     ):
         with room(size), pytest.raises(OSError, match="File too large") as caught:
             make()
@@ -133,5 +135,5 @@ def test_a_source_that_cannot_be_read_is_named(copied: Path, rough: Path, tmp_pa
         merge([copied, rough], tmp_path / "out", copy=True, prefix=True)
     assert caught.value.filename == f"{copied}/000000.tar"
     with pytest.raises(OSError) as caught:
-        split(copied, tmp_path / "out", [Part("a", 0.4), Part("b")], seed=1)
+        split(copied, tmp_path / "out", [SplitPart("a", 0.4), SplitPart("b")], seed=1)
     assert Path(caught.value.filename).parent == copied

@@ -17,6 +17,8 @@ import pytest
 from tests.shards.sets import files
 from tests.videos import encode
 
+pytestmark = pytest.mark.slow
+
 KILLS = 20
 SHARDS = 5
 
@@ -90,9 +92,10 @@ def kill(process: subprocess.Popen, group: bool) -> bool:
     else:
         process.kill()
     stopped = process.wait() == -signal.SIGKILL
-    patience = time.monotonic() + 10
+    patience = time.monotonic() + 60
     while left := alive(process.pid):
-        assert time.monotonic() < patience, f"outlived its packer: {left}"
+        if time.monotonic() > patience:
+            raise TimeoutError(f"outlived its packer: {left}")
         time.sleep(0.01)
     return stopped
 

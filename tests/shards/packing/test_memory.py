@@ -14,6 +14,8 @@ from shards.packing.scheduler import Supervisor
 from shards.packing.worker import Job
 from tests.shards.sets import COPY, files, packed
 
+pytestmark = pytest.mark.slow
+
 PACK = """
 import resource, sys
 from c4c import shard

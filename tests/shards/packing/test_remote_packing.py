@@ -55,6 +55,7 @@ def cluster():
         process.wait()
 
 
+@pytest.mark.network
 def test_a_lost_dask_worker_costs_nothing(cluster, eight: list[Item], whole: dict, tmp_path: Path) -> None:
     address, workers = cluster
     out, events = tmp_path / "train", []
@@ -171,6 +172,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch):
     server.stop()
 
 
+@pytest.mark.network
 def test_a_bucket_to_read_from_and_to_write_to(bucket: str, eight: list[Item], whole: dict, tmp_path: Path) -> None:
     fs = UPath(bucket).fs
     for item in eight:

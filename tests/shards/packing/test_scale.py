@@ -90,6 +90,7 @@ shards.video.profiles.store = store
 """
 
 
+@pytest.mark.slow
 def test_a_video_that_hangs_and_one_that_kills_cost_only_themselves(
     eight: list[Item], whole: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

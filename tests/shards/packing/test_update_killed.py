@@ -48,6 +48,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, name: str, action: Callable[[], objec
     return len(done)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", ["replace", "unlink"])
 def test_an_update_killed_at_any_step_goes_on(many, decoded, tmp_path: Path, monkeypatch, step: str) -> None:
     begun, old, new = tmp_path / "begun", many[:6], [said(many[0], "new"), *many[2:5], many[6]]
@@ -114,6 +115,7 @@ pack(items, out, dataset="set", split="train", profile=Profile(short_side=96), s
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="workers end with a killed packer on Linux only")
 def test_kill_9_at_any_moment(tmp_path: Path) -> None:
     folder, data = tmp_path / "videos", encode(100, 24, (320, 240))

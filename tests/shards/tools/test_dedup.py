@@ -13,7 +13,7 @@ from c4c.shard import main
 from shards.annotations import Caption, Item
 from shards.split import Split
 from shards.tools import dedup as module
-from shards.tools.dedup import Group, RepeatedCaption, dedup
+from shards.tools.dedup import DuplicateGroup, RepeatedCaption, dedup
 from shards.video.profiles import Profile
 from tests.shards.sets import COPY, packed
 
@@ -30,7 +30,7 @@ def again(items: list[Item], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "test"
 
 
-def ids(groups: list[Group]) -> list[list[str]]:
+def ids(groups: list[DuplicateGroup]) -> list[list[str]]:
     return [[id for _, id in group.members] for group in groups]
 
 

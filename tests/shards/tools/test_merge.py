@@ -15,7 +15,7 @@ from shards import ShardError, tarcopy
 from shards.split import Split
 from shards.tar import read_index, read_members
 from shards.tools.regroup import Piece, SourceSplit, new_folder, write_split
-from shards.tools.reshard import Part, merge, split
+from shards.tools.reshard import SplitPart, merge, split
 from shards.tools.verify import verify
 from tests.shards.sets import files
 
@@ -48,7 +48,7 @@ def same_file(a: Path, b: Path) -> bool:
 @pytest.mark.parametrize("profile", ["copied", "intra"])
 def test_parts_hold_every_video_once(profile: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     whole = request.getfixturevalue(profile)
-    made = split(whole, tmp_path, [Part("a", 0.4), Part("b")], seed=1)
+    made = split(whole, tmp_path, [SplitPart("a", 0.4), SplitPart("b")], seed=1)
     assert [m.info["videos"] for m in made] == [2, 3] and [m.path for m in made] == [tmp_path / "a", tmp_path / "b"]
     assert contents(tmp_path / "a", tmp_path / "b") == contents(whole)
     for tar in tmp_path.glob("*/*.tar"):
@@ -71,18 +71,18 @@ def test_what_is_written_anew_is_what_the_packer_writes(copied: Path, rough: Pat
 def test_the_choice_is_the_seeds(copied: Path, tmp_path: Path) -> None:
     chosen = []
     for nth, seed in enumerate((0, 0, 1, 2, 3)):
-        split(copied, tmp_path / str(nth), [Part("a", 2)], seed=seed)
+        split(copied, tmp_path / str(nth), [SplitPart("a", 2)], seed=seed)
         chosen.append(frozenset(contents(tmp_path / str(nth) / "a")))
     assert chosen[0] == chosen[1] and len(set(chosen)) > 1
     assert files(tmp_path / "0" / "a") == files(tmp_path / "1" / "a")
 
 
 def test_whole_shards_are_linked(copied: Path, tmp_path: Path) -> None:
-    made = split(copied, tmp_path / "by", [Part("a", 0.4), Part("b")], whole_shards=True)
+    made = split(copied, tmp_path / "by", [SplitPart("a", 0.4), SplitPart("b")], whole_shards=True)
     assert sum(made[0].how.values()) + sum(made[1].how.values()) == 3
     assert not (made[0].how + made[1].how).keys() & {"rewritten", "copy"}
     assert contents(tmp_path / "by" / "a", tmp_path / "by" / "b") == contents(copied)
-    made = split(copied, tmp_path / "copies", [Part("a")], copy=True)
+    made = split(copied, tmp_path / "copies", [SplitPart("a")], copy=True)
     assert made[0].how == {"copy": 3}
     assert not same_file(tmp_path / "copies" / "a" / "000000.tar", copied / "000000.tar")
 
@@ -97,15 +97,15 @@ def test_lists_of_ids(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert len(Split(tmp_path / "train").shards) == 1  # a whole shard of the source
     assert "3 videos, 4 captions" in capsys.readouterr().err
     with pytest.raises(ShardError, match=r"1 of the listed ids are not in .*'nobody'"):
-        split(copied, tmp_path / "no", [Part("a", ids=frozenset(["nobody", ids[0]]))])
+        split(copied, tmp_path / "no", [SplitPart("a", ids=frozenset(["nobody", ids[0]]))])
     with pytest.raises(ShardError, match="in the lists of both a and b"):
-        split(copied, tmp_path / "no", [Part(n, ids=frozenset([ids[0]])) for n in "ab"])
+        split(copied, tmp_path / "no", [SplitPart(n, ids=frozenset([ids[0]])) for n in "ab"])
     assert not (tmp_path / "no").exists()
 
 
 def test_rejects_go_along(rough: Path, tmp_path: Path) -> None:
     parts = [tmp_path / "a", tmp_path / "b"]
-    made = split(rough, tmp_path, [Part("a", 2), Part("b")], seed=3)
+    made = split(rough, tmp_path, [SplitPart("a", 2), SplitPart("b")], seed=3)
     assert contents(*parts) == contents(rough) and rejects(*parts) == rejects(rough)
     assert sum(m.info["rejected_videos"] for m in made) == 5 and sum(m.info["rejected_captions"] for m in made) == 1
     merge(parts, tmp_path / "again")
@@ -136,7 +136,7 @@ def test_sizes_that_cannot_be_meant(parts, words, copied: Path, tmp_path: Path, 
 
 
 def test_merging_the_parts_gives_the_set(copied: Path, tmp_path: Path) -> None:
-    split(copied, tmp_path, [Part("a", 3), Part("b")], whole_shards=True)
+    split(copied, tmp_path, [SplitPart("a", 3), SplitPart("b")], whole_shards=True)
     made = merge([tmp_path / "a", tmp_path / "b"], tmp_path / "all", name="other")
     assert contents(tmp_path / "all") == contents(copied)
     assert not made.how.keys() & {"rewritten", "copy"} and sum(made.how.values()) == 3
@@ -160,7 +160,7 @@ def test_names_that_clash_are_refused_or_told_apart(copied: Path, rough: Path, t
 
 
 def test_only_shards_with_a_clash_are_written_anew(copied: Path, tmp_path: Path) -> None:
-    split(copied, tmp_path, [Part("some", ids=frozenset(["plain"]))])
+    split(copied, tmp_path, [SplitPart("some", ids=frozenset(["plain"]))])
     made = merge([tmp_path / "some", copied], tmp_path / "all", prefix=True)
     assert made.how["rewritten"] == 1 and sum(made.how.values()) == 4
     assert "copy/plain" in contents(tmp_path / "all")
@@ -177,7 +177,7 @@ def test_nothing_is_overwritten_or_left_behind(copied: Path, tmp_path: Path, mon
     (tmp_path / "out" / "a").mkdir(parents=True)
     (tmp_path / "out" / "a" / "mine.txt").write_text("mine")
     with pytest.raises(ShardError, match="exists already and is not empty"):
-        split(copied, tmp_path / "out", [Part("b", 2), Part("a")])
+        split(copied, tmp_path / "out", [SplitPart("b", 2), SplitPart("a")])
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["a"]
 
     def full(*_):
@@ -190,14 +190,14 @@ def test_nothing_is_overwritten_or_left_behind(copied: Path, tmp_path: Path, mon
 
 
 def test_file_systems_without_links_or_ranges(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    split(copied, tmp_path / "1", [Part("a", 2), Part("b")], seed=1)
+    split(copied, tmp_path / "1", [SplitPart("a", 2), SplitPart("b")], seed=1)
 
     def no(*_, **__):
         raise OSError(errno.EXDEV, "Invalid cross-device link")
 
     for where, name in ((tarcopy.os, "copy_file_range"), (tarcopy.os, "link"), (tarcopy.fcntl, "ioctl")):
         monkeypatch.setattr(where, name, no)
-    made = split(copied, tmp_path / "2", [Part("a", 2), Part("b")], seed=1)
+    made = split(copied, tmp_path / "2", [SplitPart("a", 2), SplitPart("b")], seed=1)
     assert set((made[0].how + made[1].how).keys()) <= {"copy", "rewritten"}
     for name in "ab":
         assert files(tmp_path / "2" / name) == files(tmp_path / "1" / name)

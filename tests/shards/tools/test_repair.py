@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import webdataset
 
 from c4c.shard import main
 from shards import ShardError
@@ -258,6 +257,8 @@ def test_a_json_that_no_packing_writes_is_said_in_a_sentence(copied: Path, tmp_p
 
 def foreign(path: Path, samples: list[dict]) -> Path:
     path.mkdir()
+    import webdataset
+
     with webdataset.TarWriter(str(path / "000000.tar")) as writer:
         for sample in samples:
             writer.write(sample)

@@ -16,11 +16,11 @@ from shards.schema import FrameTable
 from shards.video.encode import Grid
 from shards.video.encode import to_intra as encode_intra
 from shards.video.picture import grid
-from shards.video.source import Source, scan
+from shards.video.source import SourceVideo, scan
 from tests.videos import encode, encode_pictures, number_in
 
 
-def to_intra(data: bytes, rate: int, short_side: int, **settings) -> tuple[Source, bytes, FrameTable]:
+def to_intra(data: bytes, rate: int, short_side: int, **settings) -> tuple[SourceVideo, bytes, FrameTable]:
     source, written = encode_intra(io.BytesIO(data), Grid(rate, short_side), **settings)
     return source, written.file.read(), written.frames
 

@@ -123,6 +123,7 @@ def test_variable_frame_rate_keeps_the_times_of_the_stamps() -> None:
     assert cut.source.frames.time == pytest.approx([(s - 7) / 25 for s in stamps[3:8]], abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("trc", "white"), [(16, 0.5807), (18, 0.7500)], ids=["PQ", "HLG"])
 def test_hdr_is_brought_to_the_range_of_a_jpeg(trc, white) -> None:
     """Reference white (203 cd/m², ITU-R BT.2408) must come out near white, and black as black; untouched it is grey."""
@@ -188,6 +189,7 @@ def test_a_cover_picture_is_no_video(tmp_path) -> None:
 # ---- memory ----
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_video(monkeypatch) -> None:
     noise = [
         av.VideoFrame.from_ndarray(p, format="rgb24")

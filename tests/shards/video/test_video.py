@@ -17,7 +17,7 @@ from shards import VideoError
 from shards.video.decode import WAYS
 from shards.video.picture import grid, scaled_size, upright
 from shards.video.random_access import pick_frames
-from shards.video.source import Source, scan
+from shards.video.source import SourceVideo, scan
 from tests.videos import encode, number_in, picture
 
 SHORT_GOP = {"bf": "3", "g": "12"}
@@ -61,7 +61,7 @@ def plain(data: bytes) -> np.ndarray:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
 
 
-def pick(data: bytes, source: Source, wanted: list[int], reads: list[tuple[int, int]] | None = None) -> dict:
+def pick(data: bytes, source: SourceVideo, wanted: list[int], reads: list[tuple[int, int]] | None = None) -> dict:
     def read(offset: int, size: int) -> bytes:
         size = len(data) - offset if size < 0 else size
         if reads is not None:
@@ -305,6 +305,7 @@ def test_grid_is_the_extractors_loop(fps: Fraction, rate: int) -> None:
     assert [n for n in range(8 * whole) if grid(n, Fraction(fps), rate)] == expected
 
 
+@pytest.mark.slow
 def test_scaled_size_is_torchvisions() -> None:
     resize = pytest.importorskip("torchvision.transforms").Resize(32)
     for width in range(50, 800, 37):
