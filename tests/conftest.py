@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+# Test processes share the cores, and torch's threads wait for each other: spinning meanwhile costs many times the work.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 NOT_QUICK = {"slow", "launch", "network", "gpu"}  # marks, described in pyproject.toml
 
 # A test that trains in this process leaves these in the environment; commands that later tests start are not ranks.

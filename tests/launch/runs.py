@@ -144,7 +144,7 @@ def losses(run: Path) -> list[float]:
 def free_port() -> int:
     """Below those that the system hands out, or another process would have it before a launch gets to it."""
     while True:
-        port = random.SystemRandom().randrange(20000, 32000)
+        port = random.SystemRandom().randrange(20000, 29500)
         with contextlib.suppress(OSError), socket.socket() as s:
             s.bind(("", port))
             return port

@@ -42,18 +42,8 @@ class Stages:
         hosts = self.launcher.folder / "hosts"
         hosts.write_text("".join(f"{host} slots=2\n" for host in HOSTS))
         slots = f"{HOSTS[0]}:0@{HOSTS[1]}:1"  # one of each, and on this machine not the same
-        meet = [
-            "--hostfile",
-            str(hosts),
-            "--include",
-            slots,
-            "--no_ssh",
-            "--master_addr",
-            HOSTS[0],
-            "--master_port",
-            str(free_port()),
-        ]
-        command = [str(Path(sys.executable).parent / "deepspeed"), *meet]
+        meet = f"--hostfile {hosts} --include {slots} --no_ssh --master_addr {HOSTS[0]} --master_port {free_port()}"
+        command = [str(Path(sys.executable).parent / "deepspeed"), *meet.split()]
         words = [SCRIPT, *self.words, "run.resume=auto"]
         nodes = [self.launcher.start([*command, "--node_rank", str(i), *words]) for i in range(2)]
         self._reach(step_in(self.run / "metrics.jsonl") + 1, nodes)
