@@ -14,8 +14,7 @@ from typing import Any
 import yaml
 
 from c4c.files import looked_in, parse_yaml, read_yaml
-from c4c.settings import CheckpointConfig, EngineConfig, ModelConfig
-from c4c.training.optim import TrainConfig
+from c4c.settings import CheckpointConfig, EngineConfig, ModelConfig, TrainConfig
 from c4c.training.run_folder import RunConfig, require_wandb
 from c4c.zero.keys import wrong_key
 from pipelines.config import CacheConfig, ClipsConfig, DataConfig

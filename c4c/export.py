@@ -95,7 +95,7 @@ def run(ckpt: Path, tag: str | None, to: Path, official: bool) -> tuple[int, str
     if tag and not is_run(str(ckpt)):
         raise ValueError(f"--tag {tag} names a run's checkpoint, and {ckpt} is no run folder")
     from c4c.models.clip4clip import CLIP4Clip
-    from c4c.zero.distributed import quiet_libraries
+    from c4c.zero.patches import quiet_libraries
 
     quiet_libraries()
     model = CLIP4Clip.from_checkpoint(ckpt, tag=tag)

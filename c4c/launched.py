@@ -157,7 +157,7 @@ class Starting:
     """`with Starting("before the first step")`: SIGTERM and SIGINT end the process at once, and rank 0 says so in one line.
 
     The process exits with 128 + the signal's number. A thread does it, since the main thread may be waiting in C code.
-    `c4c.training.guard.Stop` takes over while steps are taken. Elsewhere than in a main thread: nothing.
+    `c4c.training.signals.Stop` takes over while steps are taken. Elsewhere than in a main thread: nothing.
     """
 
     def __init__(self, when: str = ""):

@@ -1,4 +1,4 @@
-"""Settings of model, engine and checkpoints. Nothing heavy is imported, so that a mistake in them is answered at once."""
+"""Settings of model, training, engine and checkpoints. Nothing heavy is imported, so that a mistake in them is answered at once."""
 
 import difflib
 import importlib.util
@@ -8,10 +8,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from c4c.training.lr_schedule import lr_factor, official_lr_factor
 from pipelines.bounds import COUNT, MONTH_S, check_numbers
 
 PRECISIONS = ("bf16", "fp16", "fp32")
 OFFLOADS = ("none", "optimizer", "all")
+SCHEDULES = ("mmaction2", "official")
+LOSSES = ("cross_entropy", "mil_nce")
+DECAYS = ("mmaction2", "official")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,91 @@ class ModelConfig:
         if self.linear_patch not in ("2d", "3d"):
             raise ValueError(f"model.linear_patch={self.linear_patch}: there are 2d and 3d")
         check_numbers("model", self, {"head_layers": (1, 1000)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long, how fast. The defaults are mmaction2's CLIP4Clip recipe on MSR-VTT."""
+
+    loss: str = "cross_entropy"  # of pairs, both ways; or mil_nce, of clips and bags of captions (clips.bag)
+    batch_size: int = 128  # pairs a step, over all ranks
+    micro_batch_size: int = 0  # pairs a rank encodes at once; fewer than its share: gradient caching. 0: all its share
+    accumulate: int = 1  # updates take the mean of so many smaller batches, each with only its own negatives
+    max_bad_steps: int = 20  # in a row: steps left out because the loss or a gradient was not finite; then the run ends
+    epochs: float = 5.0
+    max_steps: int = 0  # stop after so many steps; 0: epochs decide. The schedule ends there too
+    drop_last: bool = False  # every batch full and the rest of an epoch left out, not all batches a little smaller
+    lr: float = 1e-5  # of the head; of the towers times coef_lr
+    coef_lr: float = 1.0
+    lr_text: float = 1.0  # of the text tower, on top of that
+    lr_video: float = 1.0  # of the video tower
+    freeze_text_epochs: float = 0.0  # the text tower stays as it is for so long: its learning rate is 0
+    freeze_video_epochs: float = 0.0
+    schedule: str = "mmaction2"  # or official: see lr_factor and official_lr_factor
+    warmup_epochs: float = 0.5  # mmaction2's
+    warmup_start: float = 0.05  # mmaction2's: of lr, at the first step
+    warmup_fraction: float = 0.1  # official: of all steps
+    weight_decay: float = 0.05
+    decay: str = "mmaction2"  # none on biases, norms and scalars; official: none on biases only
+    betas: tuple[float, ...] = (0.9, 0.999)
+    eps: float = 1e-8
+    bias_correction: bool = True  # of Adam's moments; BertAdam has none
+    freeze_layers: int = -1  # N >= 0: towers' embeddings and blocks below N stay as they are
+    eval_every: int = 1  # epochs between validations; 0: only at the end
+    eval_every_steps: int = 0  # steps between further validations, each with a checkpoint; 0: none
+    patience: int = 0  # the run ends after so many validations in a row without a better t2v R@1; 0: it does not
+
+    def __post_init__(self):
+        counts = dict.fromkeys(
+            ("max_steps", "eval_every", "micro_batch_size", "eval_every_steps", "patience"), (0, COUNT)
+        )
+        epochs = ("epochs", "warmup_epochs", "freeze_text_epochs", "freeze_video_epochs")
+        rates = dict.fromkeys(("lr", "coef_lr", "lr_text", "lr_video", "weight_decay", "eps"), (0, math.inf))
+        shares = dict.fromkeys(("warmup_start", "warmup_fraction"), (0, 1))
+        check_numbers("train", self, {
+            **counts, **rates, **shares, **dict.fromkeys(epochs, (0, 1_000_000)), "freeze_layers": (-1, COUNT),
+            **dict.fromkeys(("batch_size", "accumulate", "max_bad_steps"), (1, COUNT)),
+        })  # fmt: skip
+        if not self.epochs and not self.max_steps:
+            raise ValueError(
+                "train.epochs=0 trains nothing: set it above 0, or train.max_steps; launch/eval.py --ckpt evaluates weights "
+                "as they are"
+            )
+        if self.accumulate > 1 and self.micro_batch_size:
+            raise ValueError(
+                f"train.accumulate={self.accumulate} and train.micro_batch_size={self.micro_batch_size} both cut the batch: "
+                "micro_batch_size keeps the whole batch's negatives (gradient caching), accumulate does not; set one of them"
+            )
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"train.betas={self.betas}: two numbers of at least 0 and below 1")
+        for name, known in (("schedule", SCHEDULES), ("decay", DECAYS), ("loss", LOSSES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"train.{name}={getattr(self, name)}: there are {', '.join(known)}")
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        return self.max_steps or max(1, round(self.epochs * steps_per_epoch))
+
+    def endless_warmup(self, steps_per_epoch: int) -> str:
+        """What to say of a warm-up that lasts as long as the run; nothing if it does not."""
+        total, warmup = self.total_steps(steps_per_epoch), round(self.warmup_epochs * steps_per_epoch)
+        if self.schedule != "mmaction2" or warmup < max(2, total):
+            return ""
+        return (
+            f"train.warmup_epochs={self.warmup_epochs} is {warmup} steps, and the run has {total}: the learning rate never "
+            "comes to train.lr. Set it lower, or train longer"
+        )
+
+    def frozen(self, epochs: float) -> tuple[str, ...]:
+        """Parts of the model that stand still after so many epochs. Decay is part of an update, so nothing of them moves."""
+        until = {"text": self.freeze_text_epochs, "video": self.freeze_video_epochs}
+        return tuple(part for part, end in until.items() if epochs < end)
+
+    def factor(self, step: int, steps_per_epoch: int) -> float:
+        """The learning rate at `step` (from 0) over its peak."""
+        total = self.total_steps(steps_per_epoch)
+        if self.schedule == "official":
+            return official_lr_factor(step, total, self.warmup_fraction)
+        return lr_factor(step, total, round(self.warmup_epochs * steps_per_epoch), self.warmup_start)
 
 
 @dataclass(frozen=True, kw_only=True)

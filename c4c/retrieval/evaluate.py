@@ -20,7 +20,8 @@ from c4c.retrieval.metrics import ranks, report
 from c4c.training.run_folder import is_run
 from c4c.training.screen import EvalReport, metrics_table
 from c4c.zero import checkpoint
-from c4c.zero.distributed import launched, quiet_libraries, start_distributed, stop_distributed
+from c4c.zero.distributed import launched, start_distributed, stop_distributed
+from c4c.zero.patches import quiet_libraries
 from pipelines.config import DataConfig
 from pipelines.loader import texts_of
 from pipelines.survey import notes

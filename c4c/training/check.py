@@ -5,10 +5,10 @@ from itertools import islice
 from pathlib import Path
 
 from c4c.config import Config
+from c4c.training.memory import memory_gib
 from c4c.training.screen import Report, span
 from c4c.training.session import Session, make_deterministic
-from c4c.training.trainer import memory_gib
-from c4c.zero import checkpoint
+from c4c.zero import checkpoint, state
 from c4c.zero.distributed import start_distributed, stop_distributed
 from shards import count
 from shards.remote import Local
@@ -32,15 +32,16 @@ def check(config: Config) -> None:
         for note in session.warnings() if rank == 0 else ():
             say(f"warning: {note}")
         damaged = rank == 0 and _any_damaged(say, folder)
-        steps, waits = [], []
+        steps: list[float] = []
         with session.loader:
             mark = time.perf_counter()
             for batch in islice(session.batches(2), 2):
-                outcome = session.step(batch)
+                loss = session.step(batch).loss  # reading it waits for the step
                 now = time.perf_counter()
-                steps, waits, mark = [*steps, now - mark], [*waits, batch.wait_s], now
+                steps.append(now - mark)
+                mark = now
                 say(
-                    f"step {session.done}: loss {outcome.loss:.4f}, {steps[-1]:.2f} s, of which {waits[-1]:.2f} s waiting for data"
+                    f"step {session.done}: loss {loss:.4f}, {steps[-1]:.2f} s, of which {batch.wait_s:.2f} s waiting for data"
                 )
         mark = time.perf_counter()
         first = Part(config.data.test, config.data.eval_batch_size * world, config.data.local)
@@ -90,7 +91,7 @@ def memory_per_rank_gib(
 
 def _describe(say, config: Config, session: Session, steps: list[float], folder: Path) -> None:
     engine, world = config.engine, session.world
-    trained = sum(getattr(p, "ds_numel", p.numel()) for p in session.engine.module.parameters() if p.requires_grad)
+    trained = sum(state.size(p) for p in session.engine.module.parameters() if p.requires_grad)
     device, host = memory_per_rank_gib(
         session.weights, trained, engine.precision, session.engine.zero_optimization_stage(), world, engine.offload
     )

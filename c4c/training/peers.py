@@ -29,7 +29,7 @@ class Peers:
         self._rank, self._world, self._timeout = rank, world, timeout_s
         self._places: list[tuple[str, int]] = []  # host and pid of each rank
         self._once = threading.Lock()
-        self.paused_s = 0.0  # how long this process itself was stopped, as c4c.training.guard.Watchdog measures it
+        self.paused_s = 0.0  # how long this process itself was stopped, as c4c.training.watchdog.Watchdog measures it
 
     def __enter__(self) -> "Peers":
         if self._world > 1:

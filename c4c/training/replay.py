@@ -5,8 +5,9 @@ from pathlib import Path
 
 from c4c.config import Config
 from c4c.files import looked_in
+from c4c.training.outcome import Outcome
 from c4c.training.screen import Report
-from c4c.training.session import Outcome, Session, make_deterministic
+from c4c.training.session import Session, make_deterministic
 from c4c.zero import checkpoint
 from c4c.zero.distributed import start_distributed, stop_distributed
 from pipelines.quarantine import json_lines

@@ -1,19 +1,17 @@
-"""Joining the ranks that a launcher started, and keeping DeepSpeed quiet."""
+"""Joining the ranks that a launcher started."""
 
-import logging
 import os
 import re
-import sys
 import time
 import uuid
 from collections.abc import MutableMapping
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from c4c.launched import free_port
+from c4c.zero import patches
 
 
 def start_distributed(timeout_s: float = 1800.0) -> tuple[int, int, torch.device]:
@@ -21,11 +19,11 @@ def start_distributed(timeout_s: float = 1800.0) -> tuple[int, int, torch.device
 
     Returns rank, world, device. timeout_s: how long the others are waited for. Raises ValueError.
     """
-    quiet_libraries()
+    patches.quiet_libraries()
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    _find_ninja()
+    patches.find_ninja()
     _name_ranks(os.environ)
     if "SLURM_GPUS_PER_TASK" in os.environ and torch.cuda.device_count() == 1:
         os.environ["LOCAL_RANK"] = "0"  # each task is shown its own GPU alone
@@ -39,8 +37,7 @@ def start_distributed(timeout_s: float = 1800.0) -> tuple[int, int, torch.device
     else:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
     backend = get_accelerator().communication_backend_name()
-    # its exchange in shared memory serves inference alone, and each rank leaves 66 MiB in /dev/shm for good at every start
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    patches.without_shared_memory()
     timeout = timedelta(seconds=timeout_s)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store = dist.TCPStore(
@@ -122,33 +119,17 @@ def restarted(device: torch.device | str = "cpu") -> bool:
 
 
 def stop_distributed() -> None:
+    """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def quiet_libraries() -> None:
-    """DeepSpeed's log lines are for its developers; its warnings and errors stay."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what it would find, less a warning
-    if sys.prefix != sys.base_prefix:  # environments that share compiled optimizers compile them over and over
-        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.WARNING)
-
-
 def compile_ops() -> None:
     """Compile what DeepSpeed compiles at the first start on this machine: its fused Adam."""
-    quiet_libraries()
+    patches.quiet_libraries()
     from deepspeed.accelerator import get_accelerator
 
-    _find_ninja()
+    patches.find_ninja()
     builder = get_accelerator().create_op_builder("FusedAdamBuilder")
     if builder is not None:
         builder.load(verbose=False)
-
-
-def _find_ninja() -> None:
-    """An environment that is not activated still has ninja, with which DeepSpeed compiles."""
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from c4c.models.clip4clip import build
-from c4c.settings import ModelConfig
-from c4c.training.optim import TrainConfig, lr_factor, parameter_groups
-from c4c.zero.engine import Learner
+from c4c.settings import ModelConfig, TrainConfig
+from c4c.training.lr_schedule import lr_factor
+from c4c.training.param_groups import parameter_groups
+from c4c.training.step import Learner
 
 
 def test_the_learning_rate_rises_in_a_line_and_falls_in_half_a_cosine():

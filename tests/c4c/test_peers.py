@@ -16,8 +16,9 @@ import os, sys, time
 import torch
 import torch.distributed as dist
 from c4c.errors import end_with
-from c4c.training.guard import Stop, Watchdog
 from c4c.training.peers import Peers
+from c4c.training.signals import Stop
+from c4c.training.watchdog import Watchdog
 
 rank, timeout = int(os.environ["RANK"]), float(os.environ["TIMEOUT"])
 sys.argv = ["launch/train.py", "--cfg", "demo.yaml"]

@@ -51,7 +51,7 @@ class Head(nn.Module):
 
 
 def present(features: Tensor) -> Tensor:
-    """bool [..., T]: which rows of [..., T, D] are not padding."""
+    """Bool [..., T]: which rows of [..., T, D] are not padding."""
     return (features != 0).any(dim=-1)
 
 
