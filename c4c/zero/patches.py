@@ -21,17 +21,14 @@ from torch import Tensor, nn
 
 
 def quiet_libraries() -> None:
-    """Import DeepSpeed without its messages for developers; its warnings and errors stay."""
+    """Called before DeepSpeed is imported: no warning about what it finds, and one folder of compiled optimizers an environment."""
     if not torch.cuda.is_available():
         # the same choice that DeepSpeed makes, without its warning that it found no GPU
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if sys.prefix != sys.base_prefix:
         # by default all environments share one folder of compiled optimizers, and each compiles them again
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.WARNING)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns where there is no nvcc
 
 
 def find_ninja() -> None:
@@ -275,7 +272,7 @@ def refresh(engine) -> None:
 
 
 def loss_scaler(engine) -> dict[str, float]:
-    """The state of fp16's loss scale, of which the engine tells only the scale; empty in other precisions."""
+    """The state of fp16's loss scale; empty in other precisions. The engine's own loss_scale() is the configuration's."""
     scaler = _scaler(engine)
     return {k: getattr(scaler, k) for k in _SCALER if isinstance(getattr(scaler, k, None), (int, float))}
 
