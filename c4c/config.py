@@ -7,6 +7,7 @@ import re
 import sys
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ class ConfigError(ValueError):
     """A configuration that cannot be used. The message names the key, the file, and what would be right."""
 
 
-def load(name: str, overrides: list[str] = (), search: list[Path] = ()) -> Config:
+def load(name: str, overrides: Sequence[str] = (), search: Sequence[Path] = ()) -> Config:
     """Read `name` (a path, else a file in one of the `search` folders), follow its `extends:`, apply `key=value` words.
 
     Raises ConfigError.
@@ -96,7 +97,7 @@ def override_data(data: DataConfig, overrides: list[str]) -> DataConfig:
     return _build(Config, tree, "").data
 
 
-def _override(tree: dict, overrides: list[str]) -> None:
+def _override(tree: dict, overrides: Sequence[str]) -> None:
     for word in overrides:
         key, equals, text = word.partition("=")
         if not equals or not key:
@@ -119,6 +120,7 @@ def to_dict(config: Config) -> dict:
 
 
 def dump(config: Config) -> str:
+    """The Config as YAML."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
@@ -126,7 +128,7 @@ def describe_keys() -> str:
     """A paragraph for each group of settings: what it is for, and its keys with defaults and the comments in the source."""
     lines = []
     for group, kind in typing.get_type_hints(Config).items():
-        if not dataclasses.is_dataclass(kind):
+        if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
             lines += [f"{group}.*  DeepSpeed's own keys, passed through", ""]
             continue
         lines.append(f"{group}  {inspect.getdoc(kind)}")
@@ -152,7 +154,7 @@ def _as_word(value: Any) -> str:
     return value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True).split("\n")[0]
 
 
-def _find(name: str, search: list[Path]) -> Path:
+def _find(name: str, search: Sequence[Path]) -> Path:
     candidates = [folder / name for folder in search]
     for path in candidates:
         if path.is_file():
@@ -163,7 +165,7 @@ def _find(name: str, search: list[Path]) -> Path:
     raise ConfigError(f"no configuration {name}: {hint}looked at {', '.join(map(str, candidates))}; there are {there}")
 
 
-def _read(path: Path, search: list[Path], parents: tuple[Path, ...]) -> dict:
+def _read(path: Path, search: Sequence[Path], parents: tuple[Path, ...]) -> dict:
     """The file's tree with every leaf as (value, where it stands), on top of the files it extends."""
     if path.resolve() in [parent.resolve() for parent in parents]:
         raise ConfigError(f"{path} extends itself, by way of {', '.join(map(str, parents))}")
@@ -216,7 +218,7 @@ def _build(cls: type, tree: dict, prefix: str) -> Any:
         if key not in names:
             raise ConfigError(_unknown(prefix, key, names, value))
         kind = hints[key]
-        if dataclasses.is_dataclass(kind):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             values[key] = _build(kind, value, f"{prefix}{key}.")
         elif kind is dict:
             values[key] = _mapping(value, f"{prefix}{key}")

@@ -67,6 +67,7 @@ def _is_weights(start: bytes) -> bool:
 
 
 def main() -> int:
+    """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m c4c.export", description="Write a model's weights as one file.")
     parser.add_argument("--ckpt", type=Path, required=True, help="a run folder, or weights of any kind c4c reads")
     parser.add_argument("--tag", help="a checkpoint of the run: its name, or best (the latest)")

@@ -17,6 +17,7 @@ Score = Callable[[Tensor, Tensor], Tensor]  # texts [N, ...], videos [M, ...] ->
 
 
 def world_size() -> int:
+    """Ranks of the process group; 1 without one."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 

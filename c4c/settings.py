@@ -98,6 +98,7 @@ class TrainConfig:
                 raise ValueError(f"train.{name}={getattr(self, name)}: there are {', '.join(known)}")
 
     def total_steps(self, steps_per_epoch: int) -> int:
+        """Steps of the run."""
         return self.max_steps or max(1, round(self.epochs * steps_per_epoch))
 
     def endless_warmup(self, steps_per_epoch: int) -> str:
@@ -176,7 +177,10 @@ def _check_backbone(name: str) -> None:
 
         towers.named(name)
         return
-    package = Path(importlib.util.find_spec("open_clip").origin).parent
+    spec = importlib.util.find_spec("open_clip")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("No module named 'open_clip'", name="open_clip")
+    package = Path(spec.origin).parent
     known = {
         file.stem for folder in (package / "model_configs", _MODELS / "backbones") for file in folder.glob("*.json")
     }

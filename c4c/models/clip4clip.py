@@ -85,6 +85,7 @@ class CLIP4Clip(nn.Module):
 
     @property
     def image_size(self) -> int:
+        """Side of the square pictures that it takes, in pixels."""
         size = self.clip.visual.image_size
         return size[0] if isinstance(size, tuple) else size
 

@@ -33,8 +33,9 @@ class Peers:
 
     def __enter__(self) -> "Peers":
         if self._world > 1:
-            self._places = [None] * self._world
-            dist.all_gather_object(self._places, (socket.gethostname(), os.getpid()))
+            places: list = [None] * self._world
+            dist.all_gather_object(places, (socket.gethostname(), os.getpid()))
+            self._places = places
             self._store = own_connection(_STORE_S)
         return self
 

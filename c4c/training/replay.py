@@ -47,6 +47,7 @@ def replay(config: Config, step: int) -> bool:
 
 
 def recorded(folder: Path, step: int) -> dict:
+    """The line of metrics.jsonl for a step. Raises ValueError if there is none."""
     path = folder / "metrics.jsonl"
     found = {row["step"]: row for row in json_lines(path) if isinstance(row.get("step"), int)}
     if step not in found:

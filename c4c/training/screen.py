@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.constrain import Constrain
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
 from shards import count
@@ -41,6 +41,7 @@ class Report:
             self._live.stop()
 
     def say(self, text: str) -> None:
+        """Print a line."""
         self.console.print(text, highlight=False, markup=False)
 
     def step(self, step: int, values: dict) -> None:
@@ -98,6 +99,7 @@ class Report:
             self.say(f"    {command}")
 
     def validation(self, step: int, values: dict) -> None:
+        """Show the metrics of the validation after `step` steps."""
         self._best = max(self._best, values["t2v"]["R1"])
         t2v, v2t = values["t2v"], values["v2t"]
         self.say(
@@ -116,7 +118,7 @@ class EvalReport:
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[after]}"),
             console=self._console, transient=True, disable=not self._live,
         )  # fmt: skip
-        self._tasks: dict[str, int] = {}
+        self._tasks: dict[str, TaskID] = {}
         self._began = self._last = self._last_line = time.monotonic()
         self.pace = ""  # of the videos, once all are encoded
 
@@ -155,6 +157,7 @@ def metrics_table(result: dict) -> Table:
 
 
 def span(seconds: float) -> str:
+    """As minutes and seconds, with hours if there are any."""
     minutes, s = divmod(int(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"

@@ -25,7 +25,7 @@ from c4c.zero.engine import build_engine
 from c4c.zero.snapshot import restore
 from pipelines.loader import Batch, Loader
 from pipelines.survey import notes
-from shards.concat import open_splits
+from shards.concat import Concat, open_splits
 from shards.split import Split
 
 
@@ -76,9 +76,10 @@ class Session:
         )  # fmt: skip
         self.per_epoch = self.loader.steps_per_epoch
         # what hosts decide they exchange between hosts: on the default group of GPUs, each answer would wait for the step
-        self._hosts = None
+        self._hosts: dist.ProcessGroup | None = None
         if device.type == "cuda" and world > 1:
-            self._hosts = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.engine.timeout_s + 300))
+            hosts = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.engine.timeout_s + 300))
+            self._hosts = hosts if isinstance(hosts, dist.ProcessGroup) else None
         self.total = config.train.total_steps(self.per_epoch)
 
     def warnings(self) -> list[str]:
@@ -159,7 +160,7 @@ class Session:
         )
 
 
-def _identity(config: Config, train: Split, test: Split) -> dict[str, object]:
+def _identity(config: Config, train: Split | Concat, test: Split) -> dict[str, object]:
     """What has to be the same on every rank."""
     flat = {f"{group}.{key}": value for group, keys in to_dict(config).items() for key, value in keys.items()}
     versions = {name: version(name) for name in ("torch", "deepspeed")} | {"python": platform.python_version()}

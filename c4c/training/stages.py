@@ -22,7 +22,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,6 +57,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class Pipeline:
+    """Stages in order, and the command that starts a training."""
+
     launcher: tuple[str, ...]
     stages: list[Stage] = field(default_factory=list)
 
@@ -65,7 +67,7 @@ class StageError(ValueError):
     """A stage that failed, was stopped, or cannot be what is asked for."""
 
 
-def read(path: Path, overrides: list[str] = (), search: list[Path] = (), launcher: str = "") -> Pipeline:
+def read(path: Path, overrides: Sequence[str] = (), search: Sequence[Path] = (), launcher: str = "") -> Pipeline:
     """The stages in a yaml file. overrides: NAME.key=value words for the stage NAME. Raises ValueError."""
     found = next((p for p in (path, *(folder / path for folder in search)) if p.is_file()), None)
     if found is None:
@@ -101,7 +103,7 @@ def read(path: Path, overrides: list[str] = (), search: list[Path] = (), launche
     return Pipeline(tuple(command), list(stages.values()))
 
 
-def _stage(entry: dict, overrides: list[str], before: dict[str, Stage], path: Path, search: list[Path]) -> Stage:
+def _stage(entry: dict, overrides: list[str], before: dict[str, Stage], path: Path, search: Sequence[Path]) -> Stage:
     kind = "eval" if isinstance(entry, dict) and "eval" in entry else "train"
     needed = {"name", "cfg" if kind == "train" else "eval"}
     if not isinstance(entry, dict) or not needed <= entry.keys() <= _KEYS[kind]:
@@ -136,11 +138,11 @@ def _text(value: object) -> str:
     return json.dumps(value) if not isinstance(value, str) else value
 
 
-def _earlier(name: object, before: dict[str, Stage], mine: str, path: Path) -> Stage:
+def _earlier(name: object, before: dict[str, Stage], own: str, path: Path) -> Stage:
     stage = before.get(str(name))
     if stage is None or stage.config is None:
-        there = ", ".join(s.name for s in before.values() if s.config) or "none"
-        raise ConfigError(f"{path}: stage {mine} goes by a stage {name}; training stages before it: {there}")
+        known = ", ".join(s.name for s in before.values() if s.config) or "none"
+        raise ConfigError(f"{path}: stage {own} refers to stage {name}; the training stages before it are: {known}")
     return stage
 
 
@@ -153,7 +155,7 @@ def run(pipeline: Pipeline, scripts: Path, say: Callable[[str], None]) -> None:
             say(f"{head} {text}")
 
         if stage.config:
-            _train(stage, [*pipeline.launcher, str(scripts / "train.py")], tell)
+            _train(stage, stage.config, [*pipeline.launcher, str(scripts / "train.py")], tell)
         else:
             _evaluate(stage, [sys.executable, str(scripts / "eval.py")], tell)
 
@@ -180,16 +182,17 @@ def scored(result: Path) -> list[float]:
         ) from error
 
 
-def _train(stage: Stage, command: list[str], say: Callable[[str], None]) -> None:
+def _train(stage: Stage, config: Config, command: list[str], say: Callable[[str], None]) -> None:
     run = stage.run
     if (run / "config.yaml").exists():
         try:
-            check_continuation(run, to_dict(stage.config), to_dict(Config()))
+            check_continuation(run, to_dict(config), to_dict(Config()))
         except ValueError as error:
             raise StageError(f"stage {stage.name}: {error}") from error
     _check_source(stage)
     if read_done(run):
-        return say(f"{run} is done")
+        say(f"{run} is done")
+        return
     say(f"{'continuing' if (run / 'config.yaml').exists() else 'training'} {run}")
     code = _call([*command, "--cfg", stage.cfg, *stage.words], say)
     if not read_done(run):
@@ -198,10 +201,10 @@ def _train(stage: Stage, command: list[str], say: Callable[[str], None]) -> None
 
 
 def _check_source(stage: Stage) -> None:
-    """See that what the run began with is what stands there now, and note it before the run begins."""
+    """Raise StageError if the run did not start from what its source holds now; before the run begins, note what that is."""
     if stage.source is None:
         return
-    note, now = stage.run / _STARTED_FROM, {"run": str(stage.source.run), **read_done(stage.source.run)}
+    note, now = stage.run / _STARTED_FROM, {"run": str(stage.source.run), **(read_done(stage.source.run) or {})}
     if not (stage.run / "config.yaml").exists():
         stage.run.mkdir(parents=True, exist_ok=True)
         note.write_text(json.dumps(now) + "\n")
@@ -212,9 +215,11 @@ def _check_source(stage: Stage) -> None:
 
 
 def _evaluate(stage: Stage, command: list[str], say: Callable[[str], None]) -> None:
-    done = read_done(stage.run)
+    if (done := read_done(stage.run)) is None:  # the stage that is evaluated has run before this one
+        raise StageError(f"stage {stage.name}: {stage.run} is not done")
     if stage.result.exists() and stage.result.stat().st_mtime >= (stage.run / DONE).stat().st_mtime:
-        return say(f"{stage.result} is there")
+        say(f"{stage.result} exists")
+        return
     data = ["--data", stage.data] if stage.data else []
     words = ["--ckpt", str(stage.run), "--tag", done["best"], *data, "--json", str(stage.result), *stage.words]
     code = _call([*command, *words], say)

@@ -110,7 +110,7 @@ class Trainer:
             lock.take()
         moved = prepare(self.folder, resume)
         lock.take()  # in the new folder, if the old one was moved
-        if self.session.notes:
+        if self.session.notes and self.session.tag:
             checkpoint.point(self.folder, self.session.tag)
         return moved
 

@@ -27,7 +27,7 @@ class Watchdog:
         self._peers = peers or Peers(rank, world, timeout_s)
         self._rank, self._world, self._timeout, self._end = rank, world, timeout_s, end
         self._turn, self._doing, self._since, self._beat = 0, "starting", time.monotonic(), 0
-        self._main = threading.main_thread().ident
+        self._main = threading.main_thread()
         self._stopped, self._pausing = threading.Event(), threading.Lock()
         self._back, self._computed, self._paused_turn = float("inf"), 0.0, 0
         self._interval = min(5.0, timeout_s / 8)
@@ -53,7 +53,7 @@ class Watchdog:
         self._turn, self._doing, self._since = self._turn + 1, doing, time.monotonic()
 
     def _watch(self) -> None:
-        lost, gone = "rank 0, at which the ranks meet, does not answer: ", None
+        lost, gone = "rank 0, which all ranks connect to, does not respond: ", None
         try:
             while not self._stopped.wait(self._interval):
                 self._expect(2 * self._interval + 4)  # for the store, twice
@@ -70,11 +70,11 @@ class Watchdog:
                         self._report(within(8 * self._interval + 1, self._slowest))
                 except TimeoutError:
                     if late:
-                        self._report(f"{lost}its process is stopped, or its machine gone")
+                        self._report(f"{lost}its process is stopped, or its machine is down")
                 self._expect(self._interval)
         except Exception:  # the store went with the rank that held it
             if not self._stopped.wait(2 * self._interval):  # at the end of a run that is how it should be
-                self._report(f"{lost}it ended, or its machine is gone")
+                self._report(f"{lost}it ended, or its machine is down")
 
     def _expect(self, seconds: float) -> None:
         """The watching thread will be back in so long at most."""
@@ -111,31 +111,39 @@ class Watchdog:
         time.sleep(3 * self._interval)
         self._publish()
         after = self._all()
-        silent = [r for r, (a, b) in enumerate(zip(before, after, strict=True)) if b is None or a["beat"] == b["beat"]]
-        behind = min((s["turn"] for r, s in enumerate(after) if s and r not in silent), default=0)
-        late = [r for r, s in enumerate(after) if s and s["turn"] == behind]
-        words = [
-            f"rank {r} ({_place(after[r])}) does not answer: its process is stopped, or its machine gone"
-            for r in silent
+        known = {rank: state for rank, state in enumerate(after) if state is not None}
+        silent = [
+            r for r in range(self._world) if (a := before[r]) is None or r not in known or a["beat"] == known[r]["beat"]
         ]
-        if not silent and len(late) < self._world:
-            words = [f"rank {r} ({_place(after[r])}) is {after[r]['doing']} since {after[r]['for_s']} s" for r in late]
-        return "; ".join(words) or f"all ranks are {after[0]['doing']} since {after[0]['for_s']} s"
+        if silent:
+            return "; ".join(
+                f"rank {r} ({_place(after[r])}) does not respond: its process is stopped, or its machine is down"
+                for r in silent
+            )
+        behind = min(state["turn"] for state in known.values())
+        late = [r for r, state in known.items() if state["turn"] == behind]
+        if len(late) == self._world:
+            return f"all ranks are {known[0]['doing']} since {known[0]['for_s']} s"
+        return "; ".join(
+            f"rank {r} ({_place(known[r])}) is {known[r]['doing']} since {known[r]['for_s']} s" for r in late
+        )
 
-    def _report(self, found: str) -> None:
+    def _report(self, reason: str) -> None:
         turn = self._turn
         if self._rank:
             time.sleep(OTHERS_FIRST_S)
             if self._turn != turn:
                 return  # it goes on
         stack = ""
-        if f"rank {self._rank} (" in found or "all ranks" in found:
-            stack = "".join(traceback.format_stack(sys._current_frames()[self._main])[-4:])
-        text = f"error: no step for {self._timeout:.0f} s (engine.timeout_s): {found}. The others wait for it in vain"
+        if f"rank {self._rank} (" in reason or "all ranks" in reason:
+            stack = "".join(traceback.format_stack(sys._current_frames()[self._main.ident or 0])[-4:])
+        text = (
+            f"error: no step for {self._timeout:.0f} s (engine.timeout_s): {reason}. The other ranks are waiting for it"
+        )
         print(f"{text}\n{stack}", file=sys.stderr, flush=True)
         self._peers.leave()
         self._end(1)
 
 
 def _place(state: dict | None) -> str:
-    return f"pid {state['pid']} on {state['host']}" if state else "never heard of"
+    return f"pid {state['pid']} on {state['host']}" if state else "never connected"

@@ -10,18 +10,19 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from c4c.launched import free_port
+from c4c.launched import free_port, quick_imports
 from c4c.zero import patches
 
 
 def start_distributed(timeout_s: float = 1800.0) -> tuple[int, int, torch.device]:
     """Join the process group of the launcher (deepspeed, torchrun, srun), or make one of a single rank.
 
-    Returns rank, world, device. timeout_s: how long the others are waited for. Raises ValueError.
+    Returns rank, world, device. timeout_s: how long to wait for the other ranks. Raises ValueError.
     """
     patches.quiet_libraries()
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator
+    with quick_imports():
+        import deepspeed
+        from deepspeed.accelerator import get_accelerator
 
     patches.find_ninja()
     _name_ranks(os.environ)
@@ -40,11 +41,11 @@ def start_distributed(timeout_s: float = 1800.0) -> tuple[int, int, torch.device
     patches.without_shared_memory()
     timeout = timedelta(seconds=timeout_s)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        store = dist.TCPStore(
+        agents = dist.TCPStore(
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout
         )
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        store = dist.PrefixStore(common_word(store, rank, world, timeout_s), store)
+        store = dist.PrefixStore(common_word(agents, rank, world, timeout_s), agents)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
@@ -65,7 +66,7 @@ def common_word(store: dist.Store, rank: int, world: int, timeout_s: float) -> s
     while left:
         if rank == 0:
             for other in [r for r in left if store.check([f"c4c/{mine}/answer/{r}"])]:
-                store.set(f"c4c/{mine}/heard/{other}", store.get(f"c4c/{mine}/answer/{other}"))
+                store.set(f"c4c/{mine}/heard/{other}", store.get(f"c4c/{mine}/answer/{other}").decode())
                 left.discard(other)
         elif store.check(["c4c/offer"]):
             offer = store.get("c4c/offer").decode()
@@ -87,7 +88,7 @@ def _name_ranks(env: MutableMapping[str, str]) -> None:
         env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
         env["LOCAL_RANK"] = env["SLURM_LOCALID"]
         # 4(x2),3 is two machines of 4 tasks and one of 3
-        env["LOCAL_WORLD_SIZE"] = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", env["WORLD_SIZE"])).group()
+        env["LOCAL_WORLD_SIZE"] = re.split(r"\D", env.get("SLURM_STEP_TASKS_PER_NODE", env["WORLD_SIZE"]))[0]
         # below the ports that Linux hands out
         env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 12000))
         if int(env.get("SLURM_STEP_NUM_NODES", 1)) > 1 and "MASTER_ADDR" not in env:
@@ -111,8 +112,8 @@ def launched() -> int:
 def restarted(device: torch.device | str = "cpu") -> bool:
     """Whether torchrun (--max-restarts) or Slurm (--requeue) has started this run before, as any of the ranks was told:
     an agent of torchrun counts only the restarts that began with it."""
-    told = [int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")]
-    most = torch.tensor(max(told), device=device)
+    counts = [int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")]
+    most = torch.tensor(max(counts), device=device)
     if dist.is_initialized():
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
     return most.item() > 0

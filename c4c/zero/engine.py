@@ -4,7 +4,6 @@ import os
 import subprocess
 from typing import TYPE_CHECKING
 
-from c4c.models.compiled import compile_towers
 from c4c.settings import PRECISIONS, EngineConfig, TrainConfig
 from c4c.training.param_groups import parameter_groups
 from c4c.zero import patches
@@ -42,6 +41,8 @@ def build_engine(learner: "Learner", config: EngineConfig, train: TrainConfig, w
         raise ValueError(reason) from error
     patches.repair(engine, world)
     if config.compile:
+        from c4c.models.compiled import compile_towers
+
         compile_towers(model, config.zero_stage)
     return engine
 

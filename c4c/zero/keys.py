@@ -2,6 +2,7 @@
 
 import difflib
 import math
+from typing import Any
 
 _OFFLOAD = "device nvme_path buffer_count pin_memory"
 _MONITOR = "enabled output_path job_name"
@@ -93,7 +94,7 @@ def wrong_key(tree: dict, group: str = "") -> tuple[str, str] | None:
     return None
 
 
-def _finite(value: object) -> bool:
+def _finite(value: Any) -> bool:
     """Whether it is no number, or a finite one; DeepSpeed takes text for a number, too."""
     try:
         return isinstance(value, dict) or math.isfinite(float(value))

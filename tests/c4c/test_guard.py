@@ -133,7 +133,7 @@ def test_a_rank_that_is_gone_is_named(store, capsys):
     with Watchdog(0, 2, 0.4, end=lambda code: ended.set()) as watch:
         watch.now("at step 7")
         assert ended.wait(5)
-    assert "rank 1 (never heard of) does not answer" in capsys.readouterr().err
+    assert "rank 1 (never connected) does not respond" in capsys.readouterr().err
 
 
 def test_a_first_rank_that_is_stopped_is_named(store, capsys, monkeypatch):
@@ -144,7 +144,7 @@ def test_a_first_rank_that_is_stopped_is_named(store, capsys, monkeypatch):
         watch.now("at step 7")
         assert ended.wait(5)
         never.set()
-    assert "rank 0, at which the ranks meet, does not answer: its process is stopped" in capsys.readouterr().err
+    assert "rank 0, which all ranks connect to, does not respond: its process is stopped" in capsys.readouterr().err
 
 
 def test_a_run_that_goes_on_is_left_alone(store, capsys):
