@@ -34,11 +34,11 @@ class BadSteps:
             row = {"step": step, "loss": str(loss), "keys": [key for part in parts for key in part]}
             with suppress(OSError):  # a full disk: the message below names the step too
                 append_line(listing, row)
-        what = f"step {step} was left out: its loss is {loss}, or a gradient is not finite"
+        what = f"step {step} was skipped: its loss is {loss}, or a gradient is not finite"
         if self._in_a_row >= self._most:
             raise ValueError(
                 f"{what}; that is the {self._in_a_row}th in a row (train.max_bad_steps). The videos of these steps are in "
-                f"{listing}; --replay {step} runs one again. Usual reasons: train.lr too high, "
-                "engine.precision=fp16 where bf16 would do"
+                f"{listing}; --replay {step} runs one again. Usual causes: train.lr is too high, "
+                "engine.precision=fp16 where bf16 is possible"
             )
         return f"warning: {what}. Its videos are in {listing}"

@@ -1,4 +1,4 @@
-"""`launch/train.py --check`: everything a run needs, tried out in seconds; nothing is written to the run folder."""
+"""`launch/train.py --check`: try everything a run needs in seconds, without writing to the run folder."""
 
 import time
 from itertools import islice
@@ -48,22 +48,22 @@ def check(config: Config) -> None:
         session.evaluate(first)
         say(f"evaluation: {len(first)} of {count(len(session.test), 'video')} in {time.perf_counter() - mark:.2f} s")
         _describe(say, config, session, steps, folder)
-        say(f"all {'else ' * damaged}is well; nothing was written to the run folder")
+        say(f"everything {'else ' * damaged}works; nothing was written to the run folder")
     finally:
         stop_distributed()
 
 
 def _any_damaged(say, folder: Path) -> bool:
     """Compare every checkpoint of the run folder with its checksums."""
-    whole = []
+    intact = []
     for tag in checkpoint.tags(folder):
-        if found := checkpoint.damage(folder / checkpoint.FOLDER / tag):
-            say(f"warning: {folder / checkpoint.FOLDER / tag} is damaged: {found}")
+        if reason := checkpoint.damage(folder / checkpoint.FOLDER / tag):
+            say(f"warning: {folder / checkpoint.FOLDER / tag} is damaged: {reason}")
         else:
-            whole.append(tag)
-    if whole:
-        say(f"checkpoints that are whole: {', '.join(whole)}")
-    return len(whole) < len(checkpoint.tags(folder))
+            intact.append(tag)
+    if intact:
+        say(f"intact checkpoints: {', '.join(intact)}")
+    return len(intact) < len(checkpoint.tags(folder))
 
 
 class Part(Split):
@@ -113,13 +113,13 @@ def _describe(say, config: Config, session: Session, steps: list[float], folder:
     if config.model.init_from not in ("", "scratch"):
         say(f"        {config.model.init_from} (weights to start from)")
     moves = config.run.resume == "never" and (folder / "config.yaml").exists()
-    say(f"writes: {folder}{' (the run that is there would be moved aside)' if moves else ''}")
+    say(f"writes: {folder}{' (the earlier run there would be moved aside)' if moves else ''}")
     names = "config.yaml towers.json versions.json metrics.jsonl eval.jsonl tensorboard/ checkpoints/"
-    say(f"        {names}\n        and, if there is reason to: quarantine.jsonl bad_steps.jsonl")
+    say(f"        {names}\n        and, if needed: quarantine.jsonl bad_steps.jsonl")
     if config.cache.dir:
         say(
-            f"        {config.cache.dir} (decoded frames, at most {config.cache.max_gb:g} GB; these two steps have begun it)"
+            f"        {config.cache.dir} (decoded frames, at most {config.cache.max_gb:g} GB; these two steps have written some)"
         )
     size = (session.weights * 4 + trained * 8) / 2**30
     most = config.checkpoint.keep_last + config.checkpoint.keep_best + 1
-    say(f"        a checkpoint takes {size:.2f} GiB, and up to {most} are there at once")
+    say(f"        a checkpoint takes {size:.2f} GiB, and up to {most} exist at once")

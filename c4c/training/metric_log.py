@@ -109,7 +109,7 @@ class Appender:
             self._late = max(self._late, len(self._waiting))
             return
         if self._late:
-            self._say(f"{self._path} can be written again; {count(self._late, 'record')} came late")
+            self._say(f"{self._path} can be written again; {count(self._late, 'record')} were written late")
             self._late = 0
 
     def _append(self, record: bytes) -> None:

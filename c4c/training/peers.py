@@ -61,17 +61,17 @@ class Peers:
             return None
         if self.paused_s > self._timeout / 2:
             why = (
-                f"rank {self._rank}, this process, was stopped itself for {self.paused_s:.0f} s (engine.timeout_s is "
-                f"{self._timeout:.0f}), and the other ranks ended meanwhile"
+                f"rank {self._rank}, this process, was itself stopped for {self.paused_s:.0f} s (engine.timeout_s is "
+                f"{self._timeout:.0f}), and the other ranks have ended since"
             )
         elif gone:
             names = " and ".join(f"rank {rank} (pid {self._places[rank][1]})" for rank in gone)
             # rank 0 cannot leave word that it ended with an error: the store ends with it
             unless = "unless it gave a reason above, " if 0 in gone else ""
-            why = f"{names} vanished: {unless}it was killed, usually because memory ran out (dmesg tells)"
+            why = f"{names} vanished: {unless}it was killed, usually because memory ran out (see dmesg)"
         else:
             return None
-        return f"{why}. Go on with\n    {command_again('run.resume=auto')}"
+        return f"{why}. Continue with\n    {command_again('run.resume=auto')}"
 
     def say(self, text: str) -> None:
         """Print it as an error, once; the first rank that is left at once, the others only if the launcher lets them live."""

@@ -90,9 +90,9 @@ class Report:
         return Constrain(whole, self.console.width - len("^C") - 1)  # what a terminal echoes must not start a new line
 
     def summary(self, steps: int, bad: int, *commands: str) -> None:
-        """The end of a run that went all the way: what came of it, and what to do next."""
+        """The end of a completed run: its result, and what to do next."""
         best = f"; best t2v R@1 {self._best:.1f}" if self._best > float("-inf") else ""
-        left_out = f"; {count(bad, 'step')} left out" if bad else ""
+        left_out = f"; {count(bad, 'step')} skipped" if bad else ""
         took = span(time.monotonic() - self._started)
         self.say(f"done: {count(steps, 'step')}, {took} for the last {steps - self._first}{best}{left_out}. Next:")
         for command in commands:

@@ -218,11 +218,11 @@ class Trainer:
                 checkpoint.prune(self.folder, self.config.checkpoint)  # the last validation may have found a new best
         if self.saver.error:
             raise CheckpointError(
-                f"{self.saver.error}. Make room and go on with\n    {command_again('run.resume=auto')}"
+                f"{self.saver.error}. Make room and continue with\n    {command_again('run.resume=auto')}"
             )
         if done < self.total and not self.early.due:
             return self.report.say(
-                f"stopped{f' by {stopped_by}' if stopped_by else ''} after step {done} of {self.total}, which is saved. Go on with\n"
+                f"stopped{f' by {stopped_by}' if stopped_by else ''} after step {done} of {self.total}, which is saved. Continue with\n"
                 f"    {command_again('run.resume=auto')}"
             )
         best = checkpoint.best(self.folder) if self.rank == 0 else None
@@ -232,7 +232,7 @@ class Trainer:
             mark_done(self.folder, done, best or checkpoint.tag_of(done))
         if done < self.total:
             self.report.say(
-                f"{count(self.early.patience, 'validation')} in a row no better: that is all (train.patience)"
+                f"{count(self.early.patience, 'validation')} in a row were no better: the run ends here (train.patience)"
             )
         self.report.summary(
             done, self.bad.total,
@@ -246,7 +246,9 @@ class Trainer:
         self._peak = peak(self.device, config.engine.precision)
         self._flops = 3 * per_pair(session.model.spec, config.data.num_frames, config.data.max_words)
         if moved:
-            self.report.say(f"an earlier run in {self.folder} was moved to {moved}; run.resume=auto would continue it")
+            self.report.say(
+                f"an earlier run in {self.folder} was moved to {moved}; run.resume=auto would have continued it"
+            )
         self.report.say(
             f"{config.model.backbone} + {config.model.head}, {session.weights / 1e6:.1f} M weights; "
             f"{count(len(session.split), 'video')}, {count(session.loader.order.pairs, 'pair')}; {count(self.total, 'step')} of {config.train.batch_size} on {self.world} "

@@ -33,7 +33,7 @@ MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is not there, or cannot be read or written."""
+    """A checkpoint that does not exist, or cannot be read or written."""
 
 
 def tag_of(step: int) -> str:
@@ -106,23 +106,23 @@ def resolve(run: Path, tag: str | None) -> str:
     """The name of a kept checkpoint. tag: its name, `best`, or None for the newest. Raises CheckpointError."""
     tag = (best(run) if tag == "best" else tag) or latest(run)
     if tag not in tags(run):
-        raise CheckpointError(f"{run} has no checkpoint {tag}; there are {_listed(run)}")
+        raise CheckpointError(f"{run} has no checkpoint {tag}; it has {_listed(run)}")
     return tag
 
 
 def tags(run: Path) -> list[str]:
-    """Names of the checkpoints there are, oldest first."""
+    """Names of a run's checkpoints, oldest first."""
     found = (p.name for p in (run / FOLDER).glob("step*") if p.name[4:].isdecimal() and p.is_dir())
     return sorted(found, key=lambda t: (len(t), t))
 
 
 def exist(run: Path) -> bool:
-    """Whether a run folder holds checkpoints, whole or not, and so must not be trained over."""
+    """Whether a run folder holds checkpoints, intact or not, and so must not be trained over."""
     return bool(tags(run)) or (run / FOLDER / "latest").exists()
 
 
 def latest(run: Path) -> str:
-    """The newest finished checkpoint's name: the one in `latest` or, where that is gone, the newest that is whole.
+    """The newest finished checkpoint's name: the one in `latest` or, where that is missing, the newest intact one.
 
     Raises CheckpointError if there is none.
     """
@@ -132,7 +132,7 @@ def latest(run: Path) -> str:
     if not run.is_dir():
         raise CheckpointError(f"there is no run folder {run}{looked_in(run)}")
     if tag is None and not tags(run):
-        raise CheckpointError(f"{run} holds no checkpoint (no {FOLDER}/latest): train it first, or longer")
+        raise CheckpointError(f"{run} holds no checkpoint (no {FOLDER}/latest): train it first, or for longer")
     return newest_whole(run)[0]
 
 
@@ -145,22 +145,22 @@ def trained_on(run: Path) -> str | None:
 
 
 def newest_whole(run: Path, before: float = float("inf")) -> tuple[str, list[str]]:
-    """(the checkpoint to go on from, lines that say why it is not simply the latest); before: only of earlier steps.
+    """(the checkpoint to continue from, a line for each reason why it is not the latest); before: only of earlier steps.
 
-    Reads every file of it to compare checksums. Raises CheckpointError if none is whole.
+    Reads every file of it to compare checksums. Raises CheckpointError if none is intact.
     """
-    pointed, there = _pointed(run), [tag for tag in tags(run) if step_of(tag) < before]
-    newest_first = sorted(there, key=lambda tag: (tag == pointed, step_of(tag)), reverse=True)
+    pointed, known = _pointed(run), [tag for tag in tags(run) if step_of(tag) < before]
+    newest_first = sorted(known, key=lambda tag: (tag == pointed, step_of(tag)), reverse=True)
     notes, pointer = [], run / FOLDER / "latest"
-    if before == float("inf") and pointed not in there:
-        wrong = "is missing" if pointed is None else f"names {pointed or 'nothing'}, which is not there"
+    if before == float("inf") and pointed not in known:
+        wrong = "is missing" if pointed is None else f"names {pointed or 'nothing'}, which does not exist"
         notes.append(f"{pointer} {wrong}")
     for tag in newest_first:
-        if not (found := damage(run / FOLDER / tag)):
-            return tag, [f"warning: {note}; continuing from {tag}, the newest whole checkpoint" for note in notes]
-        notes.append(f"{run / FOLDER / tag} is damaged: {found}")
+        if not (reason := damage(run / FOLDER / tag)):
+            return tag, [f"warning: {note}; continuing from {tag}, the newest intact checkpoint" for note in notes]
+        notes.append(f"{run / FOLDER / tag} is damaged: {reason}")
     raise CheckpointError(
-        f"{run} has no whole checkpoint to go on from: {'; '.join(notes)}. Choose another run.dir, or start anew with "
+        f"{run} has no intact checkpoint to continue from: {'; '.join(notes)}. Choose another run.dir, or start again with "
         "run.resume=never, which moves the old run aside"
     )
 
@@ -209,14 +209,12 @@ def read_state(folder: Path) -> dict:
 
 
 def _compare(file: Path, known: dict | None) -> None:
-    found = _measured(file)
+    measured = _measured(file)
     if known is None:
         raise CheckpointError(f"{STATE} has no checksum of {file.name}")
-    if found["bytes"] != known.get("bytes"):
-        raise CheckpointError(
-            f"{file.name} has {found['bytes']} bytes and had {known.get('bytes')} when it was written"
-        )
-    if found != known:
+    if measured["bytes"] != known.get("bytes"):
+        raise CheckpointError(f"{file.name} has {measured['bytes']} bytes; {known.get('bytes')} were written")
+    if measured != known:
         raise CheckpointError(f"{file.name} does not match its checksum in {STATE}")
 
 
@@ -236,11 +234,11 @@ def _own_checksum(state: dict) -> str:
 
 def refuse_damage(folder: Path, parts: tuple[str, ...] = (MODEL, OPTIMIZER)) -> None:
     """Raise CheckpointError if one of these files of a checkpoint is damaged; it names another one that is not."""
-    if found := damage(folder, parts):
+    if reason := damage(folder, parts):
         others = [t for t in reversed(tags(folder.parent.parent)) if t != folder.name]
-        whole = next((t for t in others if not damage(folder.parent / t, parts)), None)
-        more = f"{whole} is whole: --tag {whole} reads it" if whole else "the run has no other that is whole"
-        raise CheckpointError(f"{folder} is damaged: {found}; {more}")
+        intact = next((t for t in others if not damage(folder.parent / t, parts)), None)
+        more = f"{intact} is intact: use --tag {intact}" if intact else "the run has no intact one"
+        raise CheckpointError(f"{folder} is damaged: {reason}; {more}")
 
 
 def load_weights(run: Path, tag: str | None = None) -> dict[str, Tensor]:
@@ -304,5 +302,5 @@ def reading(folder: Path) -> Iterator[None]:
         raise
     except Exception as error:  # DeepSpeed raises whatever its file formats lead to
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        there = _listed(folder.parent.parent)
-        raise CheckpointError(f"{folder} cannot be read ({reason}); the run has {there}") from error
+        known = _listed(folder.parent.parent)
+        raise CheckpointError(f"{folder} cannot be read ({reason}); the run has {known}") from error

@@ -129,7 +129,7 @@ def test_a_batch_that_cannot_be_shared_out():
 
 @pytest.mark.parametrize("wrong", [{"precision": "tf32"}, {"zero_stage": 4}])
 def test_what_makes_no_sense_is_refused_by_name(wrong):
-    with pytest.raises(ValueError, match=rf"engine\.{next(iter(wrong))}="):
+    with pytest.raises(ValueError, match=rf"engine\.{next(iter(wrong))}\b"):
         EngineConfig(**wrong)
 
 
@@ -172,7 +172,7 @@ def test_offload():
     with pytest.raises(ValueError, match=r"offload_optimizer\.device=nvme contradicts engine\.offload"):
         derived(extra, zero_stage=3, offload="optimizer")
     for wrong in ({"offload": "disk"}, {"offload": "optimizer", "zero_stage": 0}, {"offload": "all", "zero_stage": 2}):
-        with pytest.raises(ValueError, match=r"engine\.offload="):
+        with pytest.raises(ValueError, match=r"engine\.offload\b"):
             EngineConfig(**wrong)
 
 

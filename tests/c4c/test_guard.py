@@ -64,7 +64,7 @@ def test_bad_steps_are_counted_and_listed(tmp_path):
     bad = BadSteps(tmp_path, most=3)
     assert bad.note(1, False, 1.0, ["a"], 1, 0) == ""
     for step in (2, 3):
-        assert f"step {step} was left out: its loss is nan" in bad.note(step, True, float("nan"), ["a", "b"], 1, 0)
+        assert f"step {step} was skipped: its loss is nan" in bad.note(step, True, float("nan"), ["a", "b"], 1, 0)
     assert bad.note(4, False, 1.0, ["a"], 1, 0) == ""  # only those in a row end a run
     bad.note(5, True, float("inf"), ["c"], 1, 0)
     bad.note(6, True, float("inf"), ["c"], 1, 0)

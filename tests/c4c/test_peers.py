@@ -83,7 +83,7 @@ def ranks(tmp_path):
         process.communicate()
 
 
-COMMAND = "Go on with\n    deepspeed --num_accelerators 2"
+COMMAND = "Continue with\n    deepspeed --num_accelerators 2"
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -97,7 +97,7 @@ def test_a_rank_that_is_killed_is_named_at_once(rank, ranks):
     assert time.monotonic() - began < 25
     reason = "it was" if rank else "unless it gave a reason above, it was"
     said = (
-        f"error: rank {rank} (pid N) vanished: {reason} killed, usually because memory ran out (dmesg tells). {COMMAND}"
+        f"error: rank {rank} (pid N) vanished: {reason} killed, usually because memory ran out (see dmesg). {COMMAND}"
     )
     assert err.startswith(said) and err.endswith(" launch/train.py --cfg demo.yaml run.resume=auto\n")
     assert err.count("\n") == 2
@@ -117,7 +117,7 @@ def test_a_rank_that_was_stopped_blames_itself(ranks):
     os.kill(both.both[0].pid, signal.SIGCONT)
     err = both.said_by(0)
     assert re.match(
-        r"error: rank 0, this process, was stopped itself for \d+ s \(engine\.timeout_s is 2\), and the other ranks ended",
+        r"error: rank 0, this process, was itself stopped for \d+ s \(engine\.timeout_s is 2\), and the other ranks have ended",
         err,
     )
     assert COMMAND in err and "vanished" not in err
