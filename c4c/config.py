@@ -80,11 +80,11 @@ def require_data(data: DataConfig) -> None:
 
 def _check_deepspeed(located: Any, given: dict) -> None:
     """Of a file that is read now. A run that ignored a key in its day can still be read."""
-    if found := wrong_key(given):
-        path, wrong = found
+    if problem := wrong_key(given):
+        path, wrong = problem
         for key in path.split("."):
             located = located[key]
-        kind = "unknown key " if wrong.startswith(("did you mean", "there are")) else ""
+        kind = "unknown key " if wrong.startswith(("did you mean", "known keys")) else ""
         raise ConfigError(f"{kind}deepspeed.{_cut(path)} in {_where(located)}: {_cut(wrong, 500)}")
 
 
@@ -159,10 +159,12 @@ def _find(name: str, search: Sequence[Path]) -> Path:
     for path in candidates:
         if path.is_file():
             return path
-    there = sorted({p.name for folder in search for p in folder.glob("*.yaml")})
-    near = difflib.get_close_matches(name, there, 1)
+    known = sorted({p.name for folder in search for p in folder.glob("*.yaml")})
+    near = difflib.get_close_matches(name, known, 1)
     hint = f"did you mean {near[0]}? " if near else ""
-    raise ConfigError(f"no configuration {name}: {hint}looked at {', '.join(map(str, candidates))}; there are {there}")
+    raise ConfigError(
+        f"no configuration {name}: {hint}looked at {', '.join(map(str, candidates))}; known are {', '.join(known)}"
+    )
 
 
 def _read(path: Path, search: Sequence[Path], parents: tuple[Path, ...]) -> dict:
@@ -236,7 +238,7 @@ def _unknown(prefix: str, key: str, names: list[str], value: Any) -> str:
     }
     near = difflib.get_close_matches(prefix + key, sorted(known), 1, cutoff=0.5)
     near = near or [full for full in sorted(known) if full.split(".")[-1] == key]
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(prefix + n for n in names)}"
+    hint = f"did you mean {near[0]}?" if near else f"known keys are {', '.join(prefix + n for n in names)}"
     return f"unknown key {prefix}{_cut(key)} in {_where(value)}: {hint}"
 
 

@@ -12,11 +12,11 @@ def out_of_memory(error: BaseException, doing: str, remedies: str) -> str | None
     if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in text:
         return None
     if torch.cuda.is_available():
-        free, whole = (n / 2**30 for n in torch.cuda.mem_get_info())
-        there = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} of {whole:.1f} GiB were in use, {free:.1f} free"
+        free, total = (n / 2**30 for n in torch.cuda.mem_get_info())
+        memory = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} of {total:.1f} GiB were in use, {free:.1f} free"
     else:
-        there = f"the machine has {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"
-    return f"out of memory: {doing}; {there}. Set {remedies} ({text.strip().partition(chr(10))[0][:200]})"
+        memory = f"the machine has {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"
+    return f"out of memory: {doing}; {memory}. Set {remedies} ({text.strip().partition(chr(10))[0][:200]})"
 
 
 def memory_gib() -> float:

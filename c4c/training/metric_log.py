@@ -22,7 +22,7 @@ _MOST_WAITING_BYTES = 64 << 20  # a step is about 3 kB
 class Metrics:
     """RUN/metrics.jsonl, one object a step; RUN/eval.jsonl, one a validation; and both in TensorBoard.
 
-    wandb: a project to send them to as well; config: what is shown beside them there. say: told what cannot be written.
+    wandb: a project to send them to as well. config: the settings to show there. say: called with a message about what cannot be written.
     """
 
     def __init__(

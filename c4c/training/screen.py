@@ -84,10 +84,10 @@ class Report:
         table = Table.grid(padding=(0, 2))
         table.add_row(*shown)
         table.add_row(*shown.values())
-        whole = Table.grid(expand=True)
-        whole.add_row(self._bars)
-        whole.add_row(table)
-        return Constrain(whole, self.console.width - len("^C") - 1)  # what a terminal echoes must not start a new line
+        screen = Table.grid(expand=True)
+        screen.add_row(self._bars)
+        screen.add_row(table)
+        return Constrain(screen, self.console.width - len("^C") - 1)  # what a terminal echoes must not start a new line
 
     def summary(self, steps: int, bad: int, *commands: str) -> None:
         """The end of a completed run: its result, and what to do next."""

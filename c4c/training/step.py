@@ -23,7 +23,7 @@ class Pull:
 
     text: Tensor | None
     video: Tensor | None
-    whole: tuple[Tensor, Tensor, Tensor] | None = None
+    all_features: tuple[Tensor, Tensor, Tensor] | None = None
 
 
 class Learner(nn.Module):
@@ -53,18 +53,18 @@ class Learner(nn.Module):
         videos, for evaluation.
 
         With `pull`, a micro-batch of gradient caching: a number whose gradient is the loss's (see `_cached_step`); without
-        frames, the loss of `pull.whole`.
+        frames, the loss of `pull.all_features`.
         """
         if frames is None:
-            assert pull is not None and pull.whole is not None
-            return self._loss(*pull.whole)
+            assert pull is not None and pull.all_features is not None
+            return self._loss(*pull.all_features)
         text, video = self.model(frames, frame_mask, tokens)
         if valid is None:
             return text, video
         if pull is None:
             return self._loss(text, video, valid)
         pulled = (text * pull.text).sum() + (video * pull.video).sum()
-        return pulled if pull.whole is None else pulled + self._loss(*pull.whole)
+        return pulled if pull.all_features is None else pulled + self._loss(*pull.all_features)
 
     def _loss(self, text: Tensor, video: Tensor, valid: Tensor) -> Tensor:
         return self._criterion(text, video, valid, self.model.scale(), self.model.head.score)
@@ -136,11 +136,11 @@ def _cached_step(engine, inputs: Inputs, micro: int) -> Tensor:
     texts.requires_grad_(), videos.requires_grad_()
     loss = learner(None, None, None, pull=Pull(None, None, (texts, videos, valid)))
     text_grad, video_grad = torch.autograd.grad(loss, (texts, videos))
-    whole = (texts.detach(), videos.detach(), valid)
+    all_features = (texts.detach(), videos.detach(), valid)
     scoring = 0 if engine.zero_optimization_stage() == 3 else len(parts) - 1
     for i, part in enumerate(parts):
         rows = slice(i * micro, (i + 1) * micro)
-        pull = Pull(text_grad[rows], video_grad[rows], whole if i == scoring else None)
+        pull = Pull(text_grad[rows], video_grad[rows], all_features if i == scoring else None)
         patches.backward(engine, engine(*part, valid[rows], pull))
         engine.step()  # updates at the last one only
     return loss

@@ -112,8 +112,8 @@ def resolve(run: Path, tag: str | None) -> str:
 
 def tags(run: Path) -> list[str]:
     """Names of a run's checkpoints, oldest first."""
-    found = (p.name for p in (run / FOLDER).glob("step*") if p.name[4:].isdecimal() and p.is_dir())
-    return sorted(found, key=lambda t: (len(t), t))
+    names = (p.name for p in (run / FOLDER).glob("step*") if p.name[4:].isdecimal() and p.is_dir())
+    return sorted(names, key=lambda t: (len(t), t))
 
 
 def exist(run: Path) -> bool:

@@ -59,24 +59,24 @@ def common_word(store: dist.Store, rank: int, world: int, timeout_s: float) -> s
     them for good; and agents count restarts differently. So the first rank offers a word, every other answers with one of
     its own, and believes the offer only when it gets that back. Raises ValueError after `timeout_s`.
     """
-    mine, until = uuid.uuid4().hex, time.monotonic() + timeout_s
+    own, until = uuid.uuid4().hex, time.monotonic() + timeout_s
     if rank == 0:
-        store.set("c4c/offer", mine)
+        store.set("c4c/offer", own)
     left = set(range(1, world)) if rank == 0 else {rank}
     while left:
         if rank == 0:
-            for other in [r for r in left if store.check([f"c4c/{mine}/answer/{r}"])]:
-                store.set(f"c4c/{mine}/heard/{other}", store.get(f"c4c/{mine}/answer/{other}").decode())
+            for other in [r for r in left if store.check([f"c4c/{own}/answer/{r}"])]:
+                store.set(f"c4c/{own}/heard/{other}", store.get(f"c4c/{own}/answer/{other}").decode())
                 left.discard(other)
         elif store.check(["c4c/offer"]):
             offer = store.get("c4c/offer").decode()
-            store.set(f"c4c/{offer}/answer/{rank}", mine)
-            if store.check([heard := f"c4c/{offer}/heard/{rank}"]) and store.get(heard).decode() == mine:
+            store.set(f"c4c/{offer}/answer/{rank}", own)
+            if store.check([heard := f"c4c/{offer}/heard/{rank}"]) and store.get(heard).decode() == own:
                 return offer
         if time.monotonic() > until:
             raise ValueError(f"rank {rank} waited {timeout_s:g} s for rank {min(left) if rank == 0 else 0} to start")
         time.sleep(0.02)
-    return mine
+    return own
 
 
 def _name_ranks(env: MutableMapping[str, str]) -> None:

@@ -74,7 +74,7 @@ OPTIMIZERS = ("Adam", "AdamW")
 
 
 def wrong_key(tree: dict, group: str = "") -> tuple[str, str] | None:
-    """(the first key under `deepspeed:` that would be ignored or cannot work, what is wrong with it); None: there is none."""
+    """(the first key under `deepspeed:` that would be ignored or cannot work, what is wrong with it); None if all are right."""
     for name, value in tree.items():
         path = f"{group}.{name}" if group else str(name)
         if path in _NOT_HERE:
@@ -89,8 +89,8 @@ def wrong_key(tree: dict, group: str = "") -> tuple[str, str] | None:
             )
         if not all(_finite(part) for part in (value if isinstance(value, list) else [value])):
             return path, "must be a finite number"
-        if path in KEYS and isinstance(value, dict) and (found := wrong_key(value, path)):
-            return found
+        if path in KEYS and isinstance(value, dict) and (problem := wrong_key(value, path)):
+            return problem
     return None
 
 
@@ -111,4 +111,4 @@ def _nearest(path: str, group: str) -> str:
     if near:
         return f"did you mean deepspeed.{group and f'{group}.'}{near[0]}?"
     elsewhere = [f"{g}.{name}" for g, keys in KEYS.items() if g and name in keys]
-    return f"did you mean deepspeed.{elsewhere[0]}?" if elsewhere else f"there are {', '.join(here)}"
+    return f"did you mean deepspeed.{elsewhere[0]}?" if elsewhere else f"known keys are {', '.join(here)}"

@@ -236,7 +236,7 @@ def set_uneven(parameter: Tensor, value: Tensor, key: str | None) -> None:
 def make_moments(engine, names: list[str], count: int) -> None:
     """Give the optimizer the state that it has after `count` updates, with zeros for moments.
 
-    It makes its state in its first step, and the accessors can only overwrite what is there.
+    It makes its state in its first step, and the accessors can only overwrite what exists.
     """
     optimizer = engine.basic_optimizer
     as_tensor = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))

@@ -160,7 +160,7 @@ def test_an_unknown_key_names_its_file(write):
 
 def test_an_unknown_key_like_none_lists_all(write):
     message = refused(write("a.yaml", ""), ["zzzzzzzzzzzz=3"])
-    assert message.endswith("there are run, data, cache, clips, model, train, engine, checkpoint, deepspeed")
+    assert message.endswith("known keys are run, data, cache, clips, model, train, engine, checkpoint, deepspeed")
 
 
 # ---- values ----
@@ -295,7 +295,7 @@ DEEPSPEED = {
     "zero_optimization.reduce_bucket=5": "did you mean deepspeed.zero_optimization.reduce_bucket_size?",
     "zero_optimization.offload_optimizer.pin=true": "did you mean deepspeed.zero_optimization.offload_optimizer.pin_memory?",
     "reduce_bucket_size=5": "did you mean deepspeed.zero_optimization.reduce_bucket_size?",
-    "optimizer.params.learning=1": "unknown key deepspeed.optimizer.params.learning in the command line: there are adam_w_mode",
+    "optimizer.params.learning=1": "unknown key deepspeed.optimizer.params.learning in the command line: known keys are adam_w_mode",
     "optimizer.type=Lion": "deepspeed.optimizer.type in the command line: c4c trains with AdamW alone",
     "optimizer.type=3": "c4c trains with AdamW alone",
     "fp16.loss_scale=nan": "deepspeed.fp16.loss_scale in the command line: must be a finite number",

@@ -58,7 +58,7 @@ def present(features: Tensor) -> Tensor:
 
 
 def copy_blocks(blocks: nn.ModuleList, clip: nn.Module) -> int:
-    """Copy CLIP's text blocks 0, 1, … into `blocks`; returns how many there were to copy."""
+    """Copy CLIP's text blocks 0, 1, … into `blocks`; returns how many were copied."""
     pairs = list(zip(blocks, cast(Transformer, clip.transformer).resblocks, strict=False))
     with torch.no_grad():
         for block, source in pairs:
