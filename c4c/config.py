@@ -106,7 +106,10 @@ def _override(tree: dict, overrides: Sequence[str]) -> None:
             value = parse_yaml(text)
         except ValueError as error:
             raise ConfigError(f"{_short(word)} on the command line: the value is not YAML: {error}") from error
-        _merge(tree, _nested(key.split("."), (value, "the command line")))
+        nested = _located(value, "the command line")
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        _merge(tree, nested)
 
 
 def from_dict(tree: dict) -> Config:
@@ -192,14 +195,6 @@ def _located(value: Any, where: str) -> Any:
     if isinstance(value, dict):
         return {str(k): _located(v, where) for k, v in value.items()}
     return value, where
-
-
-def _nested(keys: list[str], leaf: tuple) -> dict:
-    value, where = leaf
-    tree: Any = _located(value, where)
-    for key in reversed(keys):
-        tree = {key: tree}
-    return tree
 
 
 def _merge(tree: dict, over: dict) -> None:

@@ -120,7 +120,11 @@ def evaluate_checkpoint(
         with EvalReport(on=rank == 0) as progress:
             model = model.to(place)
             result, by_text = evaluate(model, model, split, data, place, progress.tell)
-        result |= {"checkpoint": _named(name, tag), "split": str(split.path), "split_digest": split.digest}
+        result |= {
+            "checkpoint": str(Path(name) / checkpoint.FOLDER / tag) if tag else name,
+            "split": str(split.path),
+            "split_digest": split.digest,
+        }
         if rank == 0:
             if json_to:
                 replace_text({json_to: json.dumps(result, indent=2) + "\n"})
@@ -159,10 +163,6 @@ def _start(device: str | None) -> tuple[int, int, torch.device]:
         rank, world, own = start_distributed()
         return rank, world, torch.device("cpu") if device == "cpu" else own
     return 0, 1, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def _named(name: str, tag: str | None) -> str:
-    return str(Path(name) / checkpoint.FOLDER / tag) if tag else name
 
 
 def _better(name: str, tag: str | None) -> str:

@@ -114,7 +114,10 @@ def _stage(entry: dict, overrides: list[str], before: dict[str, Stage], path: Pa
     name = str(entry["name"])
     if name in before or not name.replace("-", "").replace("_", "").isalnum():
         raise ConfigError(f"{path}: stage {name!r}: its name must be unique and consist of letters, digits, - and _")
-    words = [f"{key}={_text(value)}" for key, value in (entry.get("set") or {}).items()] + overrides
+    words = [
+        f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in (entry.get("set") or {}).items()
+    ] + overrides
     if kind == "eval":
         of = _earlier(entry["eval"], before, name, path)
         return Stage(name, of.run, words=tuple(words), of=of, data=str(entry.get("data", "")))
@@ -132,10 +135,6 @@ def _stage(entry: dict, overrides: list[str], before: dict[str, Stage], path: Pa
             f"{path}: the stages {same[0]} and {name} both have run.dir={run}: set another in one of them"
         )
     return Stage(name, run, entry["cfg"], tuple(words), config, source)
-
-
-def _text(value: object) -> str:
-    return json.dumps(value) if not isinstance(value, str) else value
 
 
 def _earlier(name: object, before: dict[str, Stage], own: str, path: Path) -> Stage:
