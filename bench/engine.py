@@ -198,8 +198,8 @@ class Plain:
         import torch
 
         from c4c.models.clip4clip import build
-        from c4c.training.optim import parameter_groups
-        from c4c.zero.engine import Learner
+        from c4c.training.param_groups import parameter_groups
+        from c4c.training.step import Learner
 
         torch.manual_seed(config.run.seed)
         data, rows = config.data, -(-config.train.batch_size // world)

@@ -7,6 +7,7 @@ import re
 import sys
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,7 @@ from typing import Any
 import yaml
 
 from c4c.files import looked_in, parse_yaml, read_yaml
-from c4c.settings import CheckpointConfig, EngineConfig, ModelConfig
-from c4c.training.optim import TrainConfig
+from c4c.settings import CheckpointConfig, EngineConfig, ModelConfig, TrainConfig
 from c4c.training.run_folder import RunConfig, require_wandb
 from c4c.zero.keys import wrong_key
 from pipelines.config import CacheConfig, ClipsConfig, DataConfig
@@ -46,7 +46,7 @@ class ConfigError(ValueError):
     """A configuration that cannot be used. The message names the key, the file, and what would be right."""
 
 
-def load(name: str, overrides: list[str] = (), search: list[Path] = ()) -> Config:
+def load(name: str, overrides: Sequence[str] = (), search: Sequence[Path] = ()) -> Config:
     """Read `name` (a path, else a file in one of the `search` folders), follow its `extends:`, apply `key=value` words.
 
     Raises ConfigError.
@@ -80,11 +80,11 @@ def require_data(data: DataConfig) -> None:
 
 def _check_deepspeed(located: Any, given: dict) -> None:
     """Of a file that is read now. A run that ignored a key in its day can still be read."""
-    if found := wrong_key(given):
-        path, wrong = found
+    if problem := wrong_key(given):
+        path, wrong = problem
         for key in path.split("."):
             located = located[key]
-        kind = "unknown key " if wrong.startswith(("did you mean", "there are")) else ""
+        kind = "unknown key " if wrong.startswith(("did you mean", "known keys")) else ""
         raise ConfigError(f"{kind}deepspeed.{_cut(path)} in {_where(located)}: {_cut(wrong, 500)}")
 
 
@@ -97,7 +97,7 @@ def override_data(data: DataConfig, overrides: list[str]) -> DataConfig:
     return _build(Config, tree, "").data
 
 
-def _override(tree: dict, overrides: list[str]) -> None:
+def _override(tree: dict, overrides: Sequence[str]) -> None:
     for word in overrides:
         key, equals, text = word.partition("=")
         if not equals or not key:
@@ -106,7 +106,10 @@ def _override(tree: dict, overrides: list[str]) -> None:
             value = parse_yaml(text)
         except ValueError as error:
             raise ConfigError(f"{_short(word)} on the command line: the value is not YAML: {error}") from error
-        _merge(tree, _nested(key.split("."), (value, "the command line")))
+        nested = _located(value, "the command line")
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        _merge(tree, nested)
 
 
 def from_dict(tree: dict) -> Config:
@@ -120,6 +123,7 @@ def to_dict(config: Config) -> dict:
 
 
 def dump(config: Config) -> str:
+    """The Config as YAML."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
@@ -127,7 +131,7 @@ def describe_keys() -> str:
     """A paragraph for each group of settings: what it is for, and its keys with defaults and the comments in the source."""
     lines = []
     for group, kind in typing.get_type_hints(Config).items():
-        if not dataclasses.is_dataclass(kind):
+        if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
             lines += [f"{group}.*  DeepSpeed's own keys, passed through", ""]
             continue
         lines.append(f"{group}  {inspect.getdoc(kind)}")
@@ -153,18 +157,20 @@ def _as_word(value: Any) -> str:
     return value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True).split("\n")[0]
 
 
-def _find(name: str, search: list[Path]) -> Path:
+def _find(name: str, search: Sequence[Path]) -> Path:
     candidates = [folder / name for folder in search]
     for path in candidates:
         if path.is_file():
             return path
-    there = sorted({p.name for folder in search for p in folder.glob("*.yaml")})
-    near = difflib.get_close_matches(name, there, 1)
+    known = sorted({p.name for folder in search for p in folder.glob("*.yaml")})
+    near = difflib.get_close_matches(name, known, 1)
     hint = f"did you mean {near[0]}? " if near else ""
-    raise ConfigError(f"no configuration {name}: {hint}looked at {', '.join(map(str, candidates))}; there are {there}")
+    raise ConfigError(
+        f"no configuration {name}: {hint}looked at {', '.join(map(str, candidates))}; known are {', '.join(known)}"
+    )
 
 
-def _read(path: Path, search: list[Path], parents: tuple[Path, ...]) -> dict:
+def _read(path: Path, search: Sequence[Path], parents: tuple[Path, ...]) -> dict:
     """The file's tree with every leaf as (value, where it stands), on top of the files it extends."""
     if path.resolve() in [parent.resolve() for parent in parents]:
         raise ConfigError(f"{path} extends itself, by way of {', '.join(map(str, parents))}")
@@ -191,14 +197,6 @@ def _located(value: Any, where: str) -> Any:
     return value, where
 
 
-def _nested(keys: list[str], leaf: tuple) -> dict:
-    value, where = leaf
-    tree: Any = _located(value, where)
-    for key in reversed(keys):
-        tree = {key: tree}
-    return tree
-
-
 def _merge(tree: dict, over: dict) -> None:
     for key, value in over.items():
         if isinstance(value, dict) and isinstance(tree.get(key), dict):
@@ -217,7 +215,7 @@ def _build(cls: type, tree: dict, prefix: str) -> Any:
         if key not in names:
             raise ConfigError(_unknown(prefix, key, names, value))
         kind = hints[key]
-        if dataclasses.is_dataclass(kind):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             values[key] = _build(kind, value, f"{prefix}{key}.")
         elif kind is dict:
             values[key] = _mapping(value, f"{prefix}{key}")
@@ -235,7 +233,7 @@ def _unknown(prefix: str, key: str, names: list[str], value: Any) -> str:
     }
     near = difflib.get_close_matches(prefix + key, sorted(known), 1, cutoff=0.5)
     near = near or [full for full in sorted(known) if full.split(".")[-1] == key]
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(prefix + n for n in names)}"
+    hint = f"did you mean {near[0]}?" if near else f"known keys are {', '.join(prefix + n for n in names)}"
     return f"unknown key {prefix}{_cut(key)} in {_where(value)}: {hint}"
 
 

@@ -1,11 +1,13 @@
 """How an error that ends a run is told. Nothing heavy is imported before one of torch's own kind is asked for."""
 
+import signal
 import sys
 import time
+from collections.abc import Callable
 
-from c4c.launched import leave, own_rank
+from c4c.launched import leave, missing_package, open_streams, own_rank
 
-OTHERS_FIRST_S = 5.0  # what every rank has to say rank 0 says; its launcher then ends the others before they repeat it
+OTHERS_FIRST_S = 5.0  # an error of all ranks is told by rank 0; its launcher then ends the others before they repeat it
 
 
 def speak(error: BaseException, rank: int) -> None:
@@ -19,24 +21,33 @@ def speak(error: BaseException, rank: int) -> None:
     print(f"error{f' on rank {rank}' if rank else ''}: {text}", file=sys.stderr, flush=True)
 
 
-def end_with(error: BaseException) -> int:
-    """Tell an error that ends a command, and return its exit code. Raises it again if it is a bug and no mistake."""
-    if isinstance(error, RuntimeError) and not lost_peer(error):
-        raise error
-    speak(error, own_rank())
-    if isinstance(error, RuntimeError):
+def exit_code(command: Callable[[], int]) -> int:
+    """Run a command; returns its exit code. An error that a user can do something about is told in one line.
+
+    Any other RuntimeError is a bug, and is raised.
+    """
+    open_streams()
+    try:
+        return command()
+    except ModuleNotFoundError as error:
+        print(f"error: {missing_package(error)}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        speak(error, own_rank())
+        return 1
+    except RuntimeError as error:
+        if not lost_peer(error):
+            raise
+        speak(error, own_rank())
         leave(1)
-    return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
 
 
 def lost_peer(error: RuntimeError) -> bool:
     """Whether an exchange between ranks failed because another rank's process is gone."""
     import torch.distributed as dist
 
-    said = (
-        "onnection closed by peer",
-        "onnection reset by peer",
-        "Broken pipe",
-        "remote process exited",
-    )  # gloo's, NCCL's
-    return isinstance(error, dist.DistNetworkError) or any(words in str(error) for words in said)
+    # gloo's words and NCCL's
+    phrases = ("onnection closed by peer", "onnection reset by peer", "Broken pipe", "remote process exited")
+    return isinstance(error, dist.DistNetworkError) or any(phrase in str(error) for phrase in phrases)

@@ -67,6 +67,7 @@ def _is_weights(start: bytes) -> bool:
 
 
 def main() -> int:
+    """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m c4c.export", description="Write a model's weights as one file.")
     parser.add_argument("--ckpt", type=Path, required=True, help="a run folder, or weights of any kind c4c reads")
     parser.add_argument("--tag", help="a checkpoint of the run: its name, or best (the latest)")
@@ -95,7 +96,7 @@ def run(ckpt: Path, tag: str | None, to: Path, official: bool) -> tuple[int, str
     if tag and not is_run(str(ckpt)):
         raise ValueError(f"--tag {tag} names a run's checkpoint, and {ckpt} is no run folder")
     from c4c.models.clip4clip import CLIP4Clip
-    from c4c.zero.distributed import quiet_libraries
+    from c4c.zero.patches import quiet_libraries
 
     quiet_libraries()
     model = CLIP4Clip.from_checkpoint(ckpt, tag=tag)

@@ -30,8 +30,8 @@ def parse_yaml(text: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-        said = getattr(error, "problem", None) or str(error).partition("\n")[0]
-        raise ValueError(f"{said}{line}") from error
+        problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
+        raise ValueError(f"{problem}{line}") from error
     except RecursionError:
         raise ValueError("it is nested too deep") from None
 
@@ -80,7 +80,7 @@ def _write(path: Path, beside: Path, text: str) -> None:
 def require_writable(named: str, path: Path, is_ours: Callable[[bytes], bool] | None = None) -> None:
     """Raise ValueError if a file at `path`, which a command writes at its end, cannot be written.
 
-    named: the option and its value; is_ours: whether a file that is there, given its first 64 kB, may be replaced.
+    named: the option and its value; is_ours: whether an existing file, given its first 64 kB, may be replaced.
     """
     if os.path.isdir(path):
         raise ValueError(f"{named} cannot be written: it is a folder; name a file")

@@ -33,6 +33,7 @@ class PrintKeys(argparse.Action):
     """The option `--keys`: print every key of the configuration with its default, and exit."""
 
     def __call__(self, parser, *_) -> None:
+        """What argparse calls where the option stands."""
         try:
             from c4c.config import describe_keys
         except ModuleNotFoundError as error:

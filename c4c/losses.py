@@ -17,6 +17,7 @@ Score = Callable[[Tensor, Tensor], Tensor]  # texts [N, ...], videos [M, ...] ->
 
 
 def world_size() -> int:
+    """Ranks of the process group; 1 without one."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -87,8 +88,8 @@ def mil_nce_loss(text: Tensor, video: Tensor, owner: Tensor, valid: Tensor, scal
     """
     world, rank = world_size(), dist.get_rank() if world_size() > 1 else 0
     rows = len(video)
-    mine = torch.where(owner >= 0, owner + rank * rows, owner)
-    owners = gather(mine.double()).detach().long()
+    own_rows = torch.where(owner >= 0, owner + rank * rows, owner)
+    owners = gather(own_rows.double()).detach().long()
     all_valid = gather(valid.to(video.dtype)).detach().bool()
     to_video, to_text = _both_ways(text, video, scale, score)  # [T, N], [B, all T]
     lowest = torch.finfo(to_text.dtype).min
@@ -98,9 +99,9 @@ def mil_nce_loss(text: Tensor, video: Tensor, owner: Tensor, valid: Tensor, scal
     positive = to_text.masked_fill(~in_bag, lowest).logsumexp(dim=1)
     negative_captions = to_text.masked_fill(in_bag | ~caption_counts[None], lowest).logsumexp(dim=1)
     # each own caption against the other videos, then summed over the bag: [T, N] -> [T] -> [B]
-    others = torch.arange(to_video.shape[1], device=video.device)[None] != mine[:, None]
+    others = torch.arange(to_video.shape[1], device=video.device)[None] != own_rows[:, None]
     against = to_video.masked_fill(~(others & all_valid[None]), lowest).logsumexp(dim=1)
     local_bag = owner[None] == torch.arange(rows, device=video.device)[:, None]  # [B, T]
     negative_videos = against[None].expand(rows, -1).masked_fill(~local_bag, lowest).logsumexp(dim=1)
-    whole = torch.stack([positive, negative_captions, negative_videos]).logsumexp(dim=0)
-    return torch.where(valid, whole - positive, 0.0).sum() * world / all_valid.sum().clamp(min=1)
+    everything = torch.stack([positive, negative_captions, negative_videos]).logsumexp(dim=0)
+    return torch.where(valid, everything - positive, 0.0).sum() * world / all_valid.sum().clamp(min=1)

@@ -9,12 +9,14 @@ import re
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1]))  # without its environment too, c4c.launched says what to do
+sys.path.append(str(Path(__file__).parents[1]))  # outside its environment too: then an error says what to do
 
-from c4c.launched import missing_package, open_streams
+from c4c.errors import exit_code
+from c4c.launched import quick_imports
 
 
 def main() -> int:
+    """The command; returns its exit code."""
     parser = argparse.ArgumentParser(
         description="Rank every test video for every caption, with a run's checkpoint or any other. Started by deepspeed, "
         "torchrun or srun, ranks share the work."
@@ -37,22 +39,11 @@ def main() -> int:
         "overrides", nargs="*", metavar="data.key=value", help="data settings other than the checkpoint's"
     )
     args = parser.parse_intermixed_args()
-    open_streams()
-    try:
-        return run(args)
-    except ModuleNotFoundError as error:
-        print(f"error: {missing_package(error)}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError, RuntimeError) as error:
-        from c4c.errors import end_with
-
-        return end_with(error)
-    except KeyboardInterrupt:
-        return 130
+    return exit_code(lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> int:
-    """What can be refused is refused first, and what takes long is imported after that."""
+    """Evaluate. Mistakes are found first; what takes long to import comes after that."""
     from c4c.config import from_dict, override_data
     from c4c.files import require_writable
     from c4c.training.run_folder import is_run, read_config
@@ -80,7 +71,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--ranks {args.ranks}: {test} is remote; copy the split to a disk, which --ranks needs")
     split = Split(test, asked.local)
 
-    from c4c.retrieval.evaluate import evaluate_checkpoint
+    with quick_imports():
+        from c4c.retrieval.evaluate import evaluate_checkpoint
 
     evaluate_checkpoint(args.ckpt, args.tag, split, words, args.device, args.json, args.ranks)
     return 0

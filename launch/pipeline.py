@@ -7,31 +7,24 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1]))  # without its environment too, c4c.launched says what to do
+sys.path.append(str(Path(__file__).parents[1]))  # outside its environment too: then an error says what to do
 
-from c4c.launched import missing_package
+from c4c.errors import exit_code
 
 
 def main() -> int:
+    """The command; returns its exit code."""
     parser = argparse.ArgumentParser(description="Run training stages and evaluations in order.", epilog="STAGE.key=value "
                                      "words override settings of one stage, for example pretrain.train.lr=1e-6")  # fmt: skip
     parser.add_argument("--cfg", type=Path, required=True, help="a yaml file: a path, or the name of one in launch/cfg")
     parser.add_argument("--launcher", default="", help="how training is started (the file's, or deepspeed)")
     parser.add_argument("overrides", nargs="*", metavar="STAGE.key=value", help="settings that replace the files'")
     args = parser.parse_intermixed_args()
-    try:
-        run(args, Path(__file__).parent)
-    except ModuleNotFoundError as error:
-        print(f"error: {missing_package(error)}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_code(lambda: run(args, Path(__file__).parent))
 
 
-def run(args: argparse.Namespace, folder: Path) -> None:
-    """folder: of train.py, eval.py and cfg. Raises ValueError and OSError."""
+def run(args: argparse.Namespace, folder: Path) -> int:
+    """Run the stages. folder: of train.py, eval.py and cfg. Raises ValueError and OSError."""
     from rich.console import Console
 
     from c4c.training.stages import read, run, table
@@ -43,6 +36,7 @@ def run(args: argparse.Namespace, folder: Path) -> None:
         Console().print(table(stages))
     else:
         console.print("all stages are done")
+    return 0
 
 
 if __name__ == "__main__":

@@ -8,27 +8,24 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1]))  # without its environment too, c4c.launched says what to do
+sys.path.append(str(Path(__file__).parents[1]))  # outside its environment too: then an error says what to do
 
+from c4c.errors import exit_code
 from c4c.helptext import PrintKeys, describe_recipes
-from c4c.launched import Starting, missing_package, open_streams, own_rank, require_port
+from c4c.launched import Starting, own_rank, quick_imports, require_port
 
 _RECIPES = Path(__file__).parent / "cfg"
 
 
 def main() -> int:
+    """The command; returns its exit code."""
     args = _parser().parse_intermixed_args()
-    open_streams()
-    try:
+
+    def command() -> int:
         with Starting("" if args.check or args.replay is not None else "before the first step"):
             return run(args)
-    except ModuleNotFoundError as error:
-        print(f"error: {missing_package(error)}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError, RuntimeError) as error:
-        from c4c.errors import end_with
 
-        return end_with(error)
+    return exit_code(command)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -60,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Imports come after what they would hold up: help needs none, and a mistake in the settings few."""
+    """Train, check or replay. What takes long to import comes last: help needs none of it, and a mistake in the settings little."""
     from c4c.config import load, require, require_data
 
     words = [f"run.seed={args.seed}"] if args.seed is not None else []
@@ -83,7 +80,8 @@ def run(args: argparse.Namespace) -> int:
 
         if own_rank() == 0:
             require_place(Path(config.run.dir))
-        from c4c.training.trainer import train
+        with quick_imports():
+            from c4c.training.trainer import train
 
         train(config)
     return 0

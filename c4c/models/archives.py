@@ -20,10 +20,12 @@ _STORAGES = {
 
 
 def is_archive(path: Path) -> bool:
+    """Whether it is a zip file, as torch writes them."""
     return zipfile.is_zipfile(path)
 
 
 def is_torchscript(path: Path) -> bool:
+    """Whether torch.jit.save wrote it."""
     if not is_archive(path):
         return False
     with zipfile.ZipFile(path) as archive:
@@ -51,7 +53,10 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
             elif isinstance(value, _Module):
                 walk(value, f"{prefix}{name}.")
 
-    walk(read_archive(path), "")
+    root = read_archive(path)
+    if not isinstance(root, _Module):
+        raise ValueError("a TorchScript archive without a module")
+    walk(root, "")
     return out
 
 
@@ -59,12 +64,14 @@ class StandIn:
     """Takes everything that a pickle does with a class, a function or an object, and keeps nothing of it."""
 
     def __new__(cls, *_args, **_named):
+        """Accept any arguments."""
         return super().__new__(cls)
 
     def __init__(self, *_args, **_named):
         pass
 
     def __call__(self, *_args, **_named) -> "StandIn":
+        """Return another one."""
         return StandIn()
 
     def __setstate__(self, _state) -> None:
@@ -74,7 +81,7 @@ class StandIn:
         pass
 
     def append(self, _item) -> None:
-        pass
+        """Drop the item."""
 
 
 class _Module(StandIn):

@@ -85,6 +85,7 @@ class CLIP4Clip(nn.Module):
 
     @property
     def image_size(self) -> int:
+        """Side of the square pictures that it takes, in pixels."""
         size = self.clip.visual.image_size
         return size[0] if isinstance(size, tuple) else size
 
@@ -118,9 +119,9 @@ class CLIP4Clip(nn.Module):
             return self.encode_video(frames, frame_mask)
         kept = frame_mask.clone()
         kept[0, 0] |= not bool(frame_mask.any())  # at least one frame, so that all ranks run the same modules
-        found = self.clip.visual(frames[kept].to(self.clip.visual.class_embedding.dtype))
-        features = found.new_zeros(*frame_mask.shape, found.shape[-1])
-        features[kept] = found
+        encoded = self.clip.visual(frames[kept].to(self.clip.visual.class_embedding.dtype))
+        features = encoded.new_zeros(*frame_mask.shape, encoded.shape[-1])
+        features[kept] = encoded
         return features
 
     def scale(self) -> Tensor:
@@ -179,7 +180,7 @@ def _start(config: ModelConfig, weights: Weights, num_frames: int) -> CLIP4Clip:
     same = weights.head == config.head
     if head and not same:
         warnings.warn(
-            f"{source} has head {weights.head}; model.head={config.head} starts anew from its towers", stacklevel=2
+            f"{source} has head {weights.head}; model.head={config.head} starts from its towers instead", stacklevel=2
         )
     load_strictly(model, clip | (head if same else {}), source, () if same and head else ("head.*",))
     if not (same and head):
@@ -195,12 +196,12 @@ def _same_size(backbone: str, spec: dict, weights: Weights, source: str) -> None
         raise ValueError(f"model.init_from={source}: {error}") from error
     differing = [name for name in own if theirs[name] != own[name]]
     if differing:
-        found, asked = (", ".join(f"{name} {of[name]}" for name in differing) for of in (theirs, own))
+        given, wanted = (", ".join(f"{name} {of[name]}" for name in differing) for of in (theirs, own))
         names = towers.of_size(weights.spec)[:3]
         hint = f"set model.backbone={names[0]}" if names else "no backbone that c4c knows is of that size"
         hint += f" (or {', '.join(names[1:])})" if names[1:] else ""
         raise ValueError(
-            f"model.init_from={source} has {found}; model.backbone={backbone} has {asked}: {hint}, or take other weights"
+            f"model.init_from={source} has {given}; model.backbone={backbone} has {wanted}: {hint}, or take other weights"
         )
 
 

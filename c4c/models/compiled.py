@@ -10,12 +10,12 @@ from c4c.models.clip4clip import CLIP4Clip
 
 
 def compile_towers(model: CLIP4Clip, stage: int) -> bool:
-    """torch.compile both towers in place; where that is not possible, say so in one warning and go on without."""
+    """torch.compile both towers in place; where that is not possible, warn and leave them as they are."""
     why = "ZeRO 3 fetches weights inside them" if stage == 3 else _cannot_compile(model.clip.logit_scale.device)
     if why:
         warnings.warn(f"engine.compile: the towers run uncompiled ({why})", stacklevel=2)
         return False
-    torch._dynamo.config.suppress_errors = True  # what one part cannot compile is no reason to stop
+    torch._dynamo.config.suppress_errors = True  # a part that cannot be compiled runs as it is
     for tower in (model.clip.visual, model.clip.transformer):
         tower.compile(backend=or_as_it_is)
     return True
@@ -26,8 +26,8 @@ def or_as_it_is(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
     try:
         return torch._dynamo.lookup_backend("inductor")(graph, inputs)
     except Exception as error:
-        said = str(error).strip().partition("\n")[0][:200]
-        warnings.warn(f"engine.compile: a part of a tower runs uncompiled ({said})", stacklevel=2)
+        reason = str(error).strip().partition("\n")[0][:200]
+        warnings.warn(f"engine.compile: a part of a tower runs uncompiled ({reason})", stacklevel=2)
         return graph.forward
 
 

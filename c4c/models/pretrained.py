@@ -29,15 +29,14 @@ def open_checkpoint(name: str, tag: str | None = None) -> tuple[CLIP4Clip, DataC
         return CLIP4Clip.from_checkpoint(path, tag=tag), config.data
     if tag:
         raise ValueError(f"--tag {tag} names a run's checkpoint, and {name} is no run folder")
-    weights = read(path) if path.exists() or ":" not in name else _named(name)
+    if path.exists() or ":" not in name:
+        weights = read(path)
+    else:
+        pretrained, _, backbone = name.partition(":")
+        towers.named(backbone)
+        weights = read_backbone(backbone, pretrained)
     model = CLIP4Clip.from_weights(weights, name)
     return model, _data(weights, model)
-
-
-def _named(name: str) -> Weights:
-    tag, _, backbone = name.partition(":")
-    towers.named(backbone)
-    return read_backbone(backbone, tag)
 
 
 def _data(weights: Weights, model: CLIP4Clip) -> DataConfig:

@@ -20,7 +20,8 @@ from c4c.retrieval.metrics import ranks, report
 from c4c.training.run_folder import is_run
 from c4c.training.screen import EvalReport, metrics_table
 from c4c.zero import checkpoint
-from c4c.zero.distributed import launched, quiet_libraries, start_distributed, stop_distributed
+from c4c.zero.distributed import launched, start_distributed, stop_distributed
+from c4c.zero.patches import quiet_libraries
 from pipelines.config import DataConfig
 from pipelines.eval_loader import EvalLoader
 from pipelines.requests import texts_of
@@ -42,37 +43,39 @@ def features(
     """
     world, rank = world_size(), dist.get_rank() if world_size() > 1 else 0
     captions = [(v, text) for v in range(len(split)) for text in texts_of(split, v, config)]
-    size, mine = config.eval_batch_size, np.arange(rank, len(captions), world)
+    size, own = config.eval_batch_size, np.arange(rank, len(captions), world)
     none = torch.zeros(1, config.num_frames, 3, config.image_size, config.image_size, device=device)
     no_mask = torch.zeros(1, config.num_frames, dtype=torch.bool, device=device)
     no_text = tokenize(["none"], config.max_words).to(device)
 
-    reader, videos, texts = EvalLoader(split, config, rank=rank, world=world, device=device), {}, {}
+    reader = EvalLoader(split, config, rank=rank, world=world, device=device)
+    videos: dict[int, Tensor] = {}
+    texts: dict[int, Tensor] = {}
     try:
         for turn, (indices, frames, mask) in enumerate(reader, 1):
-            # a rank that has run out still runs the model, for the sake of ZeRO-3's collectives
-            _, found = encode(*((frames, mask) if len(indices) else (none, no_mask)), no_text)
-            videos |= {int(i): f for i, f in zip(indices, found.float(), strict=False)}
+            # a rank without videos left still runs the model, for ZeRO-3's collectives
+            _, encoded = encode(*((frames, mask) if len(indices) else (none, no_mask)), no_text)
+            videos |= {int(i): f for i, f in zip(indices, encoded.float(), strict=False)}
             tell("videos", min(turn * world * size, len(split)), len(split))
     finally:
         reader.close()
     for i in range(-(-len(captions) // (world * size))):
-        indices = mine[i * size : (i + 1) * size]
+        indices = own[i * size : (i + 1) * size]
         tokens = tokenize([captions[j][1] for j in indices], config.max_words).to(device) if len(indices) else no_text
-        found, _ = encode(none, no_mask, tokens)
-        texts |= {int(j): f for j, f in zip(indices, found.float(), strict=False)}
+        encoded, _ = encode(none, no_mask, tokens)
+        texts |= {int(j): f for j, f in zip(indices, encoded.float(), strict=False)}
         tell("captions", min((i + 1) * world * size, len(captions)), len(captions))
     owner = torch.tensor([v for v, _ in captions], device=device)
     return _collect(texts, len(captions), device), _collect(videos, len(split), device), owner
 
 
-def _collect(mine: dict[int, Tensor], total: int, device: torch.device) -> Tensor:
+def _collect(rows: dict[int, Tensor], total: int, device: torch.device) -> Tensor:
     """All ranks' rows, by index."""
     if world_size() > 1:
         parts: list = [None] * world_size()
-        dist.all_gather_object(parts, {i: row.cpu() for i, row in mine.items()})
-        mine = {i: row for part in parts for i, row in part.items()}
-    return torch.stack([mine[i] for i in range(total)]).to(device)
+        dist.all_gather_object(parts, {i: row.cpu() for i, row in rows.items()})
+        rows = {i: row for part in parts for i, row in part.items()}
+    return torch.stack([rows[i] for i in range(total)]).to(device)
 
 
 @torch.no_grad()
@@ -116,13 +119,17 @@ def evaluate_checkpoint(
             print(f"warning: {note}", file=sys.stderr)
         with EvalReport(on=rank == 0) as progress:
             model = model.to(place)
-            result, found = evaluate(model, model, split, data, place, progress.tell)
-        result |= {"checkpoint": _named(name, tag), "split": str(split.path), "split_digest": split.digest}
+            result, by_text = evaluate(model, model, split, data, place, progress.tell)
+        result |= {
+            "checkpoint": str(Path(name) / checkpoint.FOLDER / tag) if tag else name,
+            "split": str(split.path),
+            "split_digest": split.digest,
+        }
         if rank == 0:
             if json_to:
                 replace_text({json_to: json.dumps(result, indent=2) + "\n"})
             if ranks_to:
-                write_ranks(ranks_to, split, data, found)
+                write_ranks(ranks_to, split, data, by_text)
             where = f"{world} x {place.type}" if world > 1 else str(place)
             _show(result, f"checkpoint  {result['checkpoint']}{_better(name, tag)}", f"split       {split.path}",
                   f"encoded     {progress.pace}, {where}")  # fmt: skip
@@ -145,9 +152,9 @@ def _show(result: dict, *lines: str) -> None:
 def _start(device: str | None) -> tuple[int, int, torch.device]:
     """Rank, world and device."""
     if device and device.startswith("cuda"):
-        index, there = int(device.partition(":")[2] or 0), torch.cuda.device_count()
-        if index >= there:
-            raise ValueError(f"--device {device}: this machine has {there} GPUs that torch can use")
+        index, gpus = int(device.partition(":")[2] or 0), torch.cuda.device_count()
+        if index >= gpus:
+            raise ValueError(f"--device {device}: this machine has {gpus} GPUs that torch can use")
     if launched() > 1:
         if device and ":" in device:
             raise ValueError(
@@ -158,10 +165,6 @@ def _start(device: str | None) -> tuple[int, int, torch.device]:
     return 0, 1, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _named(name: str, tag: str | None) -> str:
-    return str(Path(name) / checkpoint.FOLDER / tag) if tag else name
-
-
 def _better(name: str, tag: str | None) -> str:
     """A word on a run's best checkpoint, if it is another."""
     best = checkpoint.best(Path(name)) if tag else None
@@ -170,12 +173,12 @@ def _better(name: str, tag: str | None) -> str:
 
 def write_ranks(path: Path, split: Split, config: DataConfig, by_text: Tensor) -> None:
     """One JSON object a text: the text, its video's id and meta, and the video's rank, from 1."""
-    found = iter(by_text.tolist())
+    ranks_of_texts = iter(by_text.tolist())
     lines = []
     for index in range(len(split)):
         video = split.video(index)
         meta = split.json(video).get("meta", {})
         for text in texts_of(split, index, config):
-            row = {"rank": next(found) + 1, "video": video.id, "text": text, "meta": meta}
+            row = {"rank": next(ranks_of_texts) + 1, "video": video.id, "text": text, "meta": meta}
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     replace_text({path: "".join(lines)})

@@ -65,9 +65,9 @@ def _tiles_of_groups(owner: np.ndarray, tile: int) -> list[tuple[int, int]]:
     return list(zip(cuts, [*cuts[1:], len(owner)], strict=True))
 
 
-def summarize(found: Tensor, lower_median: bool = False) -> dict[str, float]:
+def summarize(ranks_from_0: Tensor, lower_median: bool = False) -> dict[str, float]:
     """R1, R5, R10 in percent; MdR and MnR count from 1. lower_median: of an even number of ranks, the lower middle one."""
-    r = np.sort(found.cpu().numpy())
+    r = np.sort(ranks_from_0.cpu().numpy())
     middle = r[(len(r) - 1) // 2] if lower_median else np.median(r)
     recalls = {f"R{k}": round(100.0 * float(np.mean(r < k)), 4) for k in (1, 5, 10)}
     return recalls | {"MdR": float(middle) + 1, "MnR": round(float(np.mean(r)) + 1, 4)}

@@ -1,14 +1,14 @@
-"""`launch/train.py --check`: everything a run needs, tried out in seconds; nothing is written to the run folder."""
+"""`launch/train.py --check`: try everything a run needs in seconds, without writing to the run folder."""
 
 import time
 from itertools import islice
 from pathlib import Path
 
 from c4c.config import Config
+from c4c.training.memory import memory_gib
 from c4c.training.screen import Report, span
 from c4c.training.session import Session, make_deterministic
-from c4c.training.trainer import memory_gib
-from c4c.zero import checkpoint
+from c4c.zero import checkpoint, state
 from c4c.zero.distributed import start_distributed, stop_distributed
 from shards import count
 from shards.remote import Local
@@ -32,37 +32,38 @@ def check(config: Config) -> None:
         for note in session.warnings() if rank == 0 else ():
             say(f"warning: {note}")
         damaged = rank == 0 and _any_damaged(say, folder)
-        steps, waits = [], []
+        steps: list[float] = []
         with session.loader:
             mark = time.perf_counter()
             for batch in islice(session.batches(2), 2):
-                outcome = session.step(batch)
+                loss = session.step(batch).loss  # reading it waits for the step
                 now = time.perf_counter()
-                steps, waits, mark = [*steps, now - mark], [*waits, batch.wait_s], now
+                steps.append(now - mark)
+                mark = now
                 say(
-                    f"step {session.done}: loss {outcome.loss:.4f}, {steps[-1]:.2f} s, of which {waits[-1]:.2f} s waiting for data"
+                    f"step {session.done}: loss {loss:.4f}, {steps[-1]:.2f} s, of which {batch.wait_s:.2f} s waiting for data"
                 )
         mark = time.perf_counter()
         first = Part(config.data.test, config.data.eval_batch_size * world, config.data.local)
         session.evaluate(first)
         say(f"evaluation: {len(first)} of {count(len(session.test), 'video')} in {time.perf_counter() - mark:.2f} s")
         _describe(say, config, session, steps, folder)
-        say(f"all {'else ' * damaged}is well; nothing was written to the run folder")
+        say(f"everything {'else ' * damaged}works; nothing was written to the run folder")
     finally:
         stop_distributed()
 
 
 def _any_damaged(say, folder: Path) -> bool:
     """Compare every checkpoint of the run folder with its checksums."""
-    whole = []
+    intact = []
     for tag in checkpoint.tags(folder):
-        if found := checkpoint.damage(folder / checkpoint.FOLDER / tag):
-            say(f"warning: {folder / checkpoint.FOLDER / tag} is damaged: {found}")
+        if reason := checkpoint.damage(folder / checkpoint.FOLDER / tag):
+            say(f"warning: {folder / checkpoint.FOLDER / tag} is damaged: {reason}")
         else:
-            whole.append(tag)
-    if whole:
-        say(f"checkpoints that are whole: {', '.join(whole)}")
-    return len(whole) < len(checkpoint.tags(folder))
+            intact.append(tag)
+    if intact:
+        say(f"intact checkpoints: {', '.join(intact)}")
+    return len(intact) < len(checkpoint.tags(folder))
 
 
 class Part(Split):
@@ -90,7 +91,7 @@ def memory_per_rank_gib(
 
 def _describe(say, config: Config, session: Session, steps: list[float], folder: Path) -> None:
     engine, world = config.engine, session.world
-    trained = sum(getattr(p, "ds_numel", p.numel()) for p in session.engine.module.parameters() if p.requires_grad)
+    trained = sum(state.size(p) for p in session.engine.module.parameters() if p.requires_grad)
     device, host = memory_per_rank_gib(
         session.weights, trained, engine.precision, session.engine.zero_optimization_stage(), world, engine.offload
     )
@@ -112,13 +113,13 @@ def _describe(say, config: Config, session: Session, steps: list[float], folder:
     if config.model.init_from not in ("", "scratch"):
         say(f"        {config.model.init_from} (weights to start from)")
     moves = config.run.resume == "never" and (folder / "config.yaml").exists()
-    say(f"writes: {folder}{' (the run that is there would be moved aside)' if moves else ''}")
+    say(f"writes: {folder}{' (the earlier run there would be moved aside)' if moves else ''}")
     names = "config.yaml towers.json versions.json metrics.jsonl eval.jsonl tensorboard/ checkpoints/"
-    say(f"        {names}\n        and, if there is reason to: quarantine.jsonl bad_steps.jsonl")
+    say(f"        {names}\n        and, if needed: quarantine.jsonl bad_steps.jsonl")
     if config.cache.dir:
         say(
-            f"        {config.cache.dir} (decoded frames, at most {config.cache.max_gb:g} GB; these two steps have begun it)"
+            f"        {config.cache.dir} (decoded frames, at most {config.cache.max_gb:g} GB; these two steps have written some)"
         )
     size = (session.weights * 4 + trained * 8) / 2**30
     most = config.checkpoint.keep_last + config.checkpoint.keep_best + 1
-    say(f"        a checkpoint takes {size:.2f} GiB, and up to {most} are there at once")
+    say(f"        a checkpoint takes {size:.2f} GiB, and up to {most} exist at once")

@@ -20,7 +20,8 @@ class RunLock:
     """
 
     def __init__(self, folder: Path):
-        self._path, self._held = folder / FILE, None
+        self._path = folder / FILE
+        self._held: int | None = None  # a file descriptor
 
     def take(self, make: bool = True, wait_s: float = 0.0) -> None:
         """Take the lock, if it is not held by this process already. Raises ValueError that names the process that has it.
@@ -38,7 +39,7 @@ class RunLock:
             if self._lock(descriptor):
                 self._drop()
                 self._held = descriptor
-                self._sign()
+                _sign(descriptor)
             elif time.monotonic() < until:
                 os.close(descriptor)
                 time.sleep(0.2)
@@ -51,6 +52,7 @@ class RunLock:
                 )
 
     def release(self) -> None:
+        """Let another process take it."""
         if self._held is not None:
             if self._current():
                 with contextlib.suppress(OSError):
@@ -73,16 +75,17 @@ class RunLock:
             return error.errno not in _TAKEN
         return True
 
-    def _sign(self) -> None:
-        about = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        with contextlib.suppress(OSError):  # a full disk is no reason not to hold it
-            os.ftruncate(self._held, 0)
-            os.pwrite(self._held, json.dumps(about).encode() + b"\n", 0)
-
     def _drop(self) -> None:
         if self._held is not None:
             os.close(self._held)
             self._held = None
+
+
+def _sign(descriptor: int) -> None:
+    about = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    with contextlib.suppress(OSError):  # a full disk is no reason not to hold it
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(about).encode() + b"\n", 0)
 
 
 def _read(descriptor: int) -> str:

@@ -29,12 +29,13 @@ class Peers:
         self._rank, self._world, self._timeout = rank, world, timeout_s
         self._places: list[tuple[str, int]] = []  # host and pid of each rank
         self._once = threading.Lock()
-        self.paused_s = 0.0  # how long this process itself was stopped, as c4c.training.guard.Watchdog measures it
+        self.paused_s = 0.0  # how long this process itself was stopped, as c4c.training.watchdog.Watchdog measures it
 
     def __enter__(self) -> "Peers":
         if self._world > 1:
-            self._places = [None] * self._world
-            dist.all_gather_object(self._places, (socket.gethostname(), os.getpid()))
+            places: list = [None] * self._world
+            dist.all_gather_object(places, (socket.gethostname(), os.getpid()))
+            self._places = places
             self._store = own_connection(_STORE_S)
         return self
 
@@ -60,17 +61,17 @@ class Peers:
             return None
         if self.paused_s > self._timeout / 2:
             why = (
-                f"rank {self._rank}, this process, was stopped itself for {self.paused_s:.0f} s (engine.timeout_s is "
-                f"{self._timeout:.0f}), and the other ranks ended meanwhile"
+                f"rank {self._rank}, this process, was itself stopped for {self.paused_s:.0f} s (engine.timeout_s is "
+                f"{self._timeout:.0f}), and the other ranks have ended since"
             )
         elif gone:
             names = " and ".join(f"rank {rank} (pid {self._places[rank][1]})" for rank in gone)
             # rank 0 cannot leave word that it ended with an error: the store ends with it
             unless = "unless it gave a reason above, " if 0 in gone else ""
-            why = f"{names} vanished: {unless}it was killed, usually because memory ran out (dmesg tells)"
+            why = f"{names} vanished: {unless}it was killed, usually because memory ran out (see dmesg)"
         else:
             return None
-        return f"{why}. Go on with\n    {command_again('run.resume=auto')}"
+        return f"{why}. Continue with\n    {command_again('run.resume=auto')}"
 
     def say(self, text: str) -> None:
         """Print it as an error, once; the first rank that is left at once, the others only if the launcher lets them live."""

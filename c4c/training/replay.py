@@ -1,12 +1,13 @@
-"""`launch/train.py --replay STEP`: one step of a run once more, from a checkpoint before it, beside what it was then."""
+"""`launch/train.py --replay STEP`: run one step of a run again, from a checkpoint before it, and compare."""
 
 import math
 from pathlib import Path
 
 from c4c.config import Config
 from c4c.files import looked_in
+from c4c.training.outcome import Outcome
 from c4c.training.screen import Report
-from c4c.training.session import Outcome, Session, make_deterministic
+from c4c.training.session import Session, make_deterministic
 from c4c.zero import checkpoint
 from c4c.zero.distributed import start_distributed, stop_distributed
 from pipelines.quarantine import json_lines
@@ -46,11 +47,12 @@ def replay(config: Config, step: int) -> bool:
 
 
 def recorded(folder: Path, step: int) -> dict:
+    """The line of metrics.jsonl for a step. Raises ValueError if there is none."""
     path = folder / "metrics.jsonl"
-    found = {row["step"]: row for row in json_lines(path) if isinstance(row.get("step"), int)}
-    if step not in found:
-        raise ValueError(f"--replay {step}: {path} holds steps {min(found, default=0)} to {max(found, default=0)}")
-    return found[step]
+    rows = {row["step"]: row for row in json_lines(path) if isinstance(row.get("step"), int)}
+    if step not in rows:
+        raise ValueError(f"--replay {step}: {path} holds steps {min(rows, default=0)} to {max(rows, default=0)}")
+    return rows[step]
 
 
 def _compare(recorded: dict, outcome: Outcome, say) -> bool:

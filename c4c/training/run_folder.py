@@ -1,4 +1,4 @@
-"""A run folder: everything that evaluation, search and resuming need, and all that was measured."""
+"""A run folder: everything that evaluation and resuming need, and all that was measured."""
 
 import contextlib
 import importlib.util
@@ -45,7 +45,7 @@ class RunConfig:
     def __post_init__(self):
         check_numbers("run", self, {"seed": (0, 2**63 - 1)})
         if self.resume not in RESUME:
-            raise ValueError(f"run.resume={self.resume}: there are {', '.join(RESUME)}")
+            raise ValueError(f"run.resume must be never or auto; got {self.resume!r}")
         if not self.dir:
             raise ValueError("run.dir is empty: name a folder for the run")
 
@@ -53,9 +53,7 @@ class RunConfig:
 def require_wandb(project: str) -> None:
     """Raise ValueError if metrics are to go there and the package is missing."""
     if project and importlib.util.find_spec("wandb") is None:
-        raise ValueError(
-            f"run.wandb={project}: the package is not installed; pip install wandb, or leave run.wandb out"
-        )
+        raise ValueError(f"run.wandb={project} needs the package wandb: pip install wandb, or leave run.wandb out")
 
 
 _FILES = ("config.yaml", "towers.json", "versions.json", "metrics.jsonl", "eval.jsonl", DONE, "quarantine.jsonl", "bad_steps.jsonl",
@@ -68,7 +66,7 @@ def require_place(folder: Path) -> None:
     for name in _FILES:
         if (folder / name).is_dir():
             raise ValueError(
-                f"run.dir={folder}: {folder / name} is a folder, and a run keeps a file of that name: move it away"
+                f"run.dir={folder}: {folder / name} is a folder, but a run writes a file of that name: move the folder away"
             )
 
 
@@ -84,37 +82,37 @@ def prepare(folder: Path, resume: str) -> Path | None:
 
 def save_description(folder: Path, config_text: str, towers: dict) -> None:
     """Write config.yaml, towers.json and versions.json."""
-    found = {name: _version(name) for name in _PACKAGES}
-    found |= {"python": platform.python_version(), "machine": platform.machine(), "system": platform.platform()}
+    versions: dict[str, str | None] = {name: _version(name) for name in _PACKAGES}
+    versions |= {"python": platform.python_version(), "machine": platform.machine(), "system": platform.platform()}
     texts = {
         "config.yaml": config_text,
         "towers.json": json.dumps(towers, indent=2) + "\n",
-        "versions.json": json.dumps(found, indent=2) + "\n",
+        "versions.json": json.dumps(versions, indent=2) + "\n",
     }
     replace_text({folder / name: text for name, text in texts.items()})
 
 
 def mark_done(folder: Path, step: int, best: str) -> None:
-    """Write done.json, which says that the run went all the way: after which step, its best checkpoint, and when."""
+    """Write done.json, which marks the run as completed: its last step, its best checkpoint, and the time."""
     path = folder / DONE
     if not path.exists():  # continuing a run that is done changes nothing
         replace_text({path: json.dumps({"step": step, "best": best, "time_unix_s": round(time.time(), 3)}) + "\n"})
 
 
 def read_done(folder: Path) -> dict | None:
-    """What `mark_done` wrote, None if the run did not go all the way."""
+    """What `mark_done` wrote; None if the run was not completed."""
     path = folder / DONE
     return read_json_object(path) if path.exists() else None
 
 
 def is_run(name: str) -> bool:
-    """Whether a checkpoint's name means a run folder, there or not: no file of any kind and no TAG:BACKBONE."""
+    """Whether a checkpoint's name means a run folder, existing or not: neither a file of any kind nor TAG:BACKBONE."""
     path = Path(name)
     return path.is_dir() or (path.suffix == "" and ":" not in name and not path.exists())
 
 
 def _run_around(folder: Path) -> str:
-    """What to write instead of the name of a folder inside a run; nothing if it is in none."""
+    """What to write instead of the name of a folder inside a run; '' if it is in none."""
     inner, tag = folder.absolute(), ""
     if inner.parent.name == "checkpoints":
         inner, tag = inner.parent, inner.name
@@ -178,7 +176,7 @@ def check_continuation(folder: Path, config: dict, defaults: dict | None = None,
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:
-    out = {}
+    out: dict[str, object] = {}
     for key, value in tree.items():
         out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return out
@@ -205,11 +203,11 @@ def scores(folder: Path) -> dict[int, float]:
 
 
 def _scores(folder: Path) -> list[tuple[int, float]]:
-    found = []
+    rows = []
     for row in json_lines(folder / "eval.jsonl"):
         with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):  # a damaged line
-            found.append((int(row["step"]), float(score(row))))
-    return found
+            rows.append((int(row["step"]), float(score(row))))
+    return rows
 
 
 def _free_name(folder: Path, suffix: str = ".old") -> Path:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.constrain import Constrain
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
 from shards import count
@@ -41,6 +41,7 @@ class Report:
             self._live.stop()
 
     def say(self, text: str) -> None:
+        """Print a line."""
         self.console.print(text, highlight=False, markup=False)
 
     def step(self, step: int, values: dict) -> None:
@@ -83,21 +84,22 @@ class Report:
         table = Table.grid(padding=(0, 2))
         table.add_row(*shown)
         table.add_row(*shown.values())
-        whole = Table.grid(expand=True)
-        whole.add_row(self._bars)
-        whole.add_row(table)
-        return Constrain(whole, self.console.width - len("^C") - 1)  # what a terminal echoes must not start a new line
+        screen = Table.grid(expand=True)
+        screen.add_row(self._bars)
+        screen.add_row(table)
+        return Constrain(screen, self.console.width - len("^C") - 1)  # what a terminal echoes must not start a new line
 
     def summary(self, steps: int, bad: int, *commands: str) -> None:
-        """The end of a run that went all the way: what came of it, and what to do next."""
+        """The end of a completed run: its result, and what to do next."""
         best = f"; best t2v R@1 {self._best:.1f}" if self._best > float("-inf") else ""
-        left_out = f"; {count(bad, 'step')} left out" if bad else ""
+        left_out = f"; {count(bad, 'step')} skipped" if bad else ""
         took = span(time.monotonic() - self._started)
         self.say(f"done: {count(steps, 'step')}, {took} for the last {steps - self._first}{best}{left_out}. Next:")
         for command in commands:
             self.say(f"    {command}")
 
     def validation(self, step: int, values: dict) -> None:
+        """Show the metrics of the validation after `step` steps."""
         self._best = max(self._best, values["t2v"]["R1"])
         t2v, v2t = values["t2v"], values["v2t"]
         self.say(
@@ -116,7 +118,7 @@ class EvalReport:
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[after]}"),
             console=self._console, transient=True, disable=not self._live,
         )  # fmt: skip
-        self._tasks: dict[str, int] = {}
+        self._tasks: dict[str, TaskID] = {}
         self._began = self._last = self._last_line = time.monotonic()
         self.pace = ""  # of the videos, once all are encoded
 
@@ -155,6 +157,7 @@ def metrics_table(result: dict) -> Table:
 
 
 def span(seconds: float) -> str:
+    """As minutes and seconds, with hours if there are any."""
     minutes, s = divmod(int(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"

@@ -4,7 +4,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,35 +14,27 @@ import torch.distributed as dist
 from c4c.config import Config, require, to_dict
 from c4c.models.clip4clip import build
 from c4c.retrieval.evaluate import evaluate
-from c4c.training import guard
-from c4c.training.optim import freeze
+from c4c.training.agreement import agree, any_rank, on_first_rank
+from c4c.training.memory import out_of_memory
+from c4c.training.outcome import Outcome
+from c4c.training.param_groups import freeze
 from c4c.training.run_folder import check_continuation
-from c4c.zero import checkpoint
-from c4c.zero.engine import Learner, applied, build_engine, read_scale, train_step
+from c4c.training.step import Learner, train_step
+from c4c.zero import checkpoint, state
+from c4c.zero.engine import build_engine
+from c4c.zero.snapshot import restore
 from pipelines.loader import Batch, Loader
 from pipelines.survey import notes
-from shards.concat import open_splits
+from shards.concat import Concat, open_splits
 from shards.split import Split
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Of one step, over all ranks: the mean loss, the norm of the gradient before clipping, and whether it counted."""
-
-    loss: float
-    lr: float
-    logit_scale: float
-    grad_norm: float
-    applied: bool
-    pairs: int  # without padding
-    said: tuple[bool, ...]  # which of the caller's questions any rank answered with yes
 
 
 class Session:
     """One rank's engine and loader. Raises ValueError for what cannot be done.
 
-    resume: the run folder to load the state from, None for a new start; tag: which of its checkpoints, None for the newest
-    that is whole. `notes` says where that is not simply the latest. from_start: start at step 0 as the run in `resume` did.
+    resume: the run folder to load the state from, None for a new start. tag: which of its checkpoints, None for the newest
+    that is not damaged; `notes` has a line for each reason why that is not the latest. from_start: start at step 0, as the run in
+    `resume` did.
     """
 
     def __init__(
@@ -56,10 +48,11 @@ class Session:
         if resume:
             same_data = checkpoint.trained_on(resume) == self.split.digest
             check_continuation(resume, to_dict(config), to_dict(Config()), ("data.train",) if same_data else ())
-        guard.agree(_identity(config, self.split, self.test), world)
-        self.tag, self.notes = tag, []  # of the checkpoint to go on from, None at the start of a run
+        agree(_identity(config, self.split, self.test), world)
+        self.tag = tag  # of the checkpoint to go on from, None at the start of a run
+        self.notes: list[str] = []
         if resume and tag is None and not from_start:
-            self.tag, self.notes = guard.on_first_rank(lambda: checkpoint.newest_whole(resume), rank, world)
+            self.tag, self.notes = on_first_rank(lambda: checkpoint.newest_whole(resume), rank, world)
         torch.manual_seed(config.run.seed)
         self.model = build(config.model, config.data.num_frames)
         freeze(self.model, config.train.freeze_layers)
@@ -69,25 +62,36 @@ class Session:
                           "engine.offload=optimizer, or engine.zero_stage=3 on several ranks"):  # fmt: skip
             learner = Learner(self.model, config.train.loss)
             self.engine = build_engine(learner, config.engine, config.train, world, config.deepspeed)
-        state = checkpoint.restore(self.engine, resume, self.tag) if self.tag else {}
-        self.done = int(state.get("step", 0))  # steps
-        self._same_data(state, resume)
+        about = restore(self.engine, resume, self.tag) if resume and self.tag else {}
+        self.done = int(about.get("step", 0))  # steps
+        if (digest := about.get("data", self.split.digest)) != self.split.digest:
+            raise ValueError(
+                f"run.resume=auto: {self.split.path} is not the data that {resume} was trained on (digest "
+                f"{self.split.digest[:12]}, was {digest[:12]}). Name the same split, or start anew with run.resume=never"
+            )
         self.loader = Loader(
             self.split, config.data, batch_size=config.train.batch_size, seed=config.run.seed,
             drop_last=config.train.drop_last, rank=rank, world=world, device=device, quarantine=quarantine,
             cache=config.cache, clips=config.clips,
         )  # fmt: skip
         self.per_epoch = self.loader.steps_per_epoch
+        # what hosts decide they exchange between hosts: on the default group of GPUs, each answer would wait for the step
+        self._hosts: dist.ProcessGroup | None = None
+        if device.type == "cuda" and world > 1:
+            hosts = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.engine.timeout_s + 300))
+            self._hosts = hosts if isinstance(hosts, dist.ProcessGroup) else None
         self.total = config.train.total_steps(self.per_epoch)
 
     def warnings(self) -> list[str]:
         """What a person should know before the steps begin. Reads captions for a second."""
-        found = notes(self.split, self.test, self.config.data)
-        return found + list(filter(None, [self.config.train.endless_warmup(self.per_epoch)]))
+        return notes(self.split, self.test, self.config.data) + list(
+            filter(None, [self.config.train.endless_warmup(self.per_epoch)])
+        )
 
     @property
     def weights(self) -> int:
-        return sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
+        """How many the model has."""
+        return sum(state.size(p) for p in self.engine.module.parameters())
 
     def batches(self, count: int):
         """The next `count` batches after the steps that are done."""
@@ -95,21 +99,23 @@ class Session:
         return self.loader.batches(epoch, step, max(0, count))
 
     def step(self, batch: Batch, *asked: bool) -> Outcome:
-        """One update on every rank. asked: whatever ranks want to decide alike, sent along with the loss."""
+        """One update on every rank. Returns as soon as it is launched: see `Outcome`.
+
+        asked: what ranks want to decide alike; in `answers` each is true if it is on any rank.
+        """
         train = self.config.train
         factor = train.factor(self.done, self.per_epoch)
         with self._memory(*self._step_memory(len(batch.valid))):
             loss = train_step(self.engine, batch, factor, train, train.frozen(self.done / self.per_epoch))
-        told = torch.tensor([0.0, 0.0, *map(float, asked)], dtype=torch.float64, device=self.device)
-        told[0], told[1] = loss.double(), batch.valid.sum()
+        sums = torch.stack([loss.double(), batch.valid.sum().double()])
         if self.world > 1:
-            dist.all_reduce(told)
+            dist.all_reduce(sums)
         self.done += 1
-        mean, pairs, *said = told.tolist()
+        with state.gathered(self.model.clip.logit_scale):  # of which no rank has the whole under ZeRO 3
+            scale = self.model.scale().detach()
         return Outcome(
-            loss=mean / self.world, lr=train.lr * factor, logit_scale=read_scale(self.engine),
-            grad_norm=float(self.engine.get_global_grad_norm() or 0.0), applied=applied(self.engine),
-            said=tuple(count > 0 for count in said), pairs=round(pairs),
+            sums[0], sums[1], scale, self.engine.get_global_grad_norm(), world=self.world, lr=train.lr * factor,
+            applied=self.engine.was_step_applied(), answers=any_rank(asked, self._hosts),
         )  # fmt: skip
 
     def evaluate(self, split: Split | None = None, each: Callable[[], None] = lambda: None) -> dict:
@@ -128,27 +134,20 @@ class Session:
         return result
 
     def position(self) -> dict:
-        """What a checkpoint says beside the step, for people and for `_same_data`."""
+        """What a checkpoint says beside the step, for people and to recognise the data."""
         epoch, step = divmod(self.done, self.per_epoch)
         return {"epoch": epoch, "step_of_epoch": step, "data": self.split.digest}
 
-    def _same_data(self, state: dict, run: Path | None) -> None:
-        if state.get("data", self.split.digest) != self.split.digest:
-            raise ValueError(
-                f"run.resume=auto: {self.split.path} is not the data that {run} was trained on (digest {self.split.digest[:12]}, "
-                f"was {state['data'][:12]}). Name the same split, or start anew with run.resume=never"
-            )
-
     @contextmanager
     def _memory(self, doing: str, remedies: str) -> Iterator[None]:
-        """Make an error that says what to change of memory that does not suffice."""
+        """Turn running out of memory into an error that says what to change."""
         try:
             yield
         except RuntimeError as error:
-            said = guard.out_of_memory(error, doing, remedies)
-            if said is None:
+            explanation = out_of_memory(error, doing, remedies)
+            if explanation is None:
                 raise
-            raise ValueError(said) from error
+            raise ValueError(explanation) from error
 
     def _step_memory(self, rows: int) -> tuple[str, str]:
         train, frames = self.config.train, self.config.data.num_frames
@@ -161,11 +160,11 @@ class Session:
         )
 
 
-def _identity(config: Config, train: Split, test: Split) -> dict[str, object]:
+def _identity(config: Config, train: Split | Concat, test: Split) -> dict[str, object]:
     """What has to be the same on every rank."""
     flat = {f"{group}.{key}": value for group, keys in to_dict(config).items() for key, value in keys.items()}
-    known = {name: version(name) for name in ("torch", "deepspeed")} | {"python": platform.python_version()}
-    return flat | known | {"contents of data.train": train.digest, "contents of data.test": test.digest}
+    versions = {name: version(name) for name in ("torch", "deepspeed")} | {"python": platform.python_version()}
+    return flat | versions | {"contents of data.train": train.digest, "contents of data.test": test.digest}
 
 
 def make_deterministic() -> None:

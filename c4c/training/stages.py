@@ -22,7 +22,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,21 +57,23 @@ class Stage:
 
 @dataclass(frozen=True)
 class Pipeline:
+    """Stages in order, and the command that starts a training."""
+
     launcher: tuple[str, ...]
     stages: list[Stage] = field(default_factory=list)
 
 
 class StageError(ValueError):
-    """A stage that failed, was stopped, or cannot be what is asked for."""
+    """A stage that failed, was stopped, or cannot be run as written."""
 
 
-def read(path: Path, overrides: list[str] = (), search: list[Path] = (), launcher: str = "") -> Pipeline:
+def read(path: Path, overrides: Sequence[str] = (), search: Sequence[Path] = (), launcher: str = "") -> Pipeline:
     """The stages in a yaml file. overrides: NAME.key=value words for the stage NAME. Raises ValueError."""
-    found = next((p for p in (path, *(folder / path for folder in search)) if p.is_file()), None)
-    if found is None:
+    file = next((p for p in (path, *(folder / path for folder in search)) if p.is_file()), None)
+    if file is None:
         raise ConfigError(f"no pipeline {path}; looked at {', '.join(map(str, [path, *(s / path for s in search)]))}")
     try:
-        tree = read_yaml(found)
+        tree = read_yaml(file)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     right = {"stages": list, "launcher": str}
@@ -80,18 +82,18 @@ def read(path: Path, overrides: list[str] = (), search: list[Path] = (), launche
         or not all(isinstance(value, right.get(key, ())) for key, value in tree.items())
     ):  # fmt: skip
         raise ConfigError(
-            f"{found}: a pipeline holds `stages`, a list, and perhaps `launcher`; see c4c/training/stages.py"
+            f"{file}: a pipeline has a list `stages` and, if needed, `launcher`; c4c/training/stages.py shows an example"
         )
     names = [str(entry.get("name")) if isinstance(entry, dict) else "" for entry in tree["stages"]]
     for word in overrides:
         if word.partition(".")[0] not in names or "=" not in word:
             raise ConfigError(
-                f"{word!r} on the command line: write it as STAGE.key=value; there are {', '.join(names)}"
+                f"{word!r} on the command line: write it as STAGE.key=value, where STAGE is one of {', '.join(names)}"
             )
     stages: dict[str, Stage] = {}
     for entry in tree["stages"]:
-        mine = [word.partition(".")[2] for word in overrides if word.partition(".")[0] == str(entry.get("name"))]
-        stage = _stage(entry, mine, stages, found, search)
+        own = [word.partition(".")[2] for word in overrides if word.partition(".")[0] == str(entry.get("name"))]
+        stage = _stage(entry, own, stages, file, search)
         stages[stage.name] = stage
     launcher = str(launcher or tree.get("launcher", "deepspeed"))
     try:
@@ -101,18 +103,21 @@ def read(path: Path, overrides: list[str] = (), search: list[Path] = (), launche
     return Pipeline(tuple(command), list(stages.values()))
 
 
-def _stage(entry: dict, overrides: list[str], before: dict[str, Stage], path: Path, search: list[Path]) -> Stage:
+def _stage(entry: dict, overrides: list[str], before: dict[str, Stage], path: Path, search: Sequence[Path]) -> Stage:
     kind = "eval" if isinstance(entry, dict) and "eval" in entry else "train"
     needed = {"name", "cfg" if kind == "train" else "eval"}
     if not isinstance(entry, dict) or not needed <= entry.keys() <= _KEYS[kind]:
         known = " or ".join(", ".join(sorted(keys)) for keys in _KEYS.values())
-        raise ConfigError(f"{path}: {str(entry)[:200]} is no stage; one has {known}")
+        raise ConfigError(f"{path}: {str(entry)[:200]} is not a stage: a stage has the keys {known}")
     if not isinstance(entry.get("cfg", ""), str) or not isinstance(entry.get("set") or {}, dict):
         raise ConfigError(f"{path}: stage {entry['name']}: cfg must be the name of a file, and set keys and values")
     name = str(entry["name"])
     if name in before or not name.replace("-", "").replace("_", "").isalnum():
-        raise ConfigError(f"{path}: stage {name!r}: a name of letters, digits, - and _ that no other stage has")
-    words = [f"{key}={_text(value)}" for key, value in (entry.get("set") or {}).items()] + overrides
+        raise ConfigError(f"{path}: stage {name!r}: its name must be unique and consist of letters, digits, - and _")
+    words = [
+        f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in (entry.get("set") or {}).items()
+    ] + overrides
     if kind == "eval":
         of = _earlier(entry["eval"], before, name, path)
         return Stage(name, of.run, words=tuple(words), of=of, data=str(entry.get("data", "")))
@@ -132,15 +137,11 @@ def _stage(entry: dict, overrides: list[str], before: dict[str, Stage], path: Pa
     return Stage(name, run, entry["cfg"], tuple(words), config, source)
 
 
-def _text(value: object) -> str:
-    return json.dumps(value) if not isinstance(value, str) else value
-
-
-def _earlier(name: object, before: dict[str, Stage], mine: str, path: Path) -> Stage:
+def _earlier(name: object, before: dict[str, Stage], own: str, path: Path) -> Stage:
     stage = before.get(str(name))
     if stage is None or stage.config is None:
-        there = ", ".join(s.name for s in before.values() if s.config) or "none"
-        raise ConfigError(f"{path}: stage {mine} goes by a stage {name}; training stages before it: {there}")
+        known = ", ".join(s.name for s in before.values() if s.config) or "none"
+        raise ConfigError(f"{path}: stage {own} refers to stage {name}; the training stages before it are: {known}")
     return stage
 
 
@@ -153,7 +154,7 @@ def run(pipeline: Pipeline, scripts: Path, say: Callable[[str], None]) -> None:
             say(f"{head} {text}")
 
         if stage.config:
-            _train(stage, [*pipeline.launcher, str(scripts / "train.py")], tell)
+            _train(stage, stage.config, [*pipeline.launcher, str(scripts / "train.py")], tell)
         else:
             _evaluate(stage, [sys.executable, str(scripts / "eval.py")], tell)
 
@@ -180,41 +181,44 @@ def scored(result: Path) -> list[float]:
         ) from error
 
 
-def _train(stage: Stage, command: list[str], say: Callable[[str], None]) -> None:
+def _train(stage: Stage, config: Config, command: list[str], say: Callable[[str], None]) -> None:
     run = stage.run
     if (run / "config.yaml").exists():
         try:
-            check_continuation(run, to_dict(stage.config), to_dict(Config()))
+            check_continuation(run, to_dict(config), to_dict(Config()))
         except ValueError as error:
             raise StageError(f"stage {stage.name}: {error}") from error
     _check_source(stage)
     if read_done(run):
-        return say(f"{run} is done")
+        say(f"{run} is done")
+        return
     say(f"{'continuing' if (run / 'config.yaml').exists() else 'training'} {run}")
     code = _call([*command, "--cfg", stage.cfg, *stage.words], say)
     if not read_done(run):
         why = f"ended with code {code}" if code else "was stopped"
-        raise StageError(f"stage {stage.name} {why}, and {run} is not done. The same command goes on with it")
+        raise StageError(f"stage {stage.name} {why}, and {run} is not complete. The same command continues it")
 
 
 def _check_source(stage: Stage) -> None:
-    """See that what the run began with is what stands there now, and note it before the run begins."""
+    """Raise StageError if the run did not start from what its source holds now; before the run begins, note what that is."""
     if stage.source is None:
         return
-    note, now = stage.run / _STARTED_FROM, {"run": str(stage.source.run), **read_done(stage.source.run)}
+    note, now = stage.run / _STARTED_FROM, {"run": str(stage.source.run), **(read_done(stage.source.run) or {})}
     if not (stage.run / "config.yaml").exists():
         stage.run.mkdir(parents=True, exist_ok=True)
         note.write_text(json.dumps(now) + "\n")
     elif (read_json_object(note) if note.exists() else None) != now:
         raise StageError(
-            f"stage {stage.name}: {stage.run} did not start from what {stage.source.run} holds now. Move it aside to start anew"
+            f"stage {stage.name}: {stage.run} started from another state of {stage.source.run} than it has now. Move it aside to start again"
         )
 
 
 def _evaluate(stage: Stage, command: list[str], say: Callable[[str], None]) -> None:
-    done = read_done(stage.run)
+    if (done := read_done(stage.run)) is None:  # the stage that is evaluated has run before this one
+        raise StageError(f"stage {stage.name}: {stage.run} is not done")
     if stage.result.exists() and stage.result.stat().st_mtime >= (stage.run / DONE).stat().st_mtime:
-        return say(f"{stage.result} is there")
+        say(f"{stage.result} is up to date")
+        return
     data = ["--data", stage.data] if stage.data else []
     words = ["--ckpt", str(stage.run), "--tag", done["best"], *data, "--json", str(stage.result), *stage.words]
     code = _call([*command, *words], say)
@@ -247,5 +251,5 @@ def _call(command: list[str], say: Callable[[str], None]) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
     if stopped:
-        raise StageError(f"stopped by {signal.Signals(stopped[0]).name}. The same command goes on where it was")
+        raise StageError(f"stopped by {signal.Signals(stopped[0]).name}. The same command continues from here")
     return code

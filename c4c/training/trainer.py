@@ -1,8 +1,10 @@
 """The training run, from a configuration to a run folder."""
 
-import resource
+import math
 import shlex
 import time
+from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,16 +13,23 @@ import torch.distributed as dist
 from c4c.config import Config, dump, to_dict
 from c4c.launched import beside_script, command_again, explained_by
 from c4c.models.flops import peak, per_pair
-from c4c.training.guard import BadSteps, Patience, Stop, Watchdog, on_first_rank
+from c4c.training.agreement import on_first_rank
+from c4c.training.bad_steps import BadSteps
+from c4c.training.early_stopping import EarlyStopping
 from c4c.training.lock import RunLock
+from c4c.training.memory import memory_gib
 from c4c.training.metric_log import Metrics
+from c4c.training.outcome import Outcome
 from c4c.training.peers import Peers
 from c4c.training.run_folder import last_validation, mark_done, prepare, save_description, scores, validations
 from c4c.training.screen import Report
-from c4c.training.session import Outcome, Session, make_deterministic
+from c4c.training.session import Session, make_deterministic
+from c4c.training.signals import Stop
+from c4c.training.watchdog import Watchdog
 from c4c.zero import checkpoint
-from c4c.zero.checkpoint import CheckpointError, Saver
+from c4c.zero.checkpoint import CheckpointError
 from c4c.zero.distributed import restarted, start_distributed, stop_distributed
+from c4c.zero.snapshot import Saver
 from pipelines.loader import Batch
 from shards import count
 
@@ -42,8 +51,25 @@ def train(config: Config) -> None:
         stop_distributed()
 
 
+@dataclass(frozen=True)
+class _Line:
+    """A step that is launched and whose line is not written yet; the batch itself is not kept."""
+
+    step: int
+    outcome: Outcome
+    keys: list[str]
+    wait_s: float
+    loader: dict[str, float]  # its metrics
+    seconds: float
+
+
 class Trainer:
-    """One rank's part of a run."""
+    """One rank's part of a run.
+
+    On a GPU the line of step N, in metrics.jsonl and on the screen, is written once step N + 1 is launched, so that the GPU
+    has work while the host waits for the numbers; on a CPU at once. Either way, line N holds the numbers of step N, its seconds
+    are those from one launch to the next, and all lines are written before a checkpoint, a validation and the end.
+    """
 
     def __init__(
         self, config: Config, rank: int, world: int, device: torch.device, lock: RunLock | None = None,
@@ -67,11 +93,13 @@ class Trainer:
         self.validated = self.session.done in scores(self.folder)
         earlier = validations(self.folder, self.session.done)
         dist.barrier()
-        self.patience = Patience(config.train.patience, earlier)
+        self.early = EarlyStopping(config.train.patience, earlier)
         self.report = Report(rank == 0, self.total, self.per_epoch, self.session.done, earlier)
         self.saver = Saver(self.folder, config.checkpoint, self.report.say)
         self.bad = BadSteps(self.folder, config.train.max_bad_steps)
-        self.metrics = None
+        self.reads_late = device.type == "cuda"
+        self._unwritten: deque[_Line] = deque()
+        self.metrics: Metrics | None = None
         if rank == 0:
             save_description(self.folder, dump(config), self.session.model.spec)
             self.metrics = Metrics(self.folder, self.session.done, config.run.wandb, to_dict(config), self.report.say)
@@ -82,12 +110,12 @@ class Trainer:
             lock.take()
         moved = prepare(self.folder, resume)
         lock.take()  # in the new folder, if the old one was moved
-        if self.session.notes:
+        if self.session.notes and self.session.tag:
             checkpoint.point(self.folder, self.session.tag)
         return moved
 
     def run(self) -> None:
-        """The training loop."""
+        """The training loop; see the class for which step a line shows."""
         session = self.session
         watching = Watchdog(self.rank, self.world, self.config.engine.timeout_s, peers=self._peers)
         with Stop(self.rank == 0) as stop, watching as watch, session.loader, self.report:
@@ -95,34 +123,53 @@ class Trainer:
                 self._validate(watch)  # the run was killed between saving and validating
             self._mark = time.perf_counter()
             watch.now("waiting for data")
-            for batch in session.batches(0 if self.patience.lost else self.total - session.done):
-                watch.now(f"at step {session.done + 1}")
-                outcome = session.step(batch, bool(stop.signal), self.rank == 0 and self.saver.due(session.done + 1))
-                self._log(batch, outcome)
-                stopping, due = outcome.said
-                if due or stopping or session.done % self.per_epoch == 0 or self._validation_due():
-                    watch.now("saving")
-                    self.saver.save(session.engine, session.done, session.position())
-                    if not stopping:
-                        self._validate(watch)
-                    self._mark = time.perf_counter()  # neither saving nor validation is part of a step
-                if stopping or self.patience.lost:
-                    break
-                watch.now("waiting for data")
+            try:
+                for batch in session.batches(0 if self.early.due else self.total - session.done):
+                    watch.now(f"at step {session.done + 1}")
+                    outcome = session.step(
+                        batch, bool(stop.signal), self.rank == 0 and self.saver.due(session.done + 1)
+                    )
+                    stopping, due = outcome.answers
+                    saving = due or stopping or session.done % self.per_epoch == 0 or self._validation_due()
+                    self._note(batch, outcome)
+                    self._write_lines(but=1 if self.reads_late and not saving else 0)
+                    if saving:
+                        watch.now("saving")
+                        self.saver.save(session.engine, session.done, session.position())
+                        if not stopping:
+                            self._validate(watch)
+                        self._mark = time.perf_counter()  # neither saving nor validation is part of a step
+                    if stopping or self.early.due:
+                        break
+                    watch.now("waiting for data")
+            finally:
+                self._write_lines()  # whatever ended the loop, the last step was taken
             watch.now("saving")
             self.saver.wait()
         self._close(stop.signal)
 
-    def _log(self, batch: Batch, outcome: Outcome) -> None:
-        step = self.session.done
-        finite = outcome.applied and outcome.loss == outcome.loss and abs(outcome.loss) != float("inf")
-        searching = self.config.engine.precision == "fp16" and outcome.loss == outcome.loss and not outcome.applied
-        said = self.bad.note(step, not finite and not searching, outcome.loss, batch.keys, self.world, self.rank)
-        if self.rank:
-            return
+    def _note(self, batch: Batch, outcome: Outcome) -> None:
         now = time.perf_counter()
         seconds, self._mark = now - self._mark, now
-        clips = outcome.pairs
+        line = _Line(self.session.done, outcome, batch.keys, batch.wait_s, batch.stats.metrics(), seconds)
+        self._unwritten.append(line)
+
+    def _write_lines(self, but: int = 0) -> None:
+        """Write the lines of all steps but the last `but`. Raises ValueError after too many bad steps in a row."""
+        while len(self._unwritten) > but:
+            try:
+                self._write(self._unwritten.popleft())
+            except ValueError:
+                self._unwritten.clear()  # where lines are written at once, later steps are not even taken
+                raise
+
+    def _write(self, line: _Line) -> None:
+        step, outcome = line.step, line.outcome
+        finite = outcome.applied and math.isfinite(outcome.loss)
+        searching = self.config.engine.precision == "fp16" and not math.isnan(outcome.loss) and not outcome.applied
+        warning = self.bad.note(step, not finite and not searching, outcome.loss, line.keys, self.world, self.rank)
+        if self.metrics is None:  # not rank 0
+            return
         values = {
             "epoch": (step - 1) // self.per_epoch,
             "train/loss": outcome.loss,
@@ -130,20 +177,20 @@ class Trainer:
             "train/logit_scale": outcome.logit_scale,
             "train/grad_norm": outcome.grad_norm,
             "train/skipped_steps": self.bad.total,
-            "data/wait_s": batch.wait_s,
-            "data/wait_pct": 100 * batch.wait_s / seconds,
-            "step_s": seconds,
-            "clips_per_s": clips / seconds,
-            **batch.stats.metrics(),
-            "frames_per_s": clips * self.config.data.num_frames / seconds,
+            "data/wait_s": line.wait_s,
+            "data/wait_pct": 100 * line.wait_s / line.seconds,
+            "step_s": line.seconds,
+            "clips_per_s": outcome.pairs / line.seconds,
+            **line.loader,
+            "frames_per_s": outcome.pairs * self.config.data.num_frames / line.seconds,
             "memory_gib": memory_gib(),
         }
         if self._peak:
-            values["mfu_pct"] = 100 * self._flops * clips / seconds / (self._peak * self.world)
+            values["mfu_pct"] = 100 * self._flops * outcome.pairs / line.seconds / (self._peak * self.world)
         self.metrics.step(step, values)
         self.report.step(step, values)
-        if said:
-            self.report.say(said)
+        if warning:
+            self.report.say(warning)
 
     def _validate(self, watch: Watchdog) -> None:
         """If one is due at this step."""
@@ -151,7 +198,7 @@ class Trainer:
             return
         done = self.session.done
         result = self.session.evaluate(each=lambda: watch.now("validating"))
-        self.patience.note(result["t2v"]["R1"], self.world, self.device)
+        self.early.note(result["t2v"]["R1"], self.world, self.device)
         if self.metrics:
             self.metrics.validation(done, result)
         self.report.validation(done, result)
@@ -171,11 +218,11 @@ class Trainer:
                 checkpoint.prune(self.folder, self.config.checkpoint)  # the last validation may have found a new best
         if self.saver.error:
             raise CheckpointError(
-                f"{self.saver.error}. Make room and go on with\n    {command_again('run.resume=auto')}"
+                f"{self.saver.error}. Make room and continue with\n    {command_again('run.resume=auto')}"
             )
-        if done < self.total and not self.patience.lost:
+        if done < self.total and not self.early.due:
             return self.report.say(
-                f"stopped{f' by {stopped_by}' if stopped_by else ''} after step {done} of {self.total}, which is saved. Go on with\n"
+                f"stopped{f' by {stopped_by}' if stopped_by else ''} after step {done} of {self.total}, which is saved. Continue with\n"
                 f"    {command_again('run.resume=auto')}"
             )
         best = checkpoint.best(self.folder) if self.rank == 0 else None
@@ -185,7 +232,7 @@ class Trainer:
             mark_done(self.folder, done, best or checkpoint.tag_of(done))
         if done < self.total:
             self.report.say(
-                f"{count(self.patience.most, 'validation')} in a row no better: that is all (train.patience)"
+                f"{count(self.early.patience, 'validation')} in a row were no better: the run ends here (train.patience)"
             )
         self.report.summary(
             done, self.bad.total,
@@ -199,7 +246,9 @@ class Trainer:
         self._peak = peak(self.device, config.engine.precision)
         self._flops = 3 * per_pair(session.model.spec, config.data.num_frames, config.data.max_words)
         if moved:
-            self.report.say(f"an earlier run in {self.folder} was moved to {moved}; run.resume=auto would continue it")
+            self.report.say(
+                f"an earlier run in {self.folder} was moved to {moved}; run.resume=auto would have continued it"
+            )
         self.report.say(
             f"{config.model.backbone} + {config.model.head}, {session.weights / 1e6:.1f} M weights; "
             f"{count(len(session.split), 'video')}, {count(session.loader.order.pairs, 'pair')}; {count(self.total, 'step')} of {config.train.batch_size} on {self.world} "
@@ -227,10 +276,3 @@ class Trainer:
             return str(source)
         tag = checkpoint.best(source) if model.init_tag == "best" else model.init_tag
         return str(source / checkpoint.FOLDER / (tag or checkpoint.latest(source)))
-
-
-def memory_gib() -> float:
-    """The most this rank has used: of its GPU's memory, or of the host's where it has none."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,6 +1,7 @@
-"""All that knows DeepSpeed.
+"""All that touches DeepSpeed, and checkpoints.
 
-engine      the model in an engine; keys: the configuration that users may pass on
-state       weights and moments, whatever ZeRO has made of them; checkpoint: to disk and back
+engine      the model in an engine; config: its configuration; keys: what users may add to that
+state       weights and moments, at any ZeRO stage; snapshot: to a checkpoint and back; checkpoint: the files of a run's checkpoints
 distributed     ranks that find each other
+patches     every workaround
 """

@@ -1,31 +1,30 @@
-"""Joining the ranks that a launcher started, and keeping DeepSpeed quiet."""
+"""Joining the ranks that a launcher started."""
 
-import logging
 import os
 import re
-import sys
 import time
 import uuid
 from collections.abc import MutableMapping
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from c4c.launched import free_port
+from c4c.launched import free_port, quick_imports
+from c4c.zero import patches
 
 
 def start_distributed(timeout_s: float = 1800.0) -> tuple[int, int, torch.device]:
     """Join the process group of the launcher (deepspeed, torchrun, srun), or make one of a single rank.
 
-    Returns rank, world, device. timeout_s: how long the others are waited for. Raises ValueError.
+    Returns rank, world, device. timeout_s: how long to wait for the other ranks. Raises ValueError.
     """
-    quiet_libraries()
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator
+    patches.quiet_libraries()
+    with quick_imports():
+        import deepspeed
+        from deepspeed.accelerator import get_accelerator
 
-    _find_ninja()
+    patches.find_ninja()
     _name_ranks(os.environ)
     if "SLURM_GPUS_PER_TASK" in os.environ and torch.cuda.device_count() == 1:
         os.environ["LOCAL_RANK"] = "0"  # each task is shown its own GPU alone
@@ -39,15 +38,14 @@ def start_distributed(timeout_s: float = 1800.0) -> tuple[int, int, torch.device
     else:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
     backend = get_accelerator().communication_backend_name()
-    # its exchange in shared memory serves inference alone, and each rank leaves 66 MiB in /dev/shm for good at every start
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    patches.without_shared_memory()
     timeout = timedelta(seconds=timeout_s)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        store = dist.TCPStore(
+        agents = dist.TCPStore(
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout
         )
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        store = dist.PrefixStore(common_word(store, rank, world, timeout_s), store)
+        store = dist.PrefixStore(common_word(agents, rank, world, timeout_s), agents)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
     device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
@@ -61,24 +59,24 @@ def common_word(store: dist.Store, rank: int, world: int, timeout_s: float) -> s
     them for good; and agents count restarts differently. So the first rank offers a word, every other answers with one of
     its own, and believes the offer only when it gets that back. Raises ValueError after `timeout_s`.
     """
-    mine, until = uuid.uuid4().hex, time.monotonic() + timeout_s
+    own, until = uuid.uuid4().hex, time.monotonic() + timeout_s
     if rank == 0:
-        store.set("c4c/offer", mine)
+        store.set("c4c/offer", own)
     left = set(range(1, world)) if rank == 0 else {rank}
     while left:
         if rank == 0:
-            for other in [r for r in left if store.check([f"c4c/{mine}/answer/{r}"])]:
-                store.set(f"c4c/{mine}/heard/{other}", store.get(f"c4c/{mine}/answer/{other}"))
+            for other in [r for r in left if store.check([f"c4c/{own}/answer/{r}"])]:
+                store.set(f"c4c/{own}/heard/{other}", store.get(f"c4c/{own}/answer/{other}").decode())
                 left.discard(other)
         elif store.check(["c4c/offer"]):
             offer = store.get("c4c/offer").decode()
-            store.set(f"c4c/{offer}/answer/{rank}", mine)
-            if store.check([heard := f"c4c/{offer}/heard/{rank}"]) and store.get(heard).decode() == mine:
+            store.set(f"c4c/{offer}/answer/{rank}", own)
+            if store.check([heard := f"c4c/{offer}/heard/{rank}"]) and store.get(heard).decode() == own:
                 return offer
         if time.monotonic() > until:
             raise ValueError(f"rank {rank} waited {timeout_s:g} s for rank {min(left) if rank == 0 else 0} to start")
         time.sleep(0.02)
-    return mine
+    return own
 
 
 def _name_ranks(env: MutableMapping[str, str]) -> None:
@@ -90,7 +88,7 @@ def _name_ranks(env: MutableMapping[str, str]) -> None:
         env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
         env["LOCAL_RANK"] = env["SLURM_LOCALID"]
         # 4(x2),3 is two machines of 4 tasks and one of 3
-        env["LOCAL_WORLD_SIZE"] = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", env["WORLD_SIZE"])).group()
+        env["LOCAL_WORLD_SIZE"] = re.split(r"\D", env.get("SLURM_STEP_TASKS_PER_NODE", env["WORLD_SIZE"]))[0]
         # below the ports that Linux hands out
         env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 12000))
         if int(env.get("SLURM_STEP_NUM_NODES", 1)) > 1 and "MASTER_ADDR" not in env:
@@ -114,41 +112,25 @@ def launched() -> int:
 def restarted(device: torch.device | str = "cpu") -> bool:
     """Whether torchrun (--max-restarts) or Slurm (--requeue) has started this run before, as any of the ranks was told:
     an agent of torchrun counts only the restarts that began with it."""
-    told = [int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")]
-    most = torch.tensor(max(told), device=device)
+    counts = [int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")]
+    most = torch.tensor(max(counts), device=device)
     if dist.is_initialized():
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
     return most.item() > 0
 
 
 def stop_distributed() -> None:
+    """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def quiet_libraries() -> None:
-    """DeepSpeed's log lines are for its developers; its warnings and errors stay."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what it would find, less a warning
-    if sys.prefix != sys.base_prefix:  # environments that share compiled optimizers compile them over and over
-        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.WARNING)
-
-
 def compile_ops() -> None:
     """Compile what DeepSpeed compiles at the first start on this machine: its fused Adam."""
-    quiet_libraries()
+    patches.quiet_libraries()
     from deepspeed.accelerator import get_accelerator
 
-    _find_ninja()
+    patches.find_ninja()
     builder = get_accelerator().create_op_builder("FusedAdamBuilder")
     if builder is not None:
         builder.load(verbose=False)
-
-
-def _find_ninja() -> None:
-    """An environment that is not activated still has ninja, with which DeepSpeed compiles."""
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"

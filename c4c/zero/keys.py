@@ -2,6 +2,7 @@
 
 import difflib
 import math
+from typing import Any
 
 _OFFLOAD = "device nvme_path buffer_count pin_memory"
 _MONITOR = "enabled output_path job_name"
@@ -73,7 +74,7 @@ OPTIMIZERS = ("Adam", "AdamW")
 
 
 def wrong_key(tree: dict, group: str = "") -> tuple[str, str] | None:
-    """(the first key under `deepspeed:` that would be ignored or cannot work, what is wrong with it); None: there is none."""
+    """(the first key under `deepspeed:` that would be ignored or cannot work, what is wrong with it); None if all are right."""
     for name, value in tree.items():
         path = f"{group}.{name}" if group else str(name)
         if path in _NOT_HERE:
@@ -88,12 +89,12 @@ def wrong_key(tree: dict, group: str = "") -> tuple[str, str] | None:
             )
         if not all(_finite(part) for part in (value if isinstance(value, list) else [value])):
             return path, "must be a finite number"
-        if path in KEYS and isinstance(value, dict) and (found := wrong_key(value, path)):
-            return found
+        if path in KEYS and isinstance(value, dict) and (problem := wrong_key(value, path)):
+            return problem
     return None
 
 
-def _finite(value: object) -> bool:
+def _finite(value: Any) -> bool:
     """Whether it is no number, or a finite one; DeepSpeed takes text for a number, too."""
     try:
         return isinstance(value, dict) or math.isfinite(float(value))
@@ -110,4 +111,4 @@ def _nearest(path: str, group: str) -> str:
     if near:
         return f"did you mean deepspeed.{group and f'{group}.'}{near[0]}?"
     elsewhere = [f"{g}.{name}" for g, keys in KEYS.items() if g and name in keys]
-    return f"did you mean deepspeed.{elsewhere[0]}?" if elsewhere else f"there are {', '.join(here)}"
+    return f"did you mean deepspeed.{elsewhere[0]}?" if elsewhere else f"known keys are {', '.join(here)}"

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from c4c.zero.checkpoint import CheckpointError, save
+from c4c.zero.checkpoint import CheckpointError
+from c4c.zero.snapshot import save
 
 
 class Engine:

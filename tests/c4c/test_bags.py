@@ -10,8 +10,8 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from c4c.models.clip4clip import CLIP4Clip
-from c4c.zero import engine as engines
-from c4c.zero.engine import Learner
+from c4c.training import step
+from c4c.training.step import Learner
 
 pytestmark = pytest.mark.slow
 
@@ -98,14 +98,14 @@ class Engine:
 
 def took(way: str, head: str, rows: slice = slice(None)) -> tuple[Tensor, dict[str, Tensor]]:
     module = learner(head)
-    inputs = engines._inputs(batch(rows), "mil_nce")
+    inputs = step.inputs_of(batch(rows), "mil_nce")
     if way == "plain":
         loss = module(*inputs)
         loss.backward()
     elif way == "cached":
-        loss = engines._cached_step(Engine(module), inputs, WAYS[way])
+        loss = step._cached_step(Engine(module), inputs, WAYS[way])
     else:
-        loss = engines._accumulated_step(Engine(module), inputs, WAYS[way])
+        loss = step._accumulated_step(Engine(module), inputs, WAYS[way])
     return loss.detach(), {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
 
 
@@ -143,6 +143,6 @@ def _rank(rank: int, world: int, folder: str) -> None:
 def test_one_caption_a_clip_is_a_bag_of_one():
     one = batch()
     one.tokens = one.tokens[:, 0]
-    _, _, tokens, valid = engines._inputs(one, "mil_nce")
+    _, _, tokens, valid = step.inputs_of(one, "mil_nce")
     assert tokens.shape == (ROWS, 1, 6) and valid.tolist() == [[True]] * 7 + [[False]]
-    assert engines._inputs(one, "cross_entropy")[3] is one.valid
+    assert step.inputs_of(one, "cross_entropy")[3] is one.valid

@@ -12,8 +12,9 @@ import torch
 
 from c4c.models.clip4clip import build
 from c4c.settings import CheckpointConfig, ModelConfig
-from c4c.zero import checkpoint
-from c4c.zero.checkpoint import CheckpointError, latest, load_weights, restore, save, tags
+from c4c.zero import checkpoint, patches, snapshot
+from c4c.zero.checkpoint import CheckpointError, latest, load_weights, tags
+from c4c.zero.snapshot import restore, save
 from tests.c4c.checkpoints import Engine, refused
 
 FLAG = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
@@ -78,7 +79,7 @@ def test_a_killed_save_leaves_the_last_one(tmp_path, monkeypatch):
     for moment in ("_sync", "point", "prune"):  # beside; before the pointer moves; before old ones go
         with monkeypatch.context() as patched:
             patched.setattr(checkpoint, moment, killed)
-            tensors, state = checkpoint.snapshot(engine, 6)
+            tensors, state = snapshot.snapshot(engine, 6)
             with pytest.raises(Killed):
                 checkpoint.write(tmp_path, 6, tensors, state)
                 checkpoint.prune(tmp_path, CheckpointConfig())
@@ -91,7 +92,7 @@ def test_a_killed_save_leaves_the_last_one(tmp_path, monkeypatch):
 
 def test_a_full_disk_keeps_the_last_one_and_is_told(tmp_path, monkeypatch):
     engine, said = Engine(), []
-    saver = checkpoint.Saver(tmp_path, CheckpointConfig(), said.append)
+    saver = snapshot.Saver(tmp_path, CheckpointConfig(), said.append)
     saver.save(engine, 5)
     saver.wait()
 
@@ -120,7 +121,7 @@ def test_the_state_is_copied_before_training_goes_on(tmp_path, monkeypatch):
     before = engine.module.weight.detach().clone()
     write_now = checkpoint.write
     monkeypatch.setattr(checkpoint, "write", lambda *args: (go.wait(10), write_now(*args)))
-    saver = checkpoint.Saver(tmp_path, CheckpointConfig())
+    saver = snapshot.Saver(tmp_path, CheckpointConfig())
     saver.save(engine, 5)
     engine.train(1)
     go.set()
@@ -133,7 +134,7 @@ def test_the_state_is_copied_before_training_goes_on(tmp_path, monkeypatch):
 
 def test_the_best_is_kept(tmp_path):
     engine = Engine()
-    saver = checkpoint.Saver(tmp_path, CheckpointConfig(keep_last=1, keep_best=2))
+    saver = snapshot.Saver(tmp_path, CheckpointConfig(keep_last=1, keep_best=2))
     for step, r1 in enumerate((10, 50, 20, 40, 30, 30), 1):
         saver.save(engine, step)
         saver.wait()
@@ -146,14 +147,14 @@ def test_the_best_is_kept(tmp_path):
 
 def test_when_one_is_due(monkeypatch):
     clock = [100.0]
-    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: clock[0])
-    by_steps = checkpoint.Saver(Path(), CheckpointConfig(every_steps=3))
+    monkeypatch.setattr(snapshot.time, "monotonic", lambda: clock[0])
+    by_steps = snapshot.Saver(Path(), CheckpointConfig(every_steps=3))
     assert [by_steps.due(step) for step in range(1, 7)] == [False, False, True, False, False, True]
-    by_minutes = checkpoint.Saver(Path(), CheckpointConfig(every_minutes=2))
+    by_minutes = snapshot.Saver(Path(), CheckpointConfig(every_minutes=2))
     assert not by_minutes.due(1)
     clock[0] += 121
     assert by_minutes.due(2)
-    assert not checkpoint.Saver(Path(), CheckpointConfig()).due(1)
+    assert not snapshot.Saver(Path(), CheckpointConfig()).due(1)
 
 
 def test_a_half_written_later_checkpoint_displaces_none(tmp_path):
@@ -179,7 +180,7 @@ def test_what_is_missing_is_named(tmp_path):
     assert refused(load_weights, tmp_path / "gone") == f"there is no run folder {tmp_path / 'gone'}"
     assert "holds no checkpoint (no checkpoints/latest)" in refused(latest, tmp_path)
     save(Engine(), tmp_path, 5, keep_last=2)
-    assert "has no checkpoint step7; there are step00000005" in refused(load_weights, tmp_path, "step7")
+    assert "has no checkpoint step7; it has step00000005" in refused(load_weights, tmp_path, "step7")
     (tmp_path / "checkpoints" / "step00000005" / "state.json").unlink()
     (tmp_path / "checkpoints" / "latest").unlink()
     assert "state.json is missing. Choose another run.dir" in refused(latest, tmp_path)
@@ -191,7 +192,7 @@ def test_what_is_missing_is_named(tmp_path):
 def test_weights_of_a_stage_0_checkpoint(tmp_path):
     model = build(ModelConfig(backbone="ViT-demo-16", init_from="scratch"), 12)
     state = {f"model.{name}": value for name, value in model.state_dict().items()}
-    state["model.clip.logit_scale"] = state["model.clip.logit_scale"].reshape(1)  # as c4c.zero.engine.Learner has it
+    state["model.clip.logit_scale"] = state["model.clip.logit_scale"].reshape(1)  # as c4c.training.step.Learner has it
     write(tmp_path, {"mp_rank_00_model_states.pt": {"module": state}})
     loaded = load_weights(tmp_path)
     assert loaded.keys() == model.state_dict().keys()
@@ -251,6 +252,6 @@ def test_safe_loading_leaves_the_environment_as_it_was(before, monkeypatch):
     monkeypatch.delenv(FLAG, raising=False)
     if before is not None:
         monkeypatch.setenv(FLAG, before)
-    with checkpoint.safe_loading():
+    with patches.safe_loading():
         assert os.environ[FLAG] == "1"
     assert os.environ.get(FLAG) == before

@@ -139,7 +139,7 @@ def test_an_unknown_key_names_its_file(write):
 
 def test_an_unknown_key_like_none_lists_all(write):
     message = refused(write("a.yaml", ""), ["zzzzzzzzzzzz=3"])
-    assert message.endswith("there are run, data, cache, clips, model, train, engine, checkpoint, deepspeed")
+    assert message.endswith("known keys are run, data, cache, clips, model, train, engine, checkpoint, deepspeed")
 
 
 # ---- values ----

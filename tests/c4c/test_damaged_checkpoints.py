@@ -6,21 +6,22 @@ import pytest
 import torch
 
 from c4c.zero import checkpoint
-from c4c.zero.checkpoint import latest, load_weights, restore, save
+from c4c.zero.checkpoint import latest, load_weights
+from c4c.zero.snapshot import restore, save
 from tests.c4c.checkpoints import Engine, flip, refused, run_of
 
 
 def test_a_pointer_that_is_gone_or_wrong_costs_nothing(tmp_path):
     *_, last = run_of(tmp_path, 5, 10, 15)
     pointer = tmp_path / "checkpoints" / "latest"
-    for text, said in ((None, "is missing"), ("", "names nothing, which is not there"),
-                       ("step00000006", "names step00000006, which is not there"), ("../checkpoints", "not there")):  # fmt: skip
+    for text, said in ((None, "is missing"), ("", "names nothing, which does not exist"),
+                       ("step00000006", "names step00000006, which does not exist"), ("../checkpoints", "does not exist")):  # fmt: skip
         pointer.unlink() if text is None else pointer.write_text(text)
         assert checkpoint.exist(tmp_path)
         tag, (note,) = checkpoint.newest_whole(tmp_path)
         assert tag == latest(tmp_path) == "step00000015"
         assert f"{pointer} {said}" in note or said in note
-        assert "continuing from step00000015, the newest whole checkpoint" in note
+        assert "continuing from step00000015, the newest intact checkpoint" in note
         assert all(torch.equal(v, last[k]) for k, v in load_weights(tmp_path).items())
         pointer.touch()
 
@@ -57,8 +58,8 @@ def test_a_changed_number_in_the_state_is_noticed(tmp_path):
 DAMAGES = {
     "one bit of the weights": (lambda f: flip(f / "model.safetensors", -3), "model.safetensors does not match its checksum"),
     "one bit of the moments": (lambda f: flip(f / "optimizer.safetensors", -3), "optimizer.safetensors does not match"),
-    "truncated": (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-5]), "bytes and had"),
-    "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "model.safetensors has 0 bytes and had"),
+    "truncated": (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-5]), "were written"),
+    "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "model.safetensors has 0 bytes; "),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
     "no state": (lambda f: (f / "state.json").unlink(), "state.json is missing"),
     "an empty state": (lambda f: (f / "state.json").write_text(""), "state.json cannot be read"),
@@ -77,16 +78,16 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(name, tmp_path):
     assert tag == "step00000005"
     assert note.startswith(f"warning: {folder} is damaged: ")
     assert said in note
-    assert note.endswith("; continuing from step00000005, the newest whole checkpoint")
+    assert note.endswith("; continuing from step00000005, the newest intact checkpoint")
     assert said in (message := refused(restore, Engine(), tmp_path))
-    assert message.endswith("step00000005 is whole: --tag step00000005 reads it")
+    assert message.endswith("step00000005 is intact: use --tag step00000005")
     if "moments" not in name:
         assert said in refused(load_weights, tmp_path)
     engine = Engine()
     restore(engine, tmp_path, tag)
     assert all(torch.equal(v, first[k]) for k, v in engine.module.state_dict().items())
     do(folder.with_name("step00000005"))
-    assert "has no whole checkpoint to go on from: " in refused(checkpoint.newest_whole, tmp_path)
+    assert "has no intact checkpoint to continue from: " in refused(checkpoint.newest_whole, tmp_path)
 
 
 def test_a_checkpoint_from_before_there_were_checksums(tmp_path):

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch.distributed as dist
 
+from c4c import launched
 from c4c.launched import command_again
 from c4c.zero import distributed
 from c4c.zero.distributed import _name_ranks, common_word
@@ -79,9 +80,9 @@ def test_a_batch_script_without_srun_is_one_rank():
 def test_the_command_that_goes_on(env, command, monkeypatch):
     for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(distributed.os, "environ", env)
+    monkeypatch.setattr(launched.os, "environ", env)
     argv = ["launch/train.py", "--local_rank=1", "--cfg", "a b.yaml", "x=1", "run.resume=auto"]
-    monkeypatch.setattr(distributed.sys, "argv", argv)
+    monkeypatch.setattr(launched.sys, "argv", argv)
     again = command_again("run.resume=auto")
     assert again.startswith(command)
     assert again.count("run.resume=auto") == 1

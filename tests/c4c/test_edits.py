@@ -18,7 +18,7 @@ from c4c.config import from_dict, load, require, to_dict
 from c4c.models import weights
 from c4c.models.pretrained import open_checkpoint
 from c4c.training import stages
-from c4c.training.guard import BAD_STEPS
+from c4c.training.bad_steps import BAD_STEPS
 from c4c.training.metric_log import Metrics
 from c4c.training.replay import recorded
 from c4c.training.run_folder import check_continuation, last_validation, mark_done, read_config, read_done, validations

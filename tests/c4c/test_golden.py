@@ -12,7 +12,8 @@ from c4c.config import load
 from c4c.losses import contrastive_loss
 from c4c.models.clip4clip import CLIP4Clip
 from c4c.models.heads.mean import masked_mean
-from c4c.training.optim import freeze, official_lr_factor, parameter_groups
+from c4c.training.lr_schedule import official_lr_factor
+from c4c.training.param_groups import freeze, parameter_groups
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 RECIPES = Path(__file__).parents[2] / "launch/cfg"
@@ -220,7 +221,7 @@ def test_official_schedule():
 )
 def test_bert_adam_is_fused_adam_without_bias_correction(name):
     """The optimizer that the official recipe's settings make of DeepSpeed's, against BertAdam's own steps."""
-    from c4c.zero.distributed import quiet_libraries
+    from c4c.zero.patches import quiet_libraries
 
     quiet_libraries()
     from deepspeed.ops.adam import FusedAdam

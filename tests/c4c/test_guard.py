@@ -11,8 +11,13 @@ import torch
 import torch.distributed as dist
 
 from c4c.errors import lost_peer, speak
-from c4c.training import guard
-from c4c.training.guard import BadSteps, Patience, Stop, Watchdog, agree, out_of_memory
+from c4c.training import agreement, watchdog
+from c4c.training.agreement import agree
+from c4c.training.bad_steps import BAD_STEPS, BadSteps
+from c4c.training.early_stopping import EarlyStopping
+from c4c.training.memory import out_of_memory
+from c4c.training.signals import Stop
+from c4c.training.watchdog import Watchdog
 
 
 def test_a_signal_only_asks_to_stop():
@@ -44,7 +49,7 @@ def test_ranks_that_differ_are_named(monkeypatch):
         def gather(out, mine):
             out[:] = [others, mine]
 
-        monkeypatch.setattr(guard.dist, "all_gather_object", gather)
+        monkeypatch.setattr(agreement.dist, "all_gather_object", gather)
 
     gathers({"train.lr": 1e-4, "contents of data.train": "abc"})
     agree({"train.lr": 1e-4, "contents of data.train": "abc"}, 2)
@@ -59,14 +64,14 @@ def test_bad_steps_are_counted_and_listed(tmp_path):
     bad = BadSteps(tmp_path, most=3)
     assert bad.note(1, False, 1.0, ["a"], 1, 0) == ""
     for step in (2, 3):
-        assert f"step {step} was left out: its loss is nan" in bad.note(step, True, float("nan"), ["a", "b"], 1, 0)
+        assert f"step {step} was skipped: its loss is nan" in bad.note(step, True, float("nan"), ["a", "b"], 1, 0)
     assert bad.note(4, False, 1.0, ["a"], 1, 0) == ""  # only those in a row end a run
     bad.note(5, True, float("inf"), ["c"], 1, 0)
     bad.note(6, True, float("inf"), ["c"], 1, 0)
     with pytest.raises(ValueError, match=r"the 3th in a row \(train\.max_bad_steps\).*--replay 7"):
         bad.note(7, True, float("inf"), ["d"], 1, 0)
     assert bad.total == 5
-    rows = [json.loads(line) for line in (tmp_path / guard.BAD_STEPS).read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / BAD_STEPS).read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 3, 5, 6, 7]
     assert rows[0] == {"step": 2, "loss": "nan", "keys": ["a", "b"]}
 
@@ -97,7 +102,7 @@ class Store:
 def store(monkeypatch):
     store = Store()
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
-    monkeypatch.setattr(guard, "OTHERS_FIRST_S", 0.2)
+    monkeypatch.setattr(watchdog, "OTHERS_FIRST_S", 0.2)
     return store
 
 
@@ -128,7 +133,7 @@ def test_a_rank_that_is_gone_is_named(store, capsys):
     with Watchdog(0, 2, 0.4, end=lambda code: ended.set()) as watch:
         watch.now("at step 7")
         assert ended.wait(60)
-    assert "rank 1 (never heard of) does not answer" in capsys.readouterr().err
+    assert "rank 1 (never connected) does not respond" in capsys.readouterr().err
 
 
 def test_a_first_rank_that_is_stopped_is_named(store, capsys, monkeypatch):
@@ -139,7 +144,7 @@ def test_a_first_rank_that_is_stopped_is_named(store, capsys, monkeypatch):
         watch.now("at step 7")
         assert ended.wait(60)
         never.set()
-    assert "rank 0, at which the ranks meet, does not answer: its process is stopped" in capsys.readouterr().err
+    assert "rank 0, which all ranks connect to, does not respond: its process is stopped" in capsys.readouterr().err
 
 
 def test_a_run_that_goes_on_is_left_alone(store, capsys):
@@ -166,7 +171,7 @@ def test_every_ranks_error_is_told_once(monkeypatch, capsys):
     speak(ValueError("a"), 0)
     assert waited == []
     speak(ValueError("b"), 3)
-    assert waited == [guard.OTHERS_FIRST_S]
+    assert waited == [watchdog.OTHERS_FIRST_S]
     assert capsys.readouterr().err == "error: a\nerror on rank 3: b\n"
     gloo = RuntimeError("[pair.cc:561] Connection closed by peer [127.0.0.1]:48521")
     assert lost_peer(gloo) and not lost_peer(RuntimeError("shapes"))
@@ -175,12 +180,12 @@ def test_every_ranks_error_is_told_once(monkeypatch, capsys):
 
 
 def test_patience_is_lost_after_so_many_validations_without_a_better_one():
-    patience = Patience(2, [])
+    early = EarlyStopping(2, [])
     seen = []
     for score in (3.0, 5.0, 5.0, 6.0, 1.0, 6.0):  # as good is not better
-        assert not patience.lost
-        patience.note(score, 1, torch.device("cpu"))
-        seen.append(patience.lost)
+        assert not early.due
+        early.note(score, 1, torch.device("cpu"))
+        seen.append(early.due)
     assert seen == [False] * 5 + [True]
-    assert Patience(2, [5.0, 5.0, 4.0]).lost and not Patience(3, [5.0, 5.0, 4.0]).lost
-    assert not Patience(0, [5.0, 4.0, 3.0]).lost
+    assert EarlyStopping(2, [5.0, 5.0, 4.0]).due and not EarlyStopping(3, [5.0, 5.0, 4.0]).due
+    assert not EarlyStopping(0, [5.0, 4.0, 3.0]).due

@@ -172,7 +172,7 @@ def test_the_newest_records_wait(small_disk):
 
 def test_weights_and_biases_if_asked_for(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match=r"run\.wandb=mine: the package is not installed"):
+    with pytest.raises(ValueError, match=r"run\.wandb=mine needs the package wandb"):
         require_wandb("mine")
     require_wandb("")
     calls = []

@@ -174,8 +174,8 @@ def test_scratch_is_random_and_seeded():
 def test_what_there_is_not_is_refused_by_name():
     assert refused(backbone="ViT-B-33").startswith("model.backbone=ViT-B-33: open_clip knows no such model")
     assert refused(backbone="RN50").startswith("model.backbone=RN50: its towers are not a ViT")
-    assert refused(head="maxP").startswith("model.head=maxP: there are ")
-    assert refused(linear_patch="4d") == "model.linear_patch=4d: there are 2d and 3d"
+    assert refused(head="maxP").startswith("model.head must be one of ")
+    assert refused(linear_patch="4d") == "model.linear_patch must be 2d or 3d; got '4d'"
 
 
 def test_random_weights_must_be_asked_for():

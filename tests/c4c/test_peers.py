@@ -17,14 +17,16 @@ RANK = """
 import os, sys, time
 import torch
 import torch.distributed as dist
-from c4c.errors import end_with
-from c4c.training.guard import Stop, Watchdog
+from c4c.errors import exit_code
 from c4c.training.peers import Peers
+from c4c.training.signals import Stop
+from c4c.training.watchdog import Watchdog
 
 rank, timeout = int(os.environ["RANK"]), float(os.environ["TIMEOUT"])
 sys.argv = ["launch/train.py", "--cfg", "demo.yaml"]
 dist.init_process_group("gloo", rank=rank, world_size=2)
-try:
+
+def command():
     with Peers(rank, 2, timeout) as peers, Stop(), Watchdog(rank, 2, timeout, peers=peers) as watch:
         for step in range(3000):
             watch.now(f"at step {step}")
@@ -34,8 +36,9 @@ try:
             if os.path.exists(os.environ["END"]) and rank == 1:
                 raise ValueError("a reason of its own")
             time.sleep(0.01)
-except (ValueError, RuntimeError) as error:
-    sys.exit(end_with(error))
+    return 0
+
+sys.exit(exit_code(command))
 """
 
 
@@ -82,7 +85,7 @@ def ranks(tmp_path):
         process.communicate()
 
 
-COMMAND = "Go on with\n    deepspeed --num_accelerators 2"
+COMMAND = "Continue with\n    deepspeed --num_accelerators 2"
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -94,7 +97,7 @@ def test_a_rank_that_is_killed_is_named_at_once(rank, ranks):
     err = both.said_by(1 - rank)
     reason = "it was" if rank else "unless it gave a reason above, it was"
     said = (
-        f"error: rank {rank} (pid N) vanished: {reason} killed, usually because memory ran out (dmesg tells). {COMMAND}"
+        f"error: rank {rank} (pid N) vanished: {reason} killed, usually because memory ran out (see dmesg). {COMMAND}"
     )
     assert err.startswith(said) and err.endswith(" launch/train.py --cfg demo.yaml run.resume=auto\n")
     assert err.count("\n") == 2
@@ -110,11 +113,11 @@ def test_a_rank_that_ends_with_an_error_did_not_vanish(ranks, tmp_path):
 def test_a_rank_that_was_stopped_blames_itself(ranks):
     both = ranks(timeout_s=2)
     os.kill(both.both[0].pid, signal.SIGSTOP)
-    assert "rank 0, at which the ranks meet, does not answer: its process is stopped" in both.said_by(1)
+    assert "rank 0, which all ranks connect to, does not respond: its process is stopped" in both.said_by(1)
     os.kill(both.both[0].pid, signal.SIGCONT)
     err = both.said_by(0)
     assert re.match(
-        r"error: rank 0, this process, was stopped itself for \d+ s \(engine\.timeout_s is 2\), and the other ranks ended",
+        r"error: rank 0, this process, was itself stopped for \d+ s \(engine\.timeout_s is 2\), and the other ranks have ended",
         err,
     )
     assert COMMAND in err and "vanished" not in err

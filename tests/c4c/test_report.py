@@ -96,7 +96,7 @@ def test_the_summary_says_what_to_do_next(capsys, clock):
     clock.now += 125
     shown.summary(20, 2, "python launch/eval.py --ckpt runs/a", "tensorboard --logdir runs/a")
     assert capsys.readouterr().err.splitlines() == [
-        "done: 20 steps, 2:05 for the last 20; best t2v R@1 41.0; 2 steps left out. Next:",
+        "done: 20 steps, 2:05 for the last 20; best t2v R@1 41.0; 2 steps skipped. Next:",
         "    python launch/eval.py --ckpt runs/a",
         "    tensorboard --logdir runs/a",
     ]

@@ -83,17 +83,21 @@ def test_what_a_file_comes_to(write):
 @pytest.mark.parametrize(
     ("text", "words", "said"),
     [
-        ("stages: 3", [], "a pipeline holds `stages`, a list"),
-        ("stages: [{name: a}]", [], "is no stage; one has"),
-        ("stages: [{name: a, cfg: demo.yaml, sett: 3}]", [], "is no stage; one has"),
+        ("stages: 3", [], "a pipeline has a list `stages`"),
+        ("stages: [{name: a}]", [], "is not a stage: a stage has the keys"),
+        ("stages: [{name: a, cfg: demo.yaml, sett: 3}]", [], "is not a stage: a stage has the keys"),
         ("stages: [{name: a, cfg: demoo.yaml}]", [], "did you mean demo.yaml"),
         ("stages: [{name: a, cfg: demo.yaml, set: {train.lrr: 1}}]", [], "did you mean train.lr?"),
         ("stages: [{name: a, cfg: demo.yaml}]", ["a.train.lr=nan"], "stage a: train.lr=nan: must be a finite number"),
-        ("stages: [{name: a b, cfg: demo.yaml}]", [], "a name of letters"),
+        ("stages: [{name: a b, cfg: demo.yaml}]", [], "its name must be unique and consist of letters"),
         ("stages: [{name: a, cfg: demo.yaml}, {name: b, cfg: demo.yaml}]", [], "both have run.dir="),
-        ("stages: [{name: a, cfg: demo.yaml, from: b}]", [], "training stages before it: none"),
-        ("stages: [{name: a, cfg: demo.yaml}, {name: b, eval: c}]", [], "training stages before it: a"),
-        ("stages: [{name: a, cfg: demo.yaml}]", ["b.train.lr=3"], "write it as STAGE.key=value; there are a"),
+        ("stages: [{name: a, cfg: demo.yaml, from: b}]", [], "the training stages before it are: none"),
+        ("stages: [{name: a, cfg: demo.yaml}, {name: b, eval: c}]", [], "the training stages before it are: a"),
+        (
+            "stages: [{name: a, cfg: demo.yaml}]",
+            ["b.train.lr=3"],
+            "write it as STAGE.key=value, where STAGE is one of a",
+        ),
     ],
 )
 def test_mistakes(write, text, words, said):
@@ -108,12 +112,12 @@ def test_what_is_done_is_skipped(write, called):
     scripts = [next(Path(w).name for w in command if w.endswith(".py")) for command in called]
     assert scripts == ["train.py", "eval.py", "train.py"] and called[0][:3] == ["torchrun", "--nproc_per_node", "2"]
     assert called[1][called[1].index("--tag") + 1] == "step00000005" and "data/x" in called[1]
-    assert [line.rpartition(" is ")[2] for line in go(path)] == ["done", "there", "done"]
+    assert [line.rpartition(" is ")[2] for line in go(path)] == ["done", "up to date", "done"]
     assert len(called) == 3
 
 
 def test_a_stage_that_does_not_end_ends_all(write, called, tmp_path):
-    with pytest.raises(StageError, match=r"stage one ended with code 3, .* The same command goes on with it"):
+    with pytest.raises(StageError, match=r"stage one ended with code 3, .* The same command continues it"):
         go(write(TWO), "one.train.lr=7")
     assert len(called) == 1 and not (tmp_path / "two").exists()
 
@@ -139,5 +143,5 @@ def test_a_stage_knows_what_it_started_from(write, called, tmp_path):
     path = write(TWO)
     go(path)
     (tmp_path / "one/done.json").unlink()  # as if stage one had been trained anew
-    with pytest.raises(StageError, match=r"did not start from what .*one holds now. Move it aside"):
+    with pytest.raises(StageError, match=r"started from another state of .*one than it has now. Move it aside"):
         go(path)

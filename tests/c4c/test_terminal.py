@@ -24,7 +24,7 @@ print("codes", [rank.wait() for rank in ranks], flush=True)
 """
 RANK = """
 import sys, time
-from c4c.training.guard import Stop
+from c4c.training.signals import Stop
 first, told = sys.argv[1] == "0", False
 with Stop(first) as stop:
     for tick in range(6000):

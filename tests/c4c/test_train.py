@@ -13,7 +13,7 @@ from c4c.models import towers
 from c4c.training.replay import replay
 from c4c.training.trainer import Trainer, train
 from c4c.zero import checkpoint
-from tests.launch.runs import ROOT, Launcher, losses, make_splits
+from tests.launch.runs import ROOT, Launcher, lines, losses, make_splits
 
 pytestmark = pytest.mark.slow  # imports DALI
 
@@ -72,6 +72,54 @@ def test_the_same_data_at_another_path_is_continued(stopped, run, launcher, sett
     assert losses(stopped) == losses(run)
     tag = stopped / "checkpoints" / "step00000003"
     assert f"weights: {tag}, continuing after step 3\n" in capsys.readouterr().err
+
+
+def test_lines_that_are_written_a_step_late_are_the_same(run, settings, tmp_path, monkeypatch):
+    """As on a GPU: line N comes after the launch of step N + 1, but before a checkpoint and the end."""
+    events, made = [], Trainer.__init__
+
+    def late(self, *args):
+        made(self, *args)
+        self.reads_late = True
+        monkeypatch.setattr(self.metrics, "step", _noted(self.metrics.step, events, "line"))
+        monkeypatch.setattr(self.saver, "save", _noted(self.saver.save, events, "save"))
+        monkeypatch.setattr(self.session, "step", _noted(self.session.step, events, "step"))
+
+    monkeypatch.setattr(Trainer, "__init__", late)
+    train(settings(f"run.dir={tmp_path / 'late'}"))
+    assert events == ["step", "step", "line", "step", "line", "line", "save", "step", "step", "line", "line", "save"]
+    known = ("step", "epoch", "train/loss", "train/lr", "train/logit_scale", "train/grad_norm", "train/skipped_steps")
+    rows = [[[row[k] for k in known] for row in lines(folder / "metrics.jsonl")] for folder in (run, tmp_path / "late")]
+    assert rows[0] == rows[1]
+    for tag in checkpoint.tags(run):
+        one, two = (folder / "checkpoints" / tag / "model.safetensors" for folder in (run, tmp_path / "late"))
+        assert one.read_bytes() == two.read_bytes()
+
+
+def _noted(call, events: list[str], name: str):
+    def noted(*args):
+        events.append(name)
+        return call(*args)
+
+    return noted
+
+
+def test_bad_steps_end_a_run_at_the_same_step_when_lines_are_late(settings, tmp_path, monkeypatch):
+    for late in (False, True):
+        made = Trainer.__init__
+
+        def build(self, *args, late=late, made=made):
+            made(self, *args)
+            self.reads_late = late
+            self.session.model.clip.logit_scale.data.fill_(float("nan"))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "__init__", build)
+            folder = tmp_path / str(late)
+            with pytest.raises(ValueError, match="the 2th in a row"):
+                train(settings(f"run.dir={folder}", "train.max_bad_steps=2"))
+        assert [row["step"] for row in lines(folder / "metrics.jsonl")] == [1]
+        assert [row["step"] for row in lines(folder / "bad_steps.jsonl")] == [1, 2]
 
 
 def test_other_data_is_refused(stopped, launcher, settings):

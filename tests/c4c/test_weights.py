@@ -355,3 +355,27 @@ def test_backbones_without_plain_towers_are_refused():
     for name in ("RN50", "coca_ViT-B-32", "ViT-B-16-SigLIP", "nonsense"):
         with pytest.raises(ValueError, match=r"model\.backbone"):
             towers.named(name)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda spec: spec.pop("vision_cfg"), "KeyError: 'vision_cfg'"),
+        (lambda spec: spec.pop("embed_dim"), "KeyError: 'embed_dim'"),
+        (lambda spec: spec.pop("quick_gelu"), "KeyError: 'quick_gelu'"),
+        (lambda spec: spec["text_cfg"].update(colour=3), "TypeError: .*colour"),
+        (lambda spec: spec.update(text_cfg=7), "TypeError"),
+    ],
+    ids=["no vision", "no width", "no activation", "an unknown key", "no keys"],
+)
+def test_a_damaged_description_of_towers_is_named(damage, reason, tmp_path):
+    spec = json.loads(json.dumps(SPEC))
+    assert towers.sizes(spec)["feature size"] == SPEC["embed_dim"]
+    damage(spec)
+    with pytest.raises(ValueError, match=rf"^the description of the towers is damaged \({reason}"):
+        towers.sizes(spec)
+    path = tmp_path / "model.safetensors"
+    about = {"spec": spec, "head": "meanP", "linear_patch": "2d", "blocks": 4, "segments": 12}
+    save_file({"clip.logit_scale": torch.zeros(1)}, path, {"c4c": json.dumps(about)})
+    with pytest.raises(ValueError, match=rf"^model\.init_from={path}: the description of the towers is damaged"):
+        build(ModelConfig(backbone="ViT-demo-16", init_from=str(path)), 4)

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from c4c.models.clip4clip import CLIP4Clip
-from c4c.settings import EngineConfig
-from c4c.training.optim import TrainConfig
-from c4c.zero import checkpoint
-from c4c.zero.engine import Learner, applied, build_engine, train_step
+from c4c.settings import EngineConfig, TrainConfig
+from c4c.training.step import Learner, train_step
+from c4c.zero.engine import build_engine
+from c4c.zero.snapshot import restore, save
 from tests.launch.every_head import FRAMES, ROWS, SPEC, batch
 
 HALF, STEPS = 2, 4
@@ -88,7 +88,7 @@ def go(engine, train: TrainConfig, rank: int, world: int, first: int, last: int,
         loss = train_step(engine, data, 1.0 - step / 10, train)
         dist.all_reduce(loss)
         found.append([loss.item() / world, float(engine.get_global_grad_norm())])
-        assert applied(engine) is not broken
+        assert engine.was_step_applied() is not broken
         data.frames.copy_(whole)
     return found
 
@@ -98,7 +98,7 @@ def search(engine, train: TrainConfig, rank: int, world: int) -> list[bool]:
     data, counted = batch(rank, world), []
     for _ in range(6):
         train_step(engine, data, 1.0, train)
-        counted.append(applied(engine))
+        counted.append(engine.was_step_applied())
     return counted
 
 
@@ -117,14 +117,14 @@ def results(folder: Path, rank: int, world: int) -> dict[str, list]:
             continue
         first = go(engine, train, rank, world, 0, HALF)
         if name in SAVED[world]:
-            checkpoint.save(engine, folder / f"{world} {name}", HALF)
+            save(engine, folder / f"{world} {name}", HALF)
         found[name] = first + go(engine, train, rank, world, HALF, STEPS)
         engine.destroy()
     dist.barrier()
     for name, (ranks, source, way) in AGAIN[world].items():
         engine, train = engine_of(ways(2)[way], world)
         torch.manual_seed(99)
-        state = checkpoint.restore(engine, folder / f"{ranks} {source}")
+        state = restore(engine, folder / f"{ranks} {source}")
         found[name] = go(engine, train, rank, world, state["step"], STEPS)
         engine.destroy()
     return found

@@ -13,11 +13,11 @@ from deepspeed.accelerator import get_accelerator
 
 from c4c.models.clip4clip import CLIP4Clip
 from c4c.models.heads import HEADS
-from c4c.settings import EngineConfig
-from c4c.training.optim import TrainConfig
+from c4c.settings import EngineConfig, TrainConfig
 from c4c.training.run_folder import save_description
-from c4c.zero import checkpoint
-from c4c.zero.engine import MAX_LOGIT, Learner, build_engine, train_step
+from c4c.training.step import MAX_LOGIT, Learner, train_step
+from c4c.zero.engine import build_engine
+from c4c.zero.snapshot import save
 
 ROWS, FRAMES, STEPS = 8, 3, 4
 SPEC = {
@@ -61,7 +61,7 @@ def train(way: dict, folder: Path, rank: int, world: int) -> dict:
         with torch.no_grad():
             text, video = engine(data.frames, data.frame_mask, data.tokens)
             scores = engine.module.model.head.score(text, video)
-        checkpoint.save(engine, folder, STEPS, keep_last=1)
+        save(engine, folder, STEPS, keep_last=1)
         if rank == 0:
             settings = {
                 "model": {"backbone": "ViT-demo-16", "head": way["head"], "linear_patch": "2d", "head_layers": 2}

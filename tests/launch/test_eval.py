@@ -233,7 +233,7 @@ def test_a_damaged_checkpoint_is_not_evaluated(runs, evaluate, tmp_path):
     file.write_bytes(content)
     line = refused(evaluate("--ckpt", run))
     assert f"{file.parent} is damaged: model.safetensors does not match its checksum in state.json" in line
-    assert line.endswith("step00000005 is whole: --tag step00000005 reads it")
+    assert line.endswith("step00000005 is intact: use --tag step00000005")
     assert evaluate("--ckpt", run, "--tag", "step00000005")[0] == 0
 
 
@@ -287,7 +287,7 @@ def test_a_run_without_a_checkpoint(evaluate, runs, tmp_path):
 
 def test_a_checkpoint_that_is_not_there(evaluate, runs):
     line = refused(evaluate("--ckpt", runs["1 rank"], "--tag", "step00000007"))
-    assert "has no checkpoint step00000007; there are step00000005, step00000010" in line
+    assert "has no checkpoint step00000007; it has step00000005, step00000010" in line
 
 
 def test_a_config_that_does_not_fit_the_weights(evaluate, runs, tmp_path):

@@ -167,7 +167,7 @@ def test_what_is_done_is_not_done_again(folders, pipeline, capsys):
     out, err = capsys.readouterr()
     assert [line.rpartition("/")[2] for line in err.splitlines()] == [
         "one is done",
-        "zero-shot.json is there",
+        "zero-shot.json is up to date",
         "two is done",
     ]
     assert "zero-shot" in out and "R@10 %" in out

@@ -203,10 +203,10 @@ def test_a_run_goes_on_after_a_fault_in_its_checkpoints(fault, launcher, forks, 
     newest = run / "checkpoints" / "step00000010"
     if fault == "latest is gone":
         (run / "checkpoints" / "latest").unlink()
-        said = f"warning: {run / 'checkpoints' / 'latest'} is missing; continuing from step00000010, the newest whole checkpoint"
+        said = f"warning: {run / 'checkpoints' / 'latest'} is missing; continuing from step00000010, the newest intact checkpoint"
     else:
         (newest / "optimizer.safetensors").write_bytes((newest / "optimizer.safetensors").read_bytes()[:1000])
-        said = f"warning: {newest} is damaged: optimizer.safetensors has 1000 bytes and had "
+        said = f"warning: {newest} is damaged: optimizer.safetensors has 1000 bytes; "
     code, out, err = forks.run(["launch/train.py", *launcher.words(f"run.dir={run}", "run.resume=auto")])
     assert code == 0, out + err
     assert sum(line.startswith(said) for line in err.splitlines()) == 1, err

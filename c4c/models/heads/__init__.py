@@ -7,8 +7,10 @@ with any. In frame and token features a row of zeros is padding, so no mask trav
 
 import importlib
 import pkgutil
+from typing import cast
 
 import torch
+from open_clip.transformer import Transformer
 from torch import Tensor, nn
 
 
@@ -51,27 +53,27 @@ class Head(nn.Module):
 
 
 def present(features: Tensor) -> Tensor:
-    """bool [..., T]: which rows of [..., T, D] are not padding."""
+    """Bool [..., T]: which rows of [..., T, D] are not padding."""
     return (features != 0).any(dim=-1)
 
 
-def copy_blocks(blocks: nn.ModuleList, source: nn.Module) -> int:
-    """Copy CLIP text blocks 0, 1, … into `blocks`; returns how many there were to copy."""
-    pairs = list(zip(blocks, source.resblocks, strict=False))
+def copy_blocks(blocks: nn.ModuleList, clip: nn.Module) -> int:
+    """Copy CLIP's text blocks 0, 1, … into `blocks`; returns how many were copied."""
+    pairs = list(zip(blocks, cast(Transformer, clip.transformer).resblocks, strict=False))
     with torch.no_grad():
-        for mine, theirs in pairs:
-            mine.load_state_dict(theirs.state_dict())
+        for block, source in pairs:
+            block.load_state_dict(source.state_dict())
     return len(pairs)
 
 
-def _found() -> dict[str, type[Head]]:
+def _all_heads() -> dict[str, type[Head]]:
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
     return {cls.name: cls for cls in _subclasses(Head) if cls.name}
 
 
-def _subclasses(cls: type) -> list[type]:
+def _subclasses(cls: type[Head]) -> list[type[Head]]:
     return [c for child in cls.__subclasses__() for c in (child, *_subclasses(child))]
 
 
-HEADS = _found()
+HEADS = _all_heads()

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
+from typing_extensions import override
 
 from c4c.models.heads.blocks import TemporalTransformer, too_long
 from c4c.models.heads.mean import Cosine, masked_mean
@@ -24,10 +25,12 @@ class TransformerAdapter(Cosine):
         nn.init.normal_(self.positional_embedding, std=0.02)
         self.transformer.randomize()
 
+    @override
     @property
     def most_frames(self) -> int:
         return len(self.positional_embedding)
 
+    @override
     def video(self, frames: Tensor, mask: Tensor) -> Tensor:
         length, limit = frames.shape[1], len(self.positional_embedding)
         if length > limit:

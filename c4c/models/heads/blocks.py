@@ -1,6 +1,7 @@
 """A stack of CLIP's transformer blocks over frames."""
 
 from functools import partial
+from typing import cast
 
 import torch
 from open_clip.transformer import LayerNorm, QuickGELU, ResidualAttentionBlock
@@ -35,8 +36,9 @@ class TemporalTransformer(nn.Module):
 
     def randomize(self) -> None:
         """CLIP's own initialisation, for stacks that copy nothing."""
-        width, depth = self.resblocks[0].attn.embed_dim, len(self.resblocks)
-        for block in self.resblocks:
+        blocks = cast(list[ResidualAttentionBlock], list(self.resblocks))
+        width, depth = blocks[0].attn.embed_dim, len(blocks)
+        for block in blocks:
             nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * depth) ** -0.5)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
@@ -44,6 +46,7 @@ class TemporalTransformer(nn.Module):
 
 
 def too_long(what: str, length: int, limit: int) -> ValueError:
+    """The error for clips of more frames than a head has positions."""
     return ValueError(f"{what} has {limit} positions and the clip needs {length}: lower data.num_frames")
 
 
@@ -53,5 +56,5 @@ def copy_positions(table: nn.Parameter | nn.Embedding, clip: nn.Module) -> bool:
     if weight.shape != clip.positional_embedding.shape:
         return False
     with torch.no_grad():
-        weight.copy_(clip.positional_embedding)
+        weight.copy_(cast(Tensor, clip.positional_embedding))
     return True

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 from torch.nn.functional import normalize
+from typing_extensions import override
 
 from c4c.models.heads import Head
 
@@ -15,9 +16,11 @@ def masked_mean(frames: Tensor, mask: Tensor) -> Tensor:
 class Cosine(Head):
     """Heads that end in one vector a video, compared with the text by cosine."""
 
+    @override
     def text(self, features: Tensor) -> Tensor:
         return normalize(features.float(), dim=-1)
 
+    @override
     def score(self, text: Tensor, video: Tensor) -> Tensor:
         return text @ video.T
 
@@ -27,6 +30,7 @@ class MeanPooling(Cosine):
 
     name = "meanP"
 
+    @override
     def video(self, frames: Tensor, mask: Tensor) -> Tensor:
         return normalize(masked_mean(normalize(frames.float(), dim=-1), mask), dim=-1)
 
@@ -36,5 +40,6 @@ class SimpleMeanAdapter(Cosine):
 
     name = "SimpleMeanAdapter"
 
+    @override
     def video(self, frames: Tensor, mask: Tensor) -> Tensor:
         return normalize(masked_mean(frames.float(), mask), dim=-1)

@@ -1,7 +1,10 @@
 """CLIP4Clip's sequential heads: the frames pass through an LSTM or a transformer before they are averaged."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from c4c.models.heads import copy_blocks
 from c4c.models.heads.blocks import POSITION_STD, TemporalTransformer, copy_positions, too_long
@@ -23,14 +26,17 @@ class SeqTransf(MeanPooling):
         nn.init.normal_(self.frame_position_embeddings.weight, std=POSITION_STD)
         self.transformerClip.randomize()
 
+    @override
     @property
     def most_frames(self) -> int:
         return self.frame_position_embeddings.num_embeddings
 
+    @override
     def start_from(self, clip: nn.Module) -> None:
         if copy_positions(self.frame_position_embeddings, clip):
-            copy_blocks(self.transformerClip.resblocks, clip.transformer)
+            copy_blocks(self.transformerClip.resblocks, clip)
 
+    @override
     def video(self, frames: Tensor, mask: Tensor) -> Tensor:
         return super().video(self.frames(frames, mask), mask)
 
@@ -42,6 +48,16 @@ class SeqTransf(MeanPooling):
         positions = self.frame_position_embeddings(torch.arange(length, device=frames.device))
         x = frames.to(positions.dtype)
         return self.transformerClip(x + positions, mask).float() + frames.float()
+
+
+class _Unused(nn.Module):
+    """A table that nothing reads."""
+
+    weight: Tensor
+
+    def __init__(self, positions: int, width: int):
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(positions, width))
 
 
 class SeqLSTM(MeanPooling):
@@ -56,17 +72,19 @@ class SeqLSTM(MeanPooling):
         super().__init__(width)
         self.lstm_visual = nn.LSTM(width, width, batch_first=True)
         # the official model owns this table and never uses it: kept so that checkpoints go both ways
-        self.frame_position_embeddings = nn.Module()
-        self.frame_position_embeddings.register_buffer("weight", torch.zeros(positions, width))
+        self.frame_position_embeddings = _Unused(positions, width)
 
+    @override
     def start_from(self, clip: nn.Module) -> None:
-        if self.frame_position_embeddings.weight.shape == clip.positional_embedding.shape:
-            self.frame_position_embeddings.weight.copy_(clip.positional_embedding.detach())
+        source = cast(Tensor, clip.positional_embedding)
+        if self.frame_position_embeddings.weight.shape == source.shape:
+            self.frame_position_embeddings.weight.copy_(source.detach())
 
+    @override
     def video(self, frames: Tensor, mask: Tensor) -> Tensor:
         return super().video(self.frames(frames, mask), mask)
 
     def frames(self, frames: Tensor, mask: Tensor) -> Tensor:
         """Frame features after the LSTM, residual included, [M, F, D]."""
-        out, _ = self.lstm_visual(frames.to(self.lstm_visual.weight_ih_l0.dtype))
+        out, _ = self.lstm_visual(frames.to(next(self.lstm_visual.parameters()).dtype))
         return out.float() + frames.float()

@@ -4,6 +4,7 @@ import torch
 from open_clip.transformer import LayerNorm, QuickGELU
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from typing_extensions import override
 
 from c4c.models.heads import Head, copy_blocks, present
 from c4c.models.heads.blocks import POSITION_STD, TemporalTransformer, copy_positions, too_long
@@ -56,17 +57,21 @@ class TightTransf(Head):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
 
+    @override
     @property
     def most_frames(self) -> int:
         return self.cross.embeddings.position_embeddings.num_embeddings - 1  # the first is the text's
 
+    @override
     def start_from(self, clip: nn.Module) -> None:
         if copy_positions(self.cross.embeddings.position_embeddings, clip):
-            copy_blocks(self.cross.transformer.resblocks, clip.transformer)
+            copy_blocks(self.cross.transformer.resblocks, clip)
 
+    @override
     def video(self, frames: Tensor, mask: Tensor) -> Tensor:
         return frames * mask.unsqueeze(-1).to(frames.dtype)
 
+    @override
     def score(self, text: Tensor, video: Tensor) -> Tensor:
         """[N, D], [M, F, D] -> [N, M]."""
         rows = max(1, _PAIRS // max(1, len(video)))

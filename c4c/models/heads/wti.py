@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
+from typing_extensions import override
 
 from c4c.models.heads import Head, present
 
@@ -23,12 +24,15 @@ class WeightedTokenInteraction(Head):
         self.text_weight_fc = _mlp(width)
         self.video_weight_fc = _mlp(width)
 
+    @override
     def text(self, features: Tensor) -> Tensor:
         return features.float()
 
+    @override
     def video(self, frames: Tensor, mask: Tensor) -> Tensor:
         return frames.float() * mask.unsqueeze(-1)
 
+    @override
     def score(self, text: Tensor, video: Tensor) -> Tensor:
         """[N, L, D], [M, F, D] -> [N, M]."""
         seen_text, seen_video = present(text), present(video)
@@ -57,6 +61,6 @@ def _mlp(width: int) -> nn.Sequential:
 
 
 def _weights(mlp: nn.Sequential, features: Tensor, seen: Tensor) -> Tensor:
-    raw = mlp(features.to(mlp[0].weight.dtype)).squeeze(-1).float()
+    raw = mlp(features.to(next(mlp.parameters()).dtype)).squeeze(-1).float()
     raw = raw.masked_fill(~seen, torch.finfo(torch.float32).min)
     return raw.softmax(dim=-1) * seen

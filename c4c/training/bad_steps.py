@@ -1,0 +1,44 @@
+"""Steps that changed nothing because the loss or a gradient was not finite."""
+
+from contextlib import suppress
+from pathlib import Path
+
+import torch.distributed as dist
+
+from pipelines.quarantine import append_line
+
+BAD_STEPS = "bad_steps.jsonl"
+
+
+class BadSteps:
+    """Counts the steps that changed nothing because the loss or a gradient was not finite, and lists them in the run folder."""
+
+    def __init__(self, folder: Path, most: int):
+        self.total = 0
+        self._folder, self._most, self._in_a_row = folder, most, 0
+
+    def note(self, step: int, bad: bool, loss: float, keys: list[str], world: int, rank: int) -> str:
+        """After step `step`, on every rank; keys: of this rank's videos. Returns the warning to show, '' if there is none.
+
+        Raises ValueError, on every rank, once too many in a row were bad.
+        """
+        self._in_a_row = self._in_a_row + 1 if bad else 0
+        if not bad:
+            return ""
+        self.total += 1
+        parts: list = [keys] * world
+        if world > 1:
+            dist.all_gather_object(parts, keys)
+        listing = self._folder / BAD_STEPS
+        if rank == 0:
+            row = {"step": step, "loss": str(loss), "keys": [key for part in parts for key in part]}
+            with suppress(OSError):  # a full disk: the message below names the step too
+                append_line(listing, row)
+        what = f"step {step} was skipped: its loss is {loss}, or a gradient is not finite"
+        if self._in_a_row >= self._most:
+            raise ValueError(
+                f"{what}; that is the {self._in_a_row}th in a row (train.max_bad_steps). The videos of these steps are in "
+                f"{listing}; --replay {step} runs one again. Usual causes: train.lr is too high, "
+                "engine.precision=fp16 where bf16 is possible"
+            )
+        return f"warning: {what}. Its videos are in {listing}"

@@ -1,0 +1,61 @@
+"""What a step came to, read from the device only when it is asked for."""
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+class Outcome:
+    """One step over all ranks. Its numbers are copied to the host behind the step, and reading one waits for that copy.
+
+    So a loop that reads the numbers of step N after it has launched step N + 1 never leaves a GPU without work.
+
+    lr: of the head. applied: whether the weights were changed. answers: to the caller's questions, whether any rank said yes.
+    """
+
+    def __init__(self, loss_sum: Tensor, pairs: Tensor, logit_scale: Tensor, grad_norm: Tensor | float | None, *,
+                 world: int, lr: float, applied: bool, answers: tuple[bool, ...]):  # fmt: skip
+        self.lr, self.applied, self.answers = lr, applied, answers
+        self._world = world
+        numbers = [loss_sum, pairs, logit_scale]
+        self._norm: float | None = None
+        if isinstance(grad_norm, Tensor) and grad_norm.device == loss_sum.device:
+            numbers.append(grad_norm)
+        else:
+            self._norm = float(grad_norm or 0.0)
+        on_device = torch.stack([number.detach().double().reshape(()) for number in numbers])
+        self._copied: torch.cuda.Event | None = None
+        if on_device.is_cuda:
+            self._numbers = torch.empty(on_device.shape, dtype=on_device.dtype, pin_memory=True)
+            self._numbers.copy_(on_device, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        else:
+            self._numbers = on_device
+
+    @cached_property
+    def _values(self) -> list[float]:
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._numbers.tolist()
+
+    @property
+    def loss(self) -> float:
+        """The mean over the global batch."""
+        return self._values[0] / self._world
+
+    @property
+    def pairs(self) -> int:
+        """Pairs in the global batch, without padding."""
+        return round(self._values[1])
+
+    @property
+    def logit_scale(self) -> float:
+        """What scores are multiplied by after the step."""
+        return self._values[2]
+
+    @property
+    def grad_norm(self) -> float:
+        """The norm of the whole gradient before clipping; 0 where DeepSpeed reports none."""
+        return self._values[3] if self._norm is None else self._norm

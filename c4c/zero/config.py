@@ -1,0 +1,89 @@
+"""DeepSpeed's configuration, derived from ours."""
+
+from pipelines.order import rank_rows
+
+from c4c.settings import EngineConfig, TrainConfig
+
+# DeepSpeed's keys that one of our settings decides
+_OWNERS = {
+    "train_batch_size": "train.batch_size",
+    "gradient_clipping": "engine.clip_grad_norm",
+    "zero_optimization.stage": "engine.zero_stage",
+    "bf16.enabled": "engine.precision",
+    "fp16.enabled": "engine.precision",
+    "optimizer.params.lr": "train.lr",
+    "optimizer.params.betas": "train.betas",
+    "optimizer.params.eps": "train.eps",
+    "optimizer.params.weight_decay": "train.weight_decay",
+    "optimizer.params.bias_correction": "train.bias_correction",
+    "scheduler": "train.schedule",
+}
+
+
+def deepspeed_config(engine: EngineConfig, train: TrainConfig, world: int, extra: dict) -> dict:
+    """DeepSpeed's configuration: ours, with `extra` (the yaml's `deepspeed:` block) over it.
+
+    In fp32 and without offload, one rank runs as stage 0 where 1 or 2 is asked for: the result is the same, and it is
+    faster. Raises ValueError where `extra` contradicts one of our settings, and if the batch cannot be divided evenly.
+    """
+    rows = rank_rows(train.batch_size, 0, world).stop
+    if rows % train.accumulate:
+        raise ValueError(f"train.accumulate={train.accumulate} does not divide the {rows} pairs of a rank evenly")
+    micro = rows // train.accumulate if train.accumulate > 1 else min(train.micro_batch_size or rows, rows)
+    passes = -(-rows // micro)  # to DeepSpeed, the passes of gradient caching are accumulation too
+    offload = {"offload_optimizer": {"device": "cpu"}} if engine.offload != "none" else {}
+    offload |= {"offload_param": {"device": "cpu"}} if engine.offload == "all" else {}
+    # with one rank there is nothing to partition, yet ZeRO would copy every gradient and weight in each step
+    alone = world == 1 and engine.precision == "fp32" and engine.offload == "none" and "zero_optimization" not in extra
+    stage = 0 if alone and engine.zero_stage < 3 else engine.zero_stage
+    derived = {
+        "train_batch_size": micro * passes * world,  # our batch size, unless the last micro-batch is not full
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": passes,
+        "gradient_clipping": engine.clip_grad_norm,
+        "zero_optimization": {"stage": stage} | offload,
+        "bf16": {"enabled": engine.precision == "bf16"},
+        "fp16": {"enabled": engine.precision == "fp16"},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": train.lr,
+                "betas": list(train.betas),
+                "eps": train.eps,
+                "weight_decay": train.weight_decay,
+                "bias_correction": train.bias_correction,
+            },
+        },
+    }
+    held = "train.accumulate" if train.accumulate > 1 else "train.micro_batch_size"
+    owners = _OWNERS | dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), held)
+    owners |= {f"zero_optimization.{part}.device": "engine.offload" for part in offload}
+    _refuse_contradictions(derived, extra, owners)
+    return _over({"steps_per_print": 10**12, "wall_clock_breakdown": False} | derived, extra)
+
+
+def _refuse_contradictions(derived: dict, extra: dict, owners: dict[str, str]) -> None:
+    for key, given in extra.items():
+        if isinstance(derived.get(key), dict) and not isinstance(given, dict):
+            raise ValueError(
+                f"deepspeed.{key}={given}: it is a group of settings, such as deepspeed.{key}.{next(iter(derived[key]))}"
+            )
+    for path, owner in owners.items():
+        given, ours = _at(extra, path), _at(derived, path)
+        if given is not None and given != ours:
+            raise ValueError(f"deepspeed.{path}={given} contradicts {owner}, which makes it {ours}: set only {owner}")
+
+
+def _at(tree: dict, path: str):
+    for key in path.split("."):
+        if not isinstance(tree, dict) or key not in tree:
+            return None
+        tree = tree[key]
+    return tree
+
+
+def _over(base: dict, extra: dict) -> dict:
+    out = dict(base)
+    for key, value in extra.items():
+        out[key] = _over(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+    return out
