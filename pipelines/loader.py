@@ -85,7 +85,7 @@ class Loader:
         narration.check(split, clips, config, cache)
         order = order_of(split, config, batch_size, seed, drop_last)
         rows = rank_rows(batch_size, rank, world)
-        self.steps_per_epoch = order.steps_per_epoch
+        self.steps_per_epoch, self.pairs = order.steps_per_epoch, order.pairs  # pairs: of an epoch
         self._requests = TrainingRequests(split, config, clips, order, rows, seed, cache.frames if cache else 0)
         self._lane = Lane(
             split, config, torch.device(device), rows.stop - rows.start, cache=cache, training=True, raw=raw

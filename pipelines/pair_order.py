@@ -33,6 +33,10 @@ class PairOrder(Protocol):
     def steps_per_epoch(self) -> int:
         """Steps from one epoch to the next."""
 
+    @property
+    def pairs(self) -> int:
+        """Pairs of an epoch."""
+
     def batch(self, epoch: int, step: int) -> np.ndarray:
         """int64 [pairs, 2]: (video, caption of that video) of the global batch at `step` of `epoch`, both from 0."""
 

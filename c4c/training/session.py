@@ -25,7 +25,8 @@ from c4c.zero.engine import build_engine
 from c4c.zero.snapshot import restore
 from pipelines.loader import Batch, Loader
 from pipelines.survey import notes
-from shards.concat import Concat, open_splits
+from shards.concat import open_splits
+from shards.dataset import Dataset
 from shards.split import Split
 
 
@@ -160,7 +161,7 @@ class Session:
         )
 
 
-def _identity(config: Config, train: Split | Concat, test: Split) -> dict[str, object]:
+def _identity(config: Config, train: Dataset, test: Split) -> dict[str, object]:
     """What has to be the same on every rank."""
     flat = {f"{group}.{key}": value for group, keys in to_dict(config).items() for key, value in keys.items()}
     versions = {name: version(name) for name in ("torch", "deepspeed")} | {"python": platform.python_version()}

@@ -1,6 +1,8 @@
 """A tiny packed data set and finished runs on it, made once for all tests of this folder, in whatever process."""
 
 import fcntl
+import re
+import runpy
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -76,3 +78,23 @@ def engines(forks, shared) -> Path:
             assert code == 0, out[-3000:] + err[-3000:]
 
     return shared("engines", make)
+
+
+@pytest.fixture
+def evaluate(launcher, monkeypatch, capsys):
+    """Runs the script in this process, which has imported everything, on the device of the runs; an option among the words
+    goes before. Returns (exit code, stdout, stderr)."""
+
+    def evaluate(*words) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["launch/eval.py", "--device", launcher.device, *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / "launch" / "eval.py"), run_name="__main__")
+        out, err = capsys.readouterr()
+        return ended.value.code, out, without_progress(err)
+
+    return evaluate
+
+
+def without_progress(err: str) -> str:
+    """Without the lines that tell, every few seconds, how far an evaluation is: how many depends on the machine."""
+    return re.sub(r"(?m)^\d+ of \d+ (videos|captions) encoded, .*\n", "", err)

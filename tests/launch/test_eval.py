@@ -2,8 +2,6 @@
 
 import json
 import os
-import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -31,26 +29,6 @@ pytestmark = [
     pytest.mark.timeout(1200),
 ]  # the first launch in a new environment compiles DeepSpeed's optimizer
 WAYS = ["1 rank", "2 ranks", "2 ranks, ZeRO 2", "2 ranks, ZeRO 3"]
-
-
-@pytest.fixture
-def evaluate(launcher, monkeypatch, capsys):
-    """Runs the script in this process, which has imported everything, on the device of the runs; an option among the words
-    goes before. Returns (exit code, stdout, stderr)."""
-
-    def evaluate(*words) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["launch/eval.py", "--device", launcher.device, *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(ROOT / "launch" / "eval.py"), run_name="__main__")
-        out, err = capsys.readouterr()
-        return ended.value.code, out, without_progress(err)
-
-    return evaluate
-
-
-def without_progress(err: str) -> str:
-    """Without the lines that tell, every few seconds, how far an evaluation is: how many depends on the machine."""
-    return re.sub(r"(?m)^\d+ of \d+ (videos|captions) encoded, .*\n", "", err)
 
 
 def validated(run, step: int) -> dict:
