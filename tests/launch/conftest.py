@@ -1,7 +1,6 @@
 """A tiny packed data set and finished runs on it, made once for all tests of this folder, in whatever process."""
 
 import fcntl
-import re
 import runpy
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch.forks import Forks
-from tests.launch.runs import Launcher, make_splits
+from tests.launch.runs import ROOT, Launcher, make_splits, without_progress
 
 
 @pytest.fixture(scope="session")
@@ -93,8 +92,3 @@ def evaluate(launcher, monkeypatch, capsys):
         return ended.value.code, out, without_progress(err)
 
     return evaluate
-
-
-def without_progress(err: str) -> str:
-    """Without the lines that tell, every few seconds, how far an evaluation is: how many depends on the machine."""
-    return re.sub(r"(?m)^\d+ of \d+ (videos|captions) encoded, .*\n", "", err)

@@ -22,7 +22,7 @@ from shards.demo import shapes
 from shards.packing.pack import pack
 from shards.split import Split
 from shards.video.profiles import Profile
-from tests.launch.runs import ROOT, lines
+from tests.launch.runs import ROOT, lines, without_progress
 
 pytestmark = [
     pytest.mark.launch,
