@@ -1,14 +1,16 @@
 """A tiny packed data set and finished runs on it, made once for all tests of this folder, in whatever process."""
 
 import fcntl
+import runpy
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from tests.launch.evaluations import without_progress
 from tests.launch.forks import Forks
-from tests.launch.runs import Launcher, make_splits
+from tests.launch.runs import ROOT, Launcher, make_splits
 
 
 @pytest.fixture(scope="session")
@@ -76,3 +78,32 @@ def engines(forks, shared) -> Path:
             assert code == 0, out[-3000:] + err[-3000:]
 
     return shared("engines", make)
+
+
+@pytest.fixture
+def evaluate(launcher, monkeypatch, capsys):
+    """Runs the script in this process, which has imported everything, on the device of the runs; an option among the words
+    goes before. Returns (exit code, stdout, stderr)."""
+
+    def evaluate(*words) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["launch/eval.py", "--device", launcher.device, *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / "launch" / "eval.py"), run_name="__main__")
+        out, err = capsys.readouterr()
+        return ended.value.code, out, without_progress(err)
+
+    return evaluate
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A small one, of seeded random weights."""
+    import torch
+
+    from c4c.models.clip4clip import CLIP4Clip
+
+    torch.manual_seed(1)
+    vision = {"image_size": 64, "patch_size": 16, "width": 64, "layers": 2, "head_width": 64}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2}
+    spec = {"embed_dim": 64, "quick_gelu": False, "vision_cfg": vision, "text_cfg": text}
+    return CLIP4Clip(spec, segments=5).eval()
