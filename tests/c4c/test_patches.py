@@ -26,6 +26,8 @@ from deepspeed.utils import (  # noqa: E402
     safe_set_full_optimizer_state,
 )
 
+pytestmark = pytest.mark.slow  # imports DeepSpeed
+
 LR, DECAY = 0.1, 0.5
 
 
