@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.launch.evaluations import without_progress
 from tests.launch.forks import Forks
-from tests.launch.runs import ROOT, Launcher, make_splits, without_progress
+from tests.launch.runs import ROOT, Launcher, make_splits
 
 
 @pytest.fixture(scope="session")
@@ -92,3 +93,17 @@ def evaluate(launcher, monkeypatch, capsys):
         return ended.value.code, out, without_progress(err)
 
     return evaluate
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A small one, of seeded random weights."""
+    import torch
+
+    from c4c.models.clip4clip import CLIP4Clip
+
+    torch.manual_seed(1)
+    vision = {"image_size": 64, "patch_size": 16, "width": 64, "layers": 2, "head_width": 64}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2}
+    spec = {"embed_dim": 64, "quick_gelu": False, "vision_cfg": vision, "text_cfg": text}
+    return CLIP4Clip(spec, segments=5).eval()

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import random
-import re
 import signal
 import socket
 import subprocess
@@ -149,8 +148,3 @@ def free_port() -> int:
         with contextlib.suppress(OSError), socket.socket() as s:
             s.bind(("", port))
             return port
-
-
-def without_progress(err: str) -> str:
-    """Without the lines that tell, every few seconds, how far an evaluation is: how many depends on the machine."""
-    return re.sub(r"(?m)^\d+ of \d+ (videos|captions) encoded, .*\n", "", err)

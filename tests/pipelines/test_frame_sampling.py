@@ -188,6 +188,7 @@ def test_frames_around_a_cut_are_never_drawn():
     assert candidates(video, 5).tolist() == [10, 15, 20, 24, 29]
 
 
+@pytest.mark.slow
 def test_what_intra_stores_of_a_variable_rate_is_what_the_rules_ask_for():
     """At 3 frames a second, the frames that are stored give the same clips as all of them."""
     random = np.random.default_rng(7)

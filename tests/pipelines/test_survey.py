@@ -26,6 +26,7 @@ WORDS = (
 )
 
 
+@pytest.mark.slow
 def test_tokens_are_counted_as_open_clip_makes_them():
     tokenizer, rng, words = open_clip.tokenizer.SimpleTokenizer(), random.Random(3), WORDS.split()
     texts = [*CAPTIONS, "x" * 190]
@@ -36,6 +37,7 @@ def test_tokens_are_counted_as_open_clip_makes_them():
     assert token_count("x" * 100_000) > 10_000, "in no time"
 
 
+@pytest.mark.slow
 def test_captions_above_the_limit_are_counted(numbered):
     split = numbered.intra
     every = [c["text"] for v in range(len(split)) for c in split.captions(v)]

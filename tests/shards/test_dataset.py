@@ -175,6 +175,7 @@ def test_a_truncated_tar_is_named(items: list[Item], copied: Path, copy: Path) -
     assert files(copy) == files(copied)
 
 
+@pytest.mark.slow
 def test_a_damaged_table_never_gives_other_rows(copied: Path, tmp_path: Path) -> None:
     def rows(path: Path) -> list[str]:
         table = Table(path, "000000", 0)

@@ -198,6 +198,7 @@ def test_files_are_the_planned_h264(full: dict[str, list[shapes.Scene]]) -> None
 # ---- the files ----
 
 
+@pytest.mark.slow
 def test_listing_and_items(small: Path) -> None:
     items = shapes.generate(small, seed=3, train=TRAIN, test=TEST, workers=1)
     planned = shapes.scenes(3, TRAIN, TEST)
@@ -214,6 +215,7 @@ def test_listing_and_items(small: Path) -> None:
     assert sum(item.meta["pair"] is not None for item in items["test"]) == 2
 
 
+@pytest.mark.slow
 def test_bytes_do_not_depend_on_workers(small: Path, tmp_path: Path) -> None:
     shapes.generate(tmp_path, seed=3, train=TRAIN, test=TEST, workers=3)
     assert files(tmp_path) == files(small)

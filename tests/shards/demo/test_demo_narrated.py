@@ -40,6 +40,7 @@ def test_speech_is_misaligned_wrong_and_idle_in_the_shares_promised():
     assert 0.6 < elsewhere / there < 1.4
 
 
+@pytest.mark.slow
 def test_the_same_bytes_however_they_are_made(tmp_path):
     items = generate(tmp_path / "a", seed=1, videos=3, small=(4, 4), workers=1)
     again = generate(tmp_path / "b", seed=1, videos=3, small=(4, 4), workers=2)

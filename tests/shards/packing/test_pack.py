@@ -91,6 +91,7 @@ def test_the_digest_is_of_what_is_stored_and_said(items: list[Item], copied: Pat
     assert len(digests) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("profile", [COPY, INTRA], ids=["copy", "intra"])
 def test_bytes_do_not_depend_on_workers(items, copied: Path, intra: Path, tmp_path: Path, profile: Profile) -> None:
     packed(items, tmp_path / "one", profile, workers=1)

@@ -109,6 +109,7 @@ def web(folder: Path):
         server.shutdown()
 
 
+@pytest.mark.network
 def test_videos_come_from_a_web_server(web: str, eight: list[Item], tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(storage, "_PAUSE", 0.01)
     remote = [replace(item, path=UPath(f"{web}/{item.path.name}")) for item in eight]

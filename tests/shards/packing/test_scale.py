@@ -22,6 +22,7 @@ from tests.shards.sets import files, packed
 # ---- parts ----
 
 
+@pytest.mark.slow
 def test_parts_make_the_same_split(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     def run(*options: str, out: Path) -> str:
         command = ["folder", "--videos", str(folder), "--captions", str(folder / "captions.csv"), "--name", "set"]

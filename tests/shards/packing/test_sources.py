@@ -18,6 +18,8 @@ from shards.split import Split
 from tests.shards.sets import COPY, files, packed
 from tests.videos import encode
 
+pytestmark = pytest.mark.slow
+
 COUNT = 40
 
 

@@ -23,6 +23,8 @@ from tests.shards.packing.updates import anew, said, updated
 from tests.shards.sets import files, packed
 from tests.videos import encode
 
+pytestmark = pytest.mark.slow
+
 # ---- kills ----
 
 

@@ -184,6 +184,7 @@ def flip(tar: Path, at: int) -> None:
         file.write(bytes([byte]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["video", "json"])
 @pytest.mark.parametrize("options", [("--all",), ("--drop",), ("--all", "--drop")])
 def test_changed_bytes_are_never_taken_over(copied: Path, tmp_path: Path, capsys, what: str, options: tuple) -> None:

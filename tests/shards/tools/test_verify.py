@@ -115,6 +115,7 @@ def test_damage_is_named_and_nothing_else(copied: Path, tmp_path: Path, damage, 
         assert re.search(expected[problem.key], problem.what), problem
 
 
+@pytest.mark.slow
 def test_nothing_is_wrong_with_what_was_packed(copied: Path, intra: Path) -> None:
     steps = []
     assert verify(copied, 2, lambda *step: steps.append(step)) == []
@@ -122,6 +123,7 @@ def test_nothing_is_wrong_with_what_was_packed(copied: Path, intra: Path) -> Non
     assert verify(intra, 2) == []
 
 
+@pytest.mark.slow
 def test_shards_of_another_set_do_not_pass(copied: Path, intra: Path, tmp_path: Path) -> None:
     split = Path(shutil.copytree(copied, tmp_path / "split"))
     tables_of_another_shard(split)
@@ -187,6 +189,7 @@ def test_what_is_not_finished_is_refused(copied: Path, tmp_path: Path) -> None:
         verify(split)
 
 
+@pytest.mark.slow
 def test_the_command_line_says_it_all(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for name in ("train", "test"):
         shutil.copytree(copied, tmp_path / name)

@@ -31,6 +31,8 @@ from tests.shards.video.matrix import (
 )
 from tests.videos import number_in
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(("container", "codec"), PLAIN)
 def test_constant_rate(container: str, codec: str) -> None:

@@ -24,6 +24,8 @@ from tests.shards.video.matrix import (
 )
 from tests.videos import number_in
 
+pytestmark = pytest.mark.slow
+
 # ---- containers that say what is not so ----
 
 
