@@ -27,7 +27,8 @@ def describe(model: "CLIP4Clip") -> dict:
 
 
 def export(model: "CLIP4Clip", path: Path, official: bool) -> None:
-    """Write the model's weights to `path`. Raises ValueError if the file's ending does not suit the layout, and OSError."""
+    """Write the model's weights to `path`. Raises ValueError if the file's ending or the model does not suit the layout, and
+    OSError."""
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -40,7 +41,7 @@ def export(model: "CLIP4Clip", path: Path, official: bool) -> None:
     beside = path.with_name(f".{path.name}.tmp")
     try:
         if official:
-            torch.save(to_official(state), beside)
+            torch.save(to_official(state, model.spec), beside)
         else:
             about = json.dumps(describe(model), sort_keys=True)
             save_file(state, beside, metadata={"format": "pt", "c4c": about})

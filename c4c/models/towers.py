@@ -17,6 +17,9 @@ from torch import Tensor, nn
 open_clip.add_model_config(Path(__file__).parent / "backbones")
 
 
+HEAD_WIDTH = 64  # of attention heads where nothing says: OpenAI's
+
+
 def named(backbone: str) -> dict:
     """The towers of a model that open_clip, or c4c/backbones, knows. Raises ValueError if it has no plain ViT and text tower."""
     spec = open_clip.get_model_config(backbone)
@@ -47,16 +50,22 @@ def named(backbone: str) -> dict:
 
 def sizes(spec: dict) -> dict[str, int]:
     """What the shapes of the weights depend on, by names for people. Raises ValueError if `spec` is no description of towers."""
-    try:
-        vision, text = CLIPVisionCfg(**spec["vision_cfg"]), CLIPTextCfg(**spec["text_cfg"])
-        embed_dim, _ = spec["embed_dim"], spec["quick_gelu"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"the description of the towers is damaged ({type(error).__name__}: {error})") from error
+    vision, text = parts(spec)
     return {
         "picture size": vision.image_size, "patch size": vision.patch_size, "width": vision.width, "layers": vision.layers,
         "text width": text.width, "text layers": text.layers, "words": text.context_length, "vocabulary": text.vocab_size,
-        "feature size": embed_dim,
+        "feature size": spec["embed_dim"],
     }  # fmt: skip
+
+
+def parts(spec: dict) -> tuple[CLIPVisionCfg, CLIPTextCfg]:
+    """The two towers' own settings. Raises ValueError if `spec` is no description of towers."""
+    try:
+        vision, text = CLIPVisionCfg(**spec["vision_cfg"]), CLIPTextCfg(**spec["text_cfg"])
+        _ = spec["embed_dim"], spec["quick_gelu"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"the description of the towers is damaged ({type(error).__name__}: {error})") from error
+    return vision, text
 
 
 def of_size(spec: dict) -> list[str]:
@@ -101,14 +110,14 @@ def measured(state: dict[str, Tensor], quick_gelu: bool) -> dict:
             "patch_size": patch,
             "width": width,
             "layers": _depth(state, "visual.transformer.resblocks."),
-            "head_width": 64,
+            "head_width": HEAD_WIDTH,
             "mlp_ratio": _ratio(state, "visual.transformer.resblocks.0.mlp.c_fc.weight"),
         },
         "text_cfg": {
             "context_length": len(state["positional_embedding"]),
             "vocab_size": len(state["token_embedding.weight"]),
             "width": text_width,
-            "heads": max(1, text_width // 64),
+            "heads": max(1, text_width // HEAD_WIDTH),
             "layers": _depth(state, "transformer.resblocks."),
             "mlp_ratio": _ratio(state, "transformer.resblocks.0.mlp.c_fc.weight"),
         },

@@ -145,8 +145,21 @@ def _clip4clip(state: dict[str, Tensor], mmaction2: bool, quick_gelu: bool | Non
     return Weights(_floats(ours), spec, head, patch, blocks, segments, "mmaction2" if mmaction2 else "official")
 
 
-def to_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """c4c's names to the official CLIP4Clip's."""
+def to_official(state: dict[str, Tensor], spec: dict) -> dict[str, Tensor]:
+    """The weights of a model with towers `spec`, in the official CLIP4Clip's names.
+
+    Raises ValueError for towers that the layout cannot describe: whoever reads it would score wrongly without knowing.
+    """
+    vision, text = towers.parts(spec)
+    differs = ["the activation GELU"] if not spec["quick_gelu"] else []
+    for kind, width in (("image", vision.head_width), ("text", text.width / text.heads)):
+        if width != towers.HEAD_WIDTH:
+            differs.append(f"{kind} attention heads of width {width:g}")
+    if differs:
+        raise ValueError(
+            f"the official layout cannot hold a model with {' and '.join(differs)}: it is read as QuickGELU with heads of "
+            f"width {towers.HEAD_WIDTH}, and would give wrong scores. Export without --official"
+        )
     return {k.removeprefix("head."): v for k, v in state.items()}
 
 

@@ -1,6 +1,6 @@
 """DeepSpeed's configuration, derived from ours."""
 
-from pipelines.order import rank_rows
+from pipelines.pair_order import rank_rows
 
 from c4c.settings import EngineConfig, TrainConfig
 

@@ -147,6 +147,20 @@ def test_export_and_back(head, tmp_path):
         assert torch.equal(scores(CLIP4Clip.from_checkpoint(tmp_path / "m.bin")), scores(model))
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"quick_gelu": False}, "the activation GELU:"),
+        ({"vision_cfg": SPEC["vision_cfg"] | {"head_width": 32}}, "image attention heads of width 32:"),
+        ({"text_cfg": SPEC["text_cfg"] | {"heads": 2}}, "text attention heads of width 32:"),
+    ],
+)
+def test_a_model_that_the_official_layout_would_change_is_refused(change, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        export(CLIP4Clip(SPEC | change, segments=4), tmp_path / "m.bin", official=True)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("umask", [0o022, 0o027])
 def test_exported_files_have_the_usual_mode(umask, tmp_path):
     before = os.umask(umask)
@@ -321,7 +335,7 @@ def test_heads_start_from_the_weights_towers(tmp_path, monkeypatch):
     )
     for name, value in trained.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
-    with pytest.warns(UserWarning, match="starts anew"):
+    with pytest.warns(UserWarning, match="starts from its towers instead"):
         other = build(ModelConfig(backbone="tiny", head="meanP", init_from=str(tmp_path / "m.safetensors")), 4)
     assert torch.equal(other.clip.text_projection, trained.clip.text_projection)
 
