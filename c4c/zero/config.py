@@ -1,8 +1,7 @@
 """DeepSpeed's configuration, derived from ours."""
 
-from pipelines.order import rank_rows
-
 from c4c.settings import EngineConfig, TrainConfig
+from pipelines.pair_order import rank_rows
 
 # DeepSpeed's keys that one of our settings decides
 _OWNERS = {
