@@ -93,7 +93,11 @@ def test_what_a_file_comes_to(write):
         ("stages: [{name: a, cfg: demo.yaml}, {name: b, cfg: demo.yaml}]", [], "both have run.dir="),
         ("stages: [{name: a, cfg: demo.yaml, from: b}]", [], "the training stages before it are: none"),
         ("stages: [{name: a, cfg: demo.yaml}, {name: b, eval: c}]", [], "the training stages before it are: a"),
-        ("stages: [{name: a, cfg: demo.yaml}]", ["b.train.lr=3"], "write it as STAGE.key=value, where STAGE is one of a"),
+        (
+            "stages: [{name: a, cfg: demo.yaml}]",
+            ["b.train.lr=3"],
+            "write it as STAGE.key=value, where STAGE is one of a",
+        ),
     ],
 )
 def test_mistakes(write, text, words, said):
