@@ -119,7 +119,7 @@ def test_an_export_that_does_not_fit_the_disk(runs, model, tmp_path, monkeypatch
 
 def test_a_run_without_a_checkpoint(evaluate, runs, tmp_path):
     (tmp_path / "config.yaml").write_text((runs["1 rank"] / "config.yaml").read_text())
-    assert "holds no checkpoint (no checkpoints/latest): train it first, or longer" in refused(
+    assert "holds no checkpoint (no checkpoints/latest): train it first, or for longer" in refused(
         evaluate("--ckpt", tmp_path)
     )
 
