@@ -13,7 +13,7 @@ demo: $(VENV)/ready
 	python -c 'from c4c.zero.distributed import compile_ops; compile_ops()' & python -m c4c.shard demo --out data/demo && wait && deepspeed launch/train.py --cfg demo.yaml run.resume=auto && python launch/eval.py --ckpt runs/demo --json runs/demo/eval.json
 
 demo-two-stage: $(VENV)/ready
-	python -c 'from c4c.zero.distributed import compile_ops; compile_ops()' & python -m c4c.shard demo-narrated --out data/narrated && wait && python launch/pipeline.py --cfg demo_two_stage.yaml
+	python -c 'from c4c.zero.distributed import compile_ops; compile_ops()' & python -m c4c.shard demo-narrated --out data/narrated && wait && python launch/stages.py --cfg demo_two_stage.yaml
 
 test: $(VENV)/ready
 	$(TESTS)

@@ -13,7 +13,7 @@ def describe_recipes(folder: Path) -> str:
     lines = [
         f"  {name:25} {textwrap.shorten(text.partition(chr(10))[0].lstrip('# '), 90, placeholder=' …')}"
         for name, text in texts.items()
-        if "\nstages:" not in text  # which launch/pipeline.py runs
+        if "\nstages:" not in text  # which launch/stages.py runs
     ]
     return (
         "recipes in launch/cfg:\n" + "\n".join(lines) + "\n\n"

@@ -89,7 +89,7 @@ class Prefetch(Generic[T]):
             except queue.Empty:
                 if not alive:
                     raise RuntimeError(
-                        "the loader's thread ended without a word; was the interpreter shutting down?"
+                        "the loader's thread ended without an error. Was the interpreter shutting down?"
                     ) from None
                 continue
             if isinstance(item, _End):

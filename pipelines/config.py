@@ -41,7 +41,9 @@ class ClipsConfig:
     def __post_init__(self):
         check_numbers("clips", self, {"min_s": (0, MONTH_S), "bag": (1, 1000)})
         if self.bag > 1 and not self.cut:
-            raise ValueError(f"clips.bag={self.bag} is of captions around a clip: set clips.cut=true, or clips.bag=1")
+            raise ValueError(
+                f"clips.bag={self.bag} takes the captions around a clip: set clips.cut=true, or clips.bag=1"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +89,7 @@ class DataConfig:
         if self.sampling not in RULES:
             raise ValueError(f"data.sampling must be one of {', '.join(RULES)}; got {self.sampling!r}")
         if self.lane not in LANES:
-            raise ValueError(f"data.lane={self.lane}: there are {', '.join(LANES)}")
+            raise ValueError(f"data.lane must be one of {', '.join(LANES)}; got {self.lane!r}")
         check_numbers("data", self, {
             "num_frames": (1, 4096), "fps": (1, 1000), "image_size": (1, 8192), "resize": (0, 8192), "max_words": (-COUNT, 4096),
             "threads": (0, 1024), "prefetch": (1, 1024), "eval_batch_size": (1, 65536), "ahead": (0, 10_000),
@@ -101,22 +103,22 @@ class DataConfig:
         sets = 1 if isinstance(self.train, str) else len(self.train)
         if self.weights and (len(self.weights) != sets or not all(0 < w < float("inf") for w in self.weights)):
             raise ValueError(
-                f"data.weights={list(self.weights)}: one number above 0 for each of the {sets} folders in data.train"
+                f"data.weights={list(self.weights)}: give one number above 0 for each of the {sets} folders in data.train"
             )
         if self.resize and self.resize < self.image_size:
             raise ValueError(
-                f"data.resize={self.resize} is smaller than data.image_size={self.image_size}: the crop needs it"
+                f"data.resize={self.resize} is smaller than data.image_size={self.image_size}, the crop that is cut from it"
             )
         if self.frame_order not in ORDERS:
-            raise ValueError(f"data.frame_order={self.frame_order}: there are {', '.join(ORDERS)}")
+            raise ValueError(f"data.frame_order must be one of {', '.join(ORDERS)}; got {self.frame_order!r}")
         if self.pixels not in PIXELS:
-            raise ValueError(f"data.pixels={self.pixels}: there are {', '.join(PIXELS)}")
+            raise ValueError(f"data.pixels must be one of {', '.join(PIXELS)}; got {self.pixels!r}")
         if self.max_words < 3:
-            raise ValueError(
-                f"data.max_words={self.max_words}: a caption takes a start, an end and a word, so at least 3"
-            )
+            raise ValueError(f"data.max_words={self.max_words}: must be at least 3, for a start, a word and an end")
         if len(self.mean) != 3 or len(self.std) != 3 or not all(std > 0 for std in self.std):
-            raise ValueError("data.mean and data.std: one number for each of red, green and blue, those of std above 0")
+            raise ValueError(
+                "data.mean and data.std: give one number for each of red, green and blue; those of std must be above 0"
+            )
 
     @property
     def short_side(self) -> int:

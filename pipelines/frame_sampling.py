@@ -44,10 +44,10 @@ def extractor_frames(
     `dataloader_msrvtt_retrieval.py`, `dataloader_didemo_retrieval.py`; a frame rate below 1, a division by zero there,
     counts as 1.)
     """
-    whole = max(1, int(fps))
-    offsets = np.arange(rate) * max(1, whole // rate)
-    offsets = offsets[offsets < whole]
-    seconds = _seconds(-(-source_frames // whole), start, end) * whole
+    per_second = max(1, int(fps))
+    offsets = np.arange(rate) * max(1, per_second // rate)
+    offsets = offsets[offsets < per_second]
+    seconds = _seconds(-(-source_frames // per_second), start, end) * per_second
     candidates = (seconds[:, None] + offsets).ravel()
     candidates = candidates[candidates < source_frames]
     return _few(candidates, max_frames, position).astype(np.int32)

@@ -77,6 +77,6 @@ def pictures(split: Split, video: Video, positions: np.ndarray) -> list[np.ndarr
     if split.info["profile"]["name"] != "intra":
         return reader.pictures(video, positions).pieces
     pieces = reader.jpegs(video, positions).pieces
-    graph = Graph(Plan("jpegs", resize=False, whole=True), 0, len(pieces), torch.device("cpu"), 1)
+    graph = Graph(Plan("jpegs", resize=False, uncropped=True), 0, len(pieces), torch.device("cpu"), 1)
     graph.start(pieces, [])
     return list(graph.result())

@@ -77,10 +77,12 @@ class Lane:
         self._nvdec = device.type == "cuda" and self.name == "video"
         self._draws = training and draws(config.sampling)
         self._pool = cache.frames if cache is not None else 0  # stored frames to draw from; 0: all
-        self._whole = self._augments and cache is not None and bool(cache.dir)  # what is cached is augmented afterwards
+        self._uncropped = (
+            self._augments and cache is not None and bool(cache.dir)
+        )  # what is cached is augmented afterwards
         self._shape = None  # what makes frames of pictures, where no graph does
-        if self.name == "video" and not self._nvdec and (self._whole or not self._augments):
-            self._shape = partial(resized, config=config, whole=self._whole)
+        if self.name == "video" and not self._nvdec and (self._uncropped or not self._augments):
+            self._shape = partial(resized, config=config, uncropped=self._uncropped)
         self.cache = self._open_cache(cache) if cache is not None and cache.dir else None
         self._decoder, self._augmenter = self._make_decoder(), self._make_augmenter()
         # a thread that decodes waits for the interpreter's lock at every packet: another one's turn
@@ -152,15 +154,15 @@ class Lane:
     def _fetch(self, samples: Stream) -> InOrder:
         """What each clip needs of its shard, checked against the crc32c of packing; up to two batches of them at once."""
 
-        def then(sample: Sample, found: Source | BaseException) -> Sample:
-            if isinstance(found, Hung):
-                found = BadSample(f"reading hangs: {found} (data.read_timeout_s)")
-            if isinstance(found, BadSample):
-                sample.error = found
-            elif isinstance(found, BaseException):
-                raise found
+        def then(sample: Sample, outcome: Source | BaseException) -> Sample:
+            if isinstance(outcome, Hung):
+                outcome = BadSample(f"reading hangs: {outcome} (data.read_timeout_s)")
+            if isinstance(outcome, BadSample):
+                sample.error = outcome
+            elif isinstance(outcome, BaseException):
+                raise outcome
             else:
-                sample.source = found
+                sample.source = outcome
             return sample
 
         return InOrder(self._readers, self._source, samples, then, 2 * self._rows, self._patience)
@@ -244,10 +246,10 @@ class Lane:
         splits = self._split.parts
         stored = {split.info["profile"].get("short_side") for split in splits}
         resize = not (self.name == "intra" and stored == {config.short_side})
-        if self._augments and not self._whole:
+        if self._augments and not self._uncropped:
             plan = Plan(source, resize or config.random_crop > 0, augment=True)
         else:
-            plan = Plan(source, resize, self._whole)
+            plan = Plan(source, resize, self._uncropped)
         units = self._rows * (1 if self._nvdec else config.num_frames)
         if self._device.type == "cpu":
             held = self.threads * _BYTES_A_THREAD // (config.image_size**2 * 3)
@@ -258,7 +260,7 @@ class Lane:
 
     def _make_augmenter(self) -> Decoder | None:
         """From cached pictures to frames, where training augments them."""
-        if not self._whole:
+        if not self._uncropped:
             return None
         config, plan = self._config, Plan("pictures", self._config.random_crop > 0, augment=True)
         units = self._rows * config.num_frames
@@ -269,7 +271,7 @@ class Lane:
         if self._draws and self.name == "video" and not self._pool:
             raise ValueError(
                 f"cache.dir with data.sampling={config.sampling} would keep every frame of the videos in {split.path}: "
-                "say with cache.frames how many of each to draw from, 24 for example"
+                "set cache.frames to the number of frames of each video to draw from, 24 for example"
             )
         what = {
             "digest": split.digest,

@@ -104,13 +104,13 @@ class Loader:
     def batches(self, epoch: int = 0, step: int = 0, count: int | None = None) -> Iterator[Batch]:
         """`count` batches (without end if None) from `step` of `epoch` on, across epoch boundaries."""
         if self._prefetch is not None:
-            raise RuntimeError("this loader is already running: make another for another position")
+            raise RuntimeError("this loader is already running: make another one to start at another position")
         stream = self._stream(epoch * self.steps_per_epoch + step, count)
         self._prefetch = Prefetch(stream, self._config.prefetch, "c4c-loader")
-        found = iter(self._prefetch)
+        ready = iter(self._prefetch)
         while True:
             started, queued = time.perf_counter(), self._prefetch.waiting
-            if (batch := next(found, None)) is None:
+            if (batch := next(ready, None)) is None:
                 return
             batch.wait_s = time.perf_counter() - started
             batch.stats.queued = queued
@@ -156,7 +156,7 @@ class _Replacing:
             if not kept and len(clips) == plan.total:
                 epoch, step = divmod(plan.place, self._requests.order.steps_per_epoch)
                 raise ShardError(
-                    f"step {step} of epoch {epoch}: no video of {self._quarantine.split} is readable. Verify the shards"
+                    f"step {step} of epoch {epoch}: no video of {self._quarantine.split} can be read. Check it with python -m c4c.shard verify"
                 )
             self._close_gaps(plan, kept)
         return plan

@@ -65,13 +65,13 @@ def order_of(split: Dataset, config: DataConfig, batch_size: int, seed: int, dro
 def shares(weights: Sequence[float], batch_size: int) -> list[int]:
     """Pairs of every batch that each weight gets: whole numbers that sum to `batch_size`, by largest remainder."""
     exact = np.array(weights, float) / sum(weights) * batch_size
-    whole = np.floor(exact).astype(int)
-    most = np.argsort(whole - exact, kind="stable")[: batch_size - int(whole.sum())]
-    whole[most] += 1
-    if not whole.all():
-        number = int(np.argmin(whole))
+    pairs = np.floor(exact).astype(int)
+    most = np.argsort(pairs - exact, kind="stable")[: batch_size - int(pairs.sum())]
+    pairs[most] += 1
+    if not pairs.all():
+        number = int(np.argmin(pairs))
         raise ValueError(
-            f"data.weights: set {number + 1} of {len(whole)} would get {exact[number]:.2g} of the {batch_size} pairs of a "
+            f"data.weights: set {number + 1} of {len(pairs)} would get {exact[number]:.2g} of the {batch_size} pairs of a "
             "batch; raise its weight or train.batch_size, or leave the set out"
         )
-    return whole.tolist()
+    return pairs.tolist()

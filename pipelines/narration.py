@@ -19,16 +19,18 @@ def check(split: Dataset, clips: ClipsConfig, data: DataConfig, cache: CacheConf
     if not clips.cut:
         return
     if data.paragraph:
-        raise ValueError("clips.cut and data.paragraph: one text for a whole video leaves no captions that mark clips")
+        raise ValueError(
+            "clips.cut and data.paragraph cannot be used together: one text for a whole video leaves no captions that mark clips"
+        )
     if cache is not None and (cache.dir or cache.frames):
         raise ValueError(
-            "clips.cut and cache.dir or cache.frames: they keep a few frames of whole videos, and clips of a long one "
-            "hold others every time. Leave the cache out"
+            "clips.cut and cache.dir or cache.frames cannot be used together: the cache keeps a few frames of each video, and "
+            "each clip of a long video needs others. Leave the cache out"
         )
     splits = split.parts
     if not any(timed(caption) for one in splits for caption in one.captions(0)):
         raise ValueError(
-            f"clips.cut: the captions of {split.path} have no start and end (those of its first video, at least). Train on "
+            f"clips.cut: the captions of {split.path} have no start and end (at least those of its first video). Train on "
             "the whole videos, with clips.cut=false"
         )
 
@@ -40,7 +42,7 @@ def timed(caption: dict) -> bool:
 
 @dataclass(frozen=True)
 class Clip:
-    """[start, end) in seconds, and what is said: the drawn caption first, then its neighbours, nearest first."""
+    """[start, end) in seconds, and its captions: the drawn caption first, then its neighbours, nearest first."""
 
     start: float
     end: float
@@ -49,9 +51,9 @@ class Clip:
 
 def clip_of_pair(captions: list[dict], index: int, duration: float, clips: ClipsConfig) -> Clip:
     """The clip of caption `index` in whatever order captions are. One without times stands for the whole video, alone."""
-    said = captions[index]
-    if not timed(said):
-        return Clip(0, duration, (said["text"],))
+    caption = captions[index]
+    if not timed(caption):
+        return Clip(0, duration, (caption["text"],))
     order = sorted((i for i, c in enumerate(captions) if timed(c)), key=lambda i: captions[i]["start"])
     track = [captions[i] for i in order]
     return clip_of(track, order.index(index), duration, min_s=clips.min_s, merge=clips.merge, bag=clips.bag)
@@ -67,10 +69,10 @@ def clip_of(
     reader of MIL-NCE does), and is smaller where a video says less. Clips stay inside [0, duration].
     Raises ValueError if the captions have no times.
     """
-    said = captions[index]
-    if said["start"] is None or said["end"] is None:
-        raise ValueError(f"the caption {said['text'][:60]!r} has no times, so it marks no clip")
-    start, end, text, last = said["start"], said["end"], said["text"], index
+    caption = captions[index]
+    if caption["start"] is None or caption["end"] is None:
+        raise ValueError(f"the caption {caption['text'][:60]!r} has no times, so it marks no clip")
+    start, end, text, last = caption["start"], caption["end"], caption["text"], index
     if merge:
         while end - start < min_s and last + 1 < len(captions) and captions[last + 1]["end"] is not None:
             last += 1
@@ -87,8 +89,8 @@ def clip_of(
 def _neighbours(captions: list[dict], first: int, last: int, bag: int) -> list[int]:
     """The bag - 1 captions around [first, last], each next one on the side where it is nearer in time."""
     begin, finish = captions[first]["start"], captions[last]["end"]
-    found: list[int] = []
-    while len(found) < bag - 1:
+    neighbours: list[int] = []
+    while len(neighbours) < bag - 1:
         before = begin - captions[first - 1]["start"] if first > 0 else np.inf
         after = captions[last + 1]["end"] - finish if last + 1 < len(captions) else np.inf
         if min(before, after) == np.inf:
@@ -96,12 +98,12 @@ def _neighbours(captions: list[dict], first: int, last: int, bag: int) -> list[i
         if before <= after:
             first -= 1
             begin = captions[first]["start"]
-            found.append(first)
+            neighbours.append(first)
         else:
             last += 1
             finish = max(finish, captions[last]["end"])
-            found.append(last)
-    return found
+            neighbours.append(last)
+    return neighbours
 
 
 def stored_between(video: Video, start: float, end: float) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from typing import Protocol
 import numpy as np
 
 from pipelines.shuffle import permutation, spread, stream
+from shards import count
 
 FULL_SHUFFLE = 2**20  # pairs of the largest set that is shuffled as a whole by default
 FULL_SHARDS = 400  # and its shards: a Split keeps the tables of some more, and a batch may come from all of them
@@ -62,7 +63,7 @@ class Order:
     ):
         self.counts = np.asarray(caption_counts)
         if len(self.counts) == 0 or self.counts.min() < 1:
-            raise ValueError("every video needs a caption, and the split at least one video")
+            raise ValueError("every video needs a caption, and the split needs at least one video")
         if batch_size < 1:
             raise ValueError(f"train.batch_size={batch_size}: must be at least 1")
         self.batch_size, self.seed, self.drop_last = batch_size, seed, drop_last
@@ -89,7 +90,7 @@ class Order:
             full = self.pairs // self.batch_size
             if full < self._most:
                 raise ValueError(
-                    f"train.drop_last: {full} full batches of {self.batch_size} cannot keep apart the {self._most} "
+                    f"train.drop_last: {full} full batches of {self.batch_size} are too few to keep apart the {self._most} "
                     "captions of one video; use a smaller train.batch_size, or train.drop_last=false"
                 )
             return full
@@ -99,8 +100,8 @@ class Order:
             return full
         fill = self.pairs / self._most
         warnings.warn(
-            f"batches hold {fill:.0f} pairs, not {self.batch_size}: a video has {self._most} captions, no batch may hold "
-            f"a video twice, and videos: {len(self.counts)}. train.batch_size={max(1, int(fill))} wastes none",
+            f"batches hold {fill:.0f} pairs instead of {self.batch_size}: a video has {self._most} captions, no batch may hold "
+            f"a video twice, and there are {count(len(self.counts), 'video')}. train.batch_size={max(1, int(fill))} leaves no row empty",
             stacklevel=3,
         )
         return self._most

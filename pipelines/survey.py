@@ -15,9 +15,9 @@ def notes(train: Dataset | None, test: Split | None, config: DataConfig) -> list
     """Warnings: the same videos in training and test, pictures that are scaled up, captions that are cut."""
     trained = [] if train is None else train.parts
     tested = [] if test is None else [test]
-    found = [
+    warnings = [
         f"data.test={one.path} holds the same videos and captions as data.train"
-        f"{'' if str(one.path) == str(other.path) else f'={other.path}'}: its metrics say nothing of new videos"
+        f"{'' if str(one.path) == str(other.path) else f'={other.path}'}: its metrics say nothing about new videos"
         for one in tested
         for other in trained
         if one.digest == other.digest
@@ -26,8 +26,8 @@ def notes(train: Dataset | None, test: Split | None, config: DataConfig) -> list
     for split in (*trained, *tested):
         splits.setdefault(split.digest, split)
     for note in (_enlarged, _cut):
-        found += filter(None, (note(split, config) for split in splits.values()))
-    return found
+        warnings += filter(None, (note(split, config) for split in splits.values()))
+    return warnings
 
 
 def _enlarged(split: Split, config: DataConfig) -> str | None:
@@ -50,21 +50,21 @@ def _cut(split: Split, config: DataConfig) -> str | None:
 
 def lengths(split: Split, config: DataConfig, now: Callable[[], float] = time.monotonic) -> Lengths:
     """Of the split's captions, or of the first of them, as far as a second goes."""
-    found, end = Lengths(config.max_words), now() + _SECONDS
+    counted, end = Lengths(config.max_words), now() + _SECONDS
     for video in range(len(split)):
         texts = [caption["text"] for caption in split.captions(video)]
-        found.add([" ".join(texts)] if config.paragraph else texts)
+        counted.add([" ".join(texts)] if config.paragraph else texts)
         if now() > end:
             break
-    return found
+    return counted
 
 
-def cut_note(found: Lengths, where: str, limit: str, total: int) -> str | None:
+def cut_note(counted: Lengths, where: str, limit: str, total: int) -> str | None:
     """How many captions are cut, None if none is."""
-    if not found.cut:
+    if not counted.cut:
         return None
-    of = f"{found.captions}" if found.captions >= total else f"the first {found.captions}"
+    of = f"{counted.captions}" if counted.captions >= total else f"the first {counted.captions}"
     return (
-        f"{where}: {found.cut} of {of} captions {'is' if found.cut == 1 else 'are'} cut at {limit} tokens ({TOKENIZER}, "
-        f"start and end included; the longest has {found.longest})"
+        f"{where}: {counted.cut} of {of} captions {'is' if counted.cut == 1 else 'are'} cut at {limit} tokens ({TOKENIZER}, "
+        f"start and end included; the longest has {counted.longest})"
     )

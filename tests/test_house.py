@@ -102,6 +102,15 @@ def test_a_name_is_imported_from_where_it_is_defined():
     assert not wrong
 
 
+def test_a_class_name_means_one_thing():
+    places: dict[str, list[str]] = {}
+    for module, path in MODULES.items():
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(module)
+    assert {name: modules for name, modules in places.items() if len(modules) > 1} == {}
+
+
 @cache
 def _defined(path: Path) -> set[str]:
     """Names that a module makes itself, or loads on demand."""

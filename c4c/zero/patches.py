@@ -2,7 +2,7 @@
 
 No other file changes DeepSpeed, sets its environment or uses its private attributes. All of it was seen with DeepSpeed
 0.19.8 and torch 2.15. Where an issue or pull request of deepspeedai/DeepSpeed describes it, its number stands with the workaround.
-tests/c4c/test_patches.py shows each defect without its workaround. A test there that fails says that DeepSpeed no longer has the defect and
+tests/c4c/zero/test_patches.py shows each defect without its workaround. A test there that fails says that DeepSpeed no longer has the defect and
 the workaround can go.
 """
 

@@ -99,7 +99,7 @@ class FrameCache:
             self._write_entry(video, start, clip.shape, crc32c(clip.data))
         except OSError as error:
             self._failed = True
-            warnings.warn(f"the cache in {self.folder} takes no more frames: {error}", stacklevel=2)
+            warnings.warn(f"no more frames are cached in {self.folder}: {error}", stacklevel=2)
             return False
         return True
 
@@ -130,8 +130,8 @@ class FrameCache:
     def _prepare(self, videos: int) -> None:
         raw = os.pread(self._index, _HEADER.size, 0)
         size = _HEADER_BYTES + videos * _ENTRY_BYTES
-        whole = len(raw) == _HEADER.size and _HEADER.unpack(raw)[:2] == (_MAGIC, FORMAT)
-        if not whole or os.fstat(self._index).st_size != size:
+        intact = len(raw) == _HEADER.size and _HEADER.unpack(raw)[:2] == (_MAGIC, FORMAT)
+        if not intact or os.fstat(self._index).st_size != size:
             os.ftruncate(self._index, 0)
             os.ftruncate(self._index, size)
             self._write_free(0)

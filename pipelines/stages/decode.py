@@ -134,7 +134,7 @@ class Decoder:
                     sample.frames = copied(sample.frames)
 
     def _fed(self, samples: list[Sample]) -> Graph:
-        files, whole = self._plan.source == "files", self._plan.whole
+        files, uncropped = self._plan.source == "files", self._plan.uncropped
         sources = [sample.source for sample in samples]
         pieces = [piece for source in sources for piece in source.pieces]
         views, sizes = [], []
@@ -143,7 +143,7 @@ class Decoder:
             draw = sample.request.draw
             random = generator(*draw, view=True) if self._plan.augment and draw else None
             count = 1 if files else len(source.pieces)
-            views += [View(0, 0, *size) if whole else view(size, self._config, random)] * count
+            views += [View(0, 0, *size) if uncropped else view(size, self._config, random)] * count
             sizes += [scaled] * count
         graph = self._resting.pop() if self._resting else self._make()
         graph.start(pieces, views, sizes, [s.positions for s in sources] if files else [])

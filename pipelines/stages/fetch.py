@@ -108,11 +108,11 @@ class Reader:
             return data
 
         try:
-            found = pick_frames(video, read, positions)
+            frames = pick_frames(video, read, positions)
         except VideoError as error:
             raise BadSample(str(error)) from error
-        out.pieces = [found[int(p)] for p in positions]
-        out.decoded = found.decoded
+        out.pieces = [frames[int(p)] for p in positions]
+        out.decoded = frames.decoded
         out.decode_s = time.perf_counter() - started - out.read_s
         return out
 
@@ -144,8 +144,8 @@ class Reader:
         except (Unreachable, Full, NoMoreFiles):  # no fault of the video
             raise
         except OSError as error:
-            if said := limit_reached(error):
-                raise NoMoreFiles(f"{video.id} cannot be read: {said}") from error
+            if limit := limit_reached(error):
+                raise NoMoreFiles(f"{video.id} cannot be read: {limit}") from error
             raise _Failed(str(error)) from error
         except ShardError as error:
             raise _Failed(str(error)) from error

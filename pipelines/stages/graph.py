@@ -25,13 +25,13 @@ class Plan:
     source    jpegs: encoded pictures. pictures: uint8 [H, W, 3]. files: encoded videos, of which it decodes frames by
               their number (a GPU's NVDEC)
     resize    whether windows are scaled to the frame's size; if not, they have it already
-    whole     scale all of the picture to a size of its own, and cut nothing (for the cache, before augmentation)
+    uncropped scale all of the picture to a size of its own, and cut nothing (for the cache, before augmentation)
     augment   flip and change colours as the views say
     """
 
     source: str
     resize: bool
-    whole: bool = False
+    uncropped: bool = False
     augment: bool = False
 
 
@@ -54,7 +54,7 @@ class Graph:
 
     def _define(self):
         plan, device = self.plan, "gpu" if self._gpu else "cpu"
-        crops = not plan.resize and not plan.whole
+        crops = not plan.resize and not plan.uncropped
         start = fn.external_source(name="start", ndim=1, dtype=types.INT32) if crops else None
         window: dict[str, Any] = {"start": start, "shape": [self._side, self._side], "axis_names": "WH"}
         if plan.source == "jpegs":
@@ -86,7 +86,7 @@ class Graph:
         return pictures.gpu() if device == "gpu" else pictures
 
     def _scaling(self) -> dict:
-        if self.plan.whole:
+        if self.plan.uncropped:
             return {"size": fn.external_source(name="size", ndim=1, dtype=types.FLOAT)}
         ends = {f"roi_{n}": fn.external_source(name=n, ndim=1, dtype=types.FLOAT) for n in ("start", "end")}
         return {"size": [self._side, self._side], **ends}
@@ -99,7 +99,7 @@ class Graph:
         positions: Sequence[np.ndarray] = (),
     ) -> None:
         """Begin to make frames, which `result` hands over; one call after another. One view a unit; `sizes` (width,
-        height) only where the plan is `whole`. `pieces` must stay as they are until then. Raises GraphError."""
+        height) only where the plan is `uncropped`. `pieces` must stay as they are until then. Raises GraphError."""
         try:
             self._feed(pieces, views, sizes, positions)
             self._pipeline.schedule_run()
@@ -107,7 +107,7 @@ class Graph:
             raise GraphError(_reason(error)) from error
 
     def result(self) -> list[np.ndarray] | np.ndarray | torch.Tensor:
-        """uint8 frames [n, side, side, 3], on the device; `whole`: a list of pictures [height, width, 3] in memory.
+        """uint8 frames [n, side, side, 3], on the device; `uncropped`: a list of pictures [height, width, 3] in memory.
 
         On the CPU they are DALI's own memory, good until the next `start`. Raises GraphError.
         """
@@ -116,7 +116,7 @@ class Graph:
             (output,) = self._pipeline.outputs(stream)
         except RuntimeError as error:
             raise GraphError(_reason(error)) from error
-        if self.plan.whole:
+        if self.plan.uncropped:
             output = output.as_cpu()
             return [np.array(output.at(i)) for i in range(len(output))]
         if not self._gpu:
@@ -131,7 +131,7 @@ class Graph:
         feed("source", self._fed)
         if plan.source == "files":
             feed("positions", [p.astype(np.int32) for p in positions])
-        if plan.whole:
+        if plan.uncropped:
             if plan.resize:
                 feed("size", np.array([[height, width] for width, height in sizes], np.float32))
         elif plan.resize:  # rows first, as the picture lies in memory
@@ -157,8 +157,8 @@ def _one_array(pieces: list[np.ndarray]) -> np.ndarray:
 def _reason(error: RuntimeError) -> str:
     """The line of DALI's report that says what happened."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = [line for line in lines if "rror" in line and not line.startswith(("Error in", "Error when"))]
-    return (said or lines or [type(error).__name__])[0][:300]
+    reasons = [line for line in lines if "rror" in line and not line.startswith(("Error in", "Error when"))]
+    return (reasons or lines or [type(error).__name__])[0][:300]
 
 
 def copied(frames):

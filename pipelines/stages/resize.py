@@ -11,13 +11,13 @@ from pipelines.config import DataConfig
 from shards.video.picture import scaled_size
 
 
-def resized(pictures: list[np.ndarray], config: DataConfig, whole: bool) -> np.ndarray:
+def resized(pictures: list[np.ndarray], config: DataConfig, uncropped: bool) -> np.ndarray:
     """uint8 [n, H, W, 3] of pictures [h, w, 3]: the short side at the recipe's, as PIL and torchvision do it (bicubic,
-    antialiased), then, unless they are wanted `whole`, the centre. One that is not as large as the first is made to fit."""
+    antialiased), then, unless they are wanted `uncropped`, the centre. One that is not as large as the first is made to fit."""
     height, width = pictures[0].shape[:2]
     scaled, crop = scaled_size(width, height, config.short_side), config.image_size
     left, top, width_out, height_out = 0, 0, *scaled
-    if not whole:
+    if not uncropped:
         left, top, width_out, height_out = *(round((n - crop) / 2) for n in scaled), crop, crop
     out = np.empty((len(pictures), height_out, width_out, 3), np.uint8)
     for k, picture in enumerate(pictures):

@@ -15,7 +15,7 @@ from tests.c4c.configs import SHIPPED, refused
 # ---- files ----
 
 
-# but for lists of stages, which tests/c4c/test_stages.py reads
+# but for lists of stages, which tests/c4c/training/test_stages.py reads
 SINGLE = [path for path in sorted(SHIPPED.glob("*.yaml")) if not path.stem.endswith("two_stage")]
 
 

@@ -103,7 +103,7 @@ def test_a_signal_because_of_a_lost_rank_says_that():
 
 
 @pytest.mark.parametrize("words", [["launch/train.py", "--cfg", "demo.yaml"], ["launch/train.py", "--keys"],
-                                   ["launch/pipeline.py", "--cfg", "two_stage.yaml"], ["launch/eval.py", "--ckpt", "a"],
+                                   ["launch/stages.py", "--cfg", "two_stage.yaml"], ["launch/eval.py", "--ckpt", "a"],
                                    ["-m", "c4c.export", "--ckpt", "a", "--to", "b.safetensors"], ["-m", "c4c.shard", "info", "a"]])  # fmt: skip
 def test_without_the_environment_it_says_so(words, monkeypatch):
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}

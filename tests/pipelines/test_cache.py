@@ -224,7 +224,7 @@ def test_a_full_disk_ends_the_filling_and_not_the_run(numbered, tmp_path, monkey
         return write(descriptor, data, at)
 
     monkeypatch.setattr(cache_module.os, "pwrite", full)
-    with pytest.warns(UserWarning, match="takes no more frames: .*No space left"):
+    with pytest.warns(UserWarning, match="no more frames are cached in .*No space left"):
         batches, _ = epochs(numbered.intra, SMALL, CacheConfig(dir=str(tmp_path), max_gb=1))
     monkeypatch.undo()
     assert same(batches, epochs(numbered.intra)[0])

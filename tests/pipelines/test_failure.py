@@ -187,7 +187,7 @@ def test_shared_work_is_done_by_who_waits_for_it_and_raises_there():
 def test_a_loader_thread_that_dies_is_not_waited_for(numbered, monkeypatch):
     monkeypatch.setattr("pipelines.chain._make", lambda *at: None)
     loader = Loader(numbered.intra, SMALL, batch_size=4, seed=0)
-    with pytest.raises(RuntimeError, match="the loader's thread ended without a word"):
+    with pytest.raises(RuntimeError, match="the loader's thread ended without an error"):
         next(loader.batches())
     loader.close()
 

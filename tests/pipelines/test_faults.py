@@ -68,7 +68,7 @@ def test_a_read_that_fails_once_is_done_again(numbered, monkeypatch, tmp_path, k
 def test_a_read_that_keeps_failing_is_a_bad_sample(numbered, monkeypatch, tmp_path):
     monkeypatch.setattr("pipelines.stages.fetch._PAUSE", 0.01)
     failing(monkeypatch, "EIO", once=False)
-    with pytest.raises(ShardError, match=r"Input/output error|no video of .* is readable"):
+    with pytest.raises(ShardError, match=r"Input/output error|no video of .* can be read"):
         run(Split(numbered.intra.path), 2, quarantine=tmp_path / "quarantine.jsonl")
     lines = (tmp_path / "quarantine.jsonl").read_text().splitlines()
     assert lines and all("Input/output error" in json.loads(line)["reason"] for line in lines)

@@ -149,7 +149,7 @@ def test_the_global_batch_is_the_same_for_any_number_of_ranks(numbered, profile)
 
 
 def test_ranks_without_rows_get_padding(numbered):
-    with pytest.warns(UserWarning, match="batches hold 12 pairs, not 32"):
+    with pytest.warns(UserWarning, match="batches hold 12 pairs instead of 32"):
         parts = [run(numbered.intra, 2, batch_size=32, rank=r, world=4) for r in range(4)]
     for step in range(2):
         assert [int(p[step].valid.sum()) for p in parts] == [8, 4, 0, 0]
@@ -232,7 +232,7 @@ def test_too_many_bad_videos_end_the_run(numbered, tmp_path):
     with pytest.raises(ShardError, match=r"more than data\.max_bad_fraction=0\.07 allows"):
         run(few, 150, batch_size=8, config=replace(config, max_bad_fraction=0.07))
     all_bad = damage(numbered.intra, [numbered.intra.video(i).key for i in range(12)], tmp_path / "all")
-    with pytest.raises(ShardError, match=r"step 0 of epoch 0: no video of .*all is readable"):
+    with pytest.raises(ShardError, match=r"step 0 of epoch 0: no video of .*all can be read"):
         run(all_bad, 1, config=replace(SMALL, max_bad_fraction=1.0))
 
 
@@ -315,7 +315,7 @@ def test_a_healthy_run_warns_of_nothing(numbered, tmp_path):
     "wrong, message",
     [
         ({"sampling": "middle"}, "data.sampling must be one of uniform, head, tail, segment, random, .*; got 'middle'"),
-        ({"lane": "fast"}, "data.lane=fast"),
+        ({"lane": "fast"}, "data.lane must be one of auto, video, intra; got 'fast'"),
         ({"num_frames": 0}, "data.num_frames=0: must be at least 1"),
         ({"prefetch": 0}, "data.prefetch=0"),
         ({"resize": 100}, "data.resize=100 is smaller than data.image_size=224"),

@@ -106,7 +106,7 @@ def test_a_small_set_is_one_block_and_a_large_one_many():
 
 
 def test_batches_shrink_with_a_warning_where_a_video_has_more_captions_than_there_are_batches():
-    message = r"batches hold 2 pairs, not 4.*has 30 captions.*train\.batch_size=1 wastes none"
+    message = r"batches hold 2 pairs instead of 4.*has 30 captions.*train\.batch_size=1 leaves no row empty"
     with pytest.warns(UserWarning, match=message):
         order = Order([30] + [1] * 20, 4, 0)
     assert order.steps_per_epoch == 30

@@ -8,7 +8,7 @@ import torch
 from c4c.zero import checkpoint
 from c4c.zero.checkpoint import latest, load_weights
 from c4c.zero.snapshot import restore, save
-from tests.c4c.checkpoints import Engine, flip, refused, run_of
+from tests.c4c.zero.checkpoints import Engine, flip, refused, run_of
 
 
 def test_a_pointer_that_is_gone_or_wrong_costs_nothing(tmp_path):

@@ -25,7 +25,7 @@ from c4c.training.run_folder import is_run
 
 pytestmark = pytest.mark.slow
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 SPEC = {
     "embed_dim": 64,
     "quick_gelu": True,

@@ -12,7 +12,7 @@ from c4c.training import stages
 from c4c.training.run_folder import mark_done
 from c4c.training.stages import StageError, read
 
-CFG = Path(__file__).parents[2] / "launch/cfg"
+CFG = Path(__file__).parents[3] / "launch/cfg"
 TWO = """
 launcher: torchrun --nproc_per_node 2
 stages:
@@ -125,7 +125,7 @@ def test_a_stage_that_does_not_end_ends_all(write, called, tmp_path):
 @pytest.mark.parametrize("evaluates", [True, False])
 def test_the_end_is_told(write, called, capsys, evaluates):
     text = TWO if evaluates else "\n".join(line for line in TWO.splitlines() if "eval:" not in line)
-    launched = runpy.run_path(str(CFG.parent / "pipeline.py"))
+    launched = runpy.run_path(str(CFG.parent / "stages.py"))
     launched["run"](argparse.Namespace(cfg=write(text), overrides=[], launcher=""), CFG.parent)
     told = capsys.readouterr()
     assert ("text to video" in told.out and "look" in told.out) if evaluates else told.out == ""

@@ -8,7 +8,7 @@ import torch
 
 from c4c.retrieval.metrics import of_matrix, ranks, report, summarize
 
-GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "metrics.npz")
+GOLDEN = np.load(Path(__file__).parents[2] / "golden" / "metrics.npz")
 SQUARE = [
     "random",
     "clear_diag",

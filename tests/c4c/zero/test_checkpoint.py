@@ -15,7 +15,7 @@ from c4c.settings import CheckpointConfig, ModelConfig
 from c4c.zero import checkpoint, patches, snapshot
 from c4c.zero.checkpoint import CheckpointError, latest, load_weights, tags
 from c4c.zero.snapshot import restore, save
-from tests.c4c.checkpoints import Engine, refused
+from tests.c4c.zero.checkpoints import Engine, refused
 
 FLAG = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 

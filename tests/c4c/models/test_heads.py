@@ -6,7 +6,7 @@ import torch
 from c4c.models.clip4clip import CLIP4Clip, build
 from c4c.models.heads import HEADS
 from c4c.settings import ModelConfig
-from tests.c4c.test_weights import SPEC, tiny
+from tests.c4c.models.test_weights import SPEC, tiny
 
 
 @pytest.fixture(params=sorted(HEADS))

@@ -1,4 +1,4 @@
-"""`launch/pipeline.py`: two stages, killed in the one and in the other, come to the very result of the unbroken two."""
+"""`launch/stages.py`: two stages, killed in the one and in the other, come to the very result of the unbroken two."""
 
 import json
 import os
@@ -86,7 +86,7 @@ class Scripts:
 
 @pytest.fixture(scope="module")
 def pipeline(forks):
-    """Runs launch/pipeline.py in this process: folder -> its exit code."""
+    """Runs launch/stages.py in this process: folder -> its exit code."""
     with pytest.MonkeyPatch.context() as patch:
         scripts = Scripts(forks)
         patch.setattr(stages, "_call", scripts.call)
@@ -94,9 +94,9 @@ def pipeline(forks):
 
         def run(folder: Path, kill: Path | None = None) -> int:
             scripts.kill = kill
-            patch.setattr("sys.argv", ["launch/pipeline.py", "--cfg", str(folder / "stages.yaml")])
+            patch.setattr("sys.argv", ["launch/stages.py", "--cfg", str(folder / "stages.yaml")])
             with pytest.raises(SystemExit) as ended:
-                runpy.run_path("launch/pipeline.py", run_name="__main__")
+                runpy.run_path("launch/stages.py", run_name="__main__")
             return ended.value.code
 
         run.scripts = scripts

@@ -15,8 +15,8 @@ from c4c.models.heads.mean import masked_mean
 from c4c.training.lr_schedule import official_lr_factor
 from c4c.training.param_groups import freeze, parameter_groups
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-RECIPES = Path(__file__).parents[2] / "launch/cfg"
+GOLDEN = Path(__file__).parents[2] / "golden"
+RECIPES = Path(__file__).parents[3] / "launch/cfg"
 CASES = ["meanP", "meanP_3d", "meanP_3d/alt", "seqLSTM", "seqTransf", "seqTransf/alt", "tightTransf", "tightTransf/alt"]
 FORWARD, GRADIENT = 1e-5, 1e-4  # of the array's largest magnitude
 
