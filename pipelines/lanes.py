@@ -213,10 +213,12 @@ class Lane:
         assert cache is not None
 
         def keep(sample: Sample) -> None:
-            if np.array_equal(sample.positions, self._cacheable(sample.request)):
+            # clips of later batches are fetched before this one is kept, so a video may come twice at first
+            index = sample.request.video.index
+            if np.array_equal(sample.positions, self._cacheable(sample.request)) and cache.get(index) is None:
                 clip = sample.frames
                 on_host = clip.cpu().numpy() if isinstance(clip, torch.Tensor) else np.asarray(clip)
-                cache.put(sample.request.video.index, on_host)
+                cache.put(index, on_host)
 
         for group in groups:
             if cache.has_room:

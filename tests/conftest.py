@@ -2,6 +2,7 @@
 
 import ast
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,10 @@ def no_rank():
     yield
     for name in RANK_VARIABLES:
         os.environ.pop(name, None)
+
+
+@pytest.fixture(autouse=True)
+def one_group(monkeypatch):
+    """DeepSpeed keeps the process group that it first sees, so whatever trains in this process has to share one."""
+    if (torch := sys.modules.get("torch")) is not None and "torch.distributed" in sys.modules:
+        monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda *_: None)

@@ -135,7 +135,8 @@ def evaluate_checkpoint(
                   f"encoded     {progress.pace}, {where}")  # fmt: skip
         return result
     finally:
-        stop_distributed()
+        if launched() > 1:  # whoever calls this in a process of its own keeps its group
+            stop_distributed()
 
 
 def _show(result: dict, *lines: str) -> None:

@@ -51,17 +51,18 @@ def test_cached_frames_are_the_decoded_ones_and_cost_no_decoding(numbered, tmp_p
     split = getattr(numbered, profile)
     config = replace(SMALL, sampling=rule, frame_order="random", flip=0.5 * augmented, colour=0.3 * augmented)
     settings = CacheConfig(dir=str(tmp_path / "cache"), max_gb=1, frames=8)
-    warm, (first, second) = epochs(split, config, settings)
-    again, (third, _) = epochs(split, config, settings)
+    warm, (first, second, third) = epochs(split, config, settings, count=3)
+    again, (fourth, _, _) = epochs(split, config, settings, count=3)
     assert first.frames_decoded > 0 and first.frames_cached < first.frames_used
-    for total in (second, third):
+    assert second.frames_decoded < first.frames_decoded, "only what was fetched before the first epoch was through"
+    for total in (third, fourth):
         assert total.frames_decoded == 0 and total.bytes_read == 0
         assert total.frames_cached == total.frames_used > 0
     assert same(again, warm)
     if not augmented:
-        assert same(warm, epochs(split, config, replace(settings, dir=""))[0])
+        assert same(warm, epochs(split, config, replace(settings, dir=""), count=3)[0])
     else:  # augmented after the resize instead of before it
-        for a, b in zip(warm, epochs(split, config, replace(settings, dir=""))[0], strict=True):
+        for a, b in zip(warm, epochs(split, config, replace(settings, dir=""), count=3)[0], strict=True):
             assert np.array_equal(a.frame_numbers, b.frame_numbers)
             assert (a.frames - b.frames).abs().mean() < 0.03
 
@@ -69,9 +70,11 @@ def test_cached_frames_are_the_decoded_ones_and_cost_no_decoding(numbered, tmp_p
 def test_every_stored_frame_is_kept_where_the_pool_is_not_bounded(numbered, tmp_path):
     config = replace(SMALL, sampling="segment")
     settings = CacheConfig(dir=str(tmp_path), max_gb=1)
-    warm, totals = epochs(numbered.intra, config, settings)
-    assert totals[1].frames_decoded == 0
-    assert same(warm, epochs(numbered.intra, config)[0]), "with all frames kept, the draw is that without a cache"
+    warm, totals = epochs(numbered.intra, config, settings, count=3)
+    assert totals[2].frames_decoded == 0
+    assert same(warm, epochs(numbered.intra, config, count=3)[0]), (
+        "with all frames kept, the draw is that without a cache"
+    )
     with pytest.raises(ValueError, match=r"keep every frame of the videos in .*cache\.frames"):
         Loader(numbered.copy, config, batch_size=4, seed=0, cache=settings)
 
