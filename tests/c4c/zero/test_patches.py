@@ -187,7 +187,7 @@ def test_without_zero_decay_is_applied_at_the_start_in_16_bits():
 
 
 def adam(offloaded: bool, mended: bool, restarts: bool) -> list[list[float]]:
-    """A weight after each of 60 steps of DeepSpeed's Adam on the CPU; restarts: each step is taken by a new process's."""
+    """A weight after each of 60 steps of DeepSpeed's Adam on the CPU; restarts: every 20th is taken by a new process's."""
     from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
     random, values = torch.Generator().manual_seed(0), []
@@ -195,14 +195,15 @@ def adam(offloaded: bool, mended: bool, restarts: bool) -> list[list[float]]:
     optimizer = (DeepSpeedCPUAdam if offloaded else FusedAdam)([weight], lr=LR)
     kernel = None if offloaded else optimizer.multi_tensor_adam
     for number in range(60):
-        if restarts and offloaded:
+        again = restarts and number and not number % 20
+        if again and offloaded:
             state = optimizer.state[weight]
             optimizer = DeepSpeedCPUAdam([weight], lr=LR)
             optimizer.state[weight] = state
-        elif restarts:  # all of a process share one set of powers, so what it holds has to be that of no step near
+        elif again:  # all of a process share one set of powers, so what it holds has to be that of no step near
             nothing = [[torch.zeros(1)] for _ in range(4)]
             kernel(2048, torch.zeros(1, dtype=torch.int), nothing, LR, 0.9, 0.999, 1e-8, 10**6, 1, True, 0.0)
-        if mended and (restarts or not number):
+        if mended and (again or not number):
             if not offloaded:
                 optimizer.multi_tensor_adam = kernel
             patches._power_at_each_step(optimizer)
