@@ -38,14 +38,16 @@ class EvalLoader:
         stream = chain(("order_s", self._requests.samples()), self._lane.stages(), Stats())
         self._prefetch = Prefetch(stream, 1, "c4c-eval-loader")
         for plan in self._prefetch:
-            for sample in plan.clips:
+            rows = plan.rows
+            clips, frames = plan.take()
+            for sample in clips:
                 if sample.error is not None:
                     raise ShardError(
                         f"{self.split.path}: {sample.request.video.id} cannot be evaluated: {sample.error}. "
                         "Pack the split again."
                     )
-            indices = np.array([sample.request.video.index for sample in plan.clips], np.int64)
-            yield indices, plan.frames, self._lane.mask(plan.clips, plan.rows)
+            indices = np.array([sample.request.video.index for sample in clips], np.int64)
+            yield indices, frames, self._lane.mask(clips, rows)
 
     def __del__(self):
         prefetch: Prefetch | None = getattr(self, "_prefetch", None)

@@ -168,12 +168,11 @@ class _Replacing:
         self._report(sample)
         epoch = sample.batch.place // self._requests.order.steps_per_epoch
         for pair in self._requests.spares(sample):
-            plan = self._lane.batch([self._requests.request(pair, epoch)])
-            (spare,) = plan.samples
+            (spare,), frames = self._lane.batch([self._requests.request(pair, epoch)]).take()
             spare.pair = pair
             self._quarantine.read += 1
             if spare.error is None:
-                sample.batch.frames[sample.row] = plan.frames[0]
+                sample.batch.frames[sample.row] = frames[0]
                 return replace(spare, batch=sample.batch, row=sample.row)
             self._report(spare)
         return None
@@ -201,7 +200,8 @@ class _Batching:
         self._stats, self._before = stats, replace(stats)
 
     def __call__(self, plan: BatchPlan) -> Batch:
-        clips, rows, device = plan.clips, plan.rows, plan.frames.device
+        rows = plan.rows
+        clips, frames = plan.take()
         cost, self._before = self._stats.minus(self._before), replace(self._stats)
         cost.count([sample.source for sample in clips], [sample.request.positions for sample in clips])
         epoch, step = divmod(plan.place, self._steps_per_epoch)
@@ -212,10 +212,10 @@ class _Batching:
         return Batch(
             epoch=epoch,
             step=step,
-            frames=plan.frames,
+            frames=frames,
             frame_mask=self._lane.mask(clips, rows),
-            tokens=_pad(self._tokens([sample.request.texts for sample in clips]), rows).to(device),
-            valid=(torch.arange(rows) < len(clips)).to(device),
+            tokens=_pad(self._tokens([sample.request.texts for sample in clips]), rows).to(frames.device),
+            valid=(torch.arange(rows) < len(clips)).to(frames.device),
             frame_numbers=numbers,
             pairs=np.array([sample.pair for sample in clips], np.int64).reshape(-1, 2),
             keys=[sample.request.video.id for sample in clips],

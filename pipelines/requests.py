@@ -94,6 +94,16 @@ class BatchPlan:
         assert self.memory is not None, "the batch has not come as far as its frames"
         return self.memory
 
+    def take(self) -> tuple[list[Sample], torch.Tensor]:
+        """The clips and the frames, which the plan forgets.
+
+        Plan and samples refer to each other. Without this, the frames' memory would be free only when Python looks for such
+        circles, and every batch would be written into new memory, which costs as much as decoding it.
+        """
+        clips, frames = self.clips, self.frames
+        self.samples, self.memory = [], None
+        return clips, frames
+
 
 class TrainingRequests:
     """The clips of a rank's rows of every batch: a pure function of (seed, epoch, step).

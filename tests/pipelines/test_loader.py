@@ -1,5 +1,6 @@
 """The loader: ahead of the step, exact to resume and to cut, and not to be stopped by a bad video."""
 
+import gc
 import itertools
 import json
 import shutil
@@ -94,6 +95,17 @@ def test_batches_are_made_ahead_of_the_step(numbered):
             queued.append(batch.stats.queued)
             until(lambda: loader._prefetch.waiting == 3)
         assert queued == [0, 3, 3, 3]
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_batch_that_is_done_with_is_free_at_once_and_its_memory_is_used_again(numbered, profile):
+    gc.disable()  # which would free what refers to itself in a circle, too, at some time
+    try:
+        with Loader(getattr(numbered, profile), SMALL, batch_size=4, seed=0) as loader:
+            places = {batch.frames.data_ptr() for batch in loader.batches(count=24)}
+        assert len(places) <= SMALL.prefetch + 4
+    finally:
+        gc.enable()
 
 
 def test_the_wait_of_a_step_is_measured(numbered, monkeypatch):
