@@ -4,7 +4,6 @@ A benchmark measures the project that PYTHONPATH names, else the one that it is 
 """
 
 import argparse
-import importlib
 import json
 import os
 import platform
@@ -76,17 +75,6 @@ class Stopwatch:
 
     def read(self) -> tuple[float, float]:
         return time.perf_counter() - self._clock, self._used() - self._cpu
-
-
-def either(*places: str) -> Any:
-    """The first of these, each `module:name`, that there is: another commit may have it elsewhere."""
-    for place in places:
-        module, _, name = place.partition(":")
-        try:
-            return getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError):
-            continue
-    raise ImportError(f"none of {', '.join(places)}")
 
 
 def environment(**more: str) -> dict[str, str]:

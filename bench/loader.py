@@ -41,6 +41,7 @@ from bench.harness import ROOT, Stopwatch
 from bench.packing import FFMPEG, ffmpeg, make_clips, run_ffmpeg
 from bench.told import COMPRESSED, DALI, PSNR_CLIPS, TURBO, chart, missing, pixels, report, show, targets
 from pipelines.config import CacheConfig, DataConfig
+from pipelines.frame_sampling import choose
 from pipelines.loader import Loader
 from shards.annotations import Caption, Item
 from shards.packing.pack import pack
@@ -266,7 +267,6 @@ def bare(folder: Path, clips: list[Path], chosen) -> list[Way]:
         return []
     split = packed(folder / f"shards/intra-{len(clips)}", clips, STORED["intra"])
     pictures = []
-    choose = harness.either("pipelines.frame_sampling:choose", "pipelines.sampling:choose")
     for video in map(split.video, range(len(split))):
         at = choose(video, "uniform", rivals.FRAMES)
         places = zip(video.frames.offset[at].tolist(), video.frames.size[at].tolist(), strict=True)
