@@ -1,7 +1,7 @@
 """The skeleton of the loader: stages over one stream, each pulling from the one before.
 
 A stage is a function from a stream to a stream. Work in flight is where a stage keeps it: clips being fetched, graphs at
-work, batches that wait for the step. So what is ahead of the step is a matter of how much each stage may hold.
+work, batches that wait for the step. How far the loader is ahead of the step follows from how much each stage may hold.
 """
 
 import queue
@@ -68,12 +68,14 @@ class _End:
 
 
 class Prefetch(Generic[T]):
-    """The items of a stream, which a thread of its own makes up to `ahead` of whoever takes them."""
+    """The items of a stream, which a thread of its own makes up to `ahead` of whoever takes them; it calls `enter` first."""
 
-    def __init__(self, stream: Stream, ahead: int, name: str):
+    def __init__(self, stream: Stream, ahead: int, name: str, enter: Callable[[], None]):
         self._queue: queue.Queue = queue.Queue(maxsize=ahead)
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=_make, args=(stream, self._queue, self._stop), name=name, daemon=True)
+        self._thread = threading.Thread(
+            target=_make, args=(stream, self._queue, self._stop, enter), name=name, daemon=True
+        )
         self._thread.start()
 
     @property
@@ -98,6 +100,9 @@ class Prefetch(Generic[T]):
                 return
             yield item
 
+    def __del__(self):
+        self._stop.set()
+
     def stop(self) -> None:
         """Have the thread end after what it does, without waiting for that."""
         self._stop.set()
@@ -119,7 +124,7 @@ class Prefetch(Generic[T]):
             pass
 
 
-def _make(stream: Stream, ready: queue.Queue, stop: threading.Event) -> None:
+def _make(stream: Stream, ready: queue.Queue, stop: threading.Event, enter: Callable[[], None]) -> None:
     """The thread of a Prefetch. It does not hold the Prefetch, so that one that is dropped ends it."""
 
     def put(item) -> None:
@@ -131,6 +136,7 @@ def _make(stream: Stream, ready: queue.Queue, stop: threading.Event) -> None:
 
     end = _End(None)
     try:
+        enter()
         while not stop.is_set():
             try:
                 item = next(stream)

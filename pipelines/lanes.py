@@ -68,6 +68,8 @@ class Lane:
         raw: bool = False,
     ):
         self.name = lane_name(split, config)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         self._split, self._config, self._device, self._rows = split, config, device, rows
         self._augments = training and augments(config)
         self.threads = config.threads or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -131,6 +133,15 @@ class Lane:
             mask[row, : len(sample.request.positions)] = True
         return mask.to(self._device)
 
+    def use_device(self) -> None:
+        """Make the device the current one of the calling thread: torch keeps one for each, GPU 0 at first."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+
+    def interrupt(self) -> None:
+        """Have whoever waits for clips go on at once, with an error, even where reading hangs. `close` comes next."""
+        self._readers.abandon()
+
     def close(self) -> None:
         """End the threads, and give back memory and handles. Safe to call twice; a lane that is dropped does it itself."""
         if self._closed:
@@ -159,6 +170,8 @@ class Lane:
                 outcome = BadSample(f"reading hangs: {outcome} (data.read_timeout_s)")
             if isinstance(outcome, BadSample):
                 sample.error = outcome
+            elif isinstance(outcome, StopIteration):  # which would end the stream without a word
+                raise RuntimeError("reading ended in a StopIteration") from outcome
             elif isinstance(outcome, BaseException):
                 raise outcome
             else:

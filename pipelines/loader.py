@@ -95,6 +95,7 @@ class Loader:
         self._replacing = _Replacing(self._requests, self._lane, bad, self._stats)
         self._batching = _Batching(self._lane, config, clips.bag, self.steps_per_epoch, self._stats)
         self._prefetch: Prefetch[Batch] | None = None
+        self._closed = False
 
     @property
     def threads(self) -> int:
@@ -103,10 +104,12 @@ class Loader:
 
     def batches(self, epoch: int = 0, step: int = 0, count: int | None = None) -> Iterator[Batch]:
         """`count` batches (without end if None) from `step` of `epoch` on, across epoch boundaries."""
+        if self._closed:
+            raise RuntimeError("this loader is closed: make another one")
         if self._prefetch is not None:
             raise RuntimeError("this loader is already running: make another one to start at another position")
         stream = self._stream(epoch * self.steps_per_epoch + step, count)
-        self._prefetch = Prefetch(stream, self._config.prefetch, "c4c-loader")
+        self._prefetch = Prefetch(stream, self._config.prefetch, "c4c-loader", self._lane.use_device)
         ready = iter(self._prefetch)
         while True:
             started, queued = time.perf_counter(), self._prefetch.waiting
@@ -126,7 +129,10 @@ class Loader:
 
     def close(self) -> None:
         """Stop the threads. Safe to call twice; a loader that is dropped does it itself."""
+        self._closed = True
         if self._prefetch is not None:
+            self._prefetch.stop()
+            self._lane.interrupt()
             self._prefetch.close()
         self._lane.close()
 

@@ -31,6 +31,7 @@ class RemotePrefetch:
         self._samples: Iterator[Sample] = iter(())
         self._ahead: deque[Sample] = deque()  # within reach, and not handed on yet
         self._coming: Sample | None = None  # the first beyond reach
+        self._ended: BaseException | None = None  # what the stream ended with
         self._started = False
         self._state = threading.Condition()
         self._tasks: deque[Sample] = deque()
@@ -51,11 +52,12 @@ class RemotePrefetch:
             self._start()
         first = self._ahead[0] if self._ahead else self._coming
         if first is None:
-            raise StopIteration
+            assert self._ended is not None
+            raise self._ended
         place, new = first.batch.place, []
         while self._coming is not None and self._coming.batch.place <= place + self._steps:
             new.append(self._coming)
-            self._coming = next(self._samples, None)
+            self._coming = self._pull()
         self._ahead += new
         self._reach(place, [sample for sample in new if not sample.empty])
         return self._ahead.popleft()
@@ -68,9 +70,17 @@ class RemotePrefetch:
             self._state.notify_all()
 
     def _start(self) -> None:
-        self._started, self._coming = True, next(self._samples, None)
+        self._started, self._coming = True, self._pull()
         for i in range(THREADS):
             threading.Thread(target=self._work, name=f"c4c-fetch-{i}", daemon=True).start()
+
+    def _pull(self) -> Sample | None:
+        """The next sample of the stream; None once it has ended. What it raises is raised behind the samples before."""
+        try:
+            return next(self._samples)
+        except BaseException as error:  # StopIteration too
+            self._ended, self._samples = error, iter(())
+            return None
 
     def _reach(self, place: int, new: list[Sample]) -> None:
         """The batch at `place` is handed on; `new` samples have come into reach."""

@@ -12,6 +12,7 @@ class Hung(Exception):
     """An item that took longer than the time allowed."""
 
 
+_CLOSED = "the loader was closed"
 Done = Callable[[int, Any], None]  # is told an item's number, and what came of it: a result, or what was raised
 
 
@@ -33,7 +34,9 @@ class Workers:
         self._add(count)
 
     def submit(self, function: Callable[[Any], Any], item: Any, number: int, done: Done) -> None:
-        """Have `function(item)` called by a thread, which calls `done` with what came of it."""
+        """Have `function(item)` called by a thread, which calls `done` with what came of it. Raises RuntimeError once closed."""
+        if self._closed:
+            raise RuntimeError(_CLOSED)
         self._tasks.put(_Task(function, item, number, done))
 
     def share(self, function: Callable[[Any], Any], items: Sequence) -> "SharedWork":
@@ -64,6 +67,17 @@ class Workers:
             for _ in range(self._made):
                 self._tasks.put(None)
 
+    def abandon(self) -> None:
+        """As `close`, and what is being worked on is reported as given up: nobody waits for a thread that hangs."""
+        self.close()
+        with self._lock:
+            busy = list(self._busy)
+            self._busy.clear()
+        self._add(len(busy))  # in place of those, for what is still to come, which they report as given up, too
+        for task in busy:
+            self._tasks.put(None)
+            task.done(task.number, RuntimeError(_CLOSED))
+
     def _add(self, count: int) -> None:
         for _ in range(count):
             threading.Thread(target=self._work, name=f"{self._name}-{self._made}", daemon=True).start()
@@ -74,7 +88,7 @@ class Workers:
             with self._lock:
                 self._busy[task] = time.monotonic()
             try:
-                result = RuntimeError("the loader was closed") if self._closed else task.function(task.item)
+                result = RuntimeError(_CLOSED) if self._closed else task.function(task.item)
             except BaseException as error:
                 result = error
             with self._lock:
@@ -121,7 +135,8 @@ class InOrder:
         if not self._items:
             assert self._ended is not None
             raise self._ended
-        self._awaited = self._first  # before the look at the results, which who is done does in the other order
+        # set before looking at the results; _done stores its result before looking at this: so no signal is lost
+        self._awaited = self._first
         while self._first not in self._results:
             try:
                 self._signal.get(timeout=self._timeout / 2)

@@ -50,7 +50,7 @@ class FrameCache:
         self._name = name = "frames-" + hashlib.sha256(text.encode()).hexdigest()[:20]
         self._boot = _boot_id()
         self._lock = threading.Lock()
-        self._failed = False
+        self._failed = self._full = False
         limit = int(config.max_gb * 1e9)
         with _locked(self.folder / "lock"):
             others = _make_room(self.folder, name, limit - min(limit, videos * clip_bytes))
@@ -91,6 +91,7 @@ class FrameCache:
         try:
             start = self._allocate(clip.nbytes)
             if start is None:
+                self._full = True
                 return False
             clip = np.ascontiguousarray(clip)
             view, done = memoryview(clip.data).cast("B"), 0
@@ -111,7 +112,7 @@ class FrameCache:
     @property
     def has_room(self) -> bool:
         """Whether it takes more clips."""
-        return not self._failed and self.used_bytes < self._room
+        return not self._failed and not self._full and self.used_bytes < self._room
 
     def close(self) -> None:
         """Let go of the files. Arrays that `get` gave stay good until they are dropped."""

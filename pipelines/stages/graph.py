@@ -118,7 +118,8 @@ class Graph:
             raise GraphError(_reason(error)) from error
         if self.plan.uncropped:
             output = output.as_cpu()
-            return [np.array(output.at(i)) for i in range(len(output))]
+            made = [np.array(output.at(i)) for i in range(len(output))]
+            return [picture for clip in made for picture in clip] if self.plan.source == "files" else made
         if not self._gpu:
             return np.asarray(output.as_tensor()) if output.is_dense_tensor() else output.as_array()
         if self.plan.source == "files":

@@ -85,7 +85,9 @@ def test_what_does_not_fit_is_decoded(numbered, tmp_path):
     batches, (_, second) = epochs(numbered.intra, SMALL, settings)
     assert same(batches, epochs(numbered.intra)[0])
     assert 0 < second.frames_cached < second.frames_used
-    assert second.frames_decoded == second.frames_used - second.frames_cached
+    assert second.frames_decoded == second.frames_used - second.frames_cached, (
+        "and no more of a video than a clip shows"
+    )
     data = next(tmp_path.glob("*.data"))
     assert data.stat().st_blocks * 512 <= 6 * clip + 8192
 

@@ -291,3 +291,48 @@ def test_a_graph_that_fails_puts_no_other_clip_into_the_cache(numbered, tmp_path
     for i in range(1, 6):
         assert np.array_equal(lane.cache.get(i), expected[i, :2].numpy())
     plain.close(), lane.close()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", [Loader, EvalLoader])
+def test_closing_does_not_wait_for_reads_that_hang(numbered, monkeypatch, tmp_path, kind):
+    release, hanging = threading.Event(), threading.Event()
+
+    def hang(self, video, offset=0, size=-1):
+        hanging.set()
+        release.wait()
+
+    monkeypatch.setattr(Split, "read", hang)
+    listed = tmp_path / "quarantine.jsonl"
+    if kind is Loader:
+        loader = Loader(numbered.intra, SMALL, batch_size=4, seed=0, quarantine=listed)
+        stream = loader.batches()
+    else:
+        loader = EvalLoader(numbered.intra, SMALL)
+        stream = iter(loader)
+    reader = threading.Thread(target=lambda: next(stream, None), daemon=True)
+    reader.start()
+    hanging.wait()
+    loader.close()  # a read may take a minute (data.read_timeout_s), and there are many
+    reader.join()
+    assert not listed.exists(), "nor is a video blamed"
+    release.set()
+
+
+def test_a_closed_loader_says_so(numbered):
+    loader = Loader(numbered.intra, SMALL, batch_size=4, seed=0)
+    loader.close()
+    with pytest.raises(RuntimeError, match="this loader is closed"):
+        next(loader.batches())
+    with EvalLoader(numbered.intra, SMALL) as evaluation:
+        pass
+    with pytest.raises(RuntimeError, match="this loader is closed"):
+        next(iter(evaluation))
+
+
+def test_an_evaluation_that_was_left_can_begin_again(numbered):
+    with EvalLoader(numbered.intra, replace(SMALL, eval_batch_size=2)) as loader:
+        first = next(iter(loader))
+        again = list(loader)
+    assert len(again) == loader.batches and torch.equal(again[0][1], first[1])
+    until(lambda: not any(t.name == "c4c-eval-loader" for t in threading.enumerate()))

@@ -2,7 +2,9 @@
 
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from nvidia.dali import fn
@@ -55,3 +57,17 @@ def test_an_argument_that_dali_does_not_know_is_told_without_a_device(monkeypatc
     )
     with pytest.raises(KeyError, match="anti_alias"):
         Graph(Plan("jpegs", resize=True), SIDE, 8, torch.device("cuda", 0), 2)
+
+
+def test_frames_of_whole_videos_come_one_after_another(monkeypatch):
+    """NVDEC gives a clip at a time; the cache and the augmenter take frames."""
+    graph = Graph(Plan("files", resize=True, uncropped=True), SIDE, 8, torch.device("cuda", 0), 2)
+    clips = [
+        np.full((frames, 2, 2, 3), 10 * i, np.uint8) + np.arange(frames, dtype=np.uint8)[:, None, None, None]
+        for i, frames in enumerate((3, 2))
+    ]
+    host = type("Host", (), {"__len__": lambda self: 2, "at": lambda self, i: clips[i]})()
+    output = SimpleNamespace(as_cpu=lambda: host)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(graph._pipeline, "outputs", lambda stream: (output,))
+    assert [int(picture[0, 0, 0]) for picture in graph.result()] == [0, 1, 2, 10, 11]

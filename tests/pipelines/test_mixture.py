@@ -63,7 +63,7 @@ def test_weights_become_whole_numbers():
     assert shares([0.5], 7) == [7]
     with pytest.raises(ValueError, match=r"set 2 of 2 would get 0\.13 of the 128 pairs .* raise its weight"):
         shares([1000, 1], 128)
-    with pytest.raises(ValueError, match=r"data\.weights=\[1\.0\]: one number above 0 for each of the 2 folders"):
+    with pytest.raises(ValueError, match=r"data\.weights=\[1\.0\]: give one number above 0 for each of the 2 folders"):
         DataConfig(train=("a", "b"), weights=(1.0,))
     with pytest.raises(ValueError, match="one number above 0 for each of the 2"):
         DataConfig(train=("a", "b"), weights=(1.0, 0.0))

@@ -126,7 +126,7 @@ def test_sets_with_and_without_narration_mix(splits):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"cache": CacheConfig(frames=24)}, "cache.dir or cache.frames: they keep a few frames of whole videos"),
+        ({"cache": CacheConfig(frames=24)}, "cache.dir or cache.frames cannot be used together"),
         ({"config": replace(DATA, paragraph=True)}, "clips.cut and data.paragraph"),
         ({"split": "silent"}, "have no start and end"),
     ],

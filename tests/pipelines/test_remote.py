@@ -182,6 +182,22 @@ def test_so_many_batches_are_fetched_ahead_and_no_more_than_fit():
     narrow.close()
 
 
+def test_what_the_stream_raises_comes_behind_the_samples_before():
+    def samples():
+        for place in range(3):
+            plan = BatchPlan(place, 1, 1)
+            plan.add(place)
+            yield plan.samples[0]
+        raise KeyError("no table")
+
+    stream = RemotePrefetch(lambda request: 0, 16, 10**6)(samples())
+    assert [next(stream).batch.place for _ in range(3)] == [0, 1, 2]
+    for _ in range(2):
+        with pytest.raises(KeyError, match="no table"):
+            next(stream)
+    stream.close()
+
+
 # ---- the server ----
 
 

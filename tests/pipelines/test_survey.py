@@ -81,7 +81,7 @@ def test_a_test_set_that_is_trained_on_is_a_warning(numbered, tmp_path: Path, mi
     (note,) = notes(train, Split(other), PLAIN)
     assert note == (
         f"data.test={other} holds the same videos and captions as data.train={numbered.intra.path}: its metrics say nothing "
-        "of new videos"
+        "about new videos"
     )
     (note,) = notes(train, numbered.intra, PLAIN)
     assert note.startswith(f"data.test={numbered.intra.path} holds the same videos and captions as data.train: ")
