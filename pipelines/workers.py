@@ -35,9 +35,10 @@ class Workers:
 
     def submit(self, function: Callable[[Any], Any], item: Any, number: int, done: Done) -> None:
         """Have `function(item)` called by a thread, which calls `done` with what came of it. Raises RuntimeError once closed."""
-        if self._closed:
-            raise RuntimeError(_CLOSED)
-        self._tasks.put(_Task(function, item, number, done))
+        with self._lock:  # behind what ends the threads, nobody would take it
+            if self._closed:
+                raise RuntimeError(_CLOSED)
+            self._tasks.put(_Task(function, item, number, done))
 
     def share(self, function: Callable[[Any], Any], items: Sequence) -> "SharedWork":
         """Begin `function(item)` for every item, and leave to the thread that calls `finish` what is not begun by then."""
@@ -62,10 +63,11 @@ class Workers:
 
     def close(self) -> None:
         """End the threads as soon as each is done with what it does. Safe to call twice."""
-        if not self._closed:
-            self._closed = True
-            for _ in range(self._made):
-                self._tasks.put(None)
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                for _ in range(self._made):
+                    self._tasks.put(None)
 
     def abandon(self) -> None:
         """As `close`, and what is being worked on is reported as given up: nobody waits for a thread that hangs."""
