@@ -7,7 +7,7 @@ frame_sampling  which frames of a video: a pure function of its frame table and 
 requests        the source of the chain, and the sample that passes along it
 chain           its skeleton: stages that pull, each with its time counted, and the thread that works ahead of the step
 lanes           which stages a split takes on a device; stages/: a file each
-loader          batches for training; eval_loader: every video once
+loader          batches for training; eval_loader: every video once; running: what both are
 remote_prefetch bytes of remote shards, before they are wanted
 tokens          captions to token ids; lengths: how many, where torch is not wanted
 survey          what a run would do to its splits without a word

@@ -3,7 +3,6 @@
 pairs -> requests | fetch | decode | normalise, collate | replace | batch | prefetch -> the step
 """
 
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -14,13 +13,14 @@ import numpy as np
 import torch
 
 from pipelines import narration
-from pipelines.chain import Prefetch, Stage, Stream, chain
+from pipelines.chain import Stage, Stream, chain
 from pipelines.config import CacheConfig, ClipsConfig, DataConfig
 from pipelines.lanes import Lane
 from pipelines.mixture import order_of
 from pipelines.pair_order import rank_rows
 from pipelines.quarantine import Quarantine
 from pipelines.requests import BatchPlan, Sample, TrainingRequests
+from pipelines.running import LaneLoader
 from pipelines.stats import Stats
 from pipelines.tokens import tokenize
 from shards import ShardError
@@ -56,7 +56,7 @@ class Batch:
     stats: Stats = field(default_factory=Stats)
 
 
-class Loader:
+class Loader(LaneLoader[Batch]):
     """Training batches from a position on, made by a thread `config.prefetch` batches ahead.
 
     Use it as `with Loader(...) as loader: for batch in loader.batches(epoch, step, steps)`. A video that cannot be
@@ -87,15 +87,13 @@ class Loader:
         rows = rank_rows(batch_size, rank, world)
         self.steps_per_epoch, self.pairs = order.steps_per_epoch, order.pairs  # pairs: of an epoch
         self._requests = TrainingRequests(split, config, clips, order, rows, seed, cache.frames if cache else 0)
-        self._lane = Lane(
-            split, config, torch.device(device), rows.stop - rows.start, cache=cache, training=True, raw=raw
+        super().__init__(
+            Lane(split, config, torch.device(device), rows.stop - rows.start, cache=cache, training=True, raw=raw)
         )
         bad = Quarantine(split.path, quarantine, config.max_bad_fraction)
         self._stats = Stats()
         self._replacing = _Replacing(self._requests, self._lane, bad, self._stats)
         self._batching = _Batching(self._lane, config, clips.bag, self.steps_per_epoch, self._stats)
-        self._prefetch: Prefetch[Batch] | None = None
-        self._closed = False
 
     @property
     def threads(self) -> int:
@@ -104,15 +102,13 @@ class Loader:
 
     def batches(self, epoch: int = 0, step: int = 0, count: int | None = None) -> Iterator[Batch]:
         """`count` batches (without end if None) from `step` of `epoch` on, across epoch boundaries."""
-        if self._closed:
-            raise RuntimeError("this loader is closed: make another one")
-        if self._prefetch is not None:
+        if self._prefetch is not None and not self._closed:
             raise RuntimeError("this loader is already running: make another one to start at another position")
         stream = self._stream(epoch * self.steps_per_epoch + step, count)
-        self._prefetch = Prefetch(stream, self._config.prefetch, "c4c-loader", self._lane.use_device)
-        ready = iter(self._prefetch)
+        prefetch = self._start(stream, self._config.prefetch, "c4c-loader")
+        ready = iter(prefetch)
         while True:
-            started, queued = time.perf_counter(), self._prefetch.waiting
+            started, queued = time.perf_counter(), prefetch.waiting
             if (batch := next(ready, None)) is None:
                 return
             batch.wait_s = time.perf_counter() - started
@@ -126,26 +122,6 @@ class Loader:
         each: list[Stage] = [("read_s", partial(map, self._replacing)), ("order_s", partial(map, self._batching))]
         stages = [*self._lane.stages(), *each]
         return chain(("order_s", samples), stages, self._stats)
-
-    def close(self) -> None:
-        """Stop the threads. Safe to call twice; a loader that is dropped does it itself."""
-        self._closed = True
-        if self._prefetch is not None:
-            self._prefetch.stop()
-            self._lane.interrupt()
-            self._prefetch.close()
-        self._lane.close()
-
-    def __enter__(self) -> "Loader":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
-
-    def __del__(self):
-        prefetch: Prefetch | None = getattr(self, "_prefetch", None)
-        if prefetch is not None and not sys.is_finalizing():
-            prefetch.stop()  # the thread holds the chain, and the chain the lane, which closes itself
 
 
 class _Replacing:
