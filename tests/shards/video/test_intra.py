@@ -17,6 +17,7 @@ from shards.video.encode import Grid
 from shards.video.encode import to_intra as encode_intra
 from shards.video.picture import grid
 from shards.video.source import SourceVideo, scan
+from tests.shards.video.stored import rotated
 from tests.videos import encode, encode_pictures, number_in
 
 
@@ -150,16 +151,7 @@ def test_colours_are_those_of_the_source(matrix: int | None, full: bool, yuv: tu
 
 @pytest.mark.parametrize("degrees", [90, 180, 270])
 def test_rotation_is_baked_in(degrees: int) -> None:
-    source = encode(20, 25)
-    target = io.BytesIO()
-    with av.open(io.BytesIO(source)) as file, av.open(target, "w", format="mp4") as out:
-        stream = out.add_stream_from_template(file.streams.video[0])
-        stream.set_display_rotation(degrees)
-        for packet in file.demux(video=0):
-            if packet.size:
-                packet.stream = stream
-                out.mux(packet)
-    described, stored, frames = to_intra(target.getvalue(), rate=3, short_side=64, quality=3)
+    described, stored, frames = to_intra(rotated(encode(20, 25), degrees), rate=3, short_side=64, quality=3)
     assert described.rotation % 360 == degrees
     assert (described.width, described.height) == ((160, 120) if degrees == 180 else (120, 160))
     for picture, number in zip(jpegs(stored, frames), (0, 8, 16), strict=True):
