@@ -12,6 +12,13 @@ _LIMITS = {"RLIMIT_AS": "-v", "RLIMIT_DATA": "-d"}  # ulimit's letters for them
 _ROOM = 80 << 20  # bytes that reading and committing the tables of a split take beside the program itself
 _M_ARENA_MAX = -8  # of glibc's mallopt
 _NO_THREAD = "can't start new thread", "Failed to launch worker thread"  # Python's words, and Arrow's
+# the loader's words, where a package is imported only once it is needed; glibc's dl-load.c and dl-map-segments.h
+_NO_LIBRARY = (
+    "failed to map segment",
+    "annot allocate memory",
+    "cannot create shared object descriptor",
+    "cannot map zero-fill",
+)
 _STACK = 1 << 20  # bytes of a thread's stack; 8 MB otherwise
 
 
@@ -28,8 +35,10 @@ def limit_text() -> str:
 
 
 def is_short(error: BaseException) -> bool:
-    """Whether an error says that there was not enough memory, or none for another thread."""
+    """Whether an error says that there was not enough memory, or none for another thread or library."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    if isinstance(error, ImportError) and any(words in str(error) for words in _NO_LIBRARY):
         return True
     return any(words in str(error) for words in _NO_THREAD)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from shards import memory
 from shards.annotations import Item
 from shards.packing import scheduler
 from shards.packing.scheduler import Supervisor
@@ -53,6 +55,21 @@ def test_under_a_limit_the_bytes_are_the_same_or_the_reason_is_said(videos, tmp_
     again = pack(2000, videos, tmp_path / "120/set", "--retry-rejects")  # with more, it goes on
     assert again.returncode == 0, again.stderr
     assert files(tmp_path / "120/set") == files(tmp_path / "2000/set")
+
+
+@pytest.mark.parametrize(
+    ("error", "short"),
+    [
+        (MemoryError(), True),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
+        (RuntimeError("can't start new thread"), True),
+        (ImportError("/x/_regex.so: failed to map segment from shared object"), True),
+        (ImportError("No module named 'regex'"), False),
+        (OSError(errno.ENOSPC, "No space left on device"), False),
+    ],
+)
+def test_what_says_that_memory_is_short(error, short):
+    assert memory.is_short(error) == short
 
 
 def test_a_video_that_takes_too_much_memory_is_named(items, tmp_path, monkeypatch):
