@@ -12,6 +12,7 @@ from c4c.config import dump, load
 from c4c.training.run_folder import read_config
 from c4c.zero import checkpoint
 from c4c.zero.checkpoint import latest, tags
+from tests.buckets import object_store
 from tests.launch.kills import curve, kill_and_go_on, validations
 from tests.launch.runs import ROOT, STEPS_PER_EPOCH, lines, losses
 
@@ -81,23 +82,16 @@ def test_a_run_folder_holds_all_that_is_needed_later(runs, launcher):
 
 
 @pytest.mark.network
-def test_ranks_train_from_an_object_store_through_one_folder(launcher, forks, runs, monkeypatch):
-    moto = pytest.importorskip("moto.server")
-    s3fs = pytest.importorskip("s3fs")
-    server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    env = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1",
-           "AWS_ENDPOINT_URL": f"http://{host}:{port}"}  # fmt: skip
-    for name, value in env.items():
-        monkeypatch.setenv(name, value)
-    store = s3fs.S3FileSystem(skip_instance_cache=True)
-    store.mkdir("bucket")
-    store.put(f"{launcher.train}/", "bucket/train/", recursive=True)
+def test_ranks_train_from_an_object_store_through_one_folder(launcher, forks, runs):
     run, local = launcher.folder / "remote", launcher.folder / "local"
     words = ["data.train=s3://bucket/train", f"data.local_dir={local}", "data.local_gb=0.1", f"run.dir={run}"]
-    code, out, err = forks.run(["launch/train.py", *launcher.words(*words, "train.epochs=2")], 2, **env)
-    server.stop()
+    with object_store() as (_, variables):
+        import s3fs
+
+        store = s3fs.S3FileSystem(skip_instance_cache=True)
+        store.mkdir("bucket")
+        store.put(f"{launcher.train}/", "bucket/train/", recursive=True)
+        code, out, err = forks.run(["launch/train.py", *launcher.words(*words, "train.epochs=2")], 2, **variables)
     assert code == 0, out + err
     assert losses(run) == losses(runs["2 ranks"])
     assert 0 < sum(p.stat().st_size for p in local.glob("*/*")) < 0.1e9

@@ -22,6 +22,7 @@ from shards.concat import Concat, open_splits
 from shards.disk_cache import DiskCache, Full
 from shards.remote import Local, RemoteFiles, Server, Unreachable, patiently
 from shards.split import Split
+from tests.buckets import object_store
 from tests.pipelines.test_loader import SMALL, run
 
 pytestmark = pytest.mark.slow  # imports DALI
@@ -204,21 +205,10 @@ def test_what_the_stream_raises_comes_behind_the_samples_before():
 @pytest.fixture(scope="module")
 def store():
     """An S3 server that can be stopped and started again; its environment is set for s3fs."""
-    moto = pytest.importorskip("moto.server")
-    server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        }.items():  # fmt: skip
-            patch.setenv(name, value)
+    with object_store() as (server, _):
         import s3fs
 
-        s3fs.S3FileSystem.clear_instance_cache()
         yield server, s3fs.S3FileSystem()
-    server.stop()
 
 
 @pytest.fixture(scope="module")

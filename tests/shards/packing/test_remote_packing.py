@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
@@ -26,6 +27,7 @@ from shards.packing.pack import pack
 from shards.packing.worker import Job, pack_shard
 from shards.schema import REJECTS
 from shards.tools.verify import verify
+from tests.buckets import object_store
 from tests.shards.packing.same import same
 from tests.shards.sets import COPY, INTRA, files, packed
 
@@ -153,24 +155,13 @@ def test_protocols_say_what_they_need(monkeypatch: pytest.MonkeyPatch, capsys: p
 
 
 @pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch):
+def bucket() -> Iterator[str]:
     """An S3 server with an empty bucket; yields its URL."""
-    moto = pytest.importorskip("moto.server")
-    server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-    }.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
-    import s3fs
+    with object_store():
+        import s3fs
 
-    s3fs.S3FileSystem.clear_instance_cache()
-    s3fs.S3FileSystem().mkdir("bucket")
-    yield "s3://bucket"
-    s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
+        s3fs.S3FileSystem().mkdir("bucket")
+        yield "s3://bucket"
 
 
 @pytest.mark.network
