@@ -6,7 +6,8 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: demo demo-two-stage test test-quick kills lint
 # tests run in as many processes as there are cores, up to 4; each takes whole files, so that fixtures are made once
 CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
-TESTS := python -m pytest -q -n $(shell echo $$(( $(CORES) > 4 ? 4 : $(CORES) ))) --dist loadfile
+PROCESSES := $(shell echo $$(( $(CORES) > 4 ? 4 : $(CORES) )))
+TESTS := python -m pytest -q --dist loadfile
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -16,10 +17,11 @@ demo-two-stage: $(VENV)/ready
 	python -c 'from c4c.zero.distributed import compile_ops; compile_ops()' & python -m c4c.shard demo-narrated --out data/narrated && wait && python launch/stages.py --cfg demo_two_stage.yaml
 
 test: $(VENV)/ready
-	$(TESTS)
+	$(TESTS) -n $(PROCESSES)
 
+# one process more: these wait for disks and pipes now and then
 test-quick: $(VENV)/ready
-	$(TESTS) --quick
+	$(TESTS) -n $(shell echo $$(( $(PROCESSES) + 1 ))) --quick
 
 kills: $(VENV)/ready
 	python tests/launch/kills.py --tries 20 && python tests/launch/faults.py

@@ -62,9 +62,11 @@ def verify(
     for shard in info["shards"]:
         jobs.append((path, shard, first, info["profile"]))
         first += shard["videos"]
-    with ProcessPoolExecutor(min(workers or os.cpu_count() or 1, max(1, len(jobs))), get_context("spawn")) as pool:
+    workers = min(workers or os.cpu_count() or 1, max(1, len(jobs)))
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:  # which starts nothing before it is used
         on_shard(0, len(jobs))
-        for done, of_shard in enumerate(pool.map(_verify_shard, jobs), 1):
+        each = map if workers == 1 else pool.map
+        for done, of_shard in enumerate(each(_verify_shard, jobs), 1):
             problems += of_shard
             on_shard(done, len(jobs))
     return problems + _verify_split(path, info, readable=all(p.key for p in problems))

@@ -56,6 +56,7 @@ def test_captions_above_the_limit_are_counted(numbered):
     assert lengths(split, replace(PLAIN, paragraph=True)).captions == len(split)
 
 
+@pytest.mark.slow
 def test_a_large_set_is_looked_at_for_a_second(numbered):
     ticks = count(step=0.4)
     found = lengths(numbered.intra, replace(PLAIN, max_words=3), now=lambda: next(ticks))

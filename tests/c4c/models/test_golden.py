@@ -216,6 +216,7 @@ def test_official_schedule():
         np.testing.assert_allclose(following, golden[name.replace("used", "get_lr_after")], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["const_small", "const_big_clipped", "const_big_noclip", "const_nodecay", "sched100_small", "sched20_long"]
 )

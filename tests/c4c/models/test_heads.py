@@ -100,6 +100,7 @@ def test_only_some_heads_see_order():
     assert min(gap[n] for n in ("seqLSTM", "seqTransf", "TransformerAdapter")) > 1e-5
 
 
+@pytest.mark.slow
 def test_seq_transf_learns_what_mean_pooling_cannot():
     """Pairs of videos that differ in order only, and texts that say which: meanP stays at a guess, seqTransf solves it."""
     solved = {}

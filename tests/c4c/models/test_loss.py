@@ -95,6 +95,7 @@ def test_padding_is_nobodys_negative():
     assert after["video"][~VALID].abs().max() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_the_average_over_ranks_is_the_whole_batch(world, tmp_path):
     multiprocessing.set_forkserver_preload([__name__])  # one import of torch for all ranks

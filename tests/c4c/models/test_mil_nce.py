@@ -58,6 +58,7 @@ def test_bags_of_one_count_each_negative_of_both_directions():
     assert got.item() == pytest.approx(-(e / (e + 4)).log().item())
 
 
+@pytest.mark.slow
 def test_two_ranks(tmp_path):
     multiprocessing.set_forkserver_preload([__name__])
     mp.start_processes(_rank, (2, str(tmp_path)), nprocs=2, start_method="forkserver")

@@ -14,6 +14,8 @@ from c4c.models.heads import HEADS
 from c4c.training.outcome import Outcome
 from c4c.training.step import Learner
 
+pytestmark = pytest.mark.slow
+
 ROWS, FRAMES, WORDS, BAG = 4, 3, 12, 2
 SPEC = {
     "embed_dim": 64,

@@ -106,6 +106,7 @@ def store(monkeypatch):
     return store
 
 
+@pytest.mark.slow
 def test_a_rank_that_stands_still_is_named(store, capsys):
     ended = threading.Event()
     with (
@@ -136,6 +137,7 @@ def test_a_rank_that_is_gone_is_named(store, capsys):
     assert "rank 1 (never connected) does not respond" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_first_rank_that_is_stopped_is_named(store, capsys, monkeypatch):
     """It holds the store: whoever asks that waits, and the watch must not wait with them."""
     ended, never = threading.Event(), threading.Event()
