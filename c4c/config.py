@@ -4,8 +4,6 @@ import dataclasses
 import difflib
 import inspect
 import re
-import sys
-import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +16,7 @@ from c4c.files import looked_in, parse_yaml, read_yaml
 from c4c.settings import CheckpointConfig, EngineConfig, ModelConfig, TrainConfig
 from c4c.training.run_folder import RunConfig, require_wandb
 from c4c.zero.keys import wrong_key
+from pipelines.bounds import WRONG_KIND, convert, kind_name
 from pipelines.config import CacheConfig, ClipsConfig, DataConfig
 
 
@@ -264,13 +263,9 @@ def _leaf(kind: Any, located: Any, key: str) -> Any:
     if isinstance(located, dict):
         raise ConfigError(f"{key} in {_where(located)}: takes one value, not keys")
     value, where = located
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    for option in options:
-        converted = _convert(option, value)
-        if converted is not _NO:
-            return converted
-    names = " or ".join(_type_name(o) for o in options)
-    raise ConfigError(f"{key}={_short(value)} in {where}: must be {names}")
+    if (converted := convert(kind, value, yaml=True)) is WRONG_KIND:
+        raise ConfigError(f"{key}={_short(value)} in {where}: must be {kind_name(kind)}")
+    return converted
 
 
 def _short(value: Any) -> str:
@@ -281,34 +276,6 @@ def _short(value: Any) -> str:
 def _cut(text: str, most: int = 200) -> str:
     text = text if text.isprintable() else repr(text)[1:-1]
     return text if len(text) <= most else f"{text[:most]}…"
-
-
-_NO = object()
-
-
-def _convert(kind: Any, value: Any) -> Any:
-    if kind is type(None):
-        return None if value is None else _NO
-    if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
-        try:
-            return float(value)
-        except ValueError:
-            return _NO
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value) if abs(value) <= sys.float_info.max else _NO
-    if typing.get_origin(kind) is tuple:
-        item = typing.get_args(kind)[0]
-        parts = [_convert(item, v) for v in value] if isinstance(value, (list, tuple)) else [_NO]
-        return _NO if _NO in parts else tuple(parts)
-    if kind is int and isinstance(value, bool):
-        return _NO
-    return value if isinstance(value, kind) else _NO
-
-
-def _type_name(kind: Any) -> str:
-    return {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}.get(
-        kind, "a list"
-    )
 
 
 def _plain(value: Any) -> Any:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from c4c.training.lr_schedule import lr_factor, official_lr_factor
-from pipelines.bounds import COUNT, MONTH_S, check_numbers
+from pipelines.bounds import COUNT, MONTH_S, check_values
 
 PRECISIONS = ("bf16", "fp16", "fp32")
 OFFLOADS = ("none", "optimizer", "all")
@@ -30,12 +30,12 @@ class ModelConfig:
     init_tag: str = ""  # which checkpoint of a run folder: its name, or best; empty: the latest
 
     def __post_init__(self):
+        check_values("model", self, {"head_layers": (1, 1000)})
         _check_backbone(self.backbone)
         if self.head not in (heads := _heads()):
             raise ValueError(f"model.head must be one of {', '.join(heads)}; got {self.head!r}")
         if self.linear_patch not in ("2d", "3d"):
             raise ValueError(f"model.linear_patch must be 2d or 3d; got {self.linear_patch!r}")
-        check_numbers("model", self, {"head_layers": (1, 1000)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ class TrainConfig:
         epochs = ("epochs", "warmup_epochs", "freeze_text_epochs", "freeze_video_epochs")
         rates = dict.fromkeys(("lr", "coef_lr", "lr_text", "lr_video", "weight_decay", "eps"), (0, math.inf))
         shares = dict.fromkeys(("warmup_start", "warmup_fraction"), (0, 1))
-        check_numbers("train", self, {
+        check_values("train", self, {
             **counts, **rates, **shares, **dict.fromkeys(epochs, (0, 1_000_000)), "freeze_layers": (-1, COUNT),
             **dict.fromkeys(("batch_size", "accumulate", "max_bad_steps"), (1, COUNT)),
         })  # fmt: skip
@@ -139,6 +139,7 @@ class EngineConfig:
     timeout_s: float = 1800.0  # a rank that takes longer for one step is considered dead: the run ends and names it
 
     def __post_init__(self):
+        check_values("engine", self, {"clip_grad_norm": (0, math.inf), "timeout_s": (-math.inf, MONTH_S)})
         if self.precision not in PRECISIONS:
             raise ValueError(f"engine.precision must be one of {', '.join(PRECISIONS)}; got {self.precision!r}")
         if self.zero_stage not in (0, 1, 2, 3):
@@ -151,7 +152,6 @@ class EngineConfig:
             raise ValueError(
                 f"engine.offload=all needs engine.zero_stage=3, which partitions the weights; it is {self.zero_stage}"
             )
-        check_numbers("engine", self, {"clip_grad_norm": (0, math.inf), "timeout_s": (-math.inf, MONTH_S)})
         if self.timeout_s <= 0:
             raise ValueError(f"engine.timeout_s={self.timeout_s}: must be above 0")
 
@@ -166,12 +166,12 @@ class CheckpointConfig:
     keep_best: int = 1  # checkpoints with the best validated text-to-video R@1, in addition
 
     def __post_init__(self):
+        counts = dict.fromkeys(("every_steps", "keep_best"), (0, COUNT))
+        check_values("checkpoint", self, {**counts, "every_minutes": (0, MONTH_S // 60)})
         if self.keep_last < 1:
             raise ValueError(
                 f"checkpoint.keep_last={self.keep_last}: must be at least 1, or nothing could be evaluated"
             )
-        counts = dict.fromkeys(("every_steps", "keep_best"), (0, COUNT))
-        check_numbers("checkpoint", self, {**counts, "every_minutes": (0, MONTH_S // 60)})
 
 
 def _check_backbone(name: str) -> None:

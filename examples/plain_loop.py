@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from pipelines.config import DataConfig
 from pipelines.loader import Loader
+from shards import ShardError
 from shards.split import Split
 
 SIDE, FRAMES, WORDS = 64, 4, 24
@@ -41,6 +42,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=32)
     args = parser.parse_args()
+    try:
+        split = Split(args.data)
+    except ShardError as error:
+        parser.error(str(error))
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
@@ -48,7 +53,7 @@ def main() -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
 
     config = DataConfig(num_frames=FRAMES, image_size=SIDE, max_words=WORDS, sampling="segment")
-    with Loader(Split(args.data), config, batch_size=args.batch_size, seed=0, device=device) as loader:
+    with Loader(split, config, batch_size=args.batch_size, seed=0, device=device) as loader:
         # batches(epoch, step, count) starts at any position: resuming needs no other state
         for batch in loader.batches(epoch=0, step=0, count=args.steps):
             scores = model(batch.frames, batch.frame_mask, batch.tokens)[batch.valid][:, batch.valid]

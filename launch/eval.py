@@ -18,8 +18,8 @@ from c4c.launched import quick_imports
 def main() -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(
-        description="Rank every test video for every caption, with a run's checkpoint or any other. Started by deepspeed, "
-        "torchrun or srun, ranks share the work."
+        description="Evaluate a checkpoint, of a run or any other: how well captions find their videos in a test split, and "
+        "videos their captions. Started by deepspeed, torchrun or srun, ranks share the work."
     )
     parser.add_argument(
         "--ckpt", required=True,

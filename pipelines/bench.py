@@ -7,18 +7,21 @@ Beside it stands a ceiling without loading: the same batch handed over again and
 """
 
 import argparse
+import difflib
 import json
 import sys
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from itertools import cycle, islice
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import torch
 import yaml
 from rich.console import Console
 from rich.table import Table
 
+from pipelines.bounds import WRONG_KIND, convert, kind_name
 from pipelines.chain import Stream
 from pipelines.config import LANES, CacheConfig, DataConfig
 from pipelines.lanes import lane_name
@@ -31,8 +34,8 @@ from shards.split import Split
 def main(words: list[str] | None = None) -> int:
     """Run the command line; its exit code."""
     args = _arguments(words)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        device = _device(args.device)
         config = _config(args)
         split = Split(args.data, config.local)
         cache = CacheConfig(dir=str(args.cache or ""), max_gb=args.cache_gb, frames=args.cache_frames)
@@ -166,17 +169,33 @@ def _synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def _device(name: str | None) -> str:
+    there_is_one = torch.cuda.is_available()
+    if name is None:
+        return "cuda" if there_is_one else "cpu"
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
+        raise ValueError(f"--device {name}: must be cpu, cuda or cuda:N")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: there {'is no such' if there_is_one else 'is no'} GPU that torch can use")
+    return name
+
+
 def _config(args: argparse.Namespace) -> DataConfig:
-    values, kinds = {"lane": args.lane}, {f.name: f.type for f in fields(DataConfig)}
+    values: dict[str, Any] = {"lane": args.lane}
+    kinds = get_type_hints(DataConfig)
     for word in args.settings:
         key, equals, text = word.removeprefix("data.").partition("=")
-        if not equals or key not in kinds:
-            raise ValueError(f"{word}: write a setting as key=value; there are {', '.join(kinds)}")
-        values[key] = yaml.safe_load(text)
-    try:
-        return DataConfig(**values)
-    except TypeError as error:
-        raise ValueError(f"{' '.join(args.settings)}: a value is of the wrong kind ({error})") from error
+        if not equals:
+            raise ValueError(f"{word}: write a setting as key=value")
+        if key not in kinds:
+            near = difflib.get_close_matches(key, kinds, 3)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(kinds)}"
+            raise ValueError(f"unknown setting data.{key}: {hint}")
+        values[key] = convert(kinds[key], yaml.safe_load(text), yaml=True)
+        if values[key] is WRONG_KIND:
+            raise ValueError(f"data.{key}={text}: must be {kind_name(kinds[key])}")
+    return DataConfig(**values)
 
 
 def _arguments(words: list[str] | None) -> argparse.Namespace:

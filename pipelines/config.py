@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.bounds import COUNT, MONTH_S, check_numbers
+from pipelines.bounds import COUNT, MONTH_S, check_values
 from pipelines.frame_sampling import ORDERS, RULES
 from shards.remote import Local
 
@@ -24,7 +24,7 @@ class CacheConfig:
     frames: int = 0
 
     def __post_init__(self):
-        check_numbers("cache", self, {"frames": (0, COUNT), "max_gb": (-_MOST_GB, _MOST_GB)})
+        check_values("cache", self, {"frames": (0, COUNT), "max_gb": (-_MOST_GB, _MOST_GB)})
         if self.max_gb <= 0:
             raise ValueError(f"cache.max_gb={self.max_gb}: must be above 0; cache.dir='' turns the cache off")
 
@@ -39,7 +39,7 @@ class ClipsConfig:
     bag: int = 1  # captions of a pair, its own and those said nearest to it; above 1 needs train.loss=mil_nce
 
     def __post_init__(self):
-        check_numbers("clips", self, {"min_s": (0, MONTH_S), "bag": (1, 1000)})
+        check_values("clips", self, {"min_s": (0, MONTH_S), "bag": (1, 1000)})
         if self.bag > 1 and not self.cut:
             raise ValueError(
                 f"clips.bag={self.bag} takes the captions around a clip: set clips.cut=true, or clips.bag=1"
@@ -86,17 +86,17 @@ class DataConfig:
     max_bad_fraction: float = 0.01  # of the samples read; above it the run ends
 
     def __post_init__(self):
-        if self.sampling not in RULES:
-            raise ValueError(f"data.sampling must be one of {', '.join(RULES)}; got {self.sampling!r}")
-        if self.lane not in LANES:
-            raise ValueError(f"data.lane must be one of {', '.join(LANES)}; got {self.lane!r}")
-        check_numbers("data", self, {
+        check_values("data", self, {
             "num_frames": (1, 4096), "fps": (1, 1000), "image_size": (1, 8192), "resize": (0, 8192), "max_words": (-COUNT, 4096),
             "threads": (0, 1024), "prefetch": (1, 1024), "eval_batch_size": (1, 65536), "ahead": (0, 10_000),
             **dict.fromkeys(("epoch_samples", "shuffle_block"), (0, 10**12)),
             **dict.fromkeys(("random_crop", "flip", "colour", "max_bad_fraction"), (0, 1)),
             **dict.fromkeys(("read_timeout_s", "server_timeout_s"), (0, MONTH_S)), "local_gb": (0, _MOST_GB),
         })  # fmt: skip
+        if self.sampling not in RULES:
+            raise ValueError(f"data.sampling must be one of {', '.join(RULES)}; got {self.sampling!r}")
+        if self.lane not in LANES:
+            raise ValueError(f"data.lane must be one of {', '.join(LANES)}; got {self.lane!r}")
         for name in ("local_gb", "server_timeout_s", "read_timeout_s"):
             if not getattr(self, name):
                 raise ValueError(f"data.{name}={getattr(self, name)}: must be above 0")

@@ -9,7 +9,7 @@ from pipelines.chain import chain
 from pipelines.config import DataConfig
 from pipelines.lanes import Lane
 from pipelines.requests import BatchPlan, EvalRequests
-from pipelines.running import LaneLoader
+from pipelines.running import LaneLoader, require_opened
 from pipelines.stats import Stats
 from shards import ShardError
 from shards.split import Split
@@ -24,10 +24,14 @@ class EvalLoader(LaneLoader[BatchPlan]):
     def __init__(
         self, split: Split, config: DataConfig, *, rank: int = 0, world: int = 1, device: torch.device | str = "cpu"
     ):
+        require_opened(split)
         self.split, self.config = split, config
         self._requests = EvalRequests(split, config, rank, world)
-        self.batches = self._requests.batches
         super().__init__(Lane(split, config, torch.device(device), config.eval_batch_size))
+
+    def __len__(self) -> int:
+        """Number of batches, the same on every rank."""
+        return self._requests.batches
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor]]:
         """(video indices [n], frames [n, num_frames, 3, H, W], mask [n, num_frames]), n <= eval_batch_size, n may be 0.

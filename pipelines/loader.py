@@ -20,7 +20,7 @@ from pipelines.mixture import order_of
 from pipelines.pair_order import rank_rows
 from pipelines.quarantine import Quarantine
 from pipelines.requests import BatchPlan, Sample, TrainingRequests
-from pipelines.running import LaneLoader
+from pipelines.running import LaneLoader, require_opened
 from pipelines.stats import Stats
 from pipelines.tokens import tokenize
 from shards import ShardError
@@ -81,6 +81,7 @@ class Loader(LaneLoader[Batch]):
         clips: ClipsConfig | None = None,
         raw: bool = False,
     ):
+        require_opened(split)
         self._config, clips = config, clips or ClipsConfig()
         narration.check(split, clips, config, cache)
         order = order_of(split, config, batch_size, seed, drop_last)
@@ -101,7 +102,12 @@ class Loader(LaneLoader[Batch]):
         return self._lane.threads
 
     def batches(self, epoch: int = 0, step: int = 0, count: int | None = None) -> Iterator[Batch]:
-        """`count` batches (without end if None) from `step` of `epoch` on, across epoch boundaries."""
+        """`count` batches (without end if None) from `step` of `epoch` on, across epoch boundaries.
+
+        Raises ValueError for a step that an epoch does not have.
+        """
+        if epoch < 0 or not 0 <= step < self.steps_per_epoch:
+            raise ValueError(f"epoch={epoch}, step={step}: an epoch has {self.steps_per_epoch} steps, counted from 0")
         if self._prefetch is not None and not self._closed:
             raise RuntimeError("this loader is already running: make another one to start at another position")
         stream = self._stream(epoch * self.steps_per_epoch + step, count)

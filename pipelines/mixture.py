@@ -40,6 +40,8 @@ class Mixture:
 
 def order_of(split: Dataset, config: DataConfig, batch_size: int, seed: int, drop_last: bool) -> PairOrder:
     """The order in which training visits a split, or several. Raises ValueError for weights that cannot be had."""
+    if batch_size < 1:
+        raise ValueError(f"train.batch_size={batch_size}: must be at least 1")
     splits = split.parts
     sizes = tuple(s.info["videos" if config.paragraph else "captions"] for s in splits)
     if batch_size > max(_SMALL_BATCH, 2 * sum(sizes)):

@@ -172,8 +172,15 @@ class _Block:
         return np.stack([self.video[at], self.caption[at]], axis=1)
 
 
+def check_rank(rank: int, world: int) -> None:
+    """Raise ValueError if there is no such rank."""
+    if not 0 <= rank < world:
+        raise ValueError(f"rank={rank}: must be from 0 to {world - 1}, as world={world}")
+
+
 def rank_rows(batch_size: int, rank: int, world: int) -> slice:
     """The rows of a global batch that a rank takes. Raises ValueError if they cannot be shared out evenly."""
+    check_rank(rank, world)
     if batch_size % world:
         usable = [n for n in (batch_size // world * world, (batch_size // world + 1) * world) if n]
         raise ValueError(

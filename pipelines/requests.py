@@ -11,7 +11,7 @@ import torch
 from pipelines.config import ClipsConfig, DataConfig
 from pipelines.frame_sampling import candidates, choose, draws, generator, ordered
 from pipelines.narration import clip_of_pair, stored_between
-from pipelines.pair_order import PairOrder
+from pipelines.pair_order import PairOrder, check_rank
 from pipelines.stages.fetch import NOTHING, BadSample, Source
 from shards.dataset import Dataset
 from shards.schema import Video
@@ -168,6 +168,7 @@ class EvalRequests:
     last may have no clip (collectives need that)."""
 
     def __init__(self, split: Split, config: DataConfig, rank: int, world: int):
+        check_rank(rank, world)
         self._split, self._config = split, config
         self._videos = np.arange(rank, len(split), world)
         videos_of_a_rank = ceil(len(split) / world)  # at most

@@ -1,12 +1,19 @@
 """What both loaders are: a lane, and the thread that pulls at the end of its chain."""
 
 import sys
+from os import PathLike
 from typing import Generic, TypeVar
 
 from pipelines.chain import Prefetch, Stream
 from pipelines.lanes import Lane
 
 T = TypeVar("T")
+
+
+def require_opened(split: object) -> None:
+    """Raise TypeError for a path where an opened split is wanted."""
+    if isinstance(split, str | PathLike):
+        raise TypeError(f"{split} is a path: open it first, with shards.split.Split({str(split)!r})")
 
 
 class LaneLoader(Generic[T]):
@@ -19,15 +26,18 @@ class LaneLoader(Generic[T]):
     def _start(self, stream: Stream, ahead: int, name: str) -> Prefetch[T]:
         if self._closed:
             raise RuntimeError("this loader is closed: make another one")
-        self._prefetch = Prefetch(stream, ahead, name, self._lane.use_device)
-        return self._prefetch
+        self._prefetch = prefetch = Prefetch(stream, ahead, name, self._lane.use_device)
+        if self._closed:  # by another thread, which did not see this one yet
+            prefetch.close()
+        return prefetch
 
     def close(self) -> None:
         """End the threads, and do not wait for reads that hang. Safe to call twice; a loader that is dropped does it itself."""
         self._closed = True
         if self._prefetch is not None:
             self._prefetch.stop()
-            self._lane.interrupt()
+        self._lane.interrupt()
+        if self._prefetch is not None:
             self._prefetch.close()
         self._lane.close()
 

@@ -11,11 +11,11 @@ from pipelines.stages.fetch import Source
 
 @dataclass
 class Stats:
-    """Of one rank's batch, or of several added up.
+    """Counts and seconds of one rank's batch, or of several added up.
 
-    Seconds are of the thread that makes batches, so they add up to the time a batch takes; where its workers overlap
-    with it they count once. They are those spent while the batch was made, partly on the next. A stage near 0 is free; the
-    largest is the one to speed up.
+    The seconds add up to what the thread that makes batches needs for one. While its workers read and decode, only the
+    time that it waits for them counts. Part of the work that is measured during one batch is for the next. A stage near 0
+    costs nothing; the largest is the one to speed up.
     """
 
     clips: int = 0

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from c4c.files import read_json_object, read_yaml, replace_text, require_folder
-from pipelines.bounds import check_numbers
+from pipelines.bounds import check_values
 from pipelines.quarantine import json_lines
 
 RESUME = ("never", "auto")
@@ -43,7 +43,7 @@ class RunConfig:
     wandb: str = ""  # a project of Weights & Biases to send the metrics to as well; needs its package and a login
 
     def __post_init__(self):
-        check_numbers("run", self, {"seed": (0, 2**63 - 1)})
+        check_values("run", self, {"seed": (0, 2**63 - 1)})
         if self.resume not in RESUME:
             raise ValueError(f"run.resume must be never or auto; got {self.resume!r}")
         if not self.dir:

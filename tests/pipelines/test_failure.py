@@ -11,6 +11,7 @@ import pytest
 import torch
 from crc32c import crc32c
 
+from pipelines import running
 from pipelines.config import CacheConfig, DataConfig
 from pipelines.eval_loader import EvalLoader
 from pipelines.lanes import Lane
@@ -319,6 +320,23 @@ def test_closing_does_not_wait_for_reads_that_hang(numbered, monkeypatch, tmp_pa
     release.set()
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", [Loader, EvalLoader])
+def test_a_loader_that_is_closed_while_it_starts_ends(numbered, monkeypatch, kind):
+    loader = (
+        Loader(numbered.intra, SMALL, batch_size=4, seed=0) if kind is Loader else EvalLoader(numbered.intra, SMALL)
+    )
+    prefetch = running.Prefetch
+
+    def start(*given):
+        made = prefetch(*given)
+        loader.close()  # another thread does, before the loader knows what it has started
+        return made
+
+    monkeypatch.setattr(running, "Prefetch", start)
+    assert next(loader.batches() if kind is Loader else iter(loader), None) is None
+
+
 def test_a_closed_loader_says_so(numbered):
     loader = Loader(numbered.intra, SMALL, batch_size=4, seed=0)
     loader.close()
@@ -334,5 +352,5 @@ def test_an_evaluation_that_was_left_can_begin_again(numbered):
     with EvalLoader(numbered.intra, replace(SMALL, eval_batch_size=2)) as loader:
         first = next(iter(loader))
         again = list(loader)
-    assert len(again) == loader.batches and torch.equal(again[0][1], first[1])
+    assert len(again) == len(loader) and torch.equal(again[0][1], first[1])
     until(lambda: not any(t.name == "c4c-eval-loader" for t in threading.enumerate()))

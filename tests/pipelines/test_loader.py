@@ -283,15 +283,35 @@ def test_a_loader_runs_once(numbered):
             next(loader.batches())
 
 
+def test_what_a_loader_cannot_do_is_said(numbered):
+    split = numbered.intra
+    for options in ({"rank": 5, "world": 4}, {"rank": -1, "world": 4}):
+        with pytest.raises(ValueError, match=r"must be from 0 to 3, as world=4"):
+            Loader(split, SMALL, batch_size=4, seed=0, **options)
+        with pytest.raises(ValueError, match=r"must be from 0 to 3, as world=4"):
+            EvalLoader(split, SMALL, **options)
+    with pytest.raises(ValueError, match="batch_size=0: must be at least 1"):
+        Loader(split, SMALL, batch_size=0, seed=0)
+    for place in (str(split.path), split.path):
+        with pytest.raises(TypeError, match=r"is a path: open it first, with shards\.split\.Split"):
+            Loader(place, SMALL, batch_size=4, seed=0)
+        with pytest.raises(TypeError, match="is a path"):
+            EvalLoader(place, SMALL)
+    with Loader(split, SMALL, batch_size=4, seed=0) as loader:
+        for where in ({"step": -1}, {"step": loader.steps_per_epoch}, {"epoch": -1}):
+            with pytest.raises(ValueError, match=f"an epoch has {loader.steps_per_epoch} steps, counted from 0"):
+                next(loader.batches(**where))
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 13])
 def test_evaluation_sees_every_video_once(numbered, world):
     whole = {}
     config = replace(SMALL, eval_batch_size=2)
     readers = [EvalLoader(numbered.intra, config, rank=rank, world=world) for rank in range(world)]
-    assert {reader.batches for reader in readers} == {{1: 6, 2: 3, 3: 2, 13: 1}[world]}
+    assert {len(reader) for reader in readers} == {{1: 6, 2: 3, 3: 2, 13: 1}[world]}
     for reader in readers:
         batches = list(reader)
-        assert len(batches) == reader.batches
+        assert len(batches) == len(reader)
         for indices, frames, mask in batches:
             assert len(indices) == len(frames) == len(mask) <= 2
             assert frames.shape[1:] == (3, 3, 32, 32) and mask.shape[1:] == (3,)
