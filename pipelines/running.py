@@ -26,7 +26,8 @@ class LaneLoader(Generic[T]):
     def _start(self, stream: Stream, ahead: int, name: str) -> Prefetch[T]:
         if self._closed:
             raise RuntimeError("this loader is closed: make another one")
-        self._prefetch = prefetch = Prefetch(stream, ahead, name, self._lane.use_device)
+        prefetch: Prefetch[T] = Prefetch(stream, ahead, name, self._lane.use_device)
+        self._prefetch = prefetch
         if self._closed:  # by another thread, which did not see this one yet
             prefetch.close()
         return prefetch
