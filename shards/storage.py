@@ -27,6 +27,7 @@ _PACKAGES = {
     "http": "aiohttp",
     "https": "aiohttp",
 }
+MISSING = "the file is missing"  # why a video is rejected that has no file
 _TRIES = 4
 _PAUSE = 0.5  # seconds before the second try; doubles for each further one
 _SILENCE = 60  # seconds without a byte after which an http server counts as gone
@@ -83,7 +84,7 @@ def opened(path, on_ready: Callable[[int], None] = lambda size: None) -> Iterato
             raise VideoError("it is not a regular file")
         file = open(path, "rb")  # noqa: SIM115 closed below
     except FileNotFoundError as error:
-        raise VideoError("the file is missing") from error
+        raise VideoError(MISSING) from error
     except (OSError, ValueError) as error:
         if isinstance(error, VideoError):
             raise
@@ -129,7 +130,7 @@ def _retried(action: Callable[[], object], path) -> None:
             if isinstance(error, OSError) and error.errno in DISK_FULL:
                 raise
             if isinstance(error, FileNotFoundError):
-                raise VideoError("the file is missing") from error
+                raise VideoError(MISSING) from error
             refused = isinstance(error, PermissionError) or type(error).__name__ == "NoCredentialsError"
             if refused and path.protocol not in ("http", "https"):
                 raise ShardError(f"access to {path} is denied: {short(error)}. Check the credentials") from error

@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 
 from shards import VideoError
 from shards.annotations import Caption, Item
-from shards.packing.sources import ABSENT, MISSING, source_size
+from shards.packing.sources import ABSENT, source_size
 from shards.schema import JSON_CRCS, REJECTS, FrameTable, Video
+from shards.storage import MISSING
 from shards.tar import commit, naming, safe_key, sync_and_close
 from shards.video.profiles import Profile, Stored
 
