@@ -70,7 +70,7 @@ def _rebuild(job: ShardRepair, rejects: list[dict]) -> RepairedShard:
         last = f"after sample {samples[-1].id!r}" if samples else "before the first sample"
         raise ShardError(
             f"{tar} is damaged {last}: {damage}. Whole samples before that: {len(samples)}. Copy the file again, or "
-            f"cut it there: {command(job.path, '--truncate')} (the damaged file is kept as {tar.name}.damaged)."
+            f"cut it there: {repair_command(job.path, '--truncate')} (the damaged file is kept as {tar.name}.damaged)."
         )
     rows, crcs, good, lost = [], [], [], [damage] if damage else []
     checksums, profile = _checksums(job), None
@@ -84,7 +84,7 @@ def _rebuild(job: ShardRepair, rejects: list[dict]) -> RepairedShard:
                 if not job.drop:
                     raise ShardError(
                         f"{tar}: {sample.id}: {error}. Copy the file again, or leave the sample out: "
-                        f"{command(job.path, '--drop')} (the damaged file is kept as {tar.name}.damaged)."
+                        f"{repair_command(job.path, '--drop')} (the damaged file is kept as {tar.name}.damaged)."
                     ) from error
                 lost.append(f"{sample.id}: {error}")
                 gone = {"id": sample.id, "path": tar.name, "reason": f"damaged in the tar: {error}"}
@@ -110,7 +110,7 @@ def _rebuild(job: ShardRepair, rejects: list[dict]) -> RepairedShard:
     return RepairedShard(Repaired(job.name, "cut" if lost else "rebuilt", len(rows), tuple(lost)), profile)
 
 
-def command(path: Path, *options: str) -> str:
+def repair_command(path: Path, *options: str) -> str:
     """The command that repairs the split, to be pasted."""
     return " ".join(["python -m c4c.shard repair", shlex.quote(str(path)), *options])
 

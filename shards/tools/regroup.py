@@ -134,8 +134,8 @@ def _rewrite(target: Path, sources: Sequence[SourceSplit], pieces: Sequence[Piec
 def _copy_piece(copier: TarCopier, source: SourceSplit, piece: Piece) -> tuple[pa.Table, list[dict], list[int]]:
     """Append the samples; returns their rows with the new places, their rejects and the crc32c of their JSONs."""
     base = source.split.path / source.split.shards[piece.shard]
-    crc = source.split.info["shards"][piece.shard]["table_crc32c"]
-    shard_table = read_table(base.with_suffix(".parquet"), crc=crc)
+    table_crc = source.split.info["shards"][piece.shard]["table_crc32c"]
+    shard_table = read_table(base.with_suffix(".parquet"), crc=table_crc)
     rows = np.arange(shard_table.num_rows) if piece.rows is None else piece.rows
     index = read_index(base.with_suffix(".idx"))
     old_crcs = json.loads(shard_table.schema.metadata[JSON_CRCS])
@@ -150,17 +150,17 @@ def _copy_piece(copier: TarCopier, source: SourceSplit, piece: Piece) -> tuple[p
             at, length = index[f"{key}.json"]
             new = source.renamed.get(key, old)
             described: bytes | tuple[int, int, int] = (descriptor, at, length)
-            crc = old_crcs[row]
+            json_crc = old_crcs[row]
             if new != old:
                 value = json.loads(os.pread(descriptor, length, at)) | {"id": new}
                 text = json.dumps(value, ensure_ascii=False, sort_keys=True).encode()
-                described, crc = text, crc32c(text)
+                described, json_crc = text, crc32c(text)
             new_key = key if new == old else safe_key(new)
             members: Members = {extension: (descriptor, offset, size), "json": described}
             offsets.append(copier.add(new_key, members)[extension])
             keys.append(new_key)
             ids.append(new)
-            crcs.append(crc)
+            crcs.append(json_crc)
             names[old] = new
     for name, values in (("key", keys), ("id", ids), ("offset", offsets)):
         place = SCHEMA.get_field_index(name)
