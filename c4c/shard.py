@@ -11,13 +11,12 @@ from c4c import shard_console, shard_tools
 from c4c.files import require_folder
 from c4c.packing import PackingScreen, closing, refuse_place
 from c4c.shard_console import bar, say, show, size
-from shards import ShardError, count, memory
+from shards import ShardError, count, first_few, memory
 from shards.annotations import Item, readers
 from shards.annotations.files import Files
 from shards.demo import narrated, shapes
 from shards.limits import POSITIVE, SEED, Limits
 from shards.packing.pack import finish_parts, missing, pack
-from shards.packing.plan import some
 from shards.storage import is_remote, place
 from shards.tools.info import title
 from shards.video.profiles import CHROMAS, ENCODERS, FPS, GOP, PROFILES, QUALITY, SHORT_SIDE, Profile
@@ -251,7 +250,7 @@ def _pack(
         lacking = missing(out)
         say(
             f"{out}: part {args.part[0]}/{args.part[1]} is packed. {count(len(lacking), 'shard')} of other parts still "
-            f"missing ({some(lacking)}). The part that ends last finishes the split; or, when all are done, run: "
+            f"missing ({first_few(lacking, 5)}). The part that ends last finishes the split; or, when all are done, run: "
             f"python -m c4c.shard finish {shlex.quote(str(out))}"
         )
         return 0

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from shards import ShardError, storage
+from shards import ShardError, first_few, storage
 from shards.annotations import Item, refuse_duplicates
 from shards.packing import scheduler
 from shards.packing.differences import refuse_other
@@ -30,7 +30,6 @@ from shards.packing.plan import (
     read_plan,
     read_plan_and_summary,
     shard_name,
-    some,
 )
 from shards.packing.sources import folders_of
 from shards.packing.update import bring_up_to_date, end_update, refuse_update
@@ -257,7 +256,7 @@ def finish_parts(out: Path) -> dict:
         plan = read_plan(target, target.listing())
         if lacking := missing(out):
             raise ShardError(
-                f"{out} is not complete: {len(lacking)} of {plan['shards']} shards are missing ({some(lacking)}). Run the "
+                f"{out} is not complete: {len(lacking)} of {plan['shards']} shards are missing ({first_few(lacking, 5)}). Run the "
                 "packing command for the parts that hold them."
             )
         reconciliation = plan.pop("reconciliation", None)

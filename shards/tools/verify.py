@@ -14,9 +14,9 @@ from typing import BinaryIO
 import pyarrow.parquet as pq
 from crc32c import crc32c
 
-from shards import ShardError, VideoError, count
+from shards import VideoError, count
 from shards.packing.finish import read_totals
-from shards.schema import CAPTION_COUNTS, JSON_CRCS, Video
+from shards.schema import CAPTION_COUNTS, JSON_CRCS, SUFFIXES, Video
 from shards.split import Split
 from shards.summary import read_summary
 from shards.table import Table, read_counts
@@ -56,8 +56,7 @@ def verify(
     """
     problems, jobs, first = [], [], 0
     if not (path / "dataset.json").exists():
-        Split(path)  # raises with the right words
-        raise ShardError(f"{path} is not a finished split")
+        Split(path)  # raises a ShardError that says what is there instead
     info = read_summary((path / "dataset.json").read_bytes(), path)
     for shard in info["shards"]:
         jobs.append((path, shard, first, info["profile"]))
@@ -76,7 +75,7 @@ def _verify_split(path: Path, info: dict, readable: bool) -> list[Problem]:
     """The files of the split against each other; `readable`: all tables can be read and are the right ones."""
     remedy = f"Rebuild it from the tars: {repair_command(path)}"
     names, problems = {shard["name"] for shard in info["shards"]}, []
-    for file in sorted(p for p in path.iterdir() if p.suffix in (".tar", ".idx", ".parquet")):
+    for file in sorted(p for p in path.iterdir() if p.suffix[1:] in SUFFIXES):
         if file.stem not in names:
             problems.append(Problem(None, None, f"{file.name} is not a shard of this split", "Move it elsewhere"))
     if not readable:
@@ -110,7 +109,7 @@ def _verify_shard(job: tuple[Path, dict, int, dict]) -> list[Problem]:
     path, shard, first, profile = job
     name, problems = shard["name"], []
     tar_path = path / f"{name}.tar"
-    missing = [s for s in ("tar", "idx", "parquet") if not (path / f"{name}.{s}").exists()]
+    missing = [s for s in SUFFIXES if not (path / f"{name}.{s}").exists()]
     copy = "Copy the tar again, or run the packing command again"
     rebuild = f"Rebuild it from the tar: {repair_command(path)}"
     if missing:
