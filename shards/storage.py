@@ -5,6 +5,7 @@ behind. Remote outputs are made in such files and uploaded as a whole: an object
 complete.
 """
 
+import errno
 import fcntl
 import os
 import stat
@@ -293,7 +294,7 @@ class Bucket:
         try:
             _retried(ask, self.path)
         except VideoError as error:  # nothing is there yet
-            if not isinstance(error.__cause__, FileNotFoundError):
+            if not self._is_absence(error):
                 raise ShardError(f"{self.path}: {error}") from error
         return sizes
 
@@ -320,9 +321,15 @@ class Bucket:
             return file.read()
 
     def open(self, name: str) -> BinaryIO:
-        """A copy of an object, to be read and closed."""
+        """A copy of an object, to be read and closed. Raises FileNotFoundError if there is none."""
         file = tempfile.TemporaryFile(prefix="c4c-")  # noqa: SIM115 the caller closes it
-        self._do(lambda: _download(self.path / name, file))
+        try:
+            self._do(lambda: _download(self.path / name, file))
+        except ShardError as error:
+            file.close()
+            if self._is_absence(error.__cause__):
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"{self}/{name}") from error
+            raise
         file.seek(0)
         return file
 
@@ -331,6 +338,11 @@ class Bucket:
         self._fs.invalidate_cache()
         if self._fs.exists(f"{self._root}/{name}"):
             self._do(lambda: self._fs.rm_file(f"{self._root}/{name}"))
+
+    @staticmethod
+    def _is_absence(error: BaseException | None) -> bool:
+        """Whether the VideoError that `_retried` raised means that there is no such object."""
+        return error is not None and isinstance(error.__cause__, FileNotFoundError)
 
     def _do(self, action: Callable[[], object]) -> None:
         try:

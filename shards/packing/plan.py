@@ -93,7 +93,10 @@ def read_plan_and_summary(target: Folder | Bucket, listing: dict[str, int]) -> t
 def read_plan(target: Folder | Bucket, listing: dict[str, int]) -> dict:
     """The plan of the packing in `target`, with the counts of its annotations. Raises ShardError if there is none."""
     if "packing.json" in listing:
-        plan = _record(target, "packing.json")
+        try:
+            plan = _record(target, "packing.json")
+        except FileNotFoundError:  # another part has finished the split since it was listed
+            return read_plan(target, {"dataset.json": 0})
     elif "dataset.json" in listing:
         record = _record(target, "dataset.json")
         plan = with_counts(record.get("plan", {}), record.get("reconciliation"))
