@@ -112,7 +112,9 @@ def list_differences(packed: Listed, items: Sequence[Item], complete: bool) -> l
         made = f"it was made from {len(packed.ids)}" if complete else f"of it {len(packed.ids)} are packed"
         parts.append(f"{_are(len(asked))} asked for, {made} ({'; '.join(counts)})")
     if changed:
-        parts.append(f"the captions of {len(changed)} video{'s' * (len(changed) > 1)} differ ({first_few(map(repr, changed))})")
+        parts.append(
+            f"the captions of {len(changed)} video{'s' * (len(changed) > 1)} differ ({first_few(map(repr, changed))})"
+        )
     if parts:
         return parts
     if not complete:

@@ -15,6 +15,7 @@ from crc32c import crc32c
 from shards import ShardError, memory, storage
 from shards.packing import scheduler
 from shards.packing.plan import READERS
+from shards.packing.rows import is_loss
 from shards.schema import CAPTION_COUNTS, FORMAT_VERSION, REJECTS
 from shards.storage import Bucket, Folder
 
@@ -79,6 +80,8 @@ def finish(out: Path, plan: dict, names: list[str], reconciliation: dict | None 
     target = storage.output(out)
     totals = read_totals(out, plan["profile"], names)
     storage.write(target, "rejects.jsonl", totals.rejects_text)
+    if plan.get("input") is not None and any(map(is_loss, totals.rejects)):
+        plan = {**plan, "input": None}  # what a repair had to leave out must not pass for packed
     named = {what: plan[what] for what in ("name", "split", "profile")}
     summary: dict = {"format": totals.info["format"]} | named | totals.info | {"plan": plan}
     if reconciliation:

@@ -19,7 +19,7 @@ from shards.packing.rows import write_table
 from shards.schema import FORMAT_VERSION, JSON_CRCS, REJECTS, SCHEMA
 from shards.split import Split
 from shards.table import read_table
-from shards.tar import commit, naming, read_index, safe_key, write_atomic
+from shards.tar import commit, draft_name, naming, read_index, safe_key, write_atomic
 from shards.tarcopy import Members, TarCopier, copy_file, link_or_copy
 
 
@@ -95,7 +95,7 @@ def new_folder(out: Path):
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ShardError(f"{out} exists already and is not empty. Choose another --out.")
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    temporary = draft_name(out)
     temporary.mkdir()
     try:
         yield temporary
@@ -116,19 +116,23 @@ def _any_renamed(source: SourceSplit, base: Path) -> bool:
 
 def _rewrite(target: Path, sources: Sequence[SourceSplit], pieces: Sequence[Piece]) -> None:
     """Write one shard from samples of others; committed as the packer does, table last."""
-    temporary = target.with_name(f".{target.name}.tmp")
+    temporary = draft_name(target.with_suffix(".tar"))
     copier = TarCopier(temporary, target.with_suffix(".tar"))
     tables, rejects, crcs = [], [], []
-    for piece in pieces:
-        table, more, some = _copy_piece(copier, sources[piece.source], piece)
-        tables.append(table)
-        rejects += more
-        crcs += some
-    copier.close()
-    commit(temporary, target.with_suffix(".tar"))
+    try:
+        for piece in pieces:
+            table, more, some = _copy_piece(copier, sources[piece.source], piece)
+            tables.append(table)
+            rejects += more
+            crcs += some
+        copier.close()
+        commit(temporary, target.with_suffix(".tar"))
+    except BaseException:
+        copier.discard()
+        raise
     write_atomic(target.with_suffix(".idx"), copier.index())
     table = pa.concat_tables(tables).combine_chunks().cast(SCHEMA)  # Parquet calls what is in a list by another name
-    write_table(target.with_suffix(".parquet"), temporary, table, rejects, crcs)
+    write_table(target.with_suffix(".parquet"), table, rejects, crcs)
 
 
 def _copy_piece(copier: TarCopier, source: SourceSplit, piece: Piece) -> tuple[pa.Table, list[dict], list[int]]:

@@ -71,8 +71,6 @@ def repair(
         sorted(profiles[0].items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order))
     )
     plan = old.get("plan") or _plan(path, name or old.get("name"), split or old.get("split"), profile, repaired)
-    if any(r.lost for r in repaired):
-        plan = {**plan, "input": None}  # what is missing now must not pass for packed
     finish(path, plan, names, old.get("reconciliation"))
     return repaired
 

@@ -219,7 +219,9 @@ def _give_listed(source: Split, parts: Sequence[SplitPart], part_of: np.ndarray)
             part_of[index] = wanted.pop(id, -1)
             index += 1
     if wanted:
-        raise ShardError(f"{len(wanted)} of the listed ids are not in {source.path}: {first_few(map(repr, sorted(wanted)))}")
+        raise ShardError(
+            f"{len(wanted)} of the listed ids are not in {source.path}: {first_few(map(repr, sorted(wanted)))}"
+        )
 
 
 def _draw_shards(source: Split, parts: Sequence[SplitPart], seed: int) -> np.ndarray:
