@@ -104,7 +104,7 @@ def _rebuild(job: ShardRepair, rejects: list[dict]) -> RepairedShard:
             ]
             write_atomic(tar.with_suffix(".idx"), index_text(lines))
     ids = {row["id"] for row in rows}  # of these a lost one is back, from another copy of the tar
-    rejects = [*(r for r in rejects if not (is_loss(r) and r["id"] in ids)), *losses]
+    rejects = [*(r for r in rejects if not (is_loss(r) and r.get("id") in ids)), *losses]
     write_table(tar.with_suffix(".parquet"), pa.Table.from_pylist(rows, schema=SCHEMA), rejects, crcs)
     return RepairedShard(Repaired(job.name, "cut" if lost else "rebuilt", len(rows), tuple(lost)), profile)
 

@@ -124,7 +124,8 @@ def _rejects(path: Path, names: list[str]) -> dict[str, list[dict]]:
             known[name] = json.loads(pq.read_schema(path / f"{name}.parquet").metadata[REJECTS])
     left: list[dict] = []
     with suppress(OSError, ValueError, RecursionError):
-        left = [json.loads(line) for line in (path / "rejects.jsonl").read_text().split("\n") if line]
+        lines = [json.loads(line) for line in (path / "rejects.jsonl").read_text().split("\n") if line]
+        left = [line for line in lines if isinstance(line, dict)]
     out: dict[str, list[dict]] = {}
     for place, name in enumerate(names):
         if name in known:

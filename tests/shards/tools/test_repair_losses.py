@@ -135,6 +135,14 @@ def test_a_good_copy_of_the_tar_takes_the_loss_back(copied: Path, tmp_path: Path
     assert rejects(out) == [] and len(Split(out)) == 5
 
 
+def test_lines_that_no_packing_writes_do_not_stop_a_repair(copied: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(copied, tmp_path / "train"))
+    (out / "rejects.jsonl").write_text('7\n["a"]\n{"reason": "none"}\n')
+    (out / "000000.parquet").unlink()
+    repair(out, workers=1)
+    assert rejects(out) == [{"reason": "none"}] and len(Split(out)) == 5
+
+
 # ---- failures ----
 
 
