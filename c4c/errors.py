@@ -17,7 +17,7 @@ def speak(error: BaseException, rank: int) -> None:
         time.sleep(OTHERS_FIRST_S)
     text = str(error)
     if lost:
-        text = f"the connection to another rank broke ({text.strip().partition(chr(10))[0][:200]}): that one ended first, and says why if it could"
+        text = f"the connection to another rank broke ({text.strip().partition(chr(10))[0][:200]}): that rank ended first; see its error message"
     print(f"error{f' on rank {rank}' if rank else ''}: {text}", file=sys.stderr, flush=True)
 
 
@@ -41,11 +41,15 @@ def exit_code(command: Callable[[], int]) -> int:
         speak(error, own_rank())
         leave(1)
     except KeyboardInterrupt:
+        if own_rank() == 0:
+            print("stopped by SIGINT", file=sys.stderr, flush=True)
         return 128 + signal.SIGINT
 
 
 def lost_peer(error: RuntimeError) -> bool:
     """Whether an exchange between ranks failed because another rank's process is gone."""
+    if "torch" not in sys.modules:
+        return False
     import torch.distributed as dist
 
     # gloo's words and NCCL's

@@ -124,8 +124,8 @@ def free_port() -> int:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process at once, but for threads that write something: ending as Python does aborts now and then while threads
-    of torch's wait for ranks that are gone."""
+    """End this process at once, after the threads that are not daemons: a normal exit sometimes aborts while torch's threads
+    wait for ranks that are gone."""
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join()
@@ -171,7 +171,7 @@ class Starting:
     """`with Starting("before the first step")`: SIGTERM and SIGINT end the process at once, and rank 0 says so in one line.
 
     The process exits with 128 + the signal's number. A thread does it, since the main thread may be waiting in C code.
-    `c4c.training.signals.Stop` takes over while steps are taken. Elsewhere than in a main thread: nothing.
+    `c4c.training.signals.Stop` takes over while steps are taken. Does nothing outside the main thread.
     """
 
     def __init__(self, when: str = ""):

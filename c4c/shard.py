@@ -11,13 +11,12 @@ from c4c import shard_console, shard_tools
 from c4c.files import require_folder
 from c4c.packing import PackingScreen, closing, refuse_place
 from c4c.shard_console import bar, say, show, size
-from shards import ShardError, count, memory
+from shards import ShardError, count, first_few, memory
 from shards.annotations import Item, readers
 from shards.annotations.files import Files
 from shards.demo import narrated, shapes
 from shards.limits import POSITIVE, SEED, Limits
 from shards.packing.pack import finish_parts, missing, pack
-from shards.packing.plan import some
 from shards.storage import is_remote, place
 from shards.tools.info import title
 from shards.video.profiles import CHROMAS, ENCODERS, FPS, GOP, PROFILES, QUALITY, SHORT_SIDE, Profile
@@ -35,9 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         text = str(error)
         if memory.is_short(error):
-            text = (
-                f"there is not enough memory{memory.limit_text()}. Committed shards are kept: with more, run it again"
-            )
+            text = f"there is not enough memory{memory.limit_text()}"
+            text += ". Committed shards are kept: with more, run it again" if args.packs else ""
         elif isinstance(error, OSError) and error.errno is not None:
             text = f"{error.filename or 'a file'} cannot be read or written ({error.strerror})"
         elif not isinstance(error, ValueError | OSError) and "Symlink loop" not in text:
@@ -45,7 +43,8 @@ def main(argv: list[str] | None = None) -> int:
         say(_shortened(text), "error:", "bold red")
         return 1
     except KeyboardInterrupt:
-        say("stopped; committed shards are kept. Run the same command again to go on.")
+        kept = "stopped; committed shards are kept. Run the same command again to go on."
+        say(kept if args.packs else "stopped.")
         return 130
 
 
@@ -58,8 +57,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m c4c.shard", description="pack videos into shards, and look after what is packed."
     )
+    parser.set_defaults(packs=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     options = argparse.ArgumentParser(add_help=False)
+    options.set_defaults(packs=True)  # of the commands that pack: what they commit is kept
     _add_profile(options)
     _add_packing(options)
     _add_demos(commands, options)
@@ -248,10 +249,13 @@ def _pack(
         )  # fmt: skip
     screen.summarise(out / "rejects.jsonl" if info else None)
     if info is None:
-        lacking = missing(out)
+        packed, lacking = f"{out}: part {args.part[0]}/{args.part[1]} is packed", missing(out)
+        if not lacking:  # another part has ended since
+            say(f"{packed}, and so are all others: the split is finished")
+            return 0
         say(
-            f"{out}: part {args.part[0]}/{args.part[1]} is packed. {count(len(lacking), 'shard')} of other parts still "
-            f"missing ({some(lacking)}). The part that ends last finishes the split; or, when all are done, run: "
+            f"{packed}. {count(len(lacking), 'shard')} of other parts still "
+            f"missing ({first_few(lacking, 5)}). The part that ends last finishes the split; or, when all are done, run: "
             f"python -m c4c.shard finish {shlex.quote(str(out))}"
         )
         return 0

@@ -1,6 +1,6 @@
 """Stages one after another:  python launch/stages.py --cfg two_stage.yaml [STAGE.key=value ...]
 
-Those that are done are skipped, the one that is not goes on where it was: the same command starts and continues.
+Finished stages are skipped; an unfinished one is resumed.
 """
 
 import argparse

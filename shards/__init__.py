@@ -3,10 +3,19 @@
 Nothing in this room knows torch or DALI.
 """
 
+from collections.abc import Iterable
+from itertools import islice
+
 
 def count(n: int, what: str) -> str:
     """`1 video`, `2 videos`"""
     return f"{n} {what}{'s' * (n != 1)}"
+
+
+def first_few(words: Iterable[str], most: int = 3) -> str:
+    """`a, b, c, …`: the first `most` of many words."""
+    shown = list(islice(words, most + 1))
+    return ", ".join(shown[:most]) + ", …" * (len(shown) > most)
 
 
 class ShardError(ValueError):

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 FORMAT_VERSION = 2
+SUFFIXES = ("tar", "idx", "parquet")  # of a shard's files, in the order in which they are put into place
 CAPTION_COUNTS = "captions.npy"  # beside dataset.json: captions of each video, so that no table is read to count them
 
 # keys of the parquet's metadata: what belongs to a shard but to no row commits together with the rows

@@ -5,6 +5,7 @@ behind. Remote outputs are made in such files and uploaded as a whole: an object
 complete.
 """
 
+import errno
 import fcntl
 import os
 import stat
@@ -27,6 +28,7 @@ _PACKAGES = {
     "http": "aiohttp",
     "https": "aiohttp",
 }
+MISSING = "the file is missing"  # why a video is rejected that has no file
 _TRIES = 4
 _PAUSE = 0.5  # seconds before the second try; doubles for each further one
 _SILENCE = 60  # seconds without a byte after which an http server counts as gone
@@ -83,7 +85,7 @@ def opened(path, on_ready: Callable[[int], None] = lambda size: None) -> Iterato
             raise VideoError("it is not a regular file")
         file = open(path, "rb")  # noqa: SIM115 closed below
     except FileNotFoundError as error:
-        raise VideoError("the file is missing") from error
+        raise VideoError(MISSING) from error
     except (OSError, ValueError) as error:
         if isinstance(error, VideoError):
             raise
@@ -129,7 +131,7 @@ def _retried(action: Callable[[], object], path) -> None:
             if isinstance(error, OSError) and error.errno in DISK_FULL:
                 raise
             if isinstance(error, FileNotFoundError):
-                raise VideoError("the file is missing") from error
+                raise VideoError(MISSING) from error
             refused = isinstance(error, PermissionError) or type(error).__name__ == "NoCredentialsError"
             if refused and path.protocol not in ("http", "https"):
                 raise ShardError(f"access to {path} is denied: {short(error)}. Check the credentials") from error
@@ -292,7 +294,7 @@ class Bucket:
         try:
             _retried(ask, self.path)
         except VideoError as error:  # nothing is there yet
-            if not isinstance(error.__cause__, FileNotFoundError):
+            if not self._is_absence(error):
                 raise ShardError(f"{self.path}: {error}") from error
         return sizes
 
@@ -319,9 +321,15 @@ class Bucket:
             return file.read()
 
     def open(self, name: str) -> BinaryIO:
-        """A copy of an object, to be read and closed."""
+        """A copy of an object, to be read and closed. Raises FileNotFoundError if there is none."""
         file = tempfile.TemporaryFile(prefix="c4c-")  # noqa: SIM115 the caller closes it
-        self._do(lambda: _download(self.path / name, file))
+        try:
+            self._do(lambda: _download(self.path / name, file))
+        except ShardError as error:
+            file.close()
+            if self._is_absence(error.__cause__):
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"{self}/{name}") from error
+            raise
         file.seek(0)
         return file
 
@@ -330,6 +338,11 @@ class Bucket:
         self._fs.invalidate_cache()
         if self._fs.exists(f"{self._root}/{name}"):
             self._do(lambda: self._fs.rm_file(f"{self._root}/{name}"))
+
+    @staticmethod
+    def _is_absence(error: BaseException | None) -> bool:
+        """Whether the VideoError that `_retried` raised means that there is no such object."""
+        return error is not None and isinstance(error.__cause__, FileNotFoundError)
 
     def _do(self, action: Callable[[], object]) -> None:
         try:

@@ -161,9 +161,14 @@ def _sync(descriptor: int) -> None:
             raise
 
 
+def draft_name(path: Path) -> Path:
+    """A name beside `path` that nobody else uses: machines that share a disk share pids."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+
+
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Write a whole file so that a reader sees either the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")  # machines that share a disk share pids
+    temporary = draft_name(path)
     file = open(temporary, "wb")  # noqa: SIM115 closed in sync_and_close()
     try:
         with naming(path):

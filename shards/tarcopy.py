@@ -35,7 +35,7 @@ class TarCopier:
 
     def __init__(self, path: Path, target: Path):
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115 closed in close()
-        self._target = target
+        self._path, self._target = path, target
         self._offset = 0
         self._index: list[str] = []
 
@@ -63,6 +63,11 @@ class TarCopier:
         end = self._offset + 2 * tarfile.BLOCKSIZE
         self._write(bytes(2 * tarfile.BLOCKSIZE + -end % tarfile.RECORDSIZE))
         sync_and_close(self._file, self._target)
+
+    def discard(self) -> None:
+        """Close and delete what is written so far, after an error."""
+        self._file.close()  # unbuffered: it writes nothing
+        self._path.unlink(missing_ok=True)
 
     def index(self) -> str:
         """The text of DALI's index file."""

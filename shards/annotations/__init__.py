@@ -22,7 +22,7 @@ from pkgutil import iter_modules
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from shards import ShardError, count
+from shards import ShardError, count, first_few
 
 if TYPE_CHECKING:
     from shards.annotations.files import Files
@@ -143,15 +143,14 @@ def _count(items: list[Item]) -> Counts:
 
 def examples(names: list[str], what: str) -> str:
     """`3 videos (a, b, …)`"""
-    shown = ", ".join(repr(name) for name in names[:2]) + (", …" if len(names) > 2 else "")
-    return f"{len(names)} {what}{'s' * (len(names) != 1)} ({shown})"
+    return f"{count(len(names), what)} ({first_few(map(repr, names), 2)})"
 
 
 def unique(names: Iterable[str], where: str) -> tuple[list[str], list[str]]:
     """The names of a list, each once, and a note if some are in it more than once."""
-    count = Counter(names)
-    twice = [name for name, times in count.items() if times > 1]
-    return list(count), [f"{examples(twice, 'video')} listed more than once in {where}: packed once"] if twice else []
+    times = Counter(names)
+    twice = [name for name, n in times.items() if n > 1]
+    return list(times), [f"{examples(twice, 'video')} listed more than once in {where}: packed once"] if twice else []
 
 
 def unknown(ids: Iterable[str], known: Container[str], listing: Path, annotations: Path) -> list[str]:

@@ -15,8 +15,9 @@ from shards import VideoError
 from shards.annotations import Item
 from shards.packing.plan import READERS
 from shards.packing.rows import in_clip, rejection, screened
-from shards.packing.sources import ABSENT, MISSING, source_size
+from shards.packing.sources import ABSENT, source_size
 from shards.schema import REJECTS
+from shards.storage import MISSING
 from shards.tar import read_index
 from shards.tarcopy import Place
 

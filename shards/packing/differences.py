@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shards import ShardError, VideoError
+from shards import ShardError, VideoError, first_few
 from shards.annotations import Caption, Item
 from shards.packing.plan import READERS, is_committed, shard_name
 from shards.packing.rows import in_clip, screened
@@ -53,14 +53,14 @@ def refuse_other(
 
 @dataclass(frozen=True)
 class Listed:
-    """What the committed shards `names` of a packing were made from: ids in order, the captions and the duration of those packed."""
+    """What the committed shards of a packing were made from: ids in order, the captions and the duration of those packed."""
 
     ids: list[str]
     captions: dict[str, tuple[list[dict], float]]
 
 
 def listed(target: Folder | Bucket, names: Sequence[str]) -> Listed:
-    """Read it from the tables. Raises ShardError if one cannot be read."""
+    """Read it from the tables of the shards `names`. Raises ShardError if one cannot be read."""
 
     def read(name: str) -> tuple[dict, list[dict]]:
         with target.open(f"{name}.parquet") as file:
@@ -112,8 +112,9 @@ def list_differences(packed: Listed, items: Sequence[Item], complete: bool) -> l
         made = f"it was made from {len(packed.ids)}" if complete else f"of it {len(packed.ids)} are packed"
         parts.append(f"{_are(len(asked))} asked for, {made} ({'; '.join(counts)})")
     if changed:
-        shown = ", ".join(map(repr, changed[:3])) + (", ..." if len(changed) > 3 else "")
-        parts.append(f"the captions of {len(changed)} video{'s' * (len(changed) > 1)} differ ({shown})")
+        parts.append(
+            f"the captions of {len(changed)} video{'s' * (len(changed) > 1)} differ ({first_few(map(repr, changed))})"
+        )
     if parts:
         return parts
     if not complete:
@@ -138,4 +139,4 @@ def _are(n: int) -> str:
 
 def _examples(ids: list[str], what: str) -> str:
     """`2 added: 'a', 'b'`"""
-    return f"{len(ids)} {what}: " + ", ".join(map(repr, ids[:3])) + (", ..." if len(ids) > 3 else "")
+    return f"{len(ids)} {what}: {first_few(map(repr, ids))}"

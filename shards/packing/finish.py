@@ -15,12 +15,13 @@ from crc32c import crc32c
 from shards import ShardError, memory, storage
 from shards.packing import scheduler
 from shards.packing.plan import READERS
+from shards.packing.rows import is_loss
 from shards.schema import CAPTION_COUNTS, FORMAT_VERSION, REJECTS
 from shards.storage import Bucket, Folder
 
 
 @dataclass(frozen=True)
-class Summary:
+class TableTotals:
     """What the tables of a split say together: part of dataset.json, rejects.jsonl as text and as entries, and the
     number of captions of each video."""
 
@@ -36,8 +37,8 @@ class Summary:
             return file.getvalue()
 
 
-def summarise(out: Path, profile: dict, names: list[str]) -> Summary:
-    """The summary of the committed shards `names`."""
+def read_totals(out: Path, profile: dict, names: list[str]) -> TableTotals:
+    """The totals of the committed shards `names`."""
     target = storage.output(out)
     sizes = target.listing()
     shards: list[dict] = []
@@ -71,26 +72,28 @@ def summarise(out: Path, profile: dict, names: list[str]) -> Summary:
         "digest": digest.hexdigest(),
         "shards": shards,
     }
-    return Summary(info, lines.encode(errors="backslashreplace"), rejects, counts)  # names need not be Unicode
+    return TableTotals(info, lines.encode(errors="backslashreplace"), rejects, counts)  # names need not be Unicode
 
 
 def finish(out: Path, plan: dict, names: list[str], reconciliation: dict | None = None) -> dict:
     """Write rejects.jsonl and dataset.json from the committed shards `names`; returns what dataset.json says."""
     target = storage.output(out)
-    tables = summarise(out, plan["profile"], names)
-    storage.write(target, "rejects.jsonl", tables.rejects_text)
+    totals = read_totals(out, plan["profile"], names)
+    storage.write(target, "rejects.jsonl", totals.rejects_text)
+    if plan.get("input") is not None and any(map(is_loss, totals.rejects)):
+        plan = {**plan, "input": None}  # what a repair had to leave out must not pass for packed
     named = {what: plan[what] for what in ("name", "split", "profile")}
-    summary: dict = {"format": tables.info["format"]} | named | tables.info | {"plan": plan}
+    summary: dict = {"format": totals.info["format"]} | named | totals.info | {"plan": plan}
     if reconciliation:
         packed = {what: summary[what] for what in ("videos", "captions")}
-        summary["reconciliation"] = _reconciled(reconciliation, packed, tables.rejects, plan)
+        summary["reconciliation"] = _reconciled(reconciliation, packed, totals.rejects, plan)
     if not summary["videos"]:
-        first = next(r for r in tables.rejects if "caption" not in r)
+        first = next(r for r in totals.rejects if "caption" not in r)
         raise ShardError(
             f"not one of the videos could be packed; {target}/rejects.jsonl says why for each. First: {first['id']}: "
             f"{first['reason']}. When that is fixed, run the command again with --retry-rejects."
         )
-    storage.write(target, CAPTION_COUNTS, tables.caption_counts())
+    storage.write(target, CAPTION_COUNTS, totals.caption_counts())
     storage.write(target, "dataset.json", json.dumps(summary, indent=2) + "\n")
     listing = target.listing()
     for name in ["packing.json", *map(scheduler.lost_name, names)]:
@@ -124,7 +127,7 @@ def _reconciled(counts: dict, packed: dict[str, int], rejects: list[dict], plan:
 
 
 def _read(target: Folder | Bucket, name: str) -> tuple[pa.Table, int]:
-    """What `summarise` needs of a shard's table, and the file's crc32c."""
+    """What `read_totals` needs of a shard's table, and the file's crc32c."""
     data = target.read(f"{name}.parquet")
     with pq.ParquetFile(io.BytesIO(data)) as file:
         return file.read(["key", "crc32c", "captions"], use_threads=memory.limit() is None), crc32c(data)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from shards import ShardError, storage
+from shards import ShardError, first_few, storage
 from shards.annotations import Item, refuse_duplicates
 from shards.packing import scheduler
 from shards.packing.differences import refuse_other
@@ -30,7 +30,6 @@ from shards.packing.plan import (
     read_plan,
     read_plan_and_summary,
     shard_name,
-    some,
 )
 from shards.packing.sources import folders_of
 from shards.packing.update import bring_up_to_date, end_update, refuse_update
@@ -85,15 +84,16 @@ def pack(
         end_update(target, part)
         template = Job("", (), out, profile, timeout, f"p{part[0]}of{part[1]}-" if part else "")
         target.sweep(template.tag)
-        known, finished = read_plan_and_summary(target, target.listing())
+        listing = target.listing()  # once: another part may end meanwhile
+        known, finished = read_plan_and_summary(target, listing)
         if update and known is not None:
             shard_videos = shard_videos or known.get("shard_videos")
         run = partial(_run, cluster=cluster, workers=workers, on_progress=on_progress)
         plan = _plan(items, dataset, split, profile, shard_videos or min(256, max(16, -(-len(items) // 32))))
         packing = Packing(target, plan, _shards(items, plan), reconciliation, template, run)
         if not update or known is None:
-            return _pack(packing, part, known, finished, retry_rejects, on_start)
-        return _update(packing, known, finished, retry_rejects, on_start)
+            return _pack(packing, listing, part, known, finished, retry_rejects, on_start)
+        return _update(packing, listing, known, finished, retry_rejects, on_start)
 
 
 def _plan(items: list[Item], dataset: str, split: str, profile: Profile, shard_videos: int) -> dict:
@@ -115,15 +115,16 @@ def _shards(items: list[Item], plan: dict) -> list[tuple[Item, ...]]:
 
 def _pack(
     packing: Packing,
+    listing: dict[str, int],
     part: tuple[int, int] | None,
     known: dict | None,
     finished: dict | None,
     retry_rejects: bool,
     on_start: Callable[[int, int], None],
 ) -> dict | None:
-    """Pack what is missing of the split, or of a part of it. `known` and `finished`: see `read_plan_and_summary`."""
+    """Pack what is missing of the split, or of a part of it. `known` and `finished`: what `read_plan_and_summary` made
+    of `listing`."""
     target, shards, names = packing.target, packing.shards, packing.names
-    listing = target.listing()
     if known is not None:
         refuse_other(target, listing, known, finished, packing.plan, [item for shard in shards for item in shard])
     index, parts = part or (1, 1)
@@ -144,7 +145,12 @@ def _pack(
 
 
 def _update(
-    packing: Packing, known: dict, finished: dict | None, retry_rejects: bool, on_start: Callable[[int, int], None]
+    packing: Packing,
+    listing: dict[str, int],
+    known: dict,
+    finished: dict | None,
+    retry_rejects: bool,
+    on_start: Callable[[int, int], None],
 ) -> dict | None:
     """Bring up to date what is packed by the plan `known`."""
     if finished or known != packing.plan:
@@ -155,7 +161,7 @@ def _update(
         packed.update(job.name for job in jobs)
         packing.run(jobs)
 
-    info = _pack(replace(packing, run=run), None, known, None, retry_rejects, on_start)
+    info = _pack(replace(packing, run=run), listing, None, known, None, retry_rejects, on_start)
     # sources may have changed since earlier runs packed their shards
     return bring_up_to_date(packing, packing.plan, info, lambda done, total: None, packed)
 
@@ -257,7 +263,7 @@ def finish_parts(out: Path) -> dict:
         plan = read_plan(target, target.listing())
         if lacking := missing(out):
             raise ShardError(
-                f"{out} is not complete: {len(lacking)} of {plan['shards']} shards are missing ({some(lacking)}). Run the "
+                f"{out} is not complete: {len(lacking)} of {plan['shards']} shards are missing ({first_few(lacking, 5)}). Run the "
                 "packing command for the parts that hold them."
             )
         reconciliation = plan.pop("reconciliation", None)

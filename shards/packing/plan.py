@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from shards import ShardError
 from shards.annotations import Item
 from shards.packing.worker import Job
+from shards.schema import SUFFIXES
 from shards.storage import Bucket, Folder
 from shards.summary import checked, wrong_plan
 
-SUFFIXES = ("tar", "idx", "parquet")  # of a shard's files, in the order in which they are put into place
 READERS = 8  # parquets read at once; an object store answers slowly, but many
 
 
@@ -46,7 +46,7 @@ def shard_name(shard: int) -> str:
 
 
 def input_digest(items: Iterable[Item]) -> str:
-    """What a packing is made from: names, captions and file names, in order."""
+    """What a packing is made from: ids, file names, captions, meta and cuts, in order."""
     digest = hashlib.sha256()
     for item in items:
         captions = [(c.text, c.start, c.end) for c in item.captions]
@@ -93,7 +93,10 @@ def read_plan_and_summary(target: Folder | Bucket, listing: dict[str, int]) -> t
 def read_plan(target: Folder | Bucket, listing: dict[str, int]) -> dict:
     """The plan of the packing in `target`, with the counts of its annotations. Raises ShardError if there is none."""
     if "packing.json" in listing:
-        plan = _record(target, "packing.json")
+        try:
+            plan = _record(target, "packing.json")
+        except FileNotFoundError:  # another part has finished the split since it was listed
+            return read_plan(target, {"dataset.json": 0})
     elif "dataset.json" in listing:
         record = _record(target, "dataset.json")
         plan = with_counts(record.get("plan", {}), record.get("reconciliation"))
@@ -107,8 +110,3 @@ def read_plan(target: Folder | Bucket, listing: dict[str, int]) -> dict:
 def with_counts(plan: dict, reconciliation: dict | None) -> dict:
     """The plan, and the counts of the annotations if there are any: what packing.json holds."""
     return plan | ({"reconciliation": reconciliation} if reconciliation else {})
-
-
-def some(names: list[str]) -> str:
-    """The first few of many names."""
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

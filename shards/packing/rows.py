@@ -1,5 +1,6 @@
 """What is recorded of a packed video: its row of the sample table, its .json member, and the line of one that is rejected."""
 
+import io
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,9 +11,10 @@ import pyarrow.parquet as pq
 
 from shards import VideoError
 from shards.annotations import Caption, Item
-from shards.packing.sources import ABSENT, MISSING, source_size
+from shards.packing.sources import ABSENT, source_size
 from shards.schema import JSON_CRCS, REJECTS, FrameTable, Video
-from shards.tar import commit, naming, safe_key, sync_and_close
+from shards.storage import MISSING
+from shards.tar import safe_key, write_atomic
 from shards.video.profiles import Profile, Stored
 
 _PLAIN_COLUMNS = (
@@ -21,13 +23,11 @@ _PLAIN_COLUMNS = (
 )  # fmt: skip
 
 
-def write_table(path: Path, temporary: Path, table: pa.Table, rejects: list[dict], json_crcs: list[int]) -> None:
+def write_table(path: Path, table: pa.Table, rejects: list[dict], json_crcs: list[int]) -> None:
     """Commit a shard's sample table; `json_crcs` are the crc32c of its rows' .json members."""
-    file = open(temporary, "wb")  # noqa: SIM115 closed in sync_and_close()
-    with naming(path):
+    with io.BytesIO() as file:
         put_table(file, table, rejects, json_crcs)
-        sync_and_close(file, path)
-    commit(temporary, path)
+        write_atomic(path, file.getvalue())
 
 
 def put_table(file: BinaryIO, table: pa.Table, rejects: list[dict], json_crcs: list[int]) -> None:
@@ -65,6 +65,16 @@ def rejection(item: Item, reason: str) -> dict:
     if reason == MISSING or (not item.problem and source_size(item.path) == ABSENT):
         reject["missing"] = True
     return reject
+
+
+def loss(id: str, tar: str, reason: str) -> dict:
+    """A line of rejects.jsonl about a packed video that a repair left out, since it is damaged in its tar."""
+    return {"id": id, "path": tar, "reason": f"damaged in the tar: {reason}"}
+
+
+def is_loss(reject: dict) -> bool:
+    """Whether a line of rejects.jsonl is one that `loss` made: the packer counts captions, or names one."""
+    return "captions" not in reject and "caption" not in reject
 
 
 def _is_unicode(text: str) -> bool:

@@ -40,12 +40,14 @@ class Supervisor:
         reported, deaths = 0, Counter[int]()
         while not self._closed:
             item, deadline, limit = -1, None, 0.0
+            failure: Exception | None = None
             try:
                 pipe = self._send(job)
                 while pipe.poll(None if deadline is None else max(0.0, deadline - time.monotonic())):
                     event: Event = pipe.recv()
                     if event.error:
-                        raise event.error
+                        failure = event.error
+                        break
                     if event.what == "packed":
                         return
                     item, deadline = -1 if event.what == "done" else event.item, None
@@ -56,8 +58,9 @@ class Supervisor:
                         reported += 1
                         assert event.progress is not None, "an item that is done has a progress"
                         on_progress(event.progress)
-                reason = f"it took longer than {limit:.4g} s"
-                self._kill()
+                else:
+                    reason = f"it took longer than {limit:.4g} s"
+                    self._kill()
             except (EOFError, ConnectionError):
                 if self._closed:
                     return
@@ -69,6 +72,8 @@ class Supervisor:
                     raise ShardError(
                         f"the process that packs shard {job.name} ended twice ({reason}): is there enough memory?"
                     ) from None
+            if failure:  # not inside the try: an error of a network file system may be a ConnectionError, too
+                raise failure
             job = _without(job, item, reason)
 
     def close(self) -> None:

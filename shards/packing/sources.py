@@ -8,7 +8,6 @@ from pathlib import Path
 from shards import ShardError, storage
 from shards.annotations import Item
 
-MISSING = "the file is missing"  # as `storage` says it
 ABSENT = -1  # instead of a size: there is no such file
 _VANISHED = 3  # source files in a row that existed when packing began
 _GO_ON = "Committed shards are kept: bring the files back, and run the same command again to go on."

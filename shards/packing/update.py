@@ -16,14 +16,14 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from crc32c import crc32c
 
-from shards import ShardError, storage
+from shards import ShardError, first_few, storage
 from shards.packing import scheduler
 from shards.packing.committed import CommittedShard, StoredSample, is_of, state, survey
 from shards.packing.differences import name_differences, profile_differences
 from shards.packing.finish import finish
-from shards.packing.plan import READERS, SUFFIXES, Packing, is_committed, shard_name, with_counts
+from shards.packing.plan import READERS, Packing, is_committed, shard_name, with_counts
 from shards.packing.worker import Job
-from shards.schema import REJECTS
+from shards.schema import REJECTS, SUFFIXES
 from shards.storage import Bucket, Folder
 from shards.tar import commit
 
@@ -57,8 +57,8 @@ def bring_up_to_date(
     samples = {id: sample for shard in old.values() for id, sample in shard.samples.items()}
     if samples and samples.keys().isdisjoint(item.id for items in packing.shards for item in items):
         raise ShardError(
-            f"--update: not one of the {len(samples)} videos in {target} is asked for (it holds {next(iter(samples))!r}, ..., "
-            f"asked for are {packing.shards[0][0].id!r}, ...). Choose another --out."
+            f"--update: not one of the {len(samples)} videos in {target} is asked for (it holds {first_few(map(repr, samples), 1)}; "
+            f"asked for: {first_few((repr(item.id) for items in packing.shards for item in items), 1)}). Choose another --out."
         )
     staging = _staging(target, plan)
     states = _states(packing, old, staging, fresh)

@@ -33,7 +33,7 @@ from shards.packing.rows import (
     to_json,
 )
 from shards.packing.sources import ABSENT, SourceWatch, source_size
-from shards.schema import SCHEMA
+from shards.schema import SCHEMA, SUFFIXES
 from shards.tar import DISK_FULL, TarWriter, naming, safe_key
 from shards.tarcopy import DamagedError, Place, Samples
 from shards.video.profiles import Profile, Stored, store
@@ -96,7 +96,7 @@ def pack_shard(job: Job, report: Callable[[Event], None] = lambda event: None) -
     json_crcs: list[int] = []
     sources = SourceWatch(job.items, job.folders)
     drafts: dict[str, BinaryIO] = {}
-    suffixes = ("parquet",) if job.table_only else ("tar", "idx", "parquet")
+    suffixes = ("parquet",) if job.table_only else SUFFIXES
     try:
         for suffix in suffixes:
             drafts[suffix] = target.draft(f"{job.name}.{suffix}", job.tag)

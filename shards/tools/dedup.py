@@ -1,4 +1,4 @@
-"""What is in a set, or in several, more than once: stored bytes, source files, names and captions. Nothing is changed."""
+"""Report duplicates within and across splits: stored bytes, source files, names and captions."""
 
 import hashlib
 import json

@@ -137,7 +137,7 @@ def _source_codecs(split: Split, shard: str, columns: dict[str, list]) -> list[s
         return columns["codec"]
     most, codecs = max(1, _SOURCES // len(split.shards)), []
     rows = len(columns["size"])
-    for row in range(0, rows, -(-rows // most)):
+    for row in range(0, rows, max(1, -(-rows // most))):
         where = TarPlace(shard, columns["offset"][row], columns["size"][row])
         with suppress(OSError, ValueError, KeyError, TypeError, RecursionError, tarfile.TarError):  # `verify` names it
             codecs.append(str(split.json(where)["source"]["codec"]))

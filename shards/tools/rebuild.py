@@ -1,7 +1,6 @@
 """One shard repaired: its index and its sample table rebuilt from its tar, and the tar cut where it is damaged."""
 
 import json
-import os
 import shlex
 import tarfile
 from dataclasses import asdict, dataclass
@@ -15,10 +14,10 @@ import pyarrow.parquet as pq
 from crc32c import crc32c
 
 from shards import ShardError, VideoError
-from shards.packing.rows import frame_columns, write_table
+from shards.packing.rows import frame_columns, is_loss, loss, write_table
 from shards.schema import JSON_CRCS, SCHEMA, FrameTable
 from shards.table import Table
-from shards.tar import commit, index_text, read_index, read_members, write_atomic
+from shards.tar import commit, draft_name, index_text, read_index, read_members, write_atomic
 from shards.tarcopy import Members, TarCopier, link_or_copy
 from shards.tools.tar_samples import TarSample, description, ends_well, member_crc, pread, refuse_odd, whole_samples
 from shards.video.source import scan
@@ -70,9 +69,10 @@ def _rebuild(job: ShardRepair, rejects: list[dict]) -> RepairedShard:
         last = f"after sample {samples[-1].id!r}" if samples else "before the first sample"
         raise ShardError(
             f"{tar} is damaged {last}: {damage}. Whole samples before that: {len(samples)}. Copy the file again, or "
-            f"cut it there: {command(job.path, '--truncate')} (the damaged file is kept as {tar.name}.damaged)."
+            f"cut it there: {repair_command(job.path, '--truncate')} (the damaged file is kept as {tar.name}.damaged)."
         )
     rows, crcs, good, lost = [], [], [], [damage] if damage else []
+    losses = _cut_off(job, samples, damage, rejects)
     checksums, profile = _checksums(job), None
     with open(tar, "rb") as file:
         for sample in samples:
@@ -84,11 +84,10 @@ def _rebuild(job: ShardRepair, rejects: list[dict]) -> RepairedShard:
                 if not job.drop:
                     raise ShardError(
                         f"{tar}: {sample.id}: {error}. Copy the file again, or leave the sample out: "
-                        f"{command(job.path, '--drop')} (the damaged file is kept as {tar.name}.damaged)."
+                        f"{repair_command(job.path, '--drop')} (the damaged file is kept as {tar.name}.damaged)."
                     ) from error
                 lost.append(f"{sample.id}: {error}")
-                gone = {"id": sample.id, "path": tar.name, "reason": f"damaged in the tar: {error}"}
-                rejects = [*rejects, gone]
+                losses.append(loss(sample.id, tar.name, str(error)))
                 continue
             if profile not in (None, described["profile"]):
                 raise ShardError(f"{tar} mixes profiles: {profile} and {described['profile']} ({sample.id})")
@@ -104,15 +103,41 @@ def _rebuild(job: ShardRepair, rejects: list[dict]) -> RepairedShard:
                 for s in good
             ]
             write_atomic(tar.with_suffix(".idx"), index_text(lines))
-    parquet = tar.with_suffix(".parquet")
-    temporary = parquet.with_name(f".{parquet.name}.{os.getpid()}.tmp")
-    write_table(parquet, temporary, pa.Table.from_pylist(rows, schema=SCHEMA), rejects, crcs)
+    ids = {row["id"] for row in rows}  # of these a lost one is back, from another copy of the tar
+    rejects = [*(r for r in rejects if not (is_loss(r) and r.get("id") in ids)), *losses]
+    write_table(tar.with_suffix(".parquet"), pa.Table.from_pylist(rows, schema=SCHEMA), rejects, crcs)
     return RepairedShard(Repaired(job.name, "cut" if lost else "rebuilt", len(rows), tuple(lost)), profile)
 
 
-def command(path: Path, *options: str) -> str:
+def _aside(tar: Path) -> Path:
+    """Where a tar is kept as it was before samples were left out."""
+    return tar.with_name(f"{tar.name}.damaged")
+
+
+def repair_command(path: Path, *options: str) -> str:
     """The command that repairs the split, to be pasted."""
     return " ".join(["python -m c4c.shard repair", shlex.quote(str(path)), *options])
+
+
+def _cut_off(job: ShardRepair, samples: list[TarSample], damage: str | None, rejects: list[dict]) -> list[dict]:
+    """Lines of rejects.jsonl about samples that the tar does not hold any more: those that its old table names, also where
+    a repair was stopped after it had cut the tar. If that table tells nothing, one line stands for all that may be lost."""
+    tar = job.path / f"{job.name}.tar"
+    was_cut = damage is not None or _aside(tar).exists()
+    reason = f"its end was cut off ({damage})" if damage else "an earlier repair left it out"
+    keys = [sample.key for sample in samples]
+    whole = set(keys)
+    try:
+        table = Table(tar.with_suffix(".parquet"), job.name, 0)
+        named = dict(zip(table.column("key"), table.column("id"), strict=True))
+    except (ShardError, ValueError, KeyError, TypeError):
+        named = {}
+    # a table of another shard names other samples; of a tar without samples it can be any table
+    if named and [key for key in named if key in whole] == keys and (keys or was_cut):
+        return [loss(id, tar.name, reason) for key, id in named.items() if key not in whole]
+    if not was_cut or any(map(is_loss, rejects)):
+        return []
+    return [loss(tar.name, tar.name, f"{reason}; which videos that were is not known, since the table cannot be read")]
 
 
 @dataclass(frozen=True)
@@ -242,16 +267,21 @@ def _frames(stored: FrameTable, described: dict) -> FrameTable:
 
 def _rewrite(tar: Path, file: BinaryIO, samples: list[TarSample], rows: list[dict]) -> None:
     """Write the tar anew with these samples, keep the old one aside, and correct the rows' offsets."""
-    temporary = tar.with_name(f".{tar.name}.{os.getpid()}.tmp")
+    aside = _aside(tar)
+    temporary, kept = draft_name(tar), draft_name(aside)
     copier = TarCopier(temporary, tar)
-    for sample, row in zip(samples, rows, strict=True):
-        places: Members = {ext: (file.fileno(), offset, size) for ext, (offset, size) in sample.members.items()}
-        row["offset"] = copier.add(sample.key, places)[row["ext"]]
-    copier.close()
-    aside = tar.with_name(f"{tar.name}.damaged")
-    if aside.exists():
-        temporary.unlink()
-        raise ShardError(f"{aside} exists already, from an earlier repair: move it elsewhere first")
-    link_or_copy(tar, aside)  # not renamed: at no moment is there no tar
-    commit(temporary, tar)
+    try:
+        for sample, row in zip(samples, rows, strict=True):
+            places: Members = {ext: (file.fileno(), offset, size) for ext, (offset, size) in sample.members.items()}
+            row["offset"] = copier.add(sample.key, places)[row["ext"]]
+        copier.close()
+        if aside.exists():
+            raise ShardError(f"{aside} exists already, from an earlier repair: move it elsewhere first")
+        link_or_copy(tar, kept)  # not renamed: at no moment is there no tar
+        commit(kept, aside)
+        commit(temporary, tar)
+    except BaseException:
+        copier.discard()
+        kept.unlink(missing_ok=True)
+        raise
     write_atomic(tar.with_suffix(".idx"), copier.index())

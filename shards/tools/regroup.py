@@ -19,7 +19,7 @@ from shards.packing.rows import write_table
 from shards.schema import FORMAT_VERSION, JSON_CRCS, REJECTS, SCHEMA
 from shards.split import Split
 from shards.table import read_table
-from shards.tar import commit, naming, read_index, safe_key, write_atomic
+from shards.tar import commit, draft_name, naming, read_index, safe_key, write_atomic
 from shards.tarcopy import Members, TarCopier, copy_file, link_or_copy
 
 
@@ -95,7 +95,7 @@ def new_folder(out: Path):
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ShardError(f"{out} exists already and is not empty. Choose another --out.")
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    temporary = draft_name(out)
     temporary.mkdir()
     try:
         yield temporary
@@ -116,26 +116,30 @@ def _any_renamed(source: SourceSplit, base: Path) -> bool:
 
 def _rewrite(target: Path, sources: Sequence[SourceSplit], pieces: Sequence[Piece]) -> None:
     """Write one shard from samples of others; committed as the packer does, table last."""
-    temporary = target.with_name(f".{target.name}.tmp")
+    temporary = draft_name(target.with_suffix(".tar"))
     copier = TarCopier(temporary, target.with_suffix(".tar"))
     tables, rejects, crcs = [], [], []
-    for piece in pieces:
-        table, more, some = _copy_piece(copier, sources[piece.source], piece)
-        tables.append(table)
-        rejects += more
-        crcs += some
-    copier.close()
-    commit(temporary, target.with_suffix(".tar"))
+    try:
+        for piece in pieces:
+            table, more, some = _copy_piece(copier, sources[piece.source], piece)
+            tables.append(table)
+            rejects += more
+            crcs += some
+        copier.close()
+        commit(temporary, target.with_suffix(".tar"))
+    except BaseException:
+        copier.discard()
+        raise
     write_atomic(target.with_suffix(".idx"), copier.index())
     table = pa.concat_tables(tables).combine_chunks().cast(SCHEMA)  # Parquet calls what is in a list by another name
-    write_table(target.with_suffix(".parquet"), temporary, table, rejects, crcs)
+    write_table(target.with_suffix(".parquet"), table, rejects, crcs)
 
 
 def _copy_piece(copier: TarCopier, source: SourceSplit, piece: Piece) -> tuple[pa.Table, list[dict], list[int]]:
     """Append the samples; returns their rows with the new places, their rejects and the crc32c of their JSONs."""
     base = source.split.path / source.split.shards[piece.shard]
-    crc = source.split.info["shards"][piece.shard]["table_crc32c"]
-    shard_table = read_table(base.with_suffix(".parquet"), crc=crc)
+    table_crc = source.split.info["shards"][piece.shard]["table_crc32c"]
+    shard_table = read_table(base.with_suffix(".parquet"), crc=table_crc)
     rows = np.arange(shard_table.num_rows) if piece.rows is None else piece.rows
     index = read_index(base.with_suffix(".idx"))
     old_crcs = json.loads(shard_table.schema.metadata[JSON_CRCS])
@@ -150,17 +154,17 @@ def _copy_piece(copier: TarCopier, source: SourceSplit, piece: Piece) -> tuple[p
             at, length = index[f"{key}.json"]
             new = source.renamed.get(key, old)
             described: bytes | tuple[int, int, int] = (descriptor, at, length)
-            crc = old_crcs[row]
+            json_crc = old_crcs[row]
             if new != old:
                 value = json.loads(os.pread(descriptor, length, at)) | {"id": new}
                 text = json.dumps(value, ensure_ascii=False, sort_keys=True).encode()
-                described, crc = text, crc32c(text)
+                described, json_crc = text, crc32c(text)
             new_key = key if new == old else safe_key(new)
             members: Members = {extension: (descriptor, offset, size), "json": described}
             offsets.append(copier.add(new_key, members)[extension])
             keys.append(new_key)
             ids.append(new)
-            crcs.append(crc)
+            crcs.append(json_crc)
             names[old] = new
     for name, values in (("key", keys), ("id", ids), ("offset", offsets)):
         place = SCHEMA.get_field_index(name)

@@ -71,8 +71,6 @@ def repair(
         sorted(profiles[0].items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order))
     )
     plan = old.get("plan") or _plan(path, name or old.get("name"), split or old.get("split"), profile, repaired)
-    if any(r.lost for r in repaired):
-        plan = {**plan, "input": None}  # what is missing now must not pass for packed
     finish(path, plan, names, old.get("reconciliation"))
     return repaired
 
@@ -126,7 +124,8 @@ def _rejects(path: Path, names: list[str]) -> dict[str, list[dict]]:
             known[name] = json.loads(pq.read_schema(path / f"{name}.parquet").metadata[REJECTS])
     left: list[dict] = []
     with suppress(OSError, ValueError, RecursionError):
-        left = [json.loads(line) for line in (path / "rejects.jsonl").read_text().split("\n") if line]
+        lines = [json.loads(line) for line in (path / "rejects.jsonl").read_text().split("\n") if line]
+        left = [line for line in lines if isinstance(line, dict)]
     out: dict[str, list[dict]] = {}
     for place, name in enumerate(names):
         if name in known:

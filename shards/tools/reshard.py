@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shards import ShardError, count
+from shards import ShardError, count, first_few
 from shards.split import Split
 from shards.tar import safe_key
 from shards.tools.hashes import column_hashes, hashes, repeated, tables
@@ -72,9 +72,8 @@ def _named_apart(splits: list[Split], prefix: bool) -> list[SourceSplit]:
         return [SourceSplit(s) for s in splits]
     if not prefix:
         which = next(i for i, c in enumerate(clashes) if c)
-        some = ", ".join(repr(id) for id in list(clashes[which].values())[:3])
         raise ShardError(
-            f"{count(sum(map(len, clashes)), 'name')} in more than one of the splits (in {splits[which].path}: {some}, …). If they "
+            f"{count(sum(map(len, clashes)), 'name')} in more than one of the splits (in {splits[which].path}: {first_few(map(repr, clashes[which].values()))}). If they "
             "are the same videos, see `python -m c4c.shard dedup`; if not, --prefix renames the later ones FOLDER/NAME."
         )
     labels = _labels([s.path for s in splits])
@@ -140,10 +139,11 @@ def split(
     copy: bool = False,
     on_shard: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Made]:
-    """Divide the split `path` into `out`/NAME for each part, in the order of the source. Videos that no part wants are
-    left out.
+    """Divide the split `path` into `out`/NAME for each part. Videos that no part wants are left out.
 
-    Parts of a size are drawn at random with `seed`; with `whole_shards` shard by shard, so that every tar is linked and
+    A shard of the source that goes whole into a part is kept as it is; the part's other videos are gathered into new
+    shards. Each kind follows the order of the source, but a whole shard may stand before a gathered video that the source
+    has earlier. Parts of a size are drawn at random with `seed`; with `whole_shards` shard by shard, so that every tar is linked and
     sizes are only nearly those asked for. Raises ShardError if the parts want more than there is, or nothing.
     """
     source = Split(path)
@@ -219,8 +219,9 @@ def _give_listed(source: Split, parts: Sequence[SplitPart], part_of: np.ndarray)
             part_of[index] = wanted.pop(id, -1)
             index += 1
     if wanted:
-        some = ", ".join(map(repr, sorted(wanted)[:3]))
-        raise ShardError(f"{len(wanted)} of the listed ids are not in {source.path}: {some}{', …' * (len(wanted) > 3)}")
+        raise ShardError(
+            f"{len(wanted)} of the listed ids are not in {source.path}: {first_few(map(repr, sorted(wanted)))}"
+        )
 
 
 def _draw_shards(source: Split, parts: Sequence[SplitPart], seed: int) -> np.ndarray:

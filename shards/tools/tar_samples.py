@@ -19,8 +19,7 @@ _NEEDED = {
 }  # fmt: skip
 _AT_ONCE = 16 << 20  # bytes in memory while a crc is computed
 _FOREIGN = (
-    "Was it written by another program? Such tars are no split of c4c: unpack them and pack the videos with their captions "
-    "by: python -m c4c.shard folder --help"
+    "This tar is not a c4c shard. Unpack it, and pack the videos and captions with: python -m c4c.shard folder --help"
 )
 
 

@@ -14,15 +14,15 @@ from typing import BinaryIO
 import pyarrow.parquet as pq
 from crc32c import crc32c
 
-from shards import ShardError, VideoError, count
-from shards.packing.finish import summarise
-from shards.schema import CAPTION_COUNTS, JSON_CRCS, Video
+from shards import VideoError, count
+from shards.packing.finish import read_totals
+from shards.schema import CAPTION_COUNTS, JSON_CRCS, SUFFIXES, Video
 from shards.split import Split
 from shards.summary import read_summary
 from shards.table import Table, read_counts
 from shards.tar import key_to_name, read_index, read_members
 from shards.tools.hashes import tables
-from shards.tools.rebuild import command
+from shards.tools.rebuild import repair_command
 from shards.video.probe import open_video
 from shards.video.random_access import decode_stored
 
@@ -56,8 +56,7 @@ def verify(
     """
     problems, jobs, first = [], [], 0
     if not (path / "dataset.json").exists():
-        Split(path)  # raises with the right words
-        raise ShardError(f"{path} is not a finished split")
+        Split(path)  # raises a ShardError that says what is there instead
     info = read_summary((path / "dataset.json").read_bytes(), path)
     for shard in info["shards"]:
         jobs.append((path, shard, first, info["profile"]))
@@ -74,28 +73,28 @@ def verify(
 
 def _verify_split(path: Path, info: dict, readable: bool) -> list[Problem]:
     """The files of the split against each other; `readable`: all tables can be read and are the right ones."""
-    remedy = f"Rebuild it from the tars: {command(path)}"
+    remedy = f"Rebuild it from the tars: {repair_command(path)}"
     names, problems = {shard["name"] for shard in info["shards"]}, []
-    for file in sorted(p for p in path.iterdir() if p.suffix in (".tar", ".idx", ".parquet")):
+    for file in sorted(p for p in path.iterdir() if p.suffix[1:] in SUFFIXES):
         if file.stem not in names:
             problems.append(Problem(None, None, f"{file.name} is not a shard of this split", "Move it elsewhere"))
     if not readable:
         return problems
-    tables_say = summarise(path, info["profile"], [shard["name"] for shard in info["shards"]])
-    for what, value in tables_say.info.items():
+    totals = read_totals(path, info["profile"], [shard["name"] for shard in info["shards"]])
+    for what, value in totals.info.items():
         if info[what] != value:
             differs = f"{what} is {info[what]}" if isinstance(value, str | int) else f"{what} differ"
             expected = f", the tables say {value}" if isinstance(value, str | int) else " from the tables"
             problems.append(Problem(None, None, f"dataset.json: {differs}{expected}", remedy))
     counts, rejects = path / CAPTION_COUNTS, path / "rejects.jsonl"
     try:
-        if read_counts(counts.read_bytes()).tolist() != tables_say.counts:
+        if read_counts(counts.read_bytes()).tolist() != totals.counts:
             raise ValueError("does not fit the tables")
     except FileNotFoundError:
         problems.append(Problem(None, None, f"{CAPTION_COUNTS} is missing", remedy))
     except (OSError, ValueError) as error:
         problems.append(Problem(None, None, f"{CAPTION_COUNTS} {error}", remedy))
-    if not rejects.exists() or rejects.read_bytes() != tables_say.rejects_text:
+    if not rejects.exists() or rejects.read_bytes() != totals.rejects_text:
         missing = "is missing" if not rejects.exists() else "does not say what the tables say"
         problems.append(Problem(None, None, f"rejects.jsonl {missing}", remedy))
     keys: dict[str, str] = {}
@@ -110,9 +109,9 @@ def _verify_shard(job: tuple[Path, dict, int, dict]) -> list[Problem]:
     path, shard, first, profile = job
     name, problems = shard["name"], []
     tar_path = path / f"{name}.tar"
-    missing = [s for s in ("tar", "idx", "parquet") if not (path / f"{name}.{s}").exists()]
+    missing = [s for s in SUFFIXES if not (path / f"{name}.{s}").exists()]
     copy = "Copy the tar again, or run the packing command again"
-    rebuild = f"Rebuild it from the tar: {command(path)}"
+    rebuild = f"Rebuild it from the tar: {repair_command(path)}"
     if missing:
         return [Problem(name, None, f"{name}.{s} is missing", copy if s == "tar" else rebuild) for s in missing]
     try:
@@ -124,7 +123,7 @@ def _verify_shard(job: tuple[Path, dict, int, dict]) -> list[Problem]:
         return [Problem(name, None, f"the sample table cannot be read ({str(error).splitlines()[0]})", rebuild)]
     size = tar_path.stat().st_size
     if size != shard["bytes"]:
-        remedy = f"Copy the tar again, or keep the samples that are whole: {command(path, '--truncate')}"
+        remedy = f"Copy the tar again, or keep the samples that are whole: {repair_command(path, '--truncate')}"
         problems.append(Problem(name, None, f"the tar has {size} bytes, {shard['bytes']} were packed", remedy))
     if table.rows != shard["videos"]:
         what = f"{count(table.rows, 'video')} in the table, {shard['videos']} in dataset.json"
@@ -142,7 +141,7 @@ def _verify_shard(job: tuple[Path, dict, int, dict]) -> list[Problem]:
             problems += [Problem(name, k.split(".")[0], f"index and tar disagree about {k}", rebuild) for k in wrong]
     except ValueError as error:
         problems.append(Problem(name, None, f"the index cannot be read ({error})", rebuild))
-    leave_out = f"Copy the tar again, or leave the sample out: {command(path, '--drop')}"
+    leave_out = f"Copy the tar again, or leave the sample out: {repair_command(path, '--drop')}"
     with open(tar_path, "rb") as file:
         for row in range(table.rows):
             video = table.video(row)

@@ -12,7 +12,7 @@ import av
 import numpy as np
 from crc32c import crc32c
 
-from shards import VideoError
+from shards import VideoError, first_few
 from shards.schema import Coding, FrameTable
 from shards.video.by_stamps import StampPass
 from shards.video.frame_pass import Unpredictable
@@ -216,5 +216,4 @@ def _positions(video_pass: StampPass, video: StoredVideo) -> np.ndarray:
 
 
 def _some(positions: Sequence[int]) -> str:
-    shown = ", ".join(map(str, list(positions)[:5]))
-    return f"{shown}, … ({len(positions)})" if len(positions) > 5 else shown
+    return first_few(map(str, positions), 5) + f" ({len(positions)})" * (len(positions) > 5)

@@ -102,6 +102,34 @@ def test_a_signal_because_of_a_lost_rank_says_that():
     assert process.communicate(timeout=30)[1] == "error: rank 1 vanished\n"
 
 
+INTERRUPTED = """
+import signal, sys, time
+from c4c.errors import exit_code
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs these tests may ignore it
+def command():
+    print("ready", flush=True)
+    time.sleep(3600)
+sys.exit(exit_code(command))
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ctrl_c_is_one_line_where_nothing_else_heeds_it(rank):
+    env = os.environ | {"RANK": str(rank), "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", INTERRUPTED], env=env, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)  # fmt: skip
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30)[1] == ("" if rank else "stopped by SIGINT\n")
+    assert process.returncode == 130
+
+
+def test_a_lost_rank_is_not_looked_for_without_torch():
+    code = "import sys; from c4c.errors import lost_peer; print(lost_peer(RuntimeError('Broken pipe')), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False False\n"
+
+
 @pytest.mark.parametrize("words", [["launch/train.py", "--cfg", "demo.yaml"], ["launch/train.py", "--keys"],
                                    ["launch/stages.py", "--cfg", "two_stage.yaml"], ["launch/eval.py", "--ckpt", "a"],
                                    ["-m", "c4c.export", "--ckpt", "a", "--to", "b.safetensors"], ["-m", "c4c.shard", "info", "a"]])  # fmt: skip

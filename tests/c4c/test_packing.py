@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from c4c import packing, shard, shard_console
+from c4c import packing, shard, shard_console, shard_tools
 from tests.videos import encode
 
 
@@ -188,3 +188,23 @@ def test_options_that_nothing_heeds_are_named(videos: Path, tmp_path: Path, caps
     assert f"--name x was not used: {tmp_path / 'set'}/dataset.json says set" in capsys.readouterr().err.replace(
         "\n", ""
     )
+
+
+@pytest.mark.parametrize(
+    ("command", "kept"),
+    [(["demo", "--out", "x"], True), (["folder", "--videos", ".", "--captions", "c", "--out", "x"], True),
+     (["finish", "x"], False), (["merge", "a", "b", "--out", "x"], False), (["verify", "x"], False)],
+)  # fmt: skip
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), MemoryError()], ids=["Ctrl-C", "memory"])
+def test_only_packing_says_that_shards_are_kept(command: list[str], kept: bool, stop, monkeypatch, capsys) -> None:
+    def run(args) -> int:
+        raise stop
+
+    for module, names in ((shard, ("_demo", "_dataset", "_finish")), (shard_tools, ("_merge", "_verify"))):
+        for name in names:
+            monkeypatch.setattr(module, name, run)
+    monkeypatch.setattr(shard_console, "console", Console(stderr=True, width=250))
+    assert shard.main(command) == (130 if isinstance(stop, KeyboardInterrupt) else 1)
+    said = capsys.readouterr().err
+    assert ("ommitted shards are kept" in said) == kept and said.count("\n") == 1
+    assert said.startswith("stopped" if isinstance(stop, KeyboardInterrupt) else "error: there is not enough memory")

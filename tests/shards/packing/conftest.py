@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -8,6 +8,7 @@ import pytest
 from shards.annotations import Caption, Item
 from shards.packing import scheduler, worker
 from shards.packing.worker import Progress, pack_shard
+from tests.buckets import object_store
 from tests.shards.sets import files, packed
 from tests.videos import encode
 
@@ -46,6 +47,16 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> list[Item]:
         captions = (Caption(f"caption {i}"), Caption("again", 0.1, 0.3 + i / 10))
         out.append(Item(f"v{i}", path, captions, {"nth": i}, *((0.2, 0.6) if i > 6 else (None, None))))
     return out
+
+
+@pytest.fixture
+def bucket() -> Iterator[str]:
+    """An S3 server with an empty bucket; yields its URL."""
+    with object_store():
+        import s3fs
+
+        s3fs.S3FileSystem().mkdir("bucket")
+        yield "s3://bucket"
 
 
 @pytest.fixture

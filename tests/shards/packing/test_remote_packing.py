@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
@@ -27,7 +26,6 @@ from shards.packing.pack import pack
 from shards.packing.worker import Job, pack_shard
 from shards.schema import REJECTS
 from shards.tools.verify import verify
-from tests.buckets import object_store
 from tests.shards.packing.same import same
 from tests.shards.sets import COPY, INTRA, files, packed
 
@@ -152,16 +150,6 @@ def test_protocols_say_what_they_need(monkeypatch: pytest.MonkeyPatch, capsys: p
     with pytest.raises(ShardError, match="a web server cannot be written to"):
         storage.output(UPath("http://127.0.0.1/x"))
     assert storage.place("a/b") == Path("a/b")
-
-
-@pytest.fixture
-def bucket() -> Iterator[str]:
-    """An S3 server with an empty bucket; yields its URL."""
-    with object_store():
-        import s3fs
-
-        s3fs.S3FileSystem().mkdir("bucket")
-        yield "s3://bucket"
 
 
 @pytest.mark.network

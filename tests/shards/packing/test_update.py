@@ -303,7 +303,7 @@ def test_the_command(many: list[Item], tmp_path: Path, capsys: pytest.CaptureFix
     code, told = run(rows=rows + gone)
     assert code == 0 and told.count("the file is missing") == 5 and "and 25 more: see" in told
     code, told = run(rows=[*rows[:3], "v3.mp4,new", "v4.mp4,more"])
-    assert code == 1 and "30 removed: 'gone0', 'gone1', 'gone2', ...; 1 added: 'v4'" in told and "--update" in told
+    assert code == 1 and "30 removed: 'gone0', 'gone1', 'gone2', …; 1 added: 'v4'" in told and "--update" in told
     code, told = run("--update", rows=[*rows[:3], "v3.mp4,new", "v4.mp4,more"])
     assert code == 0 and "5 videos, 5 captions in 1 shard" in told and "4 were taken from existing shards" in told
     code, told = run("--update", rows=[*rows[:3], "v3.mp4,new", "v4.mp4,more"])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from c4c.shard import main
-from shards import ShardError, tarcopy
+from shards import ShardError, first_few, tarcopy
 from shards.split import Split
 from shards.tar import read_index, read_members
 from shards.tools.regroup import Piece, SourceSplit, new_folder, write_split
@@ -157,6 +157,13 @@ def test_names_that_clash_are_refused_or_told_apart(copied: Path, rough: Path, t
     told = [json.loads(line)["id"] for line in rejects(tmp_path / "both")]
     assert sorted(told) == [*(f"gone{i}" for i in range(5)), "train/dir/por.trait"]
     assert verify(tmp_path / "both", 1) == []
+
+
+def test_an_ellipsis_stands_only_for_names_that_are_left_out(copied: Path, tmp_path: Path) -> None:
+    split(copied, tmp_path, [SplitPart("some", ids=frozenset(["plain", "web"]))])
+    with pytest.raises(ShardError, match=r"2 names in more than one .*: 'plain', 'web'\)\. If"):
+        merge([tmp_path / "some", copied], tmp_path / "both")
+    assert [first_few("abcd"[:n]) for n in (0, 3, 4)] == ["", "a, b, c", "a, b, c, …"]
 
 
 def test_only_shards_with_a_clash_are_written_anew(copied: Path, tmp_path: Path) -> None:

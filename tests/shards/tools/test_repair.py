@@ -270,7 +270,7 @@ def foreign(path: Path, samples: list[dict]) -> Path:
     ("more", "words"),
     [
         ({"txt": "a caption"}, r"no \.json member \(only mp4, txt\)"),
-        ({"json": {"caption": "a caption"}}, r"lacks captions, codec, .*another program"),
+        ({"json": {"caption": "a caption"}}, r"lacks captions, codec, .*This tar is not a c4c shard"),
     ],
     ids=["txt", "json"],
 )
