@@ -7,7 +7,8 @@ unexport PYTHONDONTWRITEBYTECODE
 # tests run in as many processes as there are cores, up to 4; each takes whole files, so that fixtures are made once
 CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 PROCESSES := $(shell echo $$(( $(CORES) > 4 ? 4 : $(CORES) )))
-TESTS := python -m pytest -q --dist loadfile
+# in the order of the folders: those that take longest, tests/launch, do not come last
+TESTS := python -m pytest -q --dist loadfile --no-loadscope-reorder
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
