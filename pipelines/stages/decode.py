@@ -8,6 +8,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from nvidia.dali.backend import ReleaseUnusedMemory
 
 from pipelines.chain import Stream
 from pipelines.config import DataConfig
@@ -110,8 +111,10 @@ class Decoder:
         return self._plan.source == "pictures"
 
     def close(self) -> None:
-        """Give up the graphs with their threads and memory."""
+        """Give up the graphs with their threads and memory, which a GPU's torch may want."""
         self._resting.clear()
+        if self._device.type == "cuda":
+            ReleaseUnusedMemory()
 
     # -- what a group holds
 
