@@ -8,7 +8,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from nvidia.dali.backend import ReleaseUnusedMemory
+from nvidia.dali import backend
 
 from pipelines.chain import Stream
 from pipelines.config import DataConfig
@@ -114,7 +114,7 @@ class Decoder:
         """Give up the graphs with their threads and memory, which a GPU's torch may want."""
         self._resting.clear()
         if self._device.type == "cuda":
-            ReleaseUnusedMemory()
+            backend.ReleaseUnusedMemory()
 
     # -- what a group holds
 
