@@ -39,6 +39,11 @@ class Config:
             raise ValueError(
                 f"clips.bag={self.clips.bag} needs train.loss=mil_nce: {self.train.loss} takes one caption a clip, clips.bag=1"
             )
+        if self.run.deterministic and 0 < self.data.hw_decoder_load < 1:
+            raise ValueError(
+                f"run.deterministic with data.hw_decoder_load={self.data.hw_decoder_load}: which decoder a frame meets, and so its "
+                "pixels, would depend on its place in the batch. Use 0 or 1"
+            )
 
 
 class ConfigError(ValueError):

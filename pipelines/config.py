@@ -9,8 +9,13 @@ from shards.remote import Local
 
 LANES = ("auto", "video", "intra")
 PIXELS = ("float32", "float16")
+DECODE = ("auto", "gpu", "cpu")
+JPEG_CROP = ("auto", "roi", "whole")
 
 _MOST_GB = 10**9
+_CHOICES = {
+    "sampling": RULES, "frame_order": ORDERS, "pixels": PIXELS, "lane": LANES, "decode": DECODE, "jpeg_crop": JPEG_CROP,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +82,12 @@ class DataConfig:
     max_words: int = 32  # tokens a caption, start and end included
     paragraph: bool = False  # a video's captions, joined in their order, are one text (ActivityNet, DiDeMo)
     lane: str = "auto"  # auto: intra for intra shards, video for all others
+    decode: str = "auto"  # where frames are decoded for training on a GPU: gpu or cpu; auto: gpu, if it passes a try
+    # of a JPEG on a GPU: roi decodes only what the crop needs, whole all of it; auto: roi, if it passes a try (docs/gpu.md)
+    jpeg_crop: str = "auto"
+    # share of the JPEGs that engines of their own decode, where a GPU has such; its cores decode the others. Between 0 and 1,
+    # a frame's pixels depend on its place in the batch
+    hw_decoder_load: float = 0.0
     mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # of pixels in 0..1; CLIP's
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
     threads: int = 0  # decoding threads a rank; 0: the cores of the machine over its ranks
@@ -90,13 +101,12 @@ class DataConfig:
             "num_frames": (1, 4096), "fps": (1, 1000), "image_size": (1, 8192), "resize": (0, 8192), "max_words": (-COUNT, 4096),
             "threads": (0, 1024), "prefetch": (1, 1024), "eval_batch_size": (1, 65536), "ahead": (0, 10_000),
             **dict.fromkeys(("epoch_samples", "shuffle_block"), (0, 10**12)),
-            **dict.fromkeys(("random_crop", "flip", "colour", "max_bad_fraction"), (0, 1)),
+            **dict.fromkeys(("random_crop", "flip", "colour", "max_bad_fraction", "hw_decoder_load"), (0, 1)),
             **dict.fromkeys(("read_timeout_s", "server_timeout_s"), (0, MONTH_S)), "local_gb": (0, _MOST_GB),
         })  # fmt: skip
-        if self.sampling not in RULES:
-            raise ValueError(f"data.sampling must be one of {', '.join(RULES)}; got {self.sampling!r}")
-        if self.lane not in LANES:
-            raise ValueError(f"data.lane must be one of {', '.join(LANES)}; got {self.lane!r}")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"data.{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
         for name in ("local_gb", "server_timeout_s", "read_timeout_s"):
             if not getattr(self, name):
                 raise ValueError(f"data.{name}={getattr(self, name)}: must be above 0")
@@ -109,10 +119,6 @@ class DataConfig:
             raise ValueError(
                 f"data.resize={self.resize} is smaller than data.image_size={self.image_size}, the crop that is cut from it"
             )
-        if self.frame_order not in ORDERS:
-            raise ValueError(f"data.frame_order must be one of {', '.join(ORDERS)}; got {self.frame_order!r}")
-        if self.pixels not in PIXELS:
-            raise ValueError(f"data.pixels must be one of {', '.join(PIXELS)}; got {self.pixels!r}")
         if self.max_words < 3:
             raise ValueError(f"data.max_words={self.max_words}: must be at least 3, for a start, a word and an end")
         if len(self.mean) != 3 or len(self.std) != 3 or not all(std > 0 for std in self.std):

@@ -10,6 +10,7 @@ from pipelines.config import DataConfig
 from pipelines.lanes import Lane
 from pipelines.requests import BatchPlan, EvalRequests
 from pipelines.running import LaneLoader, require_opened
+from pipelines.stages.transfer import handed_over
 from pipelines.stats import Stats
 from shards import ShardError
 from shards.split import Split
@@ -18,16 +19,18 @@ from shards.split import Split
 class EvalLoader(LaneLoader[BatchPlan]):
     """Every video of a split once, in order, for evaluation; ranks take turns.
 
-    Each rank gets the same number of batches (collectives need that); a rank without videos left gets empty ones.
+    Each rank gets the same number of batches (collectives need that); a rank without videos left gets empty ones. `raw`
+    leaves the normalisation to whoever asked.
     """
 
     def __init__(
-        self, split: Split, config: DataConfig, *, rank: int = 0, world: int = 1, device: torch.device | str = "cpu"
-    ):
+        self, split: Split, config: DataConfig, *, rank: int = 0, world: int = 1, device: torch.device | str = "cpu",
+        raw: bool = False,
+    ):  # fmt: skip
         require_opened(split)
         self.split, self.config = split, config
         self._requests = EvalRequests(split, config, rank, world)
-        super().__init__(Lane(split, config, torch.device(device), config.eval_batch_size))
+        super().__init__(Lane(split, config, torch.device(device), config.eval_batch_size, raw=raw))
 
     def __len__(self) -> int:
         """Number of batches, the same on every rank."""
@@ -35,6 +38,7 @@ class EvalLoader(LaneLoader[BatchPlan]):
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor]]:
         """(video indices [n], frames [n, num_frames, 3, H, W], mask [n, num_frames]), n <= eval_batch_size, n may be 0.
+        With `raw`, frames are uint8 [n, num_frames, H, W, 3].
 
         Raises ShardError for a video that cannot be decoded: a score over fewer videos would not be the score.
         """
@@ -42,8 +46,9 @@ class EvalLoader(LaneLoader[BatchPlan]):
             self._prefetch.close()  # of an iteration that was not finished
         stream = chain(("order_s", self._requests.samples()), self._lane.stages(), Stats())
         for plan in self._start(stream, 1, "c4c-eval-loader"):
-            rows = plan.rows
+            rows, ready = plan.rows, plan.ready
             clips, frames = plan.take()
+            handed_over(ready, frames)
             for sample in clips:
                 if sample.error is not None:
                     raise ShardError(

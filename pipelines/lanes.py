@@ -2,11 +2,13 @@
 
 `intra`  each frame's JPEG is sliced out of the shard and decoded alone (libjpeg-turbo, or nvJPEG on a GPU), and of it
          only the crop; nothing is resized where the stored short side is the recipe's
-`video`  the wanted frames are decoded out of the stored video (NVDEC on a GPU; without one, PyAV goes by the frame
-         table to the keyframe before, as DALI's CPU decoder has no H.264, and torch resizes, see stages/resize.py)
+`video`  the wanted frames are decoded out of the stored video (NVDEC on a GPU, but for videos that stages/nvdec.py leaves
+         out; those, and all without a GPU, PyAV decodes: it goes by the frame table to the keyframe before, as DALI's
+         CPU decoder has no H.264, and torch resizes, see stages/resize.py)
 
 Apart from that DALI decodes, resizes and crops to uint8; stages/normalise.py makes numbers of that, and a cache of
-decoded frames may stand between the two. Sizes are given exactly as PIL/torchvision compute them.
+decoded frames may stand between the two. Sizes are given exactly as PIL/torchvision compute them. With data.decode=cpu, a
+GPU gets frames that the CPU decoded.
 """
 
 import os
@@ -17,6 +19,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from pipelines import probe
 from pipelines.chain import Stage, Stream, chain
 from pipelines.config import CacheConfig, DataConfig
 from pipelines.frame_sampling import candidates, choose, distinct, draws
@@ -29,7 +32,9 @@ from pipelines.stages.collate import Collate
 from pipelines.stages.decode import Decoder
 from pipelines.stages.fetch import NOTHING, BadSample, Reader, Source
 from pipelines.stages.graph import Plan
+from pipelines.stages.nvdec import why_not
 from pipelines.stages.resize import resized
+from pipelines.stages.transfer import on_host, to_device
 from pipelines.stats import Stats
 from pipelines.workers import Hung, InOrder, Workers
 from shards.dataset import Dataset
@@ -37,6 +42,26 @@ from shards.video.picture import scaled_size
 
 _BYTES_A_THREAD = 8 << 20  # of frames that a CPU makes at once: more fall out of its caches before they are used
 _UNITS_TO_CACHE = 1024  # frames the graph takes at once where all frames of a video may be kept
+
+
+def _threads(device: torch.device) -> int:
+    """Of a rank, as far as the machine's cores go; beside a GPU two are left to whoever launches the step."""
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, cores - 2 if device.type == "cuda" and cores > 4 else cores)
+
+
+def _where(device: torch.device, lane: str, config: DataConfig) -> tuple[torch.device, bool]:
+    """On which device frames are decoded, and whether only a crop of each JPEG is."""
+    cpu = torch.device("cpu")
+    if device.type == "cpu" or config.decode == "cpu":
+        return cpu, True
+    if lane == "intra":
+        crop = probe.jpeg_crop(device, config.jpeg_crop, config.hw_decoder_load)
+    else:
+        crop = "roi" if config.decode == "gpu" or probe.has_video(device) else None
+    if crop is None and config.decode == "gpu":
+        raise ValueError(f"data.decode=gpu: no decoder of {device} passes its try; use data.decode=cpu or auto")
+    return (device, crop == "roi") if crop else (cpu, True)
 
 
 def lane_name(split: Dataset, config: DataConfig) -> str:
@@ -72,18 +97,20 @@ class Lane:
             device = torch.device("cuda", torch.cuda.current_device())
         self._split, self._config, self._device, self._rows = split, config, device, rows
         self._augments = training and augments(config)
-        self.threads = config.threads or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        self.threads = config.threads or _threads(device)
+        self._decoding, self._roi = _where(device, self.name, config)
+        self._stream: torch.cuda.Stream | None = None
         self._reader = Reader(split)
         # a server that is away for a while is no hanging read
         self._patience = config.read_timeout_s + (config.server_timeout_s if split.is_remote else 0)
-        self._nvdec = device.type == "cuda" and self.name == "video"
+        self._nvdec = self._decoding.type == "cuda" and self.name == "video"
         self._draws = training and draws(config.sampling)
         self._pool = cache.frames if cache is not None else 0  # stored frames to draw from; 0: all
         self._uncropped = (
             self._augments and cache is not None and bool(cache.dir)
         )  # what is cached is augmented afterwards
         self._shape = None  # what makes frames of pictures, where no graph does
-        if self.name == "video" and not self._nvdec and (self._uncropped or not self._augments):
+        if self.name == "video" and (self._uncropped or not self._augments):
             self._shape = partial(resized, config=config, uncropped=self._uncropped)
         self.cache = self._open_cache(cache) if cache is not None and cache.dir else None
         self._decoder, self._augmenter = self._make_decoder(), self._make_augmenter()
@@ -131,12 +158,18 @@ class Lane:
         mask = torch.zeros(rows, self._config.num_frames, dtype=torch.bool)
         for row, sample in enumerate(samples):
             mask[row, : len(sample.request.positions)] = True
-        return mask.to(self._device)
+        return to_device(mask, self._device)
 
     def use_device(self) -> None:
-        """Make the device the current one of the calling thread: torch keeps one for each, GPU 0 at first."""
+        """Have the calling thread work for the device, on a stream of its own, so that what it launches waits for no step.
+
+        torch keeps a current device and stream for each thread: GPU 0 and the stream of the steps at first.
+        """
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
+            if self._stream is None:
+                self._stream = torch.cuda.Stream(self._device)
+            torch.cuda.set_stream(self._stream)
 
     def interrupt(self) -> None:
         """Have whoever waits for clips go on at once, with an error, even where reading hangs. `close` comes next."""
@@ -189,7 +222,13 @@ class Lane:
         video, wanted = request.video, self._to_decode(request)
         if self.name == "intra":
             return self._reader.jpegs(video, wanted)
-        return self._reader.file(video, wanted) if self._nvdec else self._reader.pictures(video, wanted, self._shape)
+        if self._nvdec and why_not(video) is None:
+            return self._reader.file(video, wanted)
+        return self._reader.pictures(video, wanted, self._shape)
+
+    def _decoded_on_cpu(self, sample: Sample) -> Source:
+        """What PyAV makes of a clip that NVDEC rejects."""
+        return self._reader.pictures(sample.request.video, sample.source.positions, self._shape)
 
     def _cached(self, request: ClipRequest) -> Source | None:
         if self.cache is None:
@@ -216,7 +255,8 @@ class Lane:
         """Bring the bytes that a clip reads to this machine; how many there are. None where it is cached."""
         if self._cached(request) is not None:
             return 0
-        return self._split.fetch(request.video, *span(request.video, None if self._nvdec else self._to_decode(request)))
+        whole = self._nvdec and why_not(request.video) is None
+        return self._split.fetch(request.video, *span(request.video, None if whole else self._to_decode(request)))
 
     # -- stages: cache
 
@@ -225,17 +265,17 @@ class Lane:
         cache = self.cache
         assert cache is not None
 
-        def keep(sample: Sample) -> None:
+        def keep(both: tuple[Sample, np.ndarray]) -> None:
+            sample, clip = both
             # clips of later batches are fetched before this one is kept, so a video may come twice at first
             index = sample.request.video.index
             if np.array_equal(sample.positions, self._cacheable(sample.request)) and cache.get(index) is None:
-                clip = sample.frames
-                on_host = clip.cpu().numpy() if isinstance(clip, torch.Tensor) else np.asarray(clip)
-                cache.put(index, on_host)
+                cache.put(index, clip)
 
         for group in groups:
             if cache.has_room:
-                self._workers.map(keep, [s for s in group if s.frames is not None and not s.source.cached])
+                made = [s for s in group if s.frames is not None and not s.source.cached]
+                self._workers.map(keep, list(zip(made, on_host([s.frames for s in made]), strict=True)))
             yield group
 
     def _shown(self, groups: Stream) -> Iterator[Sample]:
@@ -262,16 +302,17 @@ class Lane:
         stored = {split.info["profile"].get("short_side") for split in splits}
         resize = not (self.name == "intra" and stored == {config.short_side})
         if self._augments and not self._uncropped:
-            plan = Plan(source, resize or config.random_crop > 0, augment=True)
+            plan = Plan(source, resize or config.random_crop > 0, augment=True, roi=self._roi)
         else:
-            plan = Plan(source, resize, self._uncropped)
+            plan = Plan(source, resize, self._uncropped, roi=self._roi)
         units = self._rows * (1 if self._nvdec else config.num_frames)
-        if self._device.type == "cpu":
+        if self._decoding.type == "cpu":
             held = self.threads * _BYTES_A_THREAD // (config.image_size**2 * 3)
             units = min(units, max(config.num_frames, held))
         if self.cache is not None and not self._nvdec and self._draws:
             units = max(units, _UNITS_TO_CACHE)
-        return Decoder(plan, config, units, self._rows, self._device, self.threads)
+        otherwise = self._decoded_on_cpu if self._nvdec else None
+        return Decoder(plan, config, units, self._rows, self._decoding, self.threads, otherwise=otherwise)
 
     def _make_augmenter(self) -> Decoder | None:
         """From cached pictures to frames, where training augments them."""
@@ -279,7 +320,7 @@ class Lane:
             return None
         config, plan = self._config, Plan("pictures", self._config.random_crop > 0, augment=True)
         units = self._rows * config.num_frames
-        return Decoder(plan, config, units, self._rows, self._device, self.threads, scaled=True)
+        return Decoder(plan, config, units, self._rows, self._decoding, self.threads, scaled=True)
 
     def _open_cache(self, cache: CacheConfig) -> FrameCache:
         config, split = self._config, self._split
@@ -291,8 +332,8 @@ class Lane:
         what = {
             "digest": split.digest,
             "lane": self.name,
-            "decoder": self._device.type,
-            "resized by": "DALI" if self._shape is None else "torch",
+            "decoder": self._decoding.type,
+            "resized by": "DALI" if self._shape is None or self._nvdec else "torch",
             "rule": "evenly spread" if self._draws else config.sampling,
             "variable rate": "by time",  # caches of before counted frames there
             "frames": self._pool if self._draws else config.num_frames,

@@ -21,6 +21,7 @@ from pipelines.pair_order import rank_rows
 from pipelines.quarantine import Quarantine
 from pipelines.requests import BatchPlan, Sample, TrainingRequests
 from pipelines.running import LaneLoader, require_opened
+from pipelines.stages.transfer import handed_over, recorded, to_device
 from pipelines.stats import Stats
 from pipelines.tokens import tokenize
 from shards import ShardError
@@ -32,7 +33,7 @@ class Batch:
     """One rank's share of a global batch, padded to the same number of rows B on every rank.
 
     frames        data.pixels [B, num_frames, 3, image_size, image_size], normalised; empty slots are 0. From a loader
-                  that is `raw`, uint8 [B, num_frames, image_size, image_size, 3]
+                  that is `raw`, uint8 [B, num_frames, image_size, image_size, 3], as the model takes them on a GPU
     frame_mask    bool [B, num_frames]
     tokens        int64 [B, max_words]; with clips.bag above 1 [B, bag, max_words], the drawn caption first, and zeros
                   where a video says less
@@ -54,6 +55,7 @@ class Batch:
     captions: list[str]
     wait_s: float = field(default=0.0)
     stats: Stats = field(default_factory=Stats)
+    ready: torch.cuda.Event | None = None  # on a GPU: happens once the tensors are written; `batches` has waited for it
 
 
 class Loader(LaneLoader[Batch]):
@@ -119,6 +121,7 @@ class Loader(LaneLoader[Batch]):
                 return
             batch.wait_s = time.perf_counter() - started
             batch.stats.queued = queued
+            handed_over(batch.ready, batch.frames, batch.frame_mask, batch.tokens, batch.valid)
             yield batch
 
     def _stream(self, place: int, count: int | None) -> Stream:
@@ -202,13 +205,14 @@ class _Batching:
             step=step,
             frames=frames,
             frame_mask=self._lane.mask(clips, rows),
-            tokens=_pad(self._tokens([sample.request.texts for sample in clips]), rows).to(frames.device),
-            valid=(torch.arange(rows) < len(clips)).to(frames.device),
+            tokens=to_device(_pad(self._tokens([sample.request.texts for sample in clips]), rows), frames.device),
+            valid=to_device(torch.arange(rows) < len(clips), frames.device),
             frame_numbers=numbers,
             pairs=np.array([sample.pair for sample in clips], np.int64).reshape(-1, 2),
             keys=[sample.request.video.id for sample in clips],
             captions=[sample.request.texts[0] for sample in clips],
             stats=cost,
+            ready=recorded(frames.device),
         )
 
     def _tokens(self, texts: list[tuple[str, ...]]) -> torch.Tensor:

@@ -65,6 +65,7 @@ class BatchPlan:
     rows     of the tensors, those without a clip included
     total    clips that all ranks together have in it
     memory   what the clips are written into, row by row, once the first is there
+    ready    on a GPU: happens once they are written
     """
 
     place: int
@@ -72,6 +73,7 @@ class BatchPlan:
     total: int
     samples: list[Sample] = field(default_factory=list)
     memory: torch.Tensor | None = None
+    ready: torch.cuda.Event | None = None
 
     def add(self, request: ClipRequest, pair: np.ndarray | None = None) -> None:
         """One more clip, in the next row."""

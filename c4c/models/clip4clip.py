@@ -13,6 +13,7 @@ from c4c.models.heads import HEADS
 from c4c.models.weights import Weights, read, read_backbone
 from c4c.settings import ModelConfig
 from pipelines.config import DataConfig
+from pipelines.stages.pixels import Pixels
 
 _NAMED = 3  # weights of each kind that an error names
 MAX_SCALE = 100.0  # CLIP's bound on the temperature's inverse
@@ -28,6 +29,7 @@ class CLIP4Clip(nn.Module):
         super().__init__()
         self.spec, self.linear_patch, self.blocks, self.segments = spec, linear_patch, blocks, segments
         self.clip = towers.build(spec)
+        self.pixels = Pixels(DataConfig.mean, DataConfig.std)  # for frames that come as bytes
         if linear_patch == "3d":
             towers.to_3d(self.clip.visual)
         text = spec["text_cfg"]
@@ -78,6 +80,10 @@ class CLIP4Clip(nn.Module):
                 f"positions for: set data.num_frames={most} or fewer"
             )
 
+    def set_pixels(self, data: DataConfig) -> None:
+        """Normalise frames that come as bytes with the mean and deviation of `data`."""
+        self.pixels = Pixels(data.mean, data.std)
+
     @property
     def context_length(self) -> int:
         """The longest caption in tokens."""
@@ -105,9 +111,12 @@ class CLIP4Clip(nn.Module):
         return (x @ clip.text_projection) * inside.unsqueeze(-1).to(dtype)
 
     def encode_video(self, frames: Tensor, frame_mask: Tensor) -> Tensor:
-        """[M, F, 3, H, W], [M, F] -> frame features [M, F, D]. Slots outside the mask are encoded too, and mean nothing."""
+        """[M, F, 3, H, W], or bytes uint8 [M, F, H, W, 3], and [M, F] -> frame features [M, F, D].
+
+        Slots outside the mask are encoded too, and mean nothing.
+        """
         m, f = frame_mask.shape
-        frames = frames.to(self.clip.visual.class_embedding.dtype)
+        frames = self._numbers(frames)
         if self.linear_patch == "3d":  # three frames meet in the patch embedding
             frames = frames * frame_mask[:, :, None, None, None].to(frames.dtype)
             return self.clip.visual(frames).unflatten(0, (m, f))
@@ -119,10 +128,15 @@ class CLIP4Clip(nn.Module):
             return self.encode_video(frames, frame_mask)
         kept = frame_mask.clone()
         kept[0, 0] |= not bool(frame_mask.any())  # at least one frame, so that all ranks run the same modules
-        encoded = self.clip.visual(frames[kept].to(self.clip.visual.class_embedding.dtype))
+        encoded = self.clip.visual(self._numbers(frames[kept]))
         features = encoded.new_zeros(*frame_mask.shape, encoded.shape[-1])
         features[kept] = encoded
         return features
+
+    def _numbers(self, frames: Tensor) -> Tensor:
+        """Frames in the towers' precision, [..., 3, H, W]; bytes, [..., H, W, 3], are normalised."""
+        dtype = self.clip.visual.class_embedding.dtype
+        return self.pixels(frames, dtype) if frames.dtype == torch.uint8 else frames.to(dtype)
 
     def scale(self) -> Tensor:
         """What scores are multiplied by: the inverse temperature, at most 100; 1 for heads that use none."""
@@ -137,7 +151,7 @@ class CLIP4Clip(nn.Module):
     def forward(self, frames: Tensor, frame_mask: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """What stands for each text and for each video, float32; ranks exchange it and the head scores it.
 
-        tokens [N, L] give texts [N, ...]; bags of captions [N, bag, L] give [N, bag, ...].
+        frames are normalised, or bytes (see encode_video). tokens [N, L] give texts [N, ...]; bags of captions [N, bag, L] give [N, bag, ...].
         """
         mask = frame_mask.bool()
         video = self._encode_kept(frames, mask) * mask.unsqueeze(-1)

@@ -44,11 +44,13 @@ def features(
     world, rank = world_size(), dist.get_rank() if world_size() > 1 else 0
     captions = [(v, text) for v in range(len(split)) for text in texts_of(split, v, config)]
     size, own = config.eval_batch_size, np.arange(rank, len(captions), world)
-    none = torch.zeros(1, config.num_frames, 3, config.image_size, config.image_size, device=device)
+    raw, side = device.type == "cuda", config.image_size  # there the model normalises
+    shape, dtype = ((side, side, 3), torch.uint8) if raw else ((3, side, side), torch.float32)
+    none = torch.zeros(1, config.num_frames, *shape, dtype=dtype, device=device)
     no_mask = torch.zeros(1, config.num_frames, dtype=torch.bool, device=device)
     no_text = tokenize(["none"], config.max_words).to(device)
 
-    reader = EvalLoader(split, config, rank=rank, world=world, device=device)
+    reader = EvalLoader(split, config, rank=rank, world=world, device=device, raw=raw)
     videos: dict[int, Tensor] = {}
     texts: dict[int, Tensor] = {}
     try:
@@ -115,6 +117,7 @@ def evaluate_checkpoint(
         model, data = open_checkpoint(name, tag)
         data = override_data(data, words)
         model.check_data(data, name)
+        model.set_pixels(data)
         for note in notes(None, split, data) if rank == 0 else ():
             print(f"warning: {note}", file=sys.stderr)
         with EvalReport(on=rank == 0) as progress:

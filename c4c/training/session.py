@@ -58,6 +58,7 @@ class Session:
         self.model = build(config.model, config.data.num_frames)
         freeze(self.model, config.train.freeze_layers)
         self.model.check_data(config.data, config.model.backbone)
+        self.model.set_pixels(config.data)
         size = sum(p.numel() for p in self.model.parameters()) / 1e6
         with self._memory(f"the model has {size:.1f} M weights, beside which optimizers keep masters and moments",
                           "engine.offload=optimizer, or engine.zero_stage=3 on several ranks"):  # fmt: skip
@@ -73,7 +74,7 @@ class Session:
         self.loader = Loader(
             self.split, config.data, batch_size=config.train.batch_size, seed=config.run.seed,
             drop_last=config.train.drop_last, rank=rank, world=world, device=device, quarantine=quarantine,
-            cache=config.cache, clips=config.clips,
+            cache=config.cache, clips=config.clips, raw=device.type == "cuda",
         )  # fmt: skip
         self.per_epoch = self.loader.steps_per_epoch
         # what hosts decide they exchange between hosts: on the default group of GPUs, each answer would wait for the step

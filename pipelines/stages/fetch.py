@@ -29,11 +29,13 @@ class Source:
     pieces    JPEGs, pictures uint8 [H, W, 3] or a whole file; of a clip that is `ready` one array uint8 [n, H, W, 3],
               as a graph would make it
     positions int64 [n], which stored frames these are, increasing
+    pictures  the pieces are pictures
     """
 
     pieces: list[np.ndarray]
     positions: np.ndarray
     ready: bool = False
+    pictures: bool = False
     cached: bool = False
     bytes_read: int = 0
     decoded: int = 0
@@ -62,7 +64,7 @@ class Reader:
         source = self._twice(video, positions, self._pictures)
         if shape is not None:
             started = time.perf_counter()
-            source.pieces, source.ready = [shape(source.pieces)], True
+            source.pieces, source.ready, source.pictures = [shape(source.pieces)], True, False
             source.decode_s += time.perf_counter() - started
         return source
 
@@ -95,7 +97,7 @@ class Reader:
         return Source(pieces, positions, bytes_read=sum(sizes), decoded=len(pieces), read_s=spent)
 
     def _pictures(self, video: Video, positions: np.ndarray) -> Source:
-        out = Source([], positions)
+        out = Source([], positions, pictures=True)
         started = time.perf_counter()
 
         def read(offset: int, size: int) -> bytes:

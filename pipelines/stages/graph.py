@@ -1,6 +1,8 @@
 """The DALI graph: stored frames to uint8 frames of the recipe's size."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +16,22 @@ from pipelines.stages.augment import View
 _AHEAD_OF_JPEG = 6 * 8 * 64  # bytes; jdhuff.c: blocks in a 4:2:0 MCU, eight for each of a block's coefficients
 
 
+# of errors that are the device's: its memory, its driver, a fault of its own. What NVDEC says of a video it cannot decode
+# (CUDA_ERROR_NOT_SUPPORTED, CUDA_ERROR_INVALID_VALUE, CUDA_ERROR_INVALID_IMAGE) is not among them
+_OF_THE_DEVICE = re.compile(
+    r"CUDA runtime API error|CUDA error|cudaError|out of memory|bad_alloc|illegal (memory access|address|instruction)|launch fail"
+    r"|CUDA_ERROR_(OUT_OF_MEMORY|ILLEGAL|LAUNCH|DEINITIALIZED|NOT_INITIALIZED|NO_DEVICE|ECC|HARDWARE|MISALIGNED|ASSERT|UNKNOWN|CONTEXT)"
+    r"|device-side assert|uncorrectable ECC|no CUDA-capable device|driver version is insufficient",
+    re.IGNORECASE,
+)
+
+
 class GraphError(Exception):
     """DALI could not turn what it was given into frames. The graph cannot be used any more."""
+
+
+class DeviceError(RuntimeError):
+    """The device failed, or its memory is full: no fault of what it was given."""
 
 
 @dataclass(frozen=True)
@@ -27,20 +43,27 @@ class Plan:
     resize    whether windows are scaled to the frame's size; if not, they have it already
     uncropped scale all of the picture to a size of its own, and cut nothing (for the cache, before augmentation)
     augment   flip and change colours as the views say
+    roi       of a JPEG that is only cropped, decode no more than the crop needs; otherwise all of it, and cut the crop out
     """
 
     source: str
     resize: bool
     uncropped: bool = False
     augment: bool = False
+    roi: bool = True
 
 
 class Graph:
-    """A DALI pipeline that makes at most `units` frames (files: clips) of `side` x `side` pixels at once."""
+    """A DALI pipeline that makes at most `units` frames (files: clips) of `side` x `side` pixels at once.
 
-    def __init__(self, plan: Plan, side: int, units: int, device: torch.device, threads: int):
-        self.plan, self.units = plan, units
-        self._side, self._gpu = side, device.type == "cuda"
+    hw_decoder_load: share of the JPEGs that a GPU's JPEG engines decode, where it has such.
+    """
+
+    def __init__(
+        self, plan: Plan, side: int, units: int, device: torch.device, threads: int, hw_decoder_load: float = 0.0
+    ):
+        self.plan, self.units, self.hw_decoder_load = plan, units, hw_decoder_load
+        self._side, self._device, self._gpu = side, device, device.type == "cuda"
         # one unit of the graph is a frame where frames come singly, and a clip where NVDEC delivers sequences
         self._pipeline = Pipeline(
             batch_size=units,
@@ -59,11 +82,12 @@ class Graph:
         window: dict[str, Any] = {"start": start, "shape": [self._side, self._side], "axis_names": "WH"}
         if plan.source == "jpegs":
             source = fn.external_source(name="source", no_copy=True, dtype=types.UINT8, ndim=1)
-            mode = "mixed" if self._gpu else "cpu"
-            if crops:
-                frames = fn.decoders.image_slice(source, device=mode, output_type=types.RGB, **window)
+            if crops and plan.roi:
+                frames = fn.decoders.image_slice(source, output_type=types.RGB, **self._decoding(), **window)
             else:
-                frames = fn.decoders.image(source, device=mode, output_type=types.RGB)
+                frames = fn.decoders.image(source, output_type=types.RGB, **self._decoding())
+                if crops:
+                    frames = fn.slice(frames, **window)
         else:
             frames = self._pictures(device)
             if crops:
@@ -77,11 +101,23 @@ class Graph:
             frames = fn.color_twist(frames, **inputs)
         return frames
 
+    def _decoding(self) -> dict:
+        """Where JPEGs are decoded. On a GPU, chroma is scaled up as libjpeg-turbo does it, so that its pixels are the CPU's."""
+        if not self._gpu:
+            return {"device": "cpu"}
+        # threads that are tied to cores would be in the way of those that launch the step
+        return {
+            "device": "mixed",
+            "hw_decoder_load": self.hw_decoder_load,
+            "jpeg_fancy_upsampling": True,
+            "affine": False,
+        }
+
     def _pictures(self, device: str):
         if self.plan.source == "files":
             source = fn.external_source(name="source", no_copy=True, dtype=types.UINT8, ndim=1)
             wanted = fn.external_source(name="positions", ndim=1, dtype=types.INT32)
-            return fn.decoders.video(source, device="mixed", frames=wanted)
+            return fn.decoders.video(source, device="mixed", affine=False, frames=wanted)
         pictures = fn.external_source(name="source", no_copy=True, dtype=types.UINT8, ndim=3, layout="HWC")
         return pictures.gpu() if device == "gpu" else pictures
 
@@ -99,23 +135,21 @@ class Graph:
         positions: Sequence[np.ndarray] = (),
     ) -> None:
         """Begin to make frames, which `result` hands over; one call after another. One view a unit; `sizes` (width,
-        height) only where the plan is `uncropped`. `pieces` must stay as they are until then. Raises GraphError."""
-        try:
+        height) only where the plan is `uncropped`. `pieces` must stay as they are until then. Raises GraphError, DeviceError."""
+        with _errors_told_apart():
             self._feed(pieces, views, sizes, positions)
             self._pipeline.schedule_run()
-        except RuntimeError as error:
-            raise GraphError(_reason(error)) from error
 
-    def result(self) -> list[np.ndarray] | np.ndarray | torch.Tensor:
-        """uint8 frames [n, side, side, 3], on the device; `uncropped`: a list of pictures [height, width, 3] in memory.
+    def result(self) -> list[np.ndarray] | np.ndarray | torch.Tensor | list[torch.Tensor]:
+        """uint8 frames [n, side, side, 3]; `uncropped`: a list of pictures [height, width, 3] in memory.
 
-        On the CPU they are DALI's own memory, good until the next `start`. Raises GraphError.
+        They are DALI's own memory: on a CPU good until the next `start`, on a GPU as long as the tensors are held. There, who
+        reads them holds them until that is done, not only until it is launched: a GPU's JPEG engines write into memory that is
+        given back without waiting for the stream. On a GPU files give a tensor for each clip. Raises GraphError, DeviceError.
         """
-        try:
-            stream = torch.cuda.current_stream() if self._gpu else None  # in whose order DALI may write over them
-            (output,) = self._pipeline.outputs(stream)
-        except RuntimeError as error:
-            raise GraphError(_reason(error)) from error
+        with _errors_told_apart():
+            # in whose order DALI may use the memory again
+            (output,) = self._pipeline.outputs(torch.cuda.current_stream(self._device) if self._gpu else None)
         if self.plan.uncropped:
             output = output.as_cpu()
             made = [np.array(output.at(i)) for i in range(len(output))]
@@ -123,7 +157,7 @@ class Graph:
         if not self._gpu:
             return np.asarray(output.as_tensor()) if output.is_dense_tensor() else output.as_array()
         if self.plan.source == "files":
-            return torch.cat([torch.from_dlpack(clip) for clip in output])
+            return list(map(torch.from_dlpack, output))
         return torch.from_dlpack(output.as_tensor())
 
     def _feed(self, pieces: list, views: list[View], sizes: Sequence, positions: Sequence) -> None:
@@ -155,6 +189,18 @@ def _one_array(pieces: list[np.ndarray]) -> np.ndarray:
     return rows
 
 
+@contextmanager
+def _errors_told_apart() -> Iterator[None]:
+    """Turn a RuntimeError of DALI into one that says whose fault it is."""
+    try:
+        yield
+    except RuntimeError as error:
+        if found := _OF_THE_DEVICE.search(str(error)):
+            line = next(line.strip() for line in str(error).splitlines() if found.group() in line)
+            raise DeviceError(f"the GPU failed while it decoded frames: {line[:300]}") from error
+        raise GraphError(_reason(error)) from error
+
+
 def _reason(error: RuntimeError) -> str:
     """The line of DALI's report that says what happened."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -165,5 +211,5 @@ def _reason(error: RuntimeError) -> str:
 def copied(frames):
     """What a graph's next run does not overwrite."""
     if isinstance(frames, torch.Tensor):
-        return frames.clone()
+        return frames  # which holds DALI's memory
     return [np.array(f) for f in frames] if isinstance(frames, list) else np.array(frames)

@@ -1,6 +1,6 @@
 """uint8 pixels to normalised planes: (pixel / 255 - mean) / std, from [..., H, W, 3] to [..., 3, H, W].
 
-On a GPU torch does it after the transfer of the bytes. On a CPU it is most of the work that is left once frames are
+On a GPU torch does it after the transfer of the bytes (pixels.py). On a CPU it is most of the work that is left once frames are
 cheap to decode, and torch takes three times as long as it needs: normalise.c does it in one pass. It is compiled at its
 first use, in under a second, and kept for the next; without a C compiler torch does it.
 """
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from pipelines.config import DataConfig
+from pipelines.stages.pixels import Pixels
 
 SOURCE = Path(__file__).with_name("normalise.c")
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -32,9 +33,7 @@ class Normalise:
 
     def __init__(self, config: DataConfig):
         self.dtype = DTYPES[config.pixels]
-        std = 255 * np.array(config.std, np.float64)
-        self._scale = (1 / std).astype(np.float32)
-        self._offset = (-np.array(config.mean, np.float64) * 255 / std).astype(np.float32)
+        self.pixels = Pixels(config.mean, config.std)
         library = _library()
         kernel = "normalise_f16" if self.dtype == torch.float16 else "normalise_f32"
         self._kernel = None if library is None else getattr(library, kernel)
@@ -53,7 +52,7 @@ class Normalise:
         sizes = [n, height * width]
         self._kernel(
             *map(ctypes.c_void_p, pointers), *map(ctypes.c_size_t, sizes),
-            ctypes.c_void_p(self._scale.ctypes.data), ctypes.c_void_p(self._offset.ctypes.data),
+            ctypes.c_void_p(self.pixels.scale.ctypes.data), ctypes.c_void_p(self.pixels.offset.ctypes.data),
         )  # fmt: skip
 
     def fill(self, out: torch.Tensor, frames: np.ndarray, picks: np.ndarray, raw: bool) -> None:
@@ -73,30 +72,9 @@ class Normalise:
         else:
             self.into(out[:n], frames[a : a + n])
 
-    def fill_on_device(self, out: torch.Tensor, rows: list, picks: list[np.ndarray], raw: bool) -> None:
-        """The same for clips out [n, frames, ...] on a device; each of `rows` there already, or in this machine's memory."""
-        bytes_ = out if raw else torch.empty(*out.shape[:2], *out.shape[3:], 3, device=out.device, dtype=torch.uint8)
-        host = [i for i, frames in enumerate(rows) if not isinstance(frames, torch.Tensor)]
-        if host:  # through pinned memory, all at once
-            pinned = torch.empty(len(host), *bytes_.shape[1:], dtype=torch.uint8, pin_memory=True)
-            for slot, i in enumerate(host):
-                np.take(rows[i], picks[i], axis=0, out=pinned[slot, : len(picks[i])].numpy())
-            moved = pinned.to(out.device, non_blocking=True)
-            for slot, i in enumerate(host):
-                bytes_[i] = moved[slot]
-        for i, frames in enumerate(rows):
-            if isinstance(frames, torch.Tensor):
-                bytes_[i, : len(picks[i])] = frames[torch.from_numpy(picks[i]).to(frames.device)]
-        if not raw:
-            out.copy_(self.on_device(bytes_))
-        for i, pick in enumerate(picks):
-            if len(pick) < out.shape[1]:
-                out[i, len(pick) :] = 0
-
     def on_device(self, frames: torch.Tensor) -> torch.Tensor:
         """The frames, uint8 [..., H, W, 3] on any device, normalised, [..., 3, H, W]."""
-        scale, offset = (torch.from_numpy(a).to(frames.device) for a in (self._scale, self._offset))
-        return (frames.float() * scale + offset).to(self.dtype).movedim(-1, -3).contiguous()
+        return self.pixels(frames, self.dtype).contiguous()
 
 
 @cache

@@ -30,7 +30,7 @@ class Reader:
 
     closed = False
 
-    def __init__(self, split, config, *, rank, world, device):
+    def __init__(self, split, config, *, rank, world, device, raw):
         self.shape = config.num_frames, 3, config.image_size, config.image_size
 
     def __iter__(self):

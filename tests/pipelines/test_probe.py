@@ -1,0 +1,112 @@
+"""A GPU's decoders are tried in processes of their own, so that one that crashes, hangs or errs is found."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from pipelines import probe
+from pipelines.config import DataConfig
+from pipelines.lanes import _where
+
+pytestmark = pytest.mark.slow  # imports DALI
+
+CRASH = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
+HANG = "import time; time.sleep(60)"
+WRONG = "print('{\"worst_psnr_db\": 12.3}')"
+RIGHT = "print('{\"worst_psnr_db\": 47.0}')"
+REFUSED = "raise RuntimeError('nvImageCodec failure: #8')"
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
+    probe.tried.cache_clear()
+    yield
+    probe.tried.cache_clear()
+
+
+def doing(monkeypatch, **programs: str) -> list[str]:
+    asked: list[str] = []
+
+    def command(form, device, load):
+        asked.append(form)
+        return [sys.executable, "-c", programs[form]]
+
+    monkeypatch.setattr(probe, "_command", command)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("program", "why"),
+    [
+        (CRASH, "it crashes (SIGSEGV)"),
+        (WRONG, "its frames differ from the CPU's (12.3 dB, at least 38 are expected)"),
+        (REFUSED, "RuntimeError: nvImageCodec failure: #8"),
+        (RIGHT, None),
+    ],
+)
+def test_what_becomes_of_a_try(monkeypatch, program, why):
+    doing(monkeypatch, roi=program)
+    assert probe.tried("roi", "cuda:0", 0.0) == why
+
+
+def test_one_that_hangs_is_ended(monkeypatch):
+    doing(monkeypatch, roi=HANG)
+    monkeypatch.setattr(probe, "TIMEOUT_S", 0.5)
+    assert probe.tried("roi", "cuda:0", 0.0) == "no answer within 0.5 s"
+
+
+def test_a_gpu_is_tried_once_and_remembered(monkeypatch):
+    asked = doing(monkeypatch, roi=CRASH)
+    for _ in range(2):
+        probe.tried.cache_clear()  # as another process
+        assert probe.tried("roi", "cuda:0", 0.0) == "it crashes (SIGSEGV)"
+    assert asked == ["roi"]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "another GPU")
+    probe.tried.cache_clear()
+    probe.tried("roi", "cuda:0", 0.0)
+    assert asked == ["roi", "roi"]
+
+
+CUDA = torch.device("cuda", 0)
+
+
+def test_the_first_that_passes_is_used(monkeypatch):
+    doing(monkeypatch, roi=RIGHT)
+    assert _where(CUDA, "intra", DataConfig()) == (CUDA, True)
+
+
+def test_a_crash_leads_to_whole_pictures(monkeypatch):
+    doing(monkeypatch, roi=CRASH, whole=RIGHT)
+    with pytest.warns(
+        UserWarning, match=r"roi: it crashes \(SIGSEGV\); whole pictures are decoded \(data\.jpeg_crop=whole\)"
+    ):
+        assert _where(CUDA, "intra", DataConfig()) == (CUDA, False)
+
+
+def test_where_neither_passes_the_cpu_decodes(monkeypatch):
+    doing(monkeypatch, roi=CRASH, whole=WRONG, video=REFUSED)
+    with pytest.warns(UserWarning, match=r"the CPU decodes \(data\.decode=cpu\)"):
+        assert _where(CUDA, "intra", DataConfig()) == (torch.device("cpu"), True)
+    with pytest.warns(UserWarning, match="NVDEC on cuda:0: .*the CPU decodes"):
+        assert _where(CUDA, "video", DataConfig()) == (torch.device("cpu"), True)
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"data\.decode=gpu: no decoder of cuda:0 passes"):
+        _where(CUDA, "intra", DataConfig(decode="gpu"))
+
+
+def test_what_is_asked_for_is_not_tried(monkeypatch):
+    asked = doing(monkeypatch)
+    assert _where(CUDA, "intra", DataConfig(jpeg_crop="whole")) == (CUDA, False)
+    assert _where(CUDA, "intra", DataConfig(decode="cpu")) == (torch.device("cpu"), True)
+    assert _where(torch.device("cpu"), "intra", DataConfig()) == (torch.device("cpu"), True)
+    assert _where(CUDA, "video", DataConfig(decode="gpu"))[0] == CUDA
+    assert asked == []
+
+
+@pytest.mark.parametrize("form", ["roi", "whole"])
+def test_the_try_itself_on_a_cpu(capsys, form):
+    assert probe.main([form, "--device", "cpu"]) == 0
+    assert json.loads(capsys.readouterr().out)["worst_psnr_db"] is None, "the CPU's frames are its own"
