@@ -114,7 +114,7 @@ class Decoder:
         """Give up the graphs with their threads and memory, which a GPU's torch may want."""
         self._resting.clear()
         if self._device.type == "cuda":
-            backend.ReleaseUnusedMemory()
+            backend.ReleaseUnusedMemory()  # type: ignore[attr-defined]  # it is made at run time
 
     # -- what a group holds
 
