@@ -2,12 +2,7 @@
 
 import torch
 
-# dense 16-bit matrix peaks in FLOP/s, from the makers' data sheets; the first name that the device's name contains
-_PEAKS = (
-    ("B200", 2250e12), ("H200", 989e12), ("H100 PCIe", 756e12), ("H100", 989e12), ("A100", 312e12), ("A800", 312e12),
-    ("L40S", 362e12), ("L40", 181e12), ("L4", 121e12), ("A40", 150e12), ("A30", 165e12), ("A10G", 70e12), ("A10", 125e12),
-    ("V100", 125e12), ("T4", 65e12), ("RTX 4090", 165e12), ("RTX 3090", 71e12),
-)  # fmt: skip
+from c4c.performance.hardware import peak_flops
 
 
 def per_pair(spec: dict, frames: int, words: int) -> float:
@@ -33,5 +28,4 @@ def peak(device: torch.device, precision: str) -> float | None:
     """Of the device in FLOP/s; None where it is not known, and in fp32, where it depends on too much else."""
     if device.type != "cuda" or precision == "fp32":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for known, flops in _PEAKS if known in name), None)
+    return peak_flops(torch.cuda.get_device_name(device))

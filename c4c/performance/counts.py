@@ -1,0 +1,198 @@
+"""Operations, bytes and memory of a training step, counted on the real modules: on torch's meta device, where nothing is computed."""
+
+import math
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import open_clip
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from c4c.config import Config
+from c4c.losses import LOSSES
+from c4c.models import towers
+from c4c.models.clip4clip import CLIP4Clip
+from c4c.performance.work import Counts, Op, Work
+from c4c.training.param_groups import freeze
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_META = torch.device("meta")
+_LOOKUPS = {"embedding", "index", "index_select", "gather"}  # read as much of a table as they return
+_OVERWRITE = {"copy_", "fill_", "zero_"}  # do not read what they change
+_SAMPLES = (64, 128, 256)  # pairs for which memory is counted, to draw its curve
+
+
+class _Meter(TorchDispatchMode):
+    """Notes every kernel that runs under it, and the most memory that tensors made under it hold at once, in bytes."""
+
+    def __init__(self):
+        super().__init__()
+        self._kernels: Counter[tuple[int, int]] = Counter()
+        self._live: dict[int, weakref.ref] = {}
+        self._held = 0
+        self.peak = 0
+
+    def take(self) -> Work:
+        """What ran since the last call."""
+        ops = tuple(Op(flops, size, times) for (flops, size), times in sorted(self._kernels.items()))
+        self._kernels.clear()
+        return Work(ops)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given, made = _tensors((args, kwargs)), _tensors(out)
+        self._follow(made)
+        name = func.overloadpacket.__name__
+        inputs = {t.untyped_storage()._cdata for t in given}
+        is_view = not func._schema.is_mutable and all(t.untyped_storage()._cdata in inputs for t in made)
+        if made and not is_view and "empty" not in name:
+            formula = flop_registry.get(func.overloadpacket)
+            flops = int(formula(*args, **(kwargs or {}), out_val=out)) if formula else 0
+            self._kernels[flops, _traffic(name, given, made)] += 1
+        return out
+
+    def _follow(self, tensors: list[Tensor]) -> None:
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self._live and size:
+                self._live[key] = weakref.ref(storage, lambda _, key=key, size=size: self._freed(key, size))
+                self._held += size
+        self.peak = max(self.peak, self._held)
+
+    def _freed(self, key: int, size: int) -> None:
+        del self._live[key]
+        self._held -= size
+
+    def ignore(self, tensors: list[Tensor]) -> None:
+        """Leave these out of the memory."""
+        before = self._held
+        self._follow(tensors)
+        self._held = before
+        self.peak = 0
+
+
+def _tensors(tree: object) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _traffic(name: str, given: list[Tensor], made: list[Tensor]) -> int:
+    """Bytes that a kernel reads and writes. Of an expanded tensor only what is there is read."""
+    written = sum(map(_size, made))
+    if name in _LOOKUPS:
+        return 2 * written + sum(_size(t) for t in given[1:] if not t.is_floating_point())
+    if name.endswith("_like") or name.startswith("new_"):
+        return written
+    return written + sum(map(_size, given[1:] if name in _OVERWRITE else given))
+
+
+def _size(tensor: Tensor) -> int:
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+
+
+def meta_model(config: Config) -> CLIP4Clip:
+    """The model that a run would train, in the engine's precision, without memory for its weights. Raises ValueError."""
+    backbone, source = config.model.backbone, config.model.init_from
+    spec = towers.named(backbone)
+    if about := open_clip.get_pretrained_cfg(backbone, source):  # its activation is that of its weights
+        spec |= {"quick_gelu": bool(about.get("quick_gelu", False))}
+    with _META:
+        model = CLIP4Clip(
+            spec, config.model.head, config.model.linear_patch, config.model.head_layers, config.data.num_frames
+        )
+    model.check_data(config.data, backbone)
+    freeze(model, config.train.freeze_layers)
+    model.clip.set_grad_checkpointing(config.engine.activation_checkpointing)
+    return model.to(DTYPES[config.engine.precision]).train()
+
+
+def count(config: Config, *, encoded: int, scored: int, world: int = 1) -> Counts:
+    """Count a rank's step that encodes `encoded` pairs at once, and scores `scored` of its own against those of `world` ranks.
+
+    Raises ValueError for models that cannot be built, and data settings that do not suit them.
+    """
+    model, data = meta_model(config), config.data
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:  # ZeRO decides what gradients cost
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    bag = (config.clips.bag,) if config.train.loss == "mil_nce" else ()
+    with _fused_attention(), _META, _Meter() as meter:
+        meter.ignore([*model.parameters(), *model.buffers()])
+        dtype = DTYPES[config.engine.precision]
+        frames = torch.empty(encoded, data.num_frames, 3, data.image_size, data.image_size, dtype=dtype)
+        mask = torch.ones(encoded, data.num_frames, dtype=torch.bool)
+        tokens = torch.ones(encoded, *bag, data.max_words, dtype=torch.long)
+        meter.take()
+        features = _encode(model, frames, mask, tokens)
+        forward = meter.take()
+        leaves = [torch.empty(scored, *t.shape[1:], dtype=t.dtype).requires_grad_() for t in features]
+        _loss(model, leaves[0], leaves[1], config.train.loss, world).backward()
+        size = sum(leaf.nbytes for leaf in leaves) // scored
+        scoring = meter.take()
+        del leaves
+        outputs = [t for t in features if t.requires_grad]
+        torch.autograd.backward(outputs, [torch.empty_like(t) for t in outputs])
+        backward = meter.take()
+    normalise = Op(0, frames.numel() * (1 + frames.element_size()), 1)  # from uint8, in one kernel
+    return Counts(
+        spec=model.spec, weights=sum(p.numel() for p in model.parameters()), trained=sum(p.numel() for p in trained),
+        tensors=len(trained), forward=Work((*forward.ops, normalise)), backward=backward, scoring=scoring,
+        activations=meter.peak, features=size,
+    )  # fmt: skip
+
+
+def _encode(model: CLIP4Clip, frames: Tensor, mask: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """CLIP4Clip.forward as it is on a GPU, where empty frames are encoded too."""
+    video = model.encode_video(frames, mask) * mask.unsqueeze(-1)
+    text = model.head.text(model.encode_text(tokens.flatten(0, -2))).float()
+    return text.unflatten(0, tokens.shape[:-1]), model.head.video(video, mask).float()
+
+
+def _loss(model: CLIP4Clip, text: Tensor, video: Tensor, loss: str, world: int) -> Tensor:
+    """The loss of a rank. With several ranks, c4c.losses without its masks and exchanges."""
+    if world == 1:
+        valid = torch.ones(text.shape[: 2 if loss == "mil_nce" else 1], dtype=torch.bool)
+        return LOSSES[loss](text, video, valid, model.scale(), model.head.score)
+    if loss == "mil_nce":
+        text = text.flatten(0, 1)
+    all_text, all_video = (torch.empty(world * len(t), *t.shape[1:]).requires_grad_() for t in (text, video))
+    scores = model.head.score(text, all_video), model.head.score(all_text, video).T
+    return sum((model.scale() * s).logsumexp(dim=1).sum() for s in scores)
+
+
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    """Attention as one kernel, as on a GPU; the meta device has only the plain one, with its matrices of scores."""
+    functional = torch.nn.functional
+    plain = functional.scaled_dot_product_attention
+
+    def fused(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
+        bias = None
+        if attn_mask is not None:
+            bias = attn_mask.to(query.dtype).expand(*query.shape[:-1], key.shape[-2])
+        kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+        return kernel(query, key, value, bias, True, dropout_p, is_causal, scale=scale)[0]
+
+    functional.scaled_dot_product_attention = fused
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = plain
+
+
+def activation_curve(config: Config, world: int = 1) -> Callable[[int], float]:
+    """Bytes of activations by the number of pairs that a rank encodes and scores at once, without counting each time.
+
+    A parabola through three counts: encoding grows with the number, scores with its square.
+    """
+    sizes = [count(config, encoded=n, scored=n, world=world).activations for n in _SAMPLES]
+    a, b, c = _SAMPLES
+    # divided differences
+    first = (sizes[1] - sizes[0]) / (b - a)
+    second = ((sizes[2] - sizes[1]) / (c - b) - first) / (c - a)
+    return lambda n: max(0.0, math.fsum((sizes[0], first * (n - a), second * (n - a) * (n - b))))
