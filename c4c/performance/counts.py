@@ -5,6 +5,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import open_clip
 import torch
@@ -17,7 +18,7 @@ from c4c.config import Config
 from c4c.losses import LOSSES
 from c4c.models import towers
 from c4c.models.clip4clip import CLIP4Clip
-from c4c.performance.work import Counts, Op, Work
+from c4c.performance.work import StepCounts, Op, Work
 from c4c.training.param_groups import freeze
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -61,11 +62,11 @@ class _Meter(TorchDispatchMode):
             storage = tensor.untyped_storage()
             key, size = storage._cdata, storage.nbytes()
             if key not in self._live and size:
-                self._live[key] = weakref.ref(storage, lambda _, key=key, size=size: self._freed(key, size))
+                self._live[key] = weakref.ref(storage, partial(self._freed, key, size))
                 self._held += size
         self.peak = max(self.peak, self._held)
 
-    def _freed(self, key: int, size: int) -> None:
+    def _freed(self, key: int, size: int, _: weakref.ref) -> None:
         del self._live[key]
         self._held -= size
 
@@ -111,7 +112,7 @@ def meta_model(config: Config) -> CLIP4Clip:
     return model.to(DTYPES[config.engine.precision]).train()
 
 
-def count(config: Config, *, encoded: int, scored: int, world: int = 1) -> Counts:
+def count(config: Config, *, encoded: int, scored: int, world: int = 1) -> StepCounts:
     """Count a rank's step that encodes `encoded` pairs at once, and scores `scored` of its own against those of `world` ranks.
 
     Raises ValueError for models that cannot be built, and data settings that do not suit them.
@@ -139,7 +140,7 @@ def count(config: Config, *, encoded: int, scored: int, world: int = 1) -> Count
         torch.autograd.backward(outputs, [torch.empty_like(t) for t in outputs])
         backward = meter.take()
     normalise = Op(0, frames.numel() * (1 + frames.element_size()), 1)  # from uint8, in one kernel
-    return Counts(
+    return StepCounts(
         spec=model.spec, weights=sum(p.numel() for p in model.parameters()), trained=sum(p.numel() for p in trained),
         tensors=len(trained), forward=Work((*forward.ops, normalise)), backward=backward, scoring=scoring,
         activations=meter.peak, features=size,
@@ -161,8 +162,9 @@ def _loss(model: CLIP4Clip, text: Tensor, video: Tensor, loss: str, world: int) 
     if loss == "mil_nce":
         text = text.flatten(0, 1)
     all_text, all_video = (torch.empty(world * len(t), *t.shape[1:]).requires_grad_() for t in (text, video))
-    scores = model.head.score(text, all_video), model.head.score(all_text, video).T
-    return sum((model.scale() * s).logsumexp(dim=1).sum() for s in scores)
+    to_video = model.scale() * model.head.score(text, all_video)
+    to_text = model.scale() * model.head.score(all_text, video)
+    return to_video.logsumexp(dim=1).sum() + to_text.logsumexp(dim=0).sum()
 
 
 @contextmanager
@@ -178,7 +180,7 @@ def _fused_attention() -> Iterator[None]:
         kernel = torch.ops.aten._scaled_dot_product_efficient_attention
         return kernel(query, key, value, bias, True, dropout_p, is_causal, scale=scale)[0]
 
-    functional.scaled_dot_product_attention = fused
+    functional.scaled_dot_product_attention = fused  # type: ignore[assignment]  # for the time of a count
     try:
         yield
     finally:

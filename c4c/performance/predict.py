@@ -7,7 +7,7 @@ from c4c.config import Config
 from c4c.performance.assumptions import Assumptions
 from c4c.performance.hardware import Gpu
 from c4c.performance.loading import loader_seconds
-from c4c.performance.work import Counts, Work
+from c4c.performance.work import StepCounts, Work
 from c4c.zero.config import deepspeed_config
 
 MOST_ROWS = 65536  # pairs of a rank that `largest_batch` looks at
@@ -19,7 +19,7 @@ _GATHERED = 1_000_000_000  # and stage 3's stage3_max_live_parameters
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
+class StepShape:
     """How a step is cut: over ranks, and a rank's share into passes."""
 
     world: int
@@ -66,7 +66,7 @@ class Prediction:
     gpus: int
     cores: int
     decoder: str
-    shape: Shape
+    shape: StepShape
     weights: int  # numbers
     flops: float  # of a rank's step, recomputation included
     launches: int  # kernels a rank launches in a step
@@ -98,14 +98,14 @@ class Prediction:
         return self.loader_margin >= 1
 
 
-def shape_of(config: Config, world: int) -> Shape:
+def shape_of(config: Config, world: int) -> StepShape:
     """Raises ValueError for batches that cannot be cut so."""
     train = config.train
     settings = deepspeed_config(config.engine, train, world, config.deepspeed)
     rows, encoded = train.batch_size // world, settings["train_micro_batch_size_per_gpu"]
     zero = settings["zero_optimization"]
     double = zero.get("overlap_comm", False)
-    return Shape(
+    return StepShape(
         world=world, rows=rows, encoded=encoded, scored=encoded if train.accumulate > 1 else rows,
         passes=settings["gradient_accumulation_steps"], cached=train.accumulate == 1 and encoded < rows,
         stage=zero["stage"], buckets=int(zero.get("reduce_bucket_size", _BUCKET)) * (2 if double else 1),
@@ -120,7 +120,7 @@ def predict(
     assumptions: Assumptions | None = None,
     *,
     decoder: str = "gpu",
-    counts: Counts | None = None,
+    counts: StepCounts | None = None,
 ) -> Prediction:
     """A training step of `config` on `gpus` GPUs, each with `cores` CPU cores.
 
@@ -151,7 +151,7 @@ def predict(
     )  # fmt: skip
 
 
-def counts_of(config: Config, gpus: int) -> Counts:
+def counts_of(config: Config, gpus: int) -> StepCounts:
     """What `predict` counts: it does not depend on the kind of GPU. Raises ValueError."""
     from c4c.performance.counts import count  # torch and open_clip take seconds to import
 
@@ -164,14 +164,14 @@ def peak_of(config: Config, gpu: Gpu) -> float:
     return gpu.fp32_flops if config.engine.precision == "fp32" else gpu.flops
 
 
-def _useful(config: Config, shape: Shape, counts: Counts) -> float:
+def _useful(config: Config, shape: StepShape, counts: StepCounts) -> float:
     """FLOP that the MFU counts: of the towers, forward and backward once. It is the rule of c4c/training/trainer.py."""
     from c4c.models.flops import per_pair
 
     return 3 * per_pair(counts.spec, config.data.num_frames, config.data.max_words) * shape.rows
 
 
-def _parts(shape: Shape, counts: Counts) -> list[tuple[Work, int, bool]]:
+def _parts(shape: StepShape, counts: StepCounts) -> list[tuple[Work, int, bool]]:
     """(part, how often a step runs it, whether torch.compile is asked to fuse it)."""
     scorings = 2 if shape.cached else -(-shape.rows // shape.scored)
     return [
@@ -181,7 +181,7 @@ def _parts(shape: Shape, counts: Counts) -> list[tuple[Work, int, bool]]:
     ]
 
 
-def _kernels(config: Config, gpu: Gpu, shape: Shape, counts: Counts, a: Assumptions) -> tuple[float, float, int]:
+def _kernels(config: Config, gpu: Gpu, shape: StepShape, counts: StepCounts, a: Assumptions) -> tuple[float, float, int]:
     """Seconds of matrix products, seconds of the other kernels, and launches."""
     flops, bandwidth = peak_of(config, gpu) * a.gemm, gpu.bandwidth * a.bandwidth
     compiles = config.engine.compile and shape.stage != 3
@@ -202,7 +202,7 @@ def _bytes(config: Config) -> int:
     return 4 if config.engine.precision == "fp32" else 2
 
 
-def _optimizer(config: Config, gpu: Gpu, shape: Shape, counts: Counts, a: Assumptions) -> float:
+def _optimizer(config: Config, gpu: Gpu, shape: StepShape, counts: StepCounts, a: Assumptions) -> float:
     """The norm, Adam on this rank's part, and what 16 bits and ZeRO copy."""
     size, own = _bytes(config), counts.trained / (shape.world if shape.stage else 1)
     bandwidth = gpu.bandwidth * a.bandwidth
@@ -214,7 +214,7 @@ def _optimizer(config: Config, gpu: Gpu, shape: Shape, counts: Counts, a: Assump
     return around + 2 * own * size / (gpu.host_link * a.host_link) + own * _ADAM / (a.adam_gb_s * 1e9)
 
 
-def _communication(config: Config, gpu: Gpu, shape: Shape, counts: Counts, a: Assumptions) -> float:
+def _communication(config: Config, gpu: Gpu, shape: StepShape, counts: StepCounts, a: Assumptions) -> float:
     """Rings: to gather N bytes, or to reduce and scatter them, a rank sends N (world - 1) / world."""
     world, size = shape.world, _bytes(config)
     if world == 1:
@@ -237,13 +237,13 @@ def _communication(config: Config, gpu: Gpu, shape: Shape, counts: Counts, a: As
 
 
 def memory_of(
-    config: Config, shape: Shape, weights: int, trained: int, activations: float, decoder: str, a: Assumptions
+    config: Config, shape: StepShape, weights: int, trained: int, activations: float, decoder: str, a: Assumptions
 ) -> MemoryGiB:
     """Of a rank. weights, trained: numbers; activations: bytes."""
     gib, size, data = 2**30, _bytes(config), config.data
     own = trained / (shape.world if shape.stage else 1)
     on_gpu = 0.0 if config.engine.offload != "none" else 1.0
-    kept = weights * size
+    kept = float(weights * size)
     if shape.stage == 3:  # its part, and what is gathered while a pass is under way
         part = 0.0 if config.engine.offload == "all" else kept / shape.world
         kept = part + min(weights, _GATHERED) * size
@@ -261,7 +261,7 @@ def largest_batch(
     config: Config,
     gpu: Gpu,
     prediction: Prediction,
-    counts: Counts,
+    counts: StepCounts,
     activations: Callable[[int], float],
     assumptions: Assumptions | None = None,
 ) -> int:

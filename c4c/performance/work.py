@@ -38,7 +38,7 @@ class Work:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Counts:
+class StepCounts:
     """What a rank's step is made of. The parts are of one pass; see `c4c.performance.predict` for how often each is run."""
 
     spec: dict  # of the towers; see c4c.models.towers

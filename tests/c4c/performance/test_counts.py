@@ -1,4 +1,4 @@
-"""Counts on the meta device, against formulas, torch's own counter, real models and a real engine."""
+"""StepCounts on the meta device, against formulas, torch's own counter, real models and a real engine."""
 
 from dataclasses import replace
 

@@ -9,7 +9,7 @@ from c4c.performance import report
 from c4c.performance.assumptions import Assumptions, assume
 from c4c.performance.hardware import GPUS, gpu_named
 from c4c.performance.predict import MOST_ROWS, largest_batch, predict, shape_of
-from c4c.performance.work import Counts, Op, Work
+from c4c.performance.work import StepCounts, Op, Work
 from tests.c4c.configs import SHIPPED
 
 H100 = gpu_named("H100")
@@ -18,7 +18,7 @@ SPEC = {
     "vision_cfg": {"image_size": 224, "patch_size": 32, "width": 768, "layers": 12},
     "text_cfg": {"context_length": 77, "width": 512, "layers": 12},
 }
-COUNTS = Counts(
+COUNTS = StepCounts(
     spec=SPEC, weights=150_000_000, trained=100_000_000, tensors=300, activations=20 * GIB, features=4096,
     forward=Work((Op(10**12, 10**8, 10), Op(0, 10**9, 20))),
     backward=Work((Op(10**12, 10**8, 20), Op(0, 10**9, 40))),
