@@ -18,7 +18,7 @@ from c4c.config import Config
 from c4c.losses import LOSSES
 from c4c.models import towers
 from c4c.models.clip4clip import CLIP4Clip
-from c4c.performance.work import StepCounts, Op, Work
+from c4c.performance.work import Op, StepCounts, Work
 from c4c.training.param_groups import freeze
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

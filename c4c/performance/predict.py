@@ -181,7 +181,9 @@ def _parts(shape: StepShape, counts: StepCounts) -> list[tuple[Work, int, bool]]
     ]
 
 
-def _kernels(config: Config, gpu: Gpu, shape: StepShape, counts: StepCounts, a: Assumptions) -> tuple[float, float, int]:
+def _kernels(
+    config: Config, gpu: Gpu, shape: StepShape, counts: StepCounts, a: Assumptions
+) -> tuple[float, float, int]:
     """Seconds of matrix products, seconds of the other kernels, and launches."""
     flops, bandwidth = peak_of(config, gpu) * a.gemm, gpu.bandwidth * a.bandwidth
     compiles = config.engine.compile and shape.stage != 3

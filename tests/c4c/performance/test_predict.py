@@ -9,7 +9,7 @@ from c4c.performance import report
 from c4c.performance.assumptions import Assumptions, assume
 from c4c.performance.hardware import GPUS, gpu_named
 from c4c.performance.predict import MOST_ROWS, largest_batch, predict, shape_of
-from c4c.performance.work import StepCounts, Op, Work
+from c4c.performance.work import Op, StepCounts, Work
 from tests.c4c.configs import SHIPPED
 
 H100 = gpu_named("H100")
