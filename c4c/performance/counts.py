@@ -22,6 +22,7 @@ from c4c.performance.work import Op, StepCounts, Work
 from c4c.training.param_groups import freeze
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_PERSISTENT = 100_000  # numbers; DeepSpeed's stage3_param_persistence_threshold
 _META = torch.device("meta")
 _LOOKUPS = {"embedding", "index", "index_select", "gather"}  # read as much of a table as they return
 _OVERWRITE = {"copy_", "fill_", "zero_"}  # do not read what they change
@@ -142,7 +143,8 @@ def count(config: Config, *, encoded: int, scored: int, world: int = 1) -> StepC
     normalise = Op(0, frames.numel() * (1 + frames.element_size()), 1)  # from uint8, in one kernel
     return StepCounts(
         spec=model.spec, weights=sum(p.numel() for p in model.parameters()), trained=sum(p.numel() for p in trained),
-        tensors=len(trained), forward=Work((*forward.ops, normalise)), backward=backward, scoring=scoring,
+        tensors=len(trained),
+        gathered=sum(p.numel() >= _PERSISTENT for p in model.parameters()), forward=Work((*forward.ops, normalise)), backward=backward, scoring=scoring,
         activations=meter.peak, features=size,
     )  # fmt: skip
 

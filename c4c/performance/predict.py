@@ -231,7 +231,7 @@ def _communication(config: Config, gpu: Gpu, shape: StepShape, counts: StepCount
     }[shape.stage]
     scorings = 2 if shape.cached else -(-shape.rows // shape.scored)
     moved += scorings * 3 * world * shape.scored * counts.features  # gathered; their gradient is reduced and gathered
-    collectives = _STEP_COLLECTIVES + (counts.tensors * (forwards + shape.passes) if shape.stage == 3 else 0)
+    collectives = _STEP_COLLECTIVES + (counts.gathered * (forwards + shape.passes) if shape.stage == 3 else 0)
     link = gpu.link * a.link
     if world > a.node:
         link = min(link, a.network_gb_s * 1e9)

@@ -45,6 +45,7 @@ class StepCounts:
     weights: int  # numbers in all parameters
     trained: int  # of them not frozen
     tensors: int  # trained parameters
+    gathered: int  # parameters that ZeRO 3 partitions; smaller ones every rank keeps
     forward: Work  # encoding, from uint8 frames to features
     backward: Work  # of encoding, with what activation checkpointing computes again
     scoring: Work  # the head's scores, the loss, and their backward pass

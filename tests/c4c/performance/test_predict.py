@@ -19,7 +19,7 @@ SPEC = {
     "text_cfg": {"context_length": 77, "width": 512, "layers": 12},
 }
 COUNTS = StepCounts(
-    spec=SPEC, weights=150_000_000, trained=100_000_000, tensors=300, activations=20 * GIB, features=4096,
+    spec=SPEC, weights=150_000_000, trained=100_000_000, tensors=300, gathered=100, activations=20 * GIB, features=4096,
     forward=Work((Op(10**12, 10**8, 10), Op(0, 10**9, 20))),
     backward=Work((Op(10**12, 10**8, 20), Op(0, 10**9, 40))),
     scoring=Work((Op(0, 10**8, 5),)),
@@ -85,6 +85,18 @@ def test_rings(stage, moved):
     assert apart == pytest.approx((moved + features) * 15 / 16 / 50e9)
     hidden = predicted(*words, gpus=8, a=replace(ALL_REACHED, overlap=0.75)).seconds.communication
     assert hidden == pytest.approx(here / 4)
+
+
+def test_zero_3_starts_a_collective_for_each_weight_that_it_partitions():
+    slow = replace(ALL_REACHED, collective_us=1000.0)
+    more = [
+        predicted(f"engine.zero_stage={stage}", *words, gpus=8, a=slow).seconds.communication
+        - predicted(f"engine.zero_stage={stage}", *words, gpus=8).seconds.communication
+        for stage, words in ((2, ()), (3, ()), (3, ("train.micro_batch_size=4",)))
+    ]
+    assert more == pytest.approx(
+        [0.008, 0.008 + 0.2, 0.008 + 0.1 * 3 * 4]
+    )  # forward and backward; cached, forward twice
 
 
 def test_the_optimizer_is_partitioned():
