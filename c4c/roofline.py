@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     shape_of(config, args.gpus)
     from c4c.performance.counts import activation_curve
 
-    decoder = args.decoder or {"cpu": "cpu"}.get(getattr(config.data, "decode", "auto"), "gpu")
+    decoder = args.decoder or ("cpu" if config.data.decode == "cpu" else "gpu")
     counts, curve = counts_of(config, args.gpus), activation_curve(config, args.gpus)
     found = []
     for gpu in gpus:

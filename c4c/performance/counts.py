@@ -124,9 +124,8 @@ def count(config: Config, *, encoded: int, scored: int, world: int = 1) -> StepC
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     bag = (config.clips.bag,) if config.train.loss == "mil_nce" else ()
     with _fused_attention(), _META, _Meter() as meter:
-        meter.ignore([*model.parameters(), *model.buffers()])
-        dtype = DTYPES[config.engine.precision]
-        frames = torch.empty(encoded, data.num_frames, 3, data.image_size, data.image_size, dtype=dtype)
+        frames = torch.empty(encoded, data.num_frames, data.image_size, data.image_size, 3, dtype=torch.uint8)
+        meter.ignore([*model.parameters(), *model.buffers(), frames])
         mask = torch.ones(encoded, data.num_frames, dtype=torch.bool)
         tokens = torch.ones(encoded, *bag, data.max_words, dtype=torch.long)
         meter.take()
@@ -140,11 +139,10 @@ def count(config: Config, *, encoded: int, scored: int, world: int = 1) -> StepC
         outputs = [t for t in features if t.requires_grad]
         torch.autograd.backward(outputs, [torch.empty_like(t) for t in outputs])
         backward = meter.take()
-    normalise = Op(0, frames.numel() * (1 + frames.element_size()), 1)  # from uint8, in one kernel
     return StepCounts(
         spec=model.spec, weights=sum(p.numel() for p in model.parameters()), trained=sum(p.numel() for p in trained),
         tensors=len(trained),
-        gathered=sum(p.numel() >= _PERSISTENT for p in model.parameters()), forward=Work((*forward.ops, normalise)), backward=backward, scoring=scoring,
+        gathered=sum(p.numel() >= _PERSISTENT for p in model.parameters()), forward=forward, backward=backward, scoring=scoring,
         activations=meter.peak, features=size,
     )  # fmt: skip
 

@@ -32,7 +32,7 @@ def loader_seconds(config: Config, gpu: Gpu, rows: int, cores: int, decoder: str
     if decoder == "cpu":
         return python | {"jpeg_decoding": stored / (decoding * a.jpeg_cpu * 1e6), "copies": copied}
     # nvJPEG's CUDA kernels need the host for the entropy code; its engines need nobody
-    share = getattr(data, "hw_decoder_load", 0.0) if gpu.nvjpg else 0.0
+    share = data.hw_decoder_load if gpu.nvjpg else 0.0
     stages = {"jpeg_decoding": (1 - share) * stored / (decoding * a.jpeg_huffman * 1e6)}
     if share:
         stages["jpeg_engines"] = share * stored / (gpu.nvjpg * a.nvjpg * 1e6)
