@@ -34,11 +34,12 @@ class Gpu:
         return peak
 
 
-# Sources: NVIDIA's data sheets of A100, H100 SXM, H200 SXM, L4, L40S and HGX B200, and the Ada architecture white paper for the
-# RTX 4090 (peaks, bandwidth, NVLink, PCIe; sheets add up both directions of a link). Engines: MIG user guide ("Supported MIG
-# Profiles"; the A100's one JPEG engine has five cores) and the data sheets of L4 and L40S. NVDEC frames/s: NVDEC application
-# note 13.0, whose Turing figure (771 at 1860 MHz) holds for A100 (1290 MHz) and Hopper (1545 MHz) by clock; that for the B200 is
-# the note's for Blackwell at its own clock. GeForce cards have no documented JPEG engine.
+# Peaks, bandwidth, NVLink and PCIe: NVIDIA's data sheets of A100, H100 SXM, H200 SXM, L4, L40S and HGX B200, and the Ada
+# architecture white paper for the RTX 4090 (sheets add up both directions of a link, and count sparse products).
+# Engines of A100 and H100: MIG user guide, "Supported MIG Profiles" (the A100's one JPEG engine has five cores).
+# NVDEC frames/s: NVDEC application note 13.0, by clock: its Turing figure (771 at 1860 MHz) holds for A100 and Hopper.
+# Not confirmed by a source: the numbers of engines of L4, L40S, RTX 4090 and B200, the video clocks of A100 (1290 MHz) and
+# Hopper (1545 MHz), and that the note's figure for Blackwell holds for the B200. GeForce cards have no documented JPEG engine.
 GPUS = (
     Gpu(name="A100-40", device="A100", fp32_flops=19.5e12, bandwidth=1555e9, memory_gib=39.4, link=300e9, host_link=32e9, nvdec=5, nvdec_fps=535, nvjpg=5),
     Gpu(name="A100-80", device="A100", fp32_flops=19.5e12, bandwidth=2039e9, memory_gib=79.2, link=300e9, host_link=32e9, nvdec=5, nvdec_fps=535, nvjpg=5),
@@ -47,7 +48,7 @@ GPUS = (
     Gpu(name="L4", device="L4", fp32_flops=30.3e12, bandwidth=300e9, memory_gib=22.0, link=32e9, host_link=32e9, nvdec=4, nvdec_fps=903, nvjpg=4),
     Gpu(name="L40S", device="L40S", fp32_flops=91.6e12, bandwidth=864e9, memory_gib=44.4, link=32e9, host_link=32e9, nvdec=3, nvdec_fps=903, nvjpg=4),
     Gpu(name="RTX-4090", device="RTX 4090", fp32_flops=82.6e12, bandwidth=1008e9, memory_gib=23.5, link=32e9, host_link=32e9, nvdec=1, nvdec_fps=903, nvjpg=0),
-    Gpu(name="B200", device="B200", fp32_flops=75e12, bandwidth=8000e9, memory_gib=178.3, link=900e9, host_link=64e9, nvdec=7, nvdec_fps=2172, nvjpg=7),
+    Gpu(name="B200", device="B200", fp32_flops=80e12, bandwidth=8000e9, memory_gib=178.3, link=900e9, host_link=64e9, nvdec=7, nvdec_fps=2172, nvjpg=7),
 )  # fmt: skip
 
 
