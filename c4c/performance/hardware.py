@@ -38,7 +38,7 @@ class Gpu:
 # architecture white paper for the RTX 4090 (sheets add up both directions of a link, and count sparse products).
 # Engines of A100 and H100: MIG user guide, "Supported MIG Profiles" (the A100's one JPEG engine has five cores).
 # NVDEC frames/s: NVDEC application note 13.0, by clock: its Turing figure (771 at 1860 MHz) holds for A100 and Hopper.
-# Not confirmed by a source: the numbers of engines of L4, L40S, RTX 4090 and B200, the video clocks of A100 (1290 MHz) and
+# Not confirmed by a source: how much of the memory a program can have, the numbers of engines of L4, L40S, RTX 4090 and B200, the video clocks of A100 (1290 MHz) and
 # Hopper (1545 MHz), and that the note's figure for Blackwell holds for the B200. GeForce cards have no documented JPEG engine.
 GPUS = (
     Gpu(name="A100-40", device="A100", fp32_flops=19.5e12, bandwidth=1555e9, memory_gib=39.4, link=300e9, host_link=32e9, nvdec=5, nvdec_fps=535, nvjpg=5),
