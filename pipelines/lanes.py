@@ -34,10 +34,11 @@ from pipelines.stages.fetch import NOTHING, BadSample, Reader, Source
 from pipelines.stages.graph import Plan
 from pipelines.stages.nvdec import why_not
 from pipelines.stages.resize import resized
-from pipelines.stages.transfer import on_host, to_device
+from pipelines.stages.transfer import loader_stream, on_host, to_device
 from pipelines.stats import Stats
 from pipelines.workers import Hung, InOrder, Workers
 from shards.dataset import Dataset
+from shards.schema import Video
 from shards.video.picture import scaled_size
 
 _BYTES_A_THREAD = 8 << 20  # of frames that a CPU makes at once: more fall out of its caches before they are used
@@ -50,6 +51,11 @@ def _threads(device: torch.device) -> int:
     return max(1, cores - 2 if device.type == "cuda" and cores > 4 else cores)
 
 
+def require_decoder(split: Dataset, config: DataConfig, device: torch.device) -> None:
+    """Try what decodes a split on a GPU, while its memory is free. Raises ValueError as `Lane` does."""
+    _where(device, lane_name(split, config), config)
+
+
 def _where(device: torch.device, lane: str, config: DataConfig) -> tuple[torch.device, bool]:
     """On which device frames are decoded, and whether only a crop of each JPEG is."""
     cpu = torch.device("cpu")
@@ -58,7 +64,7 @@ def _where(device: torch.device, lane: str, config: DataConfig) -> tuple[torch.d
     if lane == "intra":
         crop = probe.jpeg_crop(device, config.jpeg_crop, config.hw_decoder_load)
     else:
-        crop = "roi" if config.decode == "gpu" or probe.has_video(device) else None
+        crop = "roi" if probe.has_video(device) else None
     if crop is None and config.decode == "gpu":
         raise ValueError(f"data.decode=gpu: no decoder of {device} passes its try; use data.decode=cpu or auto")
     return (device, crop == "roi") if crop else (cpu, True)
@@ -99,7 +105,7 @@ class Lane:
         self._augments = training and augments(config)
         self.threads = config.threads or _threads(device)
         self._decoding, self._roi = _where(device, self.name, config)
-        self._stream: torch.cuda.Stream | None = None
+        self._rejected: set[int] = set()  # videos that NVDEC did not decode, by their number
         self._reader = Reader(split)
         # a server that is away for a while is no hanging read
         self._patience = config.read_timeout_s + (config.server_timeout_s if split.is_remote else 0)
@@ -167,9 +173,7 @@ class Lane:
         """
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
-            if self._stream is None:
-                self._stream = torch.cuda.Stream(self._device)
-            torch.cuda.set_stream(self._stream)
+            torch.cuda.set_stream(loader_stream(self._device))
 
     def interrupt(self) -> None:
         """Have whoever waits for clips go on at once, with an error, even where reading hangs. `close` comes next."""
@@ -180,6 +184,7 @@ class Lane:
         if self._closed:
             return
         self._closed = True
+        self._collate.close()
         self._decoder.close()
         if self._augmenter is not None:
             self._augmenter.close()
@@ -222,12 +227,16 @@ class Lane:
         video, wanted = request.video, self._to_decode(request)
         if self.name == "intra":
             return self._reader.jpegs(video, wanted)
-        if self._nvdec and why_not(video) is None:
+        if self._for_nvdec(video):
             return self._reader.file(video, wanted)
         return self._reader.pictures(video, wanted, self._shape)
 
+    def _for_nvdec(self, video: Video) -> bool:
+        return self._nvdec and video.index not in self._rejected and why_not(video) is None
+
     def _decoded_on_cpu(self, sample: Sample) -> Source:
-        """What PyAV makes of a clip that NVDEC rejects."""
+        """What PyAV makes of a clip that NVDEC rejects, now and from now on."""
+        self._rejected.add(sample.request.video.index)
         return self._reader.pictures(sample.request.video, sample.source.positions, self._shape)
 
     def _cached(self, request: ClipRequest) -> Source | None:
@@ -240,7 +249,7 @@ class Lane:
         """The stored frames of a clip that is not cached; all that the cache keeps of its video, if that takes more."""
         if self.cache is not None and self.cache.has_room:
             keep = self._cacheable(request)
-            if len(keep) <= self._decoder.units:
+            if self._decoder.takes(request.video, len(keep)):
                 return keep
         return distinct(request.positions)
 
@@ -255,8 +264,8 @@ class Lane:
         """Bring the bytes that a clip reads to this machine; how many there are. None where it is cached."""
         if self._cached(request) is not None:
             return 0
-        whole = self._nvdec and why_not(request.video) is None
-        return self._split.fetch(request.video, *span(request.video, None if whole else self._to_decode(request)))
+        wanted = None if self._for_nvdec(request.video) else self._to_decode(request)
+        return self._split.fetch(request.video, *span(request.video, wanted))
 
     # -- stages: cache
 
@@ -329,7 +338,7 @@ class Lane:
                 f"cache.dir with data.sampling={config.sampling} would keep every frame of the videos in {split.path}: "
                 "set cache.frames to the number of frames of each video to draw from, 24 for example"
             )
-        what = {
+        what: dict[str, str | int | float] = {
             "digest": split.digest,
             "lane": self.name,
             "decoder": self._decoding.type,
@@ -341,6 +350,8 @@ class Lane:
             "resize": config.short_side,
             "crop": 0 if self._augments else config.image_size,
         }
+        if self._decoding.type == "cuda" and config.hw_decoder_load:
+            what["JPEG engines"] = config.hw_decoder_load
         first = split.video(0)
         request = ClipRequest(first, choose(first, config.sampling, config.num_frames, config.fps))
         width, height = scaled_size(first.width, first.height, config.short_side)

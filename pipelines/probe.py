@@ -2,8 +2,8 @@
 
     python -m pipelines.probe roi|whole|video [--device cuda:0] [--hw-decoder-load 0]
 
-A decoder passes if it ends in time and all of its frames are near to those of the CPU. What was found is kept for the GPU,
-its driver and the versions of the decoders, in ~/.cache/c4c, and tried again when any of them is another.
+A decoder passes if it ends in time and all of its frames are near to those of the CPU. That it passes, crashes or errs is kept
+for the GPU, its driver and the versions of the decoders, in ~/.cache/c4c, and found out again when any of them is another.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import warnings
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -67,23 +68,32 @@ def tried(form: str, device: str, load: float) -> str | None:
     kept = _kept(form, device, load)
     try:
         kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        file = open(kept, "a+")  # noqa: SIM115 closed below
-    except OSError:  # nowhere to keep it
-        return _run(form, device, load)
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        with suppress(ValueError, KeyError, TypeError):
-            return json.loads(file.read())["why"]
-        why = _run(form, device, load)
-        file.truncate(0)
-        file.write(json.dumps({"form": form, "why": why}) + "\n")
-    return why
+        with open(kept, "a+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            with suppress(ValueError, KeyError, TypeError):
+                return json.loads(file.read())["why"]
+            found = _run(form, device, load)
+            if found.lasting:
+                file.truncate(0)
+                file.write(json.dumps({"form": form, "why": found.why}) + "\n")
+    except OSError:  # nowhere to keep it, or no locks there
+        found = _run(form, device, load)
+    return found.why
+
+
+@dataclass(frozen=True)
+class Found:
+    """What came of a try: why not to trust it, None if it passed, and whether another try would come to the same."""
+
+    why: str | None
+    lasting: bool = True
 
 
 def _kept(form: str, device: str, load: float) -> Path:
     gpu = torch.device(device)
-    about = [form, load, gpu.type, *(_version(name) for name in _PACKAGES), LEAST_DB[form]]
+    code = b"".join(path.read_bytes() for path in (Path(__file__), Path(__file__).parent / "stages" / "graph.py"))
+    about = [form, load, gpu.type, *(_version(name) for name in _PACKAGES), hashlib.sha256(code).hexdigest()]
     if gpu.type == "cuda":
         about += [torch.cuda.get_device_name(gpu), _driver()]
     name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
@@ -112,7 +122,7 @@ def _command(form: str, device: str, load: float) -> list[str]:
     return [sys.executable, "-m", "pipelines.probe", form, *words]
 
 
-def _run(form: str, device: str, load: float) -> str | None:
+def _run(form: str, device: str, load: float) -> Found:
     root = str(Path(__file__).parents[1])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     try:
@@ -121,16 +131,20 @@ def _run(form: str, device: str, load: float) -> str | None:
             env=os.environ | {"PYTHONPATH": path},
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return f"no answer within {TIMEOUT_S:g} s"
+        return Found(f"no answer within {TIMEOUT_S:g} s", lasting=False)
     if done.returncode < 0:
-        return f"it crashes ({signal.Signals(-done.returncode).name})"
-    if done.returncode:
+        return Found(f"it crashes ({signal.Signals(-done.returncode).name})", lasting=-done.returncode in _OF_A_CRASH)
+    try:
+        worst = json.loads(done.stdout.splitlines()[-1])["worst_psnr_db"]
+    except (IndexError, ValueError, KeyError, TypeError):
         lines = done.stderr.strip().splitlines() or ["no reason given"]
-        return lines[-1][:300]
-    worst = json.loads(done.stdout.splitlines()[-1])["worst_psnr_db"]
+        return Found(lines[-1][:300], lasting=False)
     if worst is not None and worst < LEAST_DB[form]:
-        return f"its frames differ from the CPU's ({worst:.1f} dB, at least {LEAST_DB[form]:g} are expected)"
-    return None
+        return Found(f"its frames differ from the CPU's ({worst:.1f} dB, at least {LEAST_DB[form]:g} are expected)")
+    return Found(None)
+
+
+_OF_A_CRASH = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
 
 
 # -- in a process of its own

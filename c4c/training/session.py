@@ -23,6 +23,7 @@ from c4c.training.step import Learner, train_step
 from c4c.zero import checkpoint, state
 from c4c.zero.engine import build_engine
 from c4c.zero.snapshot import restore
+from pipelines.lanes import require_decoder
 from pipelines.loader import Batch, Loader
 from pipelines.survey import notes
 from shards.concat import open_splits
@@ -46,6 +47,8 @@ class Session:
         require(config)
         self.split = open_splits(config.data.train, config.data.local)
         self.test = Split(config.data.test, config.data.local)
+        for split in (self.split, self.test):
+            require_decoder(split, config.data, device)
         if resume:
             same_data = checkpoint.trained_on(resume) == self.split.digest
             check_continuation(resume, to_dict(config), to_dict(Config()), ("data.train",) if same_data else ())

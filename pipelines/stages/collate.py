@@ -41,6 +41,11 @@ class Collate:
                     self._finish_on_device(complete[0])
                 yield complete.popleft()
 
+    def close(self) -> None:
+        """Let go of the decoder's memory."""
+        if self._transfer is not None:
+            self._transfer.close()
+
     def _write(self, group: list[Sample]) -> None:
         for plan in {id(sample.batch): sample.batch for sample in group}.values():
             if plan.memory is None:

@@ -17,11 +17,12 @@ from pipelines.requests import Sample
 from pipelines.stages.augment import View, view
 from pipelines.stages.buffers import keep_freed_memory
 from pipelines.stages.fetch import NOTHING, BadSample, Source
-from pipelines.stages.graph import Graph, GraphError, Plan, copied
+from pipelines.stages.graph import DeviceError, Graph, GraphError, Plan, copied
 from shards.schema import Video
 from shards.video.picture import scaled_size
 
 _UNDER_WAY = 2  # groups of clips at once, the one that is waited for included
+_ALL_AT_ONCE = 8  # clips that a GPU fails at one by one: then it is the GPU
 _GPU_BYTES = 2 << 30  # of decoded pictures that a group has on a GPU at most, before they are scaled
 
 
@@ -110,6 +111,12 @@ class Decoder:
         """Whether it is given pictures that are decoded already."""
         return self._plan.source == "pictures"
 
+    def takes(self, video: Video, frames: int) -> bool:
+        """Whether so many frames of a video fit into a group."""
+        if self._plan.source == "files":
+            return frames * video.width * video.height * 3 <= _GPU_BYTES
+        return frames <= self.units
+
     def close(self) -> None:
         """Give up the graphs with their threads and memory, which a GPU's torch may want."""
         self._resting.clear()
@@ -165,20 +172,24 @@ class Decoder:
         return group.samples
 
     def _bisect(self, samples: list[Sample]) -> None:
-        """As `_take`; groups that the graph fails at are halved until the bad clips are found."""
-        groups = [samples]
+        """As `_take`, after a run that failed: groups are halved until the bad clips are found."""
+        groups = _halves(samples)
         while groups:
             some = groups.pop()
             try:
                 self._take(self._fed(self._plan_for(some[0]), some), some)
             except GraphError as error:
                 if len(some) > 1:
-                    groups += [some[: len(some) // 2], some[len(some) // 2 :]]
+                    groups += _halves(some)
                 elif self._decoded_otherwise(some[0], error) and not some[0].source.ready:
                     groups.append(some)
             else:
                 for sample in some:
                     sample.frames = copied(sample.frames)
+        bad = [sample.error for sample in samples if sample.error is not None]
+        # JPEGs were decoded when they were packed, and their bytes are checked: then it is not they
+        if len(bad) == len(samples) >= _ALL_AT_ONCE and self._device.type == "cuda" and self._otherwise is None:
+            raise DeviceError(f"the GPU decodes none of {len(samples)} clips: {bad[0]}. Try data.decode=cpu")
 
     def _decoded_otherwise(self, sample: Sample, error: GraphError) -> bool:
         """Have the CPU decode a sample that a GPU's decoder rejects. False: it cannot either, and the sample has its error."""
@@ -235,3 +246,8 @@ class Decoder:
         size = (video.width, video.height)
         scaled = scaled_size(*size, self._config.short_side)
         return (scaled if self._scaled else size), scaled
+
+
+def _halves(samples: list[Sample]) -> list[list[Sample]]:
+    middle = len(samples) // 2
+    return [samples[:middle], samples[middle:]] if middle else [samples]

@@ -19,11 +19,14 @@ _AHEAD_OF_JPEG = 6 * 8 * 64  # bytes; jdhuff.c: blocks in a 4:2:0 MCU, eight for
 # of errors that are the device's: its memory, its driver, a fault of its own. What NVDEC says of a video it cannot decode
 # (CUDA_ERROR_NOT_SUPPORTED, CUDA_ERROR_INVALID_VALUE, CUDA_ERROR_INVALID_IMAGE) is not among them
 _OF_THE_DEVICE = re.compile(
-    r"CUDA runtime API error|CUDA error|cudaError|out of memory|bad_alloc|illegal (memory access|address|instruction)|launch fail"
-    r"|CUDA_ERROR_(OUT_OF_MEMORY|ILLEGAL|LAUNCH|DEINITIALIZED|NOT_INITIALIZED|NO_DEVICE|ECC|HARDWARE|MISALIGNED|ASSERT|UNKNOWN|CONTEXT)"
-    r"|device-side assert|uncorrectable ECC|no CUDA-capable device|driver version is insufficient",
+    r"CUDA runtime API error|CUDA error|cudaError|out of memory|CUDA allocation failed|Can't allocate \d+ bytes|bad_alloc"
+    r"|illegal (memory access|address|instruction)|device-side assert|uncorrectable ECC|no CUDA-capable device"
+    r"|driver version is insufficient|CUDA_ERROR_(OUT_OF_MEMORY|ILLEGAL|DEINITIALIZED|NOT_INITIALIZED|NO_DEVICE|ECC|HARDWARE)"
+    r"|CUDA_ERROR_(MISALIGNED|ASSERT|INVALID_CONTEXT|CONTEXT)",
     re.IGNORECASE,
 )
+# NVDEC says it of broken videos as well
+_MAYBE_OF_THE_DEVICE = re.compile(r"CUDA_ERROR_(UNKNOWN|LAUNCH)|launch fail", re.IGNORECASE)
 
 
 class GraphError(Exception):
@@ -117,7 +120,8 @@ class Graph:
         if self.plan.source == "files":
             source = fn.external_source(name="source", no_copy=True, dtype=types.UINT8, ndim=1)
             wanted = fn.external_source(name="positions", ndim=1, dtype=types.INT32)
-            return fn.decoders.video(source, device="mixed", affine=False, frames=wanted)
+            # a frame that DALI does not count is an error, and not black
+            return fn.decoders.video(source, device="mixed", affine=False, pad_mode="none", frames=wanted)
         pictures = fn.external_source(name="source", no_copy=True, dtype=types.UINT8, ndim=3, layout="HWC")
         return pictures.gpu() if device == "gpu" else pictures
 
@@ -136,7 +140,7 @@ class Graph:
     ) -> None:
         """Begin to make frames, which `result` hands over; one call after another. One view a unit; `sizes` (width,
         height) only where the plan is `uncropped`. `pieces` must stay as they are until then. Raises GraphError, DeviceError."""
-        with _errors_told_apart():
+        with _errors_told_apart(self._device):
             self._feed(pieces, views, sizes, positions)
             self._pipeline.schedule_run()
 
@@ -147,7 +151,7 @@ class Graph:
         reads them holds them until that is done, not only until it is launched: a GPU's JPEG engines write into memory that is
         given back without waiting for the stream. On a GPU files give a tensor for each clip. Raises GraphError, DeviceError.
         """
-        with _errors_told_apart():
+        with _errors_told_apart(self._device):
             # in whose order DALI may use the memory again
             (output,) = self._pipeline.outputs(torch.cuda.current_stream(self._device) if self._gpu else None)
         if self.plan.uncropped:
@@ -190,15 +194,29 @@ def _one_array(pieces: list[np.ndarray]) -> np.ndarray:
 
 
 @contextmanager
-def _errors_told_apart() -> Iterator[None]:
+def _errors_told_apart(device: torch.device) -> Iterator[None]:
     """Turn a RuntimeError of DALI into one that says whose fault it is."""
     try:
         yield
     except RuntimeError as error:
-        if found := _OF_THE_DEVICE.search(str(error)):
+        found = _OF_THE_DEVICE.search(str(error))
+        if found is None and _is_broken(device):
+            found = _MAYBE_OF_THE_DEVICE.search(str(error))
+        if found:
             line = next(line.strip() for line in str(error).splitlines() if found.group() in line)
             raise DeviceError(f"the GPU failed while it decoded frames: {line[:300]}") from error
         raise GraphError(_reason(error)) from error
+
+
+def _is_broken(device: torch.device) -> bool:
+    """Whether a GPU has an error from which its process does not recover."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 def _reason(error: RuntimeError) -> str:

@@ -28,4 +28,4 @@ class Pixels:
 
 def normalised(frames: Tensor, scale: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
     """Frames [..., H, W, 3] * scale [3] + offset [3], as dtype [..., 3, H, W]."""
-    return (frames.float() * scale + offset).to(dtype).movedim(-1, -3)
+    return frames.float().mul_(scale).add_(offset).to(dtype).movedim(-1, -3)

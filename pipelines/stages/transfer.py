@@ -1,10 +1,11 @@
-"""To a GPU and back, and into its batches. Nothing here waits for the GPU, but for `on_host`.
+"""To a GPU and back, and into its batches. Nothing here waits for the GPU but `on_host`, and `Transfer` where it holds much.
 
 Everything is launched on the current stream of the calling thread, which is the loader's own.
 """
 
 from collections import deque
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -13,6 +14,12 @@ from pipelines.requests import Sample
 from pipelines.workers import Workers
 
 _HELD = 2  # groups whose frames may be read at the same time
+
+
+@cache
+def loader_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of a device on which all its loaders work. One: memory that torch keeps belongs to a stream."""
+    return torch.cuda.Stream(device)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -87,6 +94,11 @@ class Transfer:
             self._gather(flat, of_a_row, there)
         if len(there) < len(samples):
             self._upload(flat, of_a_row, [sample for sample in samples if not isinstance(sample.frames, torch.Tensor)])
+
+    def close(self) -> None:
+        """Let go of what is held, once it is read."""
+        while self._held:
+            self._held.popleft()[0].synchronize()
 
     def _gather(self, flat: torch.Tensor, of_a_row: int, samples: list[Sample]) -> None:
         clips: list = [sample.frames for sample in samples]

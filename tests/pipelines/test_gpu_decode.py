@@ -1,8 +1,10 @@
 """What a GPU's decoders are given, and what becomes of their errors, without a GPU."""
 
+import io
 from dataclasses import replace
 from types import SimpleNamespace
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -14,14 +16,15 @@ from pipelines.config import DataConfig
 from pipelines.lanes import Lane
 from pipelines.loader import Loader
 from pipelines.requests import BatchPlan, ClipRequest
-from pipelines.stages import decode
+from pipelines.stages import decode, nvdec
 from pipelines.stages.decode import Decoder
 from pipelines.stages.fetch import BadSample, Source
 from pipelines.stages.graph import DeviceError, Graph, GraphError, Plan
-from pipelines.stages.nvdec import why_not
+from pipelines.stages.nvdec import only_frames, why_not
 from pipelines.stats import Stats
 from shards.schema import Coding, FrameTable, Video
 from tests.pipelines.test_loader import SMALL
+from tests.videos import encode
 
 pytestmark = pytest.mark.slow  # imports DALI
 
@@ -35,7 +38,7 @@ def video(frames: int = 20, low: int = 0, **other) -> Video:
     coding = Coding(pix_fmt="yuv420p", width=320, height=240)
     row = SimpleNamespace(
         index=0, id="v", ext="mp4", codec="h264", width=320, height=240, rotation=0, mirrored=False,
-        source_frames=frames - low, coding=coding, frames=table,
+        source_frames=frames - low, coding=coding, frames=table, extradata=b"frames",
     )  # fmt: skip
     for name, value in other.items():
         if name in ("pix_fmt", "colorspace", "color_range", "color_trc"):
@@ -61,19 +64,26 @@ ODD = {
     "an edit list's end": ({"source_frames": 15}, "edit list"),
     "small HEVC": ({"codec": "hevc", "width": 160, "height": 120, "coding": Coding(pix_fmt="yuv420p", width=160, height=120)}, "160x120"),
     "large H.264": ({"width": 4098, "height": 240, "coding": Coding(pix_fmt="yuv420p", width=4098, height=240)}, "4098x240"),
+    "not whole macroblocks": ({"height": 232, "coding": Coding(pix_fmt="yuv420p", width=320, height=232)}, "320x232"),
+    "AV1": ({"codec": "av1"}, "codec av1"),
+    "VP9": ({"codec": "vp9"}, "codec vp9"),
+    "fields": ({"extradata": b"fields"}, "fields"),
     "unknown": ({"coding": None}, "size unknown"),
 }  # fmt: skip
 
 
+@pytest.fixture
+def extradata_says(monkeypatch):
+    monkeypatch.setattr(nvdec, "only_frames", lambda extradata: extradata == b"frames")
+
+
 @pytest.mark.parametrize(("what", "said"), ODD.values(), ids=ODD)
-def test_nvdec_is_given_no_odd_video(what, said):
+def test_nvdec_is_given_no_odd_video(extradata_says, what, said):
     assert said in why_not(video(**what))
 
 
-@pytest.mark.parametrize(
-    "what", [{}, {"codec": "hevc"}, {"codec": "vp9", "ext": "webm"}, {"colorspace": 6}, {"colorspace": 5}]
-)
-def test_nvdec_is_given_usual_videos(what):
+@pytest.mark.parametrize("what", [{}, {"codec": "hevc"}, {"ext": "mkv"}, {"colorspace": 6}, {"colorspace": 5}])
+def test_nvdec_is_given_usual_videos(extradata_says, what):
     assert why_not(video(**what)) is None
 
 
@@ -94,13 +104,29 @@ def test_odd_videos_come_from_the_cpu_ready(numbered, no_gpu, monkeypatch):
         plan.add(request)
         kinds[stored.id] = lane._source(plan.samples[0]).ready
     lane.close()
-    odd = {
-        "hevc_ntsc",
-        "hevc_portrait",
-        "vp9_webm",
-        "mpegts",
-    }  # below NVDEC's least size; a container that it is not given
-    assert {name for name, ready in kinds.items() if ready} == odd
+    assert {name for name, ready in kinds.items() if not ready} == {"mkv_square"}, "the others are no whole macroblocks"
+
+
+@pytest.mark.parametrize("format", ["mp4", "matroska"])
+@pytest.mark.parametrize(
+    ("options", "frames"),
+    [
+        ({}, True),
+        ({"profile": "baseline"}, True),
+        ({"profile": "high", "preset": "slow", "level": "4.2"}, True),
+        ({"x264-params": "interlaced=1"}, False),
+    ],
+    ids=["main", "baseline", "high", "interlaced"],
+)
+def test_fields_are_told_by_the_header(options, frames, format):
+    data = encode(4, size=(320, 240), options=options, format=format)
+    with av.open(io.BytesIO(data)) as file:
+        assert only_frames(bytes(file.streams.video[0].codec_context.extradata)) == frames
+
+
+@pytest.mark.parametrize("extradata", [b"", b"\1", b"\0\0\0\1\x67\x64", bytes(40), b"\1" + b"\xff" * 30])
+def test_a_header_that_does_not_say_is_no(extradata):
+    assert not only_frames(extradata)
 
 
 class FakeGraph:
@@ -180,6 +206,39 @@ def test_what_nvdec_rejects_is_decoded_by_the_cpu(graphs):
     assert [(pixel, error) for _, pixel, error in out] == [(1, None), (77, None), (3, None)]
 
 
+def test_a_gpu_that_decodes_nothing_is_no_fault_of_the_clips(graphs):
+    with pytest.raises(
+        DeviceError, match=r"the GPU decodes none of 8 clips: .*13 is not a video\. Try data\.decode=cpu"
+    ):
+        decoded(samples(*"xxxxxxxx"), clips=8)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_what_nvdec_says_of_broken_videos_too_counts_with_a_broken_gpu_only(monkeypatch, broken):
+    def fail(*_):
+        raise RuntimeError("CUDA driver API error CUDA_ERROR_UNKNOWN (999)")
+
+    graph = Graph(Plan("pictures", True), 8, 1, torch.device("cpu"), 1)
+    graph._device = CUDA
+    monkeypatch.setattr(Pipeline, "outputs", fail)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", fail if broken else lambda device: None)
+    with pytest.raises(DeviceError if broken else GraphError):
+        graph.result()
+
+
+def test_a_video_that_nvdec_rejected_is_not_given_to_it_again(numbered, no_gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    lane = Lane(numbered.copy, SMALL, CUDA, 4, training=True)
+    plan = BatchPlan(0, 1, 1)
+    plan.add(ClipRequest(numbered.copy.find("mkv_square"), np.zeros(1, np.int64)))
+    sample = plan.samples[0]
+    sample.source = lane._source(sample)
+    assert not sample.source.ready
+    assert lane._decoded_on_cpu(sample).ready and lane._source(sample).ready
+    lane.close()
+
+
 def test_what_neither_decodes_is_bad(graphs):
     def otherwise(sample):
         raise BadSample("the CPU cannot either")
@@ -201,9 +260,10 @@ def test_a_group_on_a_gpu_is_bounded_by_bytes(graphs, monkeypatch):
 ERRORS = [
     ("CUDA runtime API error cudaErrorMemoryAllocation (2):\nout of memory", DeviceError),
     (
-        "Critical error in pipeline:\nError in mixed operator `nvidia.dali.fn.decoders.image`\nCUDA allocation failed: out of memory",
+        "Critical error in pipeline:\nError in mixed operator `nvidia.dali.fn.decoders.image`\nCUDA allocation failed",
         DeviceError,
     ),
+    ("Can't allocate 1048576 bytes on device 0.", DeviceError),
     ("CUDA driver API error CUDA_ERROR_ILLEGAL_ADDRESS (700):\nan illegal memory access was encountered", DeviceError),
     ("CUDA driver API error CUDA_ERROR_OUT_OF_MEMORY (2)", DeviceError),
     ("std::bad_alloc", DeviceError),

@@ -71,6 +71,24 @@ def test_a_gpu_is_tried_once_and_remembered(monkeypatch):
     assert asked == ["roi", "roi"]
 
 
+@pytest.mark.parametrize("program", [REFUSED, "", "raise SystemExit(3)"])
+def test_what_may_pass_another_time_is_not_remembered(monkeypatch, program):
+    asked = doing(monkeypatch, roi=program)
+    for _ in range(2):
+        probe.tried.cache_clear()
+        assert probe.tried("roi", "cuda:0", 0.0)
+    assert asked == ["roi", "roi"]
+
+
+def test_a_folder_without_locks_is_no_error(monkeypatch):
+    def refuse(*_):
+        raise OSError("no locks available")
+
+    asked = doing(monkeypatch, roi=RIGHT)
+    monkeypatch.setattr(probe.fcntl, "flock", refuse)
+    assert probe.tried("roi", "cuda:0", 0.0) is None and asked == ["roi"]
+
+
 CUDA = torch.device("cuda", 0)
 
 
@@ -95,6 +113,8 @@ def test_where_neither_passes_the_cpu_decodes(monkeypatch):
         assert _where(CUDA, "video", DataConfig()) == (torch.device("cpu"), True)
     with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"data\.decode=gpu: no decoder of cuda:0 passes"):
         _where(CUDA, "intra", DataConfig(decode="gpu"))
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"data\.decode=gpu: no decoder of cuda:0 passes"):
+        _where(CUDA, "video", DataConfig(decode="gpu"))
 
 
 def test_what_is_asked_for_is_not_tried(monkeypatch):
@@ -102,7 +122,6 @@ def test_what_is_asked_for_is_not_tried(monkeypatch):
     assert _where(CUDA, "intra", DataConfig(jpeg_crop="whole")) == (CUDA, False)
     assert _where(CUDA, "intra", DataConfig(decode="cpu")) == (torch.device("cpu"), True)
     assert _where(torch.device("cpu"), "intra", DataConfig()) == (torch.device("cpu"), True)
-    assert _where(CUDA, "video", DataConfig(decode="gpu"))[0] == CUDA
     assert asked == []
 
 

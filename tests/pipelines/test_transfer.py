@@ -122,6 +122,8 @@ def test_frames_are_held_until_they_are_read(monkeypatch, workers):
     writer._held[0][0]._done = writer._held[1][0]._done = True
     writer.write(frames, plan_of([[0, 1, 2]], 1, "cpu").samples)
     assert len(writer._held) == 1 and log == ["waited", "waited"]
+    writer.close()
+    assert not writer._held and log == ["waited", "waited", "waited"]
 
 
 SYNCHRONISING = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::masked_select")
@@ -199,14 +201,17 @@ def test_the_thread_of_a_loader_has_its_own_stream_on_its_device(monkeypatch, nu
     asked: list = []
     stream = object()
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: asked.append(device))
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: asked.append(device) or stream)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: asked.append("made") or stream)
+    transfer.loader_stream.cache_clear()
     monkeypatch.setattr(torch.cuda, "set_stream", lambda one: asked.append(one))
     monkeypatch.setattr("pipelines.probe.tried", lambda *_: None)
     loader = Loader(numbered.intra, SMALL, batch_size=4, seed=0)
     loader._lane._device = torch.device("cuda", 3)
     loader._lane.use_device()
     loader._lane.use_device()
-    assert asked == [torch.device("cuda", 3), torch.device("cuda", 3), stream, torch.device("cuda", 3), stream]
+    device = torch.device("cuda", 3)
+    assert asked == [device, "made", stream, device, stream]
+    transfer.loader_stream.cache_clear()
     loader.close()
 
 
