@@ -112,10 +112,12 @@ def versions(*packages: str) -> dict[str, str | None]:
 
 
 def save(path: Path | None, report: dict | list) -> None:
-    """Write a report as JSON; None: nowhere."""
+    """Write a report as JSON, all of it or nothing; None: nowhere."""
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=2) + "\n")
+        part = path.with_name(f"{path.name}.part")
+        part.write_text(json.dumps(report, indent=2) + "\n")
+        part.replace(path)
 
 
 def show(

@@ -1,0 +1,196 @@
+"""What the findings of the parts come to: the table, and what limits the step. Imports nothing heavy."""
+
+import statistics
+from collections.abc import Iterator
+
+from bench import harness
+
+KEEPS_UP, BUSY_PCT = 0.95, 85.0  # of the step alone; of a step's time
+SPREAD_OF = ("clips_per_s", "frames_per_s")
+ADVICE = {
+    "matrix products": "Only a faster card, a smaller model or a lower precision makes it faster.",
+    "element-wise and reductions": "They wait for memory: engine.compile=true fuses them.",
+    "attention": "See the part `step plain attention` for what fused attention gains.",
+    "optimizer": "A larger batch has fewer updates a clip.",
+    "copies": "See the copies in the part `profile` for where they come from.",
+}
+
+
+def runs_of(report: dict, part: str) -> list[dict]:
+    """The runs of a part that have findings."""
+    return [run for run in report["parts"].get(part, {}).get("runs", []) if "left_out" not in run]
+
+
+def values(report: dict, part: str, key: str) -> list[float]:
+    """Every measurement of that figure: several runs, or several in one run."""
+    found: list[float] = []
+    for run in runs_of(report, part):
+        given = run.get(key)
+        found += given if isinstance(given, list) else [given] if isinstance(given, int | float) else []
+    return found
+
+
+def value(report: dict, part: str, key: str) -> float | None:
+    """The median of the measurements; None: there is none."""
+    found = values(report, part, key)
+    return statistics.median(found) if found else None
+
+
+def spread_pct(report: dict, part: str) -> float | None:
+    """How far a part's rates lie apart, of their mean; None: there are not two."""
+    for key in SPREAD_OF:
+        if len(found := values(report, part, key)) > 1:
+            return 100 * (max(found) - min(found)) / statistics.fmean(found)
+    return None
+
+
+def why_not(report: dict, part: str) -> str:
+    """Why a part has no findings."""
+    entry = report["parts"].get(part)
+    if entry is None:
+        return "it was not run"
+    if "left_out" in entry:
+        return entry["left_out"]
+    return next((run.get("left_out") or run["ended"] for run in entry["runs"]), "it was not run")
+
+
+# ---- the summary ----
+
+
+def summary(report: dict) -> list[str]:
+    """Sentences for people; the first says what limits the step."""
+    return [limit(report), *_predicted(report), *_decoders(report), *_corruption(report), *_losses(report), *_failed(report)]
+
+
+def limit(report: dict) -> str:
+    """What limits the step, in one sentence, and what to do."""
+    alone, trained = value(report, "step", "clips_per_s"), value(report, "train intra", "clips_per_s")
+    if alone is None:
+        return f"What limits the step is not known: the part `step` has no result ({why_not(report, 'step')})."
+    if trained is not None and trained < KEEPS_UP * alone:
+        loader = value(report, "lane intra", "clips_per_s")
+        more = f", and the loader alone makes {loader:.0f}" if loader is not None else ""
+        return f"Loading limits the step: alone it handles {alone:.0f} clips/s, on the loader's batches {trained:.0f}{more}."
+    busy = value(report, "profile", "busy_pct")
+    if busy is None:
+        return (
+            f"The step handles {alone:.0f} clips/s; what limits it is not known: the part `profile` has no figures of a "
+            f"GPU ({_no_profile(report)})."
+        )
+    if busy < BUSY_PCT:
+        launches = value(report, "profile", "launches") or 0
+        waits = sum(wait["calls"] for run in runs_of(report, "profile")[:1] for wait in run["synchronisations"].values())
+        return (
+            f"The host limits the step: for {100 - busy:.0f} % of it the GPU has nothing to do, with {launches:.0f} launches and "
+            f"{waits:.0f} waits of the host a step."
+        )
+    return _kernels(report, busy)
+
+
+def _no_profile(report: dict) -> str:
+    found = runs_of(report, "profile")
+    return found[0].get("left_out_here", found[0]["ended"]) if found else why_not(report, "profile")
+
+
+def _kernels(report: dict, busy: float) -> str:
+    found = runs_of(report, "profile")[0]
+    kinds = found["kinds_ms"]
+    kind, ms = max(kinds.items(), key=lambda item: item[1])
+    more = ""
+    rate, card = value(report, "step", "tflop_per_s"), value(report, "card", "tflops_bf16")
+    if kind == "matrix products" and rate is not None and card is not None:
+        more = f", at {rate * found['step_s'] * 1000 / ms:.0f} of the {card:.0f} TFLOP/s that the card reaches in bf16"
+    share = 100 * ms / sum(kinds.values())
+    first = f"{kind[0].upper()}{kind[1:]} limit the step: the GPU is busy for {busy:.0f} % of it, {share:.0f} % of that with them{more}."
+    return f"{first} {ADVICE.get(kind, '')}".strip()
+
+
+def _predicted(report: dict) -> Iterator[str]:
+    for run in runs_of(report, "predicted")[:1] if report["machine"]["gpu"] != "cpu" else []:
+        for key, expected in run.items():
+            measured = value(report, "step", key) if key not in ("ok", "wall_s") else None
+            if measured is not None and isinstance(expected, int | float) and expected:
+                yield f"{key}: predicted {expected:.4g}, measured {measured:.4g}, {measured / expected:.2f} times that."
+
+
+def _decoders(report: dict) -> Iterator[str]:
+    rates = {
+        part: rate
+        for part in report["parts"]
+        if part.startswith("decode ") and (rate := value(report, part, "frames_per_s")) is not None
+    }
+    if rates:
+        best = max(rates, key=lambda part: rates[part])
+        yield f"Fastest decoder of stored JPEGs: `{best}`, {rates[best]:.0f} frames/s."
+
+
+def _corruption(report: dict) -> Iterator[str]:
+    for part in report["parts"]:
+        for run in runs_of(report, part) if part.startswith("corruption ") else []:
+            if "differ" in run:
+                quiet = run.get("differ_when_quiet")
+                also = f" ({quiet} of {run['compared_when_quiet']} differ even without a queue)" if quiet else ""
+                yield f"`{part}`: {run['differ']} of {run['compared']} batches behind queued work differ{also}."
+
+
+def _losses(report: dict) -> Iterator[str]:
+    pairs = [runs_of(report, part)[:1] for part in ("losses 16 bits", "losses fp32 on the CPU")]
+    if all(found and "losses" in found[0] for found in pairs):
+        (here,), (exact,) = pairs
+        most = max(abs(a / b - 1) for a, b in zip(here["losses"], exact["losses"], strict=True))
+        yield f"The losses of the first steps in 16 bits differ from fp32 on the CPU by at most {100 * most:.2g} %."
+
+
+def _failed(report: dict) -> Iterator[str]:
+    for part, entry in report["parts"].items():
+        for run in entry.get("runs", []):
+            if not run["ok"]:
+                yield f"`{part}` failed: {run['ended']}. {last_line(run)}".strip()
+
+
+def last_line(run: dict) -> str:
+    """Of stderr: the last one that is no list of modules, as a crash ends with."""
+    lines = [line for line in run.get("stderr", []) if not line.startswith("Extension modules:")]
+    return lines[-1] if lines else ""
+
+
+# ---- the table ----
+
+COLUMNS = {
+    "clips_per_s": ("clips/s", ".0f"),
+    "frames_per_s": ("frames/s", ".0f"),
+    "step_s": ("step s", ".4f"),
+    "mfu_pct": ("MFU %", ".1f"),
+    "data_wait_pct": ("data wait %", ".1f"),
+    "busy_pct": ("busy %", ".0f"),
+    "host_cpu_pct": ("host CPU %", ".0f"),
+    "psnr_db": ("PSNR dB", ".1f"),
+}
+
+
+def show(report: dict) -> None:
+    """Print the parts, the card's ceilings, the kernels of a step, and the summary."""
+    from rich.markup import escape
+
+    alone, rows = value(report, "step", "clips_per_s"), []
+    for part, entry in report["parts"].items():
+        cells = [_cell(value(report, part, key), form) for key, (_, form) in COLUMNS.items()]
+        clips = value(report, part, "clips_per_s")
+        cells += [_cell(clips / alone if clips and alone else None, ".3f"), _cell(spread_pct(report, part), ".1f")]
+        ended = entry.get("left_out") or ", ".join(dict.fromkeys(run.get("left_out") or run["ended"] for run in entry["runs"]))
+        failed = any(not run["ok"] for run in entry.get("runs", []))
+        rows.append([part, *cells, f"[red]{escape(ended)}[/]" if failed else escape(ended)])
+    heads = ["part", *(name for name, _ in COLUMNS.values()), "of the step", "spread %", "ended"]
+    harness.show(heads, rows, width=190)
+    for run in runs_of(report, "card")[:1]:
+        found = [[key, ", ".join(f"{x:.4g}" for x in given)] for key, given in run.items() if isinstance(given, list)]
+        harness.show(["ceiling of the card", "measured"], [row for row in found if row[0] != "stderr"], width=100)
+    for run in runs_of(report, "profile")[:1]:
+        table = [[row["name"][:100], f"{row['ms']:.3f}", f"{row['calls']:.0f}"] for row in run.get("kernels", run.get("operators", []))]
+        harness.show(["of a step", "ms", "calls"], table, width=140)
+    for line in report["summary"]:
+        print(line)
+
+
+def _cell(number: float | None, form: str) -> str:
+    return "" if number is None else format(number, form)

@@ -1,0 +1,155 @@
+"""The training step on one batch that stays on the device: no loader, no trainer."""
+
+import tempfile
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from bench.gpu_parts.clips import FRAMES, WORDS
+from bench.gpu_parts.clock import Marks, synchronise, timed
+from bench.gpu_parts.parts import Given
+from c4c.config import Config, load
+from c4c.models.clip4clip import build
+from c4c.models.flops import peak, per_pair
+from c4c.training.step import Learner, train_step
+from c4c.zero.distributed import start_distributed, stop_distributed
+from c4c.zero.engine import build_engine
+from pipelines.tokens import tokenize
+
+WARM, PHASE_STEPS, PAIRS = 4, 4, 900_000  # PAIRS: five epochs of MSR-VTT 9k
+PHASES = ("forward", "backward", "step")  # of DeepSpeed's engine
+
+
+@contextmanager
+def started(given: Given, *, stored: str = "intra", words: Sequence[str] = ()) -> Iterator[tuple[Config, torch.device]]:
+    """The configuration of a training part and its device, with a process group of one rank."""
+    data = given.folder / f"{stored}-{given.clips}"
+    with tempfile.TemporaryDirectory(prefix="gpu-run-") as folder:
+        (Path(folder) / "bench.yaml").write_text("{}")
+        settings = [f"data.train={data}", f"data.test={data}", "model.init_from=scratch", f"data.num_frames={FRAMES}"]
+        settings += [f"data.max_words={WORDS}", "train.epochs=10000", f"train.batch_size={given.batch_size}"]
+        settings += [f"run.dir={folder}/run"]
+        config = load("bench.yaml", [*settings, *given.overrides, *words], [Path(folder)])
+        _, _, device = start_distributed()
+        try:
+            yield config, device
+        finally:
+            stop_distributed()
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """An engine, a batch, and the step that one takes on the other."""
+
+    engine: Any
+    batch: SimpleNamespace
+    step: Callable[[], object]
+
+
+def build_fixed(config: Config, device: torch.device) -> Fixed:
+    """The engine that a run with this configuration has, and a batch of noise with real captions."""
+    torch.manual_seed(config.run.seed)
+    model = build(config.model, config.data.num_frames)
+    takes_bytes = _takes_bytes(model, config.data.image_size)
+    engine = build_engine(Learner(model, config.train.loss), config.engine, config.train, 1, config.deepspeed)
+    rows, frames, side = config.train.batch_size, config.data.num_frames, config.data.image_size
+    if takes_bytes:  # as the loader hands them over on a GPU
+        pixels = torch.randint(0, 256, (rows, frames, side, side, 3), dtype=torch.uint8, device=device)
+    else:
+        pixels = torch.randn(rows, frames, 3, side, side, device=device)
+    batch = SimpleNamespace(
+        frames=pixels,
+        frame_mask=torch.ones(rows, frames, dtype=torch.bool, device=device),
+        tokens=tokenize([f"a dog catches frisbee number {i}" for i in range(rows)], config.data.max_words).to(device),
+        valid=torch.ones(rows, dtype=torch.bool, device=device),
+    )
+    return Fixed(engine, batch, lambda: train_step(engine, batch, 1.0, config.train))
+
+
+def _takes_bytes(model: torch.nn.Module, side: int) -> bool:
+    """Whether the model normalises uint8 frames itself."""
+    with torch.no_grad():
+        try:
+            model.encode_video(torch.zeros(1, 3, side, side, 3, dtype=torch.uint8), torch.ones(1, 3, dtype=torch.bool))
+        except RuntimeError:  # it takes them for planes of another shape
+            return False
+    return True
+
+
+def fixed(given: Given, *, words: Sequence[str] = (), plain: bool = False) -> None:
+    """Rate, MFU and memory of the step, its phases, and dynamo's counters. plain: without fused attention."""
+    with started(given, words=words) as (config, device), _attention(plain), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        made = build_fixed(config, device)
+        for _ in range(WARM):
+            made.step()
+        given.note(**rates(config, device, timed(made.step, given.seconds, device)))
+        given.note(phases_ms=phases(made, device))
+        if config.engine.compile:
+            given.note(dynamo=dynamo_counters(), uncompiled=[str(w.message) for w in said if "compile" in str(w.message)])
+
+
+def rates(config: Config, device: torch.device, times: dict) -> dict:
+    """What the times of steps come to."""
+    from c4c.models.towers import named
+
+    clips = config.train.batch_size / times["mean_s"]
+    flops = 3 * per_pair(named(config.model.backbone), config.data.num_frames, config.data.max_words)
+    most = peak(device, config.engine.precision)
+    return times | {
+        "clips_per_s": clips,
+        "tflop_per_s": flops * clips / 1e12,
+        "mfu_pct": 100 * flops * clips / most if most else None,
+        "memory_gib": torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None,
+        "minutes_for_900000_clips": PAIRS / clips / 60,
+    }
+
+
+def phases(made: Fixed, device: torch.device) -> dict[str, float]:
+    """Milliseconds of a step on the device's clock: forward, backward, the optimizer's step, and the rest between them.
+
+    It comes last: the engine keeps the marks that it sets.
+    """
+    kept: dict[str, list[Marks]] = defaultdict(list)
+
+    def marked(name: str, function: Callable) -> Callable:
+        def call(*args, **kwargs):
+            marks = Marks(device)
+            marks.set()
+            outcome = function(*args, **kwargs)
+            marks.set()
+            kept[name].append(marks)
+            return outcome
+
+        return call
+
+    for name in PHASES:
+        setattr(made.engine, name, marked(name, getattr(made.engine, name)))
+    whole = marked("whole", lambda: [made.step() for _ in range(PHASE_STEPS)])
+    whole()
+    synchronise(device)
+    each = {name: 1000 * sum(m.between()[0] for m in marks) / PHASE_STEPS for name, marks in kept.items()}
+    return {name: each.get(name, 0.0) for name in PHASES} | {
+        "rest": each["whole"] - sum(each.get(name, 0.0) for name in PHASES),
+        "whole": each["whole"],
+    }
+
+
+def dynamo_counters() -> dict[str, dict[str, int]]:
+    """What torch._dynamo counted: graphs, breaks, and parts that fell back to running as they are."""
+    from torch._dynamo.utils import counters
+
+    return {group: {str(key): int(n) for key, n in counts.items()} for group, counts in counters.items() if counts}
+
+
+def _attention(plain: bool):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel([SDPBackend.MATH]) if plain else nullcontext()
