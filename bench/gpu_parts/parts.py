@@ -64,7 +64,7 @@ class Given:
 
 
 LOADS, THREADS = (0.0, 0.65, 1.0), (4, 8, 16)
-CROPS = {"whole": "whole picture, then a slice", "roi": "region of interest"}
+CROPS = {"whole": "decoded whole and cropped", "roi": "only the crop decoded"}
 
 
 def _decoders() -> list[Part]:
@@ -74,7 +74,7 @@ def _decoders() -> list[Part]:
             f"decode {crop} load={load:g} threads={threads}",
             "bench.gpu_parts.decode:jpegs",
             60,
-            f"JPEGs of short side 224, {about}, {100 * load:g} % of them on the hardware decoder",
+            f"stored JPEGs, {about}; {100 * load:g} % of them by the hardware decoder",
             {"crop": crop, "load": load, "threads": threads},
             gpu=(load, threads) != (0.0, 4),
         )

@@ -103,7 +103,11 @@ def on_device(spans: list[Span], steps: int, step_s: float) -> dict:
     return {
         "kernels": [row for row in rows if row["kind"] != "copies"][:TOP],
         "copies": [row for row in rows if row["kind"] == "copies"],
-        "kinds_ms": {kind: us / 1000 / steps for kind, us in sorted(kinds.items(), key=lambda item: -item[1])},
+        "kinds_ms": {kind: us / 1000 / steps for kind, us in sorted(kinds.items(), key=lambda item: -item[1]) if us},
+        # as c4c.performance.predict cuts a step
+        "matrix_products_ms": (kinds["matrix products"] + kinds["attention"]) / 1000 / steps,
+        "memory_bound_ms": (kinds["element-wise and reductions"] + kinds["other"]) / 1000 / steps,
+        "optimizer_ms": kinds["optimizer"] / 1000 / steps,
         "busy_ms": busy / 1000 / steps,
         "busy_pct": busy / 1e4 / steps / step_s,
         "gaps": {

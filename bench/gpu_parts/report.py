@@ -7,6 +7,11 @@ from bench import harness
 
 KEEPS_UP, BUSY_PCT = 0.95, 85.0  # of the step alone; of a step's time
 SPREAD_OF = ("clips_per_s", "frames_per_s")
+# what a model of the step predicts, and the part that measures it
+PREDICTED = {
+    **dict.fromkeys(("step_s", "clips_per_s", "mfu_pct", "memory_gib"), "step"),
+    **dict.fromkeys(("matrix_products_ms", "memory_bound_ms", "optimizer_ms", "launches"), "profile"),
+}
 ADVICE = {
     "matrix products": "Only a faster card, a smaller model or a lower precision makes it faster.",
     "element-wise and reductions": "They wait for memory: engine.compile=true fuses them.",
@@ -107,9 +112,9 @@ def _kernels(report: dict, busy: float) -> str:
 
 def _predicted(report: dict) -> Iterator[str]:
     for run in runs_of(report, "predicted")[:1] if report["machine"]["gpu"] != "cpu" else []:
-        for key, expected in run.items():
-            measured = value(report, "step", key) if key not in ("ok", "wall_s") else None
-            if measured is not None and isinstance(expected, int | float) and expected:
+        for key, part in PREDICTED.items():
+            expected, measured = run.get(key), value(report, part, key)
+            if expected and measured is not None:
                 yield f"{key}: predicted {expected:.4g}, measured {measured:.4g}, {measured / expected:.2f} times that."
 
 

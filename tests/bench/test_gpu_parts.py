@@ -158,6 +158,7 @@ def test_what_a_profile_of_a_gpu_comes_to():
     assert found["kinds_ms"] == pytest.approx(
         {"matrix products": 0.8, "element-wise and reductions": 0.2, "copies": 0.2, "attention": 0.1}
     )
+    assert found["matrix_products_ms"] == pytest.approx(0.9) and found["memory_bound_ms"] == pytest.approx(0.2)
     assert [(row["name"], row["calls"]) for row in found["kernels"]][0] == ("nvjet_tst_128x256", 2)
     assert [row["name"] for row in found["copies"]] == ["Memcpy HtoD (Pageable -> Device)"]
     gaps = found["gaps"]
@@ -227,7 +228,7 @@ def test_a_rivals_rate(given, monkeypatch):
 
 def test_what_is_predicted_is_left_out_without_a_model_of_the_step(given, monkeypatch):
     monkeypatch.setattr(predicted.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(Missing, match=r"c4c/roofline.py"):
+    with pytest.raises(Missing, match=r"no model of the step"):
         predicted.step(given)
 
 
