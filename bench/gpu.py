@@ -7,12 +7,12 @@ no part starts later, and the last one is cut short. Each is a process of its ow
 and the end of its stderr, one that passes its limit is killed, and both cost only themselves. OUT is written after each run.
 Every figure is measured twice: in a second run of its part once all parts have had their first, or within the part.
 
-`clips`       made once in data/bench, as in bench/packing.py (320x240, H.264, 10 to 30 s, a keyframe in 250 frames); each is packed
-              under four names, so that batches of 128 different videos come of 64 clips
 `card`        what the card reaches: matrix products, copies on the device and from the host
 `step …`      the training step on one batch that stays on the device, without loader and trainer
 `profile`     torch.profiler's account of it: kernels, copies, synchronisations, gaps, and how busy the GPU is
-`predicted`   what c4c.roofline expects of it
+`predicted`   what the model of a step (python -m c4c.roofline) expects of it
+`clips`       made once in data/bench, as in bench/packing.py (320x240, H.264, 10 to 30 s, a keyframe in 250 frames); each is packed
+              under four names, so that batches of 128 different videos come of 64 clips. It needs no GPU: --only clips beforehand
 `decode …`    DALI's image decoder in every form and on the CPU; `nvdec …` the video decoder
 `corruption …` frames decoded behind 100 ms of queued work, compared with frames decoded after a wait
 `lane …`      the loader alone (python -m pipelines.bench); `equal …` its frames beside the CPU's: PSNR
@@ -29,7 +29,7 @@ import argparse
 import faulthandler
 import importlib
 import json
-import os
+import signal
 import sys
 import tempfile
 import time
@@ -41,12 +41,19 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 from bench import harness, smi
 from bench.gpu_parts import process
-from bench.gpu_parts.parts import PARTS, Given, Missing, Part
+from bench.gpu_parts.parts import CLIPS, PARTS, Given, Missing, Part
 from bench.gpu_parts.report import show, summary
 from bench.harness import ROOT
 
-PACKAGES = ("torch", "nvidia-dali-cuda130", "nvidia-nvimgcodec-cu13", "nvidia-nvjpeg", "deepspeed", "open_clip_torch", "numpy")
-FIRST = "clips"  # what other parts read
+PACKAGES = (
+    "torch",
+    "nvidia-dali-cuda130",
+    "nvidia-nvimgcodec-cu13",
+    "nvidia-nvjpeg",
+    "deepspeed",
+    "open_clip_torch",
+    "numpy",
+)
 LEAST_S = 10.0  # with less time left, no part is started
 
 
@@ -54,11 +61,14 @@ def main(words: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) -> i
     args = arguments(words)
     if args.call:
         return measured(args)
-    chosen = [part for part in parts if part.name == FIRST or harness.is_chosen(args.only, part.name)]
+    chosen = [part for part in parts if harness.is_chosen(args.only, part.name)]
+    if any(part.reads_clips for part in chosen):
+        chosen = [part for part in parts if part in chosen or part.name == CLIPS]
     gpu = smi.gpu_name()
     runs = args.runs or (2 if gpu else 1)
     if args.plan:
         return show_plan(chosen, args.runs or 2)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an interrupt does, it ends the part under way
     name = (gpu or "cpu").lower().replace(" ", "-")
     args.json = args.json.with_name(args.json.name.replace("NAME-DATE", f"{name}-{date.today()}"))
     report: dict = {"machine": machine(gpu), "settings": args.overrides, "seconds": args.seconds, "clips": args.clips}
@@ -83,14 +93,20 @@ def main(words: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) -> i
 def worth_another(parts: Sequence[Part], report: dict) -> list[Part]:
     """Those whose spread only another run can tell, and whose first run came to something."""
     first = {name: entry["runs"][0] for name, entry in report["parts"].items() if "runs" in entry}
-    return [part for part in parts if part.again and (found := first.get(part.name)) and found["ok"] and "left_out" not in found]
+    return [
+        part
+        for part in parts
+        if part.again and (found := first.get(part.name)) and found["ok"] and "left_out" not in found
+    ]
 
 
 def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser = harness.parser(__doc__, "gpu-NAME-DATE", only=True)
     parser.add_argument("--plan", action="store_true", help="print the parts with their time limits, and end")
     parser.add_argument("--minutes", type=float, help="start no part after so many, and cut the last one short")
-    parser.add_argument("--runs", type=int, help="of each part whose spread is not measured within it (2; without a GPU 1)")
+    parser.add_argument(
+        "--runs", type=int, help="of each part whose spread is not measured within it (2; without a GPU 1)"
+    )
     parser.add_argument("--clips", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=12.0, help="that a part is measured for (%(default)g)")
     parser.add_argument("--batch-size", type=int, default=128, help="clips (%(default)s)")
@@ -110,7 +126,9 @@ def show_plan(parts: Sequence[Part], runs: int) -> int:
         rows.append([part.name, f"{part.limit_s:.0f}", str(times), "needed" if part.gpu else "", part.about])
     harness.show(["part", "limit s", "runs", "GPU", "what it measures"], rows, width=150)
     print(f"Limits together: {total / 60:.0f} min with a GPU, {without / 60:.0f} min without one (one run each).")
-    print("A part normally takes --seconds and the start of its process. First runs come before second ones; --minutes N stops there.")
+    print(
+        "A part normally takes --seconds and the start of its process. First runs come before second ones; --minutes N stops there."
+    )
     return 0
 
 
@@ -134,7 +152,9 @@ def run(part: Part, args: argparse.Namespace, has_gpu: bool, until: float | None
         words = ["--call", part.run, "--words", json.dumps(dict(part.words)), "--limit", limit, "--json", result]
         words += ["--clips", args.clips, "--seconds", args.seconds, "--batch-size", args.batch_size]
         with smi.Busy() as busy:
-            ended = process.run([sys.executable, __file__, *words, *args.overrides], limit, harness.environment(**part.env))
+            ended = process.run(
+                [sys.executable, __file__, *words, *args.overrides], limit, harness.environment(**part.env)
+            )
         found = json.loads(result.read_text()) if result.exists() else {}
     return found | ended | busy.most()
 

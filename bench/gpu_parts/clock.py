@@ -7,7 +7,8 @@ from itertools import pairwise
 
 import torch
 
-LEAST = 6  # steps that are timed at least
+LEAST = {"cuda": 6, "cpu": 3}  # steps that are timed at least
+WARM = {"cuda": 4, "cpu": 1}  # steps before, which allocate, choose kernels and compile
 AHEAD = 3  # steps that the host may be ahead of the device, so that the time ends when it should
 
 
@@ -51,7 +52,7 @@ def timed(step: Callable[[], object], seconds: float, device: torch.device) -> d
     synchronise(device)
     began, steps = time.perf_counter(), 0
     marks.set()
-    while steps < LEAST or time.perf_counter() - began < seconds:
+    while steps < LEAST[device.type] or time.perf_counter() - began < seconds:
         step()
         marks.set()
         steps += 1

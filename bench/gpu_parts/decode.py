@@ -53,7 +53,9 @@ def jpeg_feeds(split: Split, requests: Sequence[ClipRequest], most: int) -> list
     return [Feed((pieces[g], views[g]), len(pieces[g])) for g in groups]
 
 
-def rate(graphs: list[Graph], feeds: list[Feed], seconds: float, device: torch.device, take: Callable | None = None) -> float:
+def rate(
+    graphs: list[Graph], feeds: list[Feed], seconds: float, device: torch.device, take: Callable | None = None
+) -> float:
     """Frames a second, the graphs taking turns. take: what is done with the frames of each turn."""
     turns: deque[tuple[Graph, int]] = deque()
     again = cycle(feeds)
@@ -86,7 +88,9 @@ def rate(graphs: list[Graph], feeds: list[Feed], seconds: float, device: torch.d
     return done / (time.perf_counter() - began)
 
 
-def jpegs(given: Given, *, crop: str, load: float, threads: int, stored: str = "intra", key: str = "frames_per_s") -> None:
+def jpegs(
+    given: Given, *, crop: str, load: float, threads: int, stored: str = "intra", key: str = "frames_per_s"
+) -> None:
     """Frames a second of the image decoder, measured twice."""
     device, split = given.device, split_of(given, stored)
     (feed,) = jpeg_feeds(split, requests_of(split, given.batch_size), 1 << 20)

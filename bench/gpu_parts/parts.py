@@ -1,10 +1,13 @@
 """The parts of bench/gpu.py, in the order in which they run: those that tell most come first. Imports nothing heavy."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+CLIPS = "clips"  # the part that makes what others read
+READERS = ("decode", "corruption", "lanes", "train", "rivals")  # modules
 
 
 class Missing(Exception):
@@ -30,6 +33,11 @@ class Part:
     gpu: bool = False
     again: bool = False
     env: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def reads_clips(self) -> bool:
+        """Whether it needs the part that makes the clips."""
+        return self.run.partition(":")[0].rpartition(".")[2] in READERS
 
 
 @dataclass(frozen=True)
@@ -91,11 +99,11 @@ def _part(name: str, run: str, limit_s: float, about: str, gpu: bool = False, ag
 STEP, TRAIN = "step:fixed", "train:training"
 CPU_ONLY = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 PARTS: list[Part] = [
-    _part("clips", "clips:make", 600, "make and pack the clips; only the first time takes long"),
     _part("card", "card:ceilings", 60, "matrix products in bf16 and fp32, copies on the device and from the host"),
     _part("step", STEP, 240, "steps on one batch that stays on the device, without loader and trainer", again=True),
     _part("profile", "profile:step", 180, "torch.profiler of that step: kernels, copies, synchronisations, gaps"),
     _part("predicted", "predicted:step", 60, "what c4c.roofline expects of that step"),
+    _part(CLIPS, "clips:make", 900, "make and pack the clips; only the first time takes long"),
     _part("decode cpu threads=16", "decode:on_cpu", 60, "JPEGs decoded on the CPU, copied through pinned memory", threads=16),
     _part("train intra", TRAIN, 180, "steps on the loader's batches, independent JPEGs", again=True),
     _part("step compiled", STEP, 420, "the same step with engine.compile=true, and dynamo's counters", again=True,

@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import torch
 
-from bench.gpu_parts.clock import synchronise, timed
+from bench.gpu_parts.clock import LEAST, WARM, synchronise, timed
 from bench.gpu_parts.parts import Given
-from bench.gpu_parts.step import WARM, build_fixed, started
+from bench.gpu_parts.step import build_fixed, started
 
-STEPS, TOP, LONGEST = 5, 20, 8
+TOP, LONGEST = 20, 8  # rows
 GAP_US = 5.0  # a shorter pause between kernels is their launch itself
 # the first pattern that a kernel's name matches; names of cuBLAS, CUTLASS, cuDNN, flash attention, inductor, PyTorch and Apex
 KINDS = (
@@ -20,7 +20,10 @@ KINDS = (
     ("matrix products", r"gemm|nvjet|cutlass|cublas|xmma|fprop|wgrad|dgrad|convol|conv2d|splitk|triton_tem"),
     ("optimizer", r"multi_tensor|adam|lamb"),
     ("communication", r"nccl"),
-    ("element-wise and reductions", r"element|norm|softmax|reduce|gelu|triton|copy|cat|index|gather|scatter|fill|add|mul"),
+    (
+        "element-wise and reductions",
+        r"element|norm|softmax|reduce|gelu|triton|copy|cat|index|gather|scatter|fill|add|mul",
+    ),
 )
 
 
@@ -36,25 +39,26 @@ def step(given: Given) -> None:
     """torch.profiler's account of some steps, after as many steps without it that tell how long they really take."""
     with started(given) as (config, device):
         made = build_fixed(config, device)
-        for _ in range(WARM):
+        steps = LEAST[device.type]
+        for _ in range(WARM[device.type]):
             made.step()
         step_s = timed(made.step, given.seconds / 4, device)["step_s"]
         kinds = [torch.profiler.ProfilerActivity.CPU]
         kinds += [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
         synchronise(device)
         with torch.profiler.profile(activities=kinds) as profiler:
-            for _ in range(STEPS):
+            for _ in range(steps):
                 made.step()
             synchronise(device)
         events = profiler.events() or []
-        given.note(step_s=step_s, steps=STEPS, **on_host(_spans(events, torch.autograd.DeviceType.CPU), STEPS))
+        given.note(step_s=step_s, steps=steps, **on_host(_spans(events, torch.autograd.DeviceType.CPU), steps))
         if device.type == "cuda":
-            given.note(**on_device(_spans(events, torch.autograd.DeviceType.CUDA), STEPS, step_s))
+            given.note(**on_device(_spans(events, torch.autograd.DeviceType.CUDA), steps, step_s))
         else:
             given.note(left_out_here="kernels, copies and gaps need a GPU; operators of the host are listed instead")
             rows = sorted(profiler.key_averages(), key=lambda row: -row.self_cpu_time_total)[:TOP]
             given.note(operators=[
-                {"name": row.key, "ms": row.self_cpu_time_total / 1000 / STEPS, "calls": row.count / STEPS} for row in rows
+                {"name": row.key, "ms": row.self_cpu_time_total / 1000 / steps, "calls": row.count / steps} for row in rows
             ])  # fmt: skip
 
 

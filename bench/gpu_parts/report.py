@@ -64,7 +64,14 @@ def why_not(report: dict, part: str) -> str:
 
 def summary(report: dict) -> list[str]:
     """Sentences for people; the first says what limits the step."""
-    return [limit(report), *_predicted(report), *_decoders(report), *_corruption(report), *_losses(report), *_failed(report)]
+    return [
+        limit(report),
+        *_predicted(report),
+        *_decoders(report),
+        *_corruption(report),
+        *_losses(report),
+        *_failed(report),
+    ]
 
 
 def limit(report: dict) -> str:
@@ -84,7 +91,9 @@ def limit(report: dict) -> str:
         )
     if busy < BUSY_PCT:
         launches = value(report, "profile", "launches") or 0
-        waits = sum(wait["calls"] for run in runs_of(report, "profile")[:1] for wait in run["synchronisations"].values())
+        waits = sum(
+            wait["calls"] for run in runs_of(report, "profile")[:1] for wait in run["synchronisations"].values()
+        )
         return (
             f"The host limits the step: for {100 - busy:.0f} % of it the GPU has nothing to do, with {launches:.0f} launches and "
             f"{waits:.0f} waits of the host a step."
@@ -182,16 +191,22 @@ def show(report: dict) -> None:
         cells = [_cell(value(report, part, key), form) for key, (_, form) in COLUMNS.items()]
         clips = value(report, part, "clips_per_s")
         cells += [_cell(clips / alone if clips and alone else None, ".3f"), _cell(spread_pct(report, part), ".1f")]
-        ended = entry.get("left_out") or ", ".join(dict.fromkeys(run.get("left_out") or run["ended"] for run in entry["runs"]))
+        ended = entry.get("left_out") or ", ".join(
+            dict.fromkeys(run.get("left_out") or run["ended"] for run in entry["runs"])
+        )
         failed = any(not run["ok"] for run in entry.get("runs", []))
         rows.append([part, *cells, f"[red]{escape(ended)}[/]" if failed else escape(ended)])
     heads = ["part", *(name for name, _ in COLUMNS.values()), "of the step", "spread %", "ended"]
     harness.show(heads, rows, width=190)
     for run in runs_of(report, "card")[:1]:
-        found = [[key, ", ".join(f"{x:.4g}" for x in given)] for key, given in run.items() if isinstance(given, list)]
-        harness.show(["ceiling of the card", "measured"], [row for row in found if row[0] != "stderr"], width=100)
+        found = {key: run[key] for key in run if key.startswith(("tflops", "gb_per_s"))}
+        rows = [[key, ", ".join(f"{x:.4g}" for x in given)] for key, given in found.items()]
+        harness.show(["ceiling of the card", "measured"], rows, width=100)
     for run in runs_of(report, "profile")[:1]:
-        table = [[row["name"][:100], f"{row['ms']:.3f}", f"{row['calls']:.0f}"] for row in run.get("kernels", run.get("operators", []))]
+        table = [
+            [row["name"][:100], f"{row['ms']:.3f}", f"{row['calls']:.0f}"]
+            for row in run.get("kernels", run.get("operators", []))
+        ]
         harness.show(["of a step", "ms", "calls"], table, width=140)
     for line in report["summary"]:
         print(line)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bench.gpu_parts.clips import FRAMES, WORDS
-from bench.gpu_parts.clock import Marks, synchronise, timed
+from bench.gpu_parts.clock import LEAST, WARM, Marks, synchronise, timed
 from bench.gpu_parts.parts import Given
 from c4c.config import Config, load
 from c4c.models.clip4clip import build
@@ -23,7 +23,7 @@ from c4c.zero.distributed import start_distributed, stop_distributed
 from c4c.zero.engine import build_engine
 from pipelines.tokens import tokenize
 
-WARM, PHASE_STEPS, PAIRS = 4, 4, 900_000  # PAIRS: five epochs of MSR-VTT 9k
+PAIRS = 900_000  # five epochs of MSR-VTT 9k
 PHASES = ("forward", "backward", "step")  # of DeepSpeed's engine
 
 
@@ -85,15 +85,21 @@ def _takes_bytes(model: torch.nn.Module, side: int) -> bool:
 
 def fixed(given: Given, *, words: Sequence[str] = (), plain: bool = False) -> None:
     """Rate, MFU and memory of the step, its phases, and dynamo's counters. plain: without fused attention."""
-    with started(given, words=words) as (config, device), _attention(plain), warnings.catch_warnings(record=True) as said:
+    with (
+        started(given, words=words) as (config, device),
+        _attention(plain),
+        warnings.catch_warnings(record=True) as said,
+    ):
         warnings.simplefilter("always")
         made = build_fixed(config, device)
-        for _ in range(WARM):
+        for _ in range(WARM[device.type]):
             made.step()
         given.note(**rates(config, device, timed(made.step, given.seconds, device)))
         given.note(phases_ms=phases(made, device))
         if config.engine.compile:
-            given.note(dynamo=dynamo_counters(), uncompiled=[str(w.message) for w in said if "compile" in str(w.message)])
+            given.note(
+                dynamo=dynamo_counters(), uncompiled=[str(w.message) for w in said if "compile" in str(w.message)]
+            )
 
 
 def rates(config: Config, device: torch.device, times: dict) -> dict:
@@ -118,6 +124,7 @@ def phases(made: Fixed, device: torch.device) -> dict[str, float]:
     It comes last: the engine keeps the marks that it sets.
     """
     kept: dict[str, list[Marks]] = defaultdict(list)
+    steps = LEAST[device.type]
 
     def marked(name: str, function: Callable) -> Callable:
         def call(*args, **kwargs):
@@ -132,10 +139,10 @@ def phases(made: Fixed, device: torch.device) -> dict[str, float]:
 
     for name in PHASES:
         setattr(made.engine, name, marked(name, getattr(made.engine, name)))
-    whole = marked("whole", lambda: [made.step() for _ in range(PHASE_STEPS)])
+    whole = marked("whole", lambda: [made.step() for _ in range(steps)])
     whole()
     synchronise(device)
-    each = {name: 1000 * sum(m.between()[0] for m in marks) / PHASE_STEPS for name, marks in kept.items()}
+    each = {name: 1000 * sum(m.between()[0] for m in marks) / steps for name, marks in kept.items()}
     return {name: each.get(name, 0.0) for name in PHASES} | {
         "rest": each["whole"] - sum(each.get(name, 0.0) for name in PHASES),
         "whole": each["whole"],

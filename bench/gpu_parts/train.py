@@ -4,9 +4,9 @@ import statistics
 import tempfile
 from collections.abc import Sequence
 
-from bench.gpu_parts.clock import timed
+from bench.gpu_parts.clock import WARM, timed
 from bench.gpu_parts.parts import Given
-from bench.gpu_parts.step import WARM, rates, started
+from bench.gpu_parts.step import rates, started
 from c4c.training.outcome import Outcome
 from c4c.training.session import Session
 from pipelines.loader import Batch
@@ -24,12 +24,13 @@ class Steps:
         self._session, self._batches = session, session.batches(session.total)
         self._before: Outcome | None = None
         self.waits: list[float] = []  # seconds that each step waited for its batch
+        self.losses: list[float] = []  # of all steps but the last
 
     def __call__(self) -> None:
         batch: Batch = next(self._batches)
         outcome = self._session.step(batch, False, False)
         if self._before is not None:
-            self._before.loss  # noqa: B018 - reading it waits for the step before
+            self.losses.append(self._before.loss)
         self._before = outcome
         self.waits.append(batch.wait_s)
 
@@ -42,12 +43,13 @@ def training(given: Given, *, stored: str = "intra", cache: bool = False) -> Non
             session = Session(config, 0, 1, device)
             with session.loader:
                 steps = Steps(session)
-                for _ in range(max(WARM, session.per_epoch) if cache else WARM):
+                for _ in range(max(WARM[device.type], session.per_epoch if cache else 0)):
                     steps()
                 steps.waits.clear()
                 times = timed(steps, given.seconds, device)
             waited = statistics.fmean(steps.waits)
-            given.note(**rates(config, device, times), data_wait_pct=100 * waited / times["mean_s"])
+            given.note(**rates(config, device, times), data_wait_pct=100 * waited / times["mean_s"],
+                       last_loss=steps.losses[-1])  # fmt: skip
 
 
 def losses(given: Given, *, words: Sequence[str]) -> None:

@@ -61,13 +61,13 @@ def test_the_decoder_is_swept_in_every_form():
 @pytest.mark.slow
 def test_parts_that_crash_or_hang_cost_only_themselves(out, monkeypatch, capsys):
     monkeypatch.setattr(smi, "gpu_name", lambda: None)
-    parts = [part("hangs", 2), part("crashes", again=True), part("fails"), part("lacks", again=True),
+    parts = [part("hangs", 6), part("crashes", again=True), part("fails"), part("lacks", again=True),
              part("crashes_at_exit"), part("ends on a GPU", gpu=True), part("ends", words={"rate": 5.0}, again=True)]  # fmt: skip
     code, found = measure(out, parts, "--runs", "2")
     assert code == 1
     parts = found["parts"]
     (hung,) = parts["hangs"]["runs"]
-    assert hung["ended"] == "killed after 2 s" and not hung["ok"] and 2 <= hung["wall_s"] < 30
+    assert hung["ended"] == "killed after 6 s" and not hung["ok"] and 6 <= hung["wall_s"] < 40
     assert any("stand_ins.py" in line for line in hung["stderr"]), "where it hung"
     time.sleep(0.1)
     assert not alive(hung["child"]), "a child outlived the part"
@@ -92,7 +92,9 @@ def test_parts_that_crash_or_hang_cost_only_themselves(out, monkeypatch, capsys)
 def test_an_interrupt_ends_the_part_too(tmp_path):
     script = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
     mark = tmp_path / "pid"
-    child = f"{script.replace('print(os.getpid(), flush=True)', f'open({str(mark)!r}, chr(119)).write(str(os.getpid()))')}"
+    child = (
+        f"{script.replace('print(os.getpid(), flush=True)', f'open({str(mark)!r}, chr(119)).write(str(os.getpid()))')}"
+    )
     runner = (
         "import os, signal, sys, threading, time; from bench.gpu_parts.process import run\n"
         f"def later():\n"
@@ -101,7 +103,9 @@ def test_an_interrupt_ends_the_part_too(tmp_path):
         f"threading.Thread(target=later, daemon=True).start()\n"
         f"run([sys.executable, '-c', {child!r}], 60, os.environ)"
     )
-    done = subprocess.run([sys.executable, "-c", runner], capture_output=True, text=True, env=harness.environment(), timeout=30)
+    done = subprocess.run(
+        [sys.executable, "-c", runner], capture_output=True, text=True, env=harness.environment(), timeout=30
+    )
     assert "KeyboardInterrupt" in done.stderr
     assert not alive(int(mark.read_text()))
 
@@ -145,8 +149,10 @@ def test_no_part_starts_after_the_minutes_are_over(out, monkeypatch):
 
 def test_only_chooses_parts_by_pieces_of_their_names(out, monkeypatch):
     monkeypatch.setattr(gpu, "run", lambda *_: {"ended": "exit code 0", "ok": True, "wall_s": 1.0})
-    _, found = measure(out, [part("clips"), part("step"), part("step compiled"), part("card")], "--runs", "1", "--only", "step")
-    assert list(found["parts"]) == ["clips", "step", "step compiled"]
+    _, found = measure(out, PARTS, "--runs", "1", "--only", "step")
+    assert list(found["parts"]) == ["step", "step compiled", "step plain attention"]
+    _, found = measure(out, PARTS, "--runs", "1", "--only", "card", "equal h264", "train intra")
+    assert list(found["parts"]) == ["card", "clips", "train intra", "equal h264"]  # two of them read clips
 
 
 def test_ends_in_words():
@@ -178,7 +184,12 @@ def findings(**parts: dict) -> dict:
 
 def test_the_summary_says_that_loading_limits():
     said = report.limit(
-        findings(step={"clips_per_s": 1200.0}, train_intra={"clips_per_s": 900.0}, lane_intra={"clips_per_s": 950.0}, profile=PROFILE)
+        findings(
+            step={"clips_per_s": 1200.0},
+            train_intra={"clips_per_s": 900.0},
+            lane_intra={"clips_per_s": 950.0},
+            profile=PROFILE,
+        )
     )
     assert said.startswith("Loading limits the step:")
     assert "1200 clips/s" in said and "900" in said and "950" in said
@@ -224,5 +235,7 @@ def test_the_summary_names_corruption_the_best_decoder_and_losses():
         })
     )  # fmt: skip
     assert "Fastest decoder of stored JPEGs: `decode roi`, 21 frames/s." in said
-    assert "`corruption load=1`: 12 of 300 batches behind queued work differ (1 of 8 differ even without a queue)." in said
+    assert (
+        "`corruption load=1`: 12 of 300 batches behind queued work differ (1 of 8 differ even without a queue)." in said
+    )
     assert "The losses of the first steps in 16 bits differ from fp32 on the CPU by at most 1 %." in said
