@@ -22,7 +22,7 @@ Every figure is measured twice: in a second run of its part once all parts have 
 
 Meanwhile nvidia-smi is asked how busy the GPU and its decoders are. Key=value words are settings of the training parts.
 Without a GPU, what does not need one runs on the CPU, which shows that the script works and nothing else. Use a small model:
---clips 4 --seconds 2 --batch-size 8 model.backbone=ViT-demo-16 data.image_size=64 data.max_words=24 engine.precision=fp32
+--clips 4 --seconds 1 --batch-size 8 model.backbone=ViT-demo-16 data.image_size=64 data.max_words=24 engine.precision=fp32
 """
 
 import argparse
@@ -68,7 +68,6 @@ def main(words: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) -> i
     runs = args.runs or (2 if gpu else 1)
     if args.plan:
         return show_plan(chosen, args.runs or 2)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an interrupt does, it ends the part under way
     name = (gpu or "cpu").lower().replace(" ", "-")
     args.json = args.json.with_name(args.json.name.replace("NAME-DATE", f"{name}-{date.today()}"))
     report: dict = {"machine": machine(gpu), "settings": args.overrides, "seconds": args.seconds, "clips": args.clips}
@@ -175,4 +174,5 @@ def measured(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an interrupt does, it ends the part under way
     sys.exit(main())

@@ -5,10 +5,7 @@ import importlib.util
 import os
 from dataclasses import asdict
 
-import torch
-
 from bench.gpu_parts.parts import Given, Missing
-from bench.gpu_parts.step import started
 
 STAND_IN = "H100"  # where there is no GPU: shows that the part works, and nothing is held beside it
 
@@ -17,6 +14,10 @@ def step(given: Given) -> None:
     """Predicted numbers of the step alone, as the parts `step` and `profile` measure them."""
     if importlib.util.find_spec("c4c.performance") is None:
         raise Missing("this version has no model of the step (c4c/performance)")
+    import torch  # only now: it takes seconds
+
+    from bench.gpu_parts.step import started
+
     hardware, model = (importlib.import_module(f"c4c.performance.{name}") for name in ("hardware", "predict"))
     with started(given) as (config, device):
         if device.type == "cuda":

@@ -1,6 +1,7 @@
 """Running a command with a time limit: how it ended, and what it last wrote to stderr. Imports nothing heavy."""
 
 import os
+import resource
 import signal
 import subprocess
 import tempfile
@@ -13,12 +14,12 @@ LINES, WIDTH = 30, 300  # of stderr that are kept
 
 
 def run(command: Sequence[object], limit_s: float, env: Mapping[str, str]) -> dict:
-    """{"ended": "exit code 0", "ok": whether, "wall_s": ..., "stderr": its last lines, if it failed}.
+    """{"ended": "exit code 0", "ok": whether, "wall_s": ..., "cpu_s": ..., "stderr": its last lines, if it failed}.
 
     The command leads a process group of its own. All of the group is killed when the command ends, when the limit is over,
     and when this process is interrupted.
     """
-    began = time.perf_counter()
+    began, used = time.perf_counter(), _cpu_s()
     # files, not pipes: a process that outlives the command keeps a pipe open, and whoever reads it waits
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         process = subprocess.Popen(
@@ -35,7 +36,14 @@ def run(command: Sequence[object], limit_s: float, env: Mapping[str, str]) -> di
             with suppress(subprocess.TimeoutExpired):  # one that hangs in the driver cannot be killed: go on without it
                 process.wait(30)
         found = {"ended": ended, "ok": ended == end_of(0), "wall_s": round(time.perf_counter() - began, 2)}
+        found["cpu_s"] = round(_cpu_s() - used, 2)
         return found if found["ok"] else found | {"stderr": _last_lines(err) or _last_lines(out)}
+
+
+def _cpu_s() -> float:
+    """Processor time of all processes that this one has started and waited for, and theirs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def end_of(code: int) -> str:

@@ -81,8 +81,15 @@ def limit(report: dict) -> str:
         return f"What limits the step is not known: the part `step` has no result ({why_not(report, 'step')})."
     if trained is not None and trained < KEEPS_UP * alone:
         loader = value(report, "lane intra", "clips_per_s")
-        more = f", and the loader alone makes {loader:.0f}" if loader is not None else ""
-        return f"Loading limits the step: alone it handles {alone:.0f} clips/s, on the loader's batches {trained:.0f}{more}."
+        rates = f"alone it handles {alone:.0f} clips/s, on the loader's batches {trained:.0f}"
+        if loader is not None and loader > alone:
+            return (
+                f"The loader slows the step down although it is fast enough by itself ({loader:.0f} clips/s): {rates}; they "
+                "compete for the device, the processor or Python's lock."
+            )
+        return f"Loading limits the step: {rates}" + (
+            "." if loader is None else f", and the loader makes {loader:.0f}."
+        )
     busy = value(report, "profile", "busy_pct")
     if busy is None:
         return (

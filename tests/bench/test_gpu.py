@@ -76,8 +76,8 @@ def test_parts_that_crash_or_hang_cost_only_themselves(out, monkeypatch, capsys)
     assert any("stand_ins.py" in line and "crashes" in line for line in crashed["stderr"])
     assert parts["fails"]["runs"][0]["ended"] == "exit code 1"
     assert parts["fails"]["runs"][0]["stderr"][-1] == "ValueError: no dog to catch it"
-    assert parts["crashes_at_exit"]["runs"][0] | {"wall_s": 0} == {
-        "clips_per_s": 3.0, "ended": "exit code 9", "ok": False, "wall_s": 0, "stderr": [],
+    assert parts["crashes_at_exit"]["runs"][0] | {"wall_s": 0, "cpu_s": 0} == {
+        "clips_per_s": 3.0, "ended": "exit code 9", "ok": False, "wall_s": 0, "cpu_s": 0, "stderr": [],
     }  # fmt: skip
     (lacking,) = parts["lacks"]["runs"]
     assert lacking["ok"] and lacking["left_out"] == "frisbee is not installed: pip install frisbee"
@@ -193,6 +193,9 @@ def test_the_summary_says_that_loading_limits():
     )
     assert said.startswith("Loading limits the step:")
     assert "1200 clips/s" in said and "900" in said and "950" in said
+    rates = {"step": {"clips_per_s": 1200.0}, "train_intra": {"clips_per_s": 900.0}}
+    said = report.limit(findings(**rates, lane_intra={"clips_per_s": 3000.0}, profile=PROFILE))
+    assert said.startswith("The loader slows the step down although it is fast enough by itself (3000 clips/s)")
 
 
 def test_the_summary_says_that_the_host_limits():
