@@ -22,7 +22,7 @@ Every figure is measured twice: in a second run of its part once all parts have 
 
 Meanwhile nvidia-smi is asked how busy the GPU and its decoders are. Key=value words are settings of the training parts.
 Without a GPU, what does not need one runs on the CPU, which shows that the script works and nothing else. Use a small model:
---clips 4 --seconds 1 --batch-size 8 model.backbone=ViT-demo-16 data.image_size=64 data.max_words=24 engine.precision=fp32
+--clips 4 --batch-size 8 model.backbone=ViT-demo-16 data.image_size=64 data.max_words=24 engine.precision=fp32
 """
 
 import argparse
@@ -65,7 +65,7 @@ def main(words: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) -> i
     if any(part.reads_clips for part in chosen):
         chosen = [part for part in parts if part in chosen or part.name == CLIPS]
     gpu = smi.gpu_name()
-    runs = args.runs or (2 if gpu else 1)
+    runs, args.seconds = args.runs or (2 if gpu else 1), args.seconds or (12.0 if gpu else 1.0)
     if args.plan:
         return show_plan(chosen, args.runs or 2)
     name = (gpu or "cpu").lower().replace(" ", "-")
@@ -107,7 +107,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
         "--runs", type=int, help="of each part whose spread is not measured within it (2; without a GPU 1)"
     )
     parser.add_argument("--clips", type=int, default=64)
-    parser.add_argument("--seconds", type=float, default=12.0, help="that a part is measured for (%(default)g)")
+    parser.add_argument("--seconds", type=float, help="that a part is measured for (12; without a GPU 1)")
     parser.add_argument("--batch-size", type=int, default=128, help="clips (%(default)s)")
     for name in ("call", "words", "limit"):  # in a process of its own
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)

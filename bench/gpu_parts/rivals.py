@@ -55,21 +55,28 @@ def torchcodec_jpeg(given: Given) -> None:
 
 def dali_reader(given: Given) -> None:
     """DALI's own reader, which picks frames at equal distances itself."""
+    files = [str(SOURCES / f"{i:03d}.mp4") for i in range(min(CLIPS, given.clips))]
+    pipeline = reader_of(files, 0)
+    pipeline.build()
+    given.note(frames_per_s=_twice(pipeline.run, len(files) * FRAMES, given))
+
+
+def reader_of(files: list[str], device_id: int | None):
+    """A pipeline whose batch is one clip of each file. Raises Missing where DALI's reader cannot pick frames so."""
     from nvidia.dali import fn, types
     from nvidia.dali.backend import GetSchema
     from nvidia.dali.pipeline import Pipeline
 
     if not GetSchema("experimental__readers__Video").HasArgument("uniform_sample"):
         raise Missing("this DALI's video reader has no uniform_sample: pip install -U nvidia-dali-cuda130")
-    files = [str(SOURCES / f"{i:03d}.mp4") for i in range(min(CLIPS, given.clips))]
-    pipeline = Pipeline(batch_size=len(files), num_threads=os.cpu_count() or 1, device_id=0, prefetch_queue_depth=2)
+    threads = os.cpu_count() or 1
+    pipeline = Pipeline(batch_size=len(files), num_threads=threads, device_id=device_id, prefetch_queue_depth=2)
     with pipeline:
         clips = fn.experimental.readers.video(
             device="gpu", filenames=files, sequence_length=FRAMES, uniform_sample=True, name="reader"
         )
         pipeline.set_outputs(fn.resize(clips, size=[SIDE, SIDE], interp_type=types.INTERP_CUBIC, antialias=True))
-    pipeline.build()
-    given.note(frames_per_s=_twice(pipeline.run, len(files) * FRAMES, given))
+    return pipeline
 
 
 def spdl_nvjpeg(given: Given) -> None:

@@ -247,6 +247,11 @@ def test_a_rivals_rate(given, monkeypatch):
     assert min(size for size, _ in decoded) > 1000 and {count for _, count in decoded} <= set(range(1, 13))
 
 
+def test_dalis_reader_takes_what_it_is_given():
+    """Without a device, a graph for a GPU can be defined and serialised, not built."""
+    assert b"uniform_sample" in rivals.reader_of(["a.mp4", "b.mp4"], None).serialize()
+
+
 def test_what_is_predicted_is_left_out_without_a_model_of_the_step(given, monkeypatch):
     monkeypatch.setattr(predicted.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(Missing, match=r"no model of the step"):
