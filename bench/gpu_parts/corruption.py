@@ -18,7 +18,9 @@ QUEUED_S, ITERATIONS, QUIET = 0.1, 200, 4
 def check(given: Given, *, load: float, crop: str = "whole", iterations: int = ITERATIONS) -> None:
     """Decode behind a queue of work, compare with decoding after a wait; count the batches that differ.
 
-    `differ_when_quiet` counts differences between runs that wait for each other: a decoder that is not deterministic.
+    First the frames are held until they have been read, as the loader holds them (`held_differ`), then given back as soon as
+    their reading is launched (`released_differ`), which shows whether holding them is needed. `quiet_differ` counts differences
+    between runs that wait for each other: a decoder that is not deterministic.
     """
     device, split = given.device, split_of(given, "intra")
     requests = requests_of(split, min(2 * given.batch_size, len(split)))
@@ -29,15 +31,24 @@ def check(given: Given, *, load: float, crop: str = "whole", iterations: int = I
     graphs = [graph_of("jpegs", most, device, 8, roi=crop == "roi", load=load) for _ in range(2)]
     expected = [_quiet(graphs[0], feed, device) for feed in feeds]
     again = [difference(_quiet(graphs[i % 2], feeds[i % 2], device), expected[i % 2]) for i in range(2 * QUIET)]
-    queue, found, began = Queue(device), [], time.perf_counter()
-    given.note(differ_when_quiet=sum(d > 0 for d in again), compared_when_quiet=len(again))
-    for _ in range(iterations):
-        found += [difference(*pair) for pair in _behind(queue, graphs, feeds, expected, device)]
-        over = time.perf_counter() - began > max(10.0, 3 * given.seconds)
-        if len(found) % 30 == 0 or over or len(found) == 3 * iterations:
-            given.note(compared=len(found), differ=sum(d > 0 for d in found), largest_difference_pct=100 * max(found))
-        if over:
-            break
+    given.note(**_counts("quiet", again))
+    queue = Queue(device)
+    for name, held in (("held", True), ("released", False)):
+        found: list[float] = []
+        began = time.perf_counter()
+        while len(found) < 3 * iterations and time.perf_counter() - began < max(10.0, 2 * given.seconds):
+            found += [difference(*pair) for pair in _behind(queue, graphs, feeds, expected, device, held)]
+            if len(found) % 30 == 0:
+                given.note(**_counts(name, found))
+        given.note(**_counts(name, found))
+
+
+def _counts(name: str, found: list[float]) -> dict[str, float]:
+    return {
+        f"{name}_compared": len(found),
+        f"{name}_differ": sum(share > 0 for share in found),
+        f"{name}_largest_difference_pct": 100 * max(found),
+    }
 
 
 def _quiet(graph: Graph, feed: Feed, device: torch.device) -> torch.Tensor:
@@ -49,18 +60,24 @@ def _quiet(graph: Graph, feed: Feed, device: torch.device) -> torch.Tensor:
 
 
 def _behind(
-    queue: "Queue", graphs: list[Graph], feeds: list[Feed], expected: list[torch.Tensor], device: torch.device
+    queue: "Queue",
+    graphs: list[Graph],
+    feeds: list[Feed],
+    expected: list[torch.Tensor],
+    device: torch.device,
+    held: bool,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Three batches that were decoded while the stream was busy, each with what it should be."""
     first, second = graphs
     queue()
     first.start(*feeds[0].arguments)
     second.start(*feeds[1].arguments)
-    kept = []
+    kept, holding = [], []
     for graph, then in ((first, feeds[1]), (second, None), (first, None)):
         frames = torch.as_tensor(graph.result())
         kept.append(frames.clone())  # behind the queue, as a step's own reading is
-        del frames  # its memory is free from here on, in the order of the stream
+        holding += [frames] if held else []
+        del frames  # unless it is held, its memory is free from here on, in the order of the stream
         if then is not None:
             graph.start(*then.arguments)
     synchronise(device)

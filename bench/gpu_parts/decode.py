@@ -1,6 +1,5 @@
 """The decoders alone, with two graphs under way as in the loader."""
 
-import inspect
 import os
 import time
 from collections import deque
@@ -35,12 +34,8 @@ def graph_of(
     source: str, units: int, device: torch.device, threads: int, *, resize: bool = False, roi: bool = True, load: float = 0.0
 ) -> Graph:  # fmt: skip
     """A graph of the loader's. roi: decode the crop alone. load: share of the hardware decoder."""
-    plan = Plan(source, resize, **_known(Plan, roi=roi))
-    return Graph(plan, SIDE, units, device, threads, **_known(Graph, hw_decoder_load=load))
-
-
-def _known(function: Callable, **words) -> dict:
-    return {name: word for name, word in words.items() if name in inspect.signature(function).parameters}
+    plan = Plan(source, resize, roi=roi)
+    return Graph(plan, SIDE, units, device, threads, load)
 
 
 def jpeg_feeds(split: Split, requests: Sequence[ClipRequest], most: int) -> list[Feed]:

@@ -26,6 +26,7 @@ def lane(given: Given, *, stored: str, cache: bool = False) -> None:
     with tempfile.TemporaryDirectory(prefix="gpu-cache-") as folder:
         settings = {
             "device": str(given.device),
+            "raw": given.device.type == "cuda",  # as training asks for them
             "batch_size": min(given.batch_size, len(split)),
             "cache": CacheConfig(dir=folder if cache else "", max_gb=16),
         }
@@ -38,8 +39,11 @@ def lane(given: Given, *, stored: str, cache: bool = False) -> None:
 
 
 def equal(given: Given, *, stored: str) -> None:
-    """PSNR of the device's frames against the CPU's, and of the CPU's next frames, for a wrong frame to be told by."""
-    split, config, cpu = split_of(given, stored), DataConfig(num_frames=FRAMES), torch.device("cpu")
+    """PSNR of the device's frames against the CPU's, and of the CPU's next frames, for a wrong frame to be told by.
+
+    A GPU has to decode them itself: it is an error if none of its decoders passes its try (pipelines/probe.py).
+    """
+    split, config, cpu = split_of(given, stored), DataConfig(num_frames=FRAMES, decode="gpu"), torch.device("cpu")
     requests = requests_of(split, 8)
     later = [replace(r, positions=np.minimum(r.positions + 1, len(r.video.frames) - 1)) for r in requests]
     exact = _frames(split, config, cpu, requests)

@@ -146,12 +146,20 @@ def _decoders(report: dict) -> Iterator[str]:
 
 
 def _corruption(report: dict) -> Iterator[str]:
+    ways = {
+        "held": "behind queued work",
+        "released": "if their memory is given back at once",
+        "quiet": "without queued work",
+    }
     for part in report["parts"]:
-        for run in runs_of(report, part) if part.startswith("corruption ") else []:
-            if "differ" in run:
-                quiet = run.get("differ_when_quiet")
-                also = f" ({quiet} of {run['compared_when_quiet']} differ even without a queue)" if quiet else ""
-                yield f"`{part}`: {run['differ']} of {run['compared']} batches behind queued work differ{also}."
+        for run in runs_of(report, part)[:1] if part.startswith("corruption ") else []:
+            counts = [
+                f"{run[f'{way}_differ']} of {run[f'{way}_compared']} {said}"
+                for way, said in ways.items()
+                if f"{way}_differ" in run
+            ]
+            if counts:
+                yield f"`{part}`: batches that differ: {', '.join(counts)}."
 
 
 def _losses(report: dict) -> Iterator[str]:

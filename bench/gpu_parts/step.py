@@ -57,30 +57,16 @@ def build_fixed(config: Config, device: torch.device) -> Fixed:
     """The engine that a run with this configuration has, and a batch of noise with real captions."""
     torch.manual_seed(config.run.seed)
     model = build(config.model, config.data.num_frames)
-    takes_bytes = _takes_bytes(model, config.data.image_size)
     engine = build_engine(Learner(model, config.train.loss), config.engine, config.train, 1, config.deepspeed)
     rows, frames, side = config.train.batch_size, config.data.num_frames, config.data.image_size
-    if takes_bytes:  # as the loader hands them over on a GPU
-        pixels = torch.randint(0, 256, (rows, frames, side, side, 3), dtype=torch.uint8, device=device)
-    else:
-        pixels = torch.randn(rows, frames, 3, side, side, device=device)
     batch = SimpleNamespace(
-        frames=pixels,
+        # bytes, as the loader hands them over on a GPU
+        frames=torch.randint(0, 256, (rows, frames, side, side, 3), dtype=torch.uint8, device=device),
         frame_mask=torch.ones(rows, frames, dtype=torch.bool, device=device),
         tokens=tokenize([f"a dog catches frisbee number {i}" for i in range(rows)], config.data.max_words).to(device),
         valid=torch.ones(rows, dtype=torch.bool, device=device),
     )
     return Fixed(engine, batch, lambda: train_step(engine, batch, 1.0, config.train))
-
-
-def _takes_bytes(model: torch.nn.Module, side: int) -> bool:
-    """Whether the model normalises uint8 frames itself."""
-    with torch.no_grad():
-        try:
-            model.encode_video(torch.zeros(1, 3, side, side, 3, dtype=torch.uint8), torch.ones(1, 3, dtype=torch.bool))
-        except RuntimeError:  # it takes them for planes of another shape
-            return False
-    return True
 
 
 def fixed(given: Given, *, words: Sequence[str] = (), plain: bool = False) -> None:
