@@ -33,6 +33,7 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
@@ -41,7 +42,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 from bench import harness, smi
 from bench.gpu_parts import process
-from bench.gpu_parts.parts import CLIPS, PARTS, Given, Missing, Part
+from bench.gpu_parts.parts import CLIPS, CPU_ONLY, PARTS, Given, Missing, Part
 from bench.gpu_parts.report import show, summary
 from bench.harness import ROOT
 
@@ -54,6 +55,7 @@ PACKAGES = (
     "open_clip_torch",
     "numpy",
 )
+MOST_WARNINGS = 20  # of a part that are kept
 LEAST_S = 10.0  # with less time left, no part is started
 
 
@@ -111,6 +113,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=128, help="clips (%(default)s)")
     for name in ("call", "words", "limit"):  # in a process of its own
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
+    parser.add_argument("--on-gpu", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     return parser.parse_intermixed_args(words)
 
@@ -150,6 +153,7 @@ def run(part: Part, args: argparse.Namespace, has_gpu: bool, until: float | None
         result = Path(folder) / "found.json"
         words = ["--call", part.run, "--words", json.dumps(dict(part.words)), "--limit", limit, "--json", result]
         words += ["--clips", args.clips, "--seconds", args.seconds, "--batch-size", args.batch_size]
+        words += ["--on-gpu"] if has_gpu and part.env != CPU_ONLY else []
         with smi.Busy() as busy:
             ended = process.run(
                 [sys.executable, __file__, *words, *args.overrides], limit, harness.environment(**part.env)
@@ -165,12 +169,28 @@ def measured(args: argparse.Namespace) -> int:
     faulthandler.dump_traceback_later(max(0.8 * limit, limit - 5))  # and a part that hangs says where
     given = Given(ROOT / "data/bench/gpu", args.clips, args.seconds, args.batch_size, tuple(args.overrides), args.json)
     module, _, function = args.call.partition(":")
+    said: list[str] = []
+    warnings.showwarning = lambda message, *_: said.append(str(message)[:300])
     try:
+        if args.on_gpu:
+            require_torch_sees_it()
         getattr(importlib.import_module(module), function)(given, **json.loads(args.words))
     except Missing as reason:
         given.note(left_out=str(reason))
+    if said:
+        given.note(warnings=said[:MOST_WARNINGS])
     faulthandler.cancel_dump_traceback_later()
     return 0
+
+
+def require_torch_sees_it() -> None:
+    """Raise Missing where the driver has a GPU that torch cannot use: what would be measured is the CPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise Missing(
+            "the driver has a GPU, and torch cannot use it: see python -c 'import torch; torch.zeros(1).cuda()'"
+        )
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def ceilings(given: Given) -> None:
     source = torch.empty(size, dtype=torch.uint8, device=device)
     given.note(gb_per_s_device_copy=_copies(torch.empty_like(source), source, seconds))
     if on_gpu:
-        size = given.batch_size * FRAMES * 224 * 224 * 3  # a batch of frames
+        size = min(size, given.batch_size * FRAMES * 224 * 224 * 3)  # a batch of frames
         there, here = source[:size], torch.empty(size, dtype=torch.uint8, pin_memory=True)
         given.note(gb_per_s_host_to_device_pinned=_copies(there, here, seconds))
         given.note(gb_per_s_device_to_host_pinned=_copies(here, there, seconds))

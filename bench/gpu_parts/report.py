@@ -70,6 +70,7 @@ def summary(report: dict) -> list[str]:
         *_decoders(report),
         *_corruption(report),
         *_losses(report),
+        *_warnings(report),
         *_failed(report),
     ]
 
@@ -162,6 +163,18 @@ def _corruption(report: dict) -> Iterator[str]:
                 yield f"`{part}`: batches that differ: {', '.join(counts)}."
 
 
+def _warnings(report: dict) -> Iterator[str]:
+    """What the loader warned of: another decoder was used than would have been."""
+    said = {
+        warning
+        for part in report["parts"]
+        for run in runs_of(report, part)
+        for warning in run.get("warnings", [])
+        if warning.startswith(("JPEGs on", "NVDEC on"))
+    }
+    yield from (f"The loader warned: {warning}" for warning in sorted(said))
+
+
 def _losses(report: dict) -> Iterator[str]:
     pairs = [runs_of(report, part)[:1] for part in ("losses 16 bits", "losses fp32 on the CPU")]
     if all(found and "losses" in found[0] for found in pairs):
@@ -178,9 +191,10 @@ def _failed(report: dict) -> Iterator[str]:
 
 
 def last_line(run: dict) -> str:
-    """Of stderr: the last one that is no list of modules, as a crash ends with."""
-    lines = [line for line in run.get("stderr", []) if not line.startswith("Extension modules:")]
-    return lines[-1] if lines else ""
+    """The line of stderr that tells most: where it crashed or hung, else the last one."""
+    lines = run.get("stderr", [])
+    stacks = [i for i, line in enumerate(lines[:-1]) if line.endswith("(most recent call first):")]
+    return lines[stacks[-1] + 1].strip() if stacks else lines[-1] if lines else ""
 
 
 # ---- the table ----

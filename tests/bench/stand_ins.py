@@ -5,12 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 from bench.gpu_parts.parts import Given, Missing
 
 
 def ends(given: Given, *, rate: float) -> None:
     given.note(clips_per_s=rate)
+    warnings.warn("JPEGs on cuda:0: roi: signal 11; whole pictures are decoded (data.jpeg_crop=whole)", stacklevel=1)
 
 
 def lacks(given: Given) -> None:

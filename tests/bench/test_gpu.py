@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ import pytest
 
 from bench import gpu, harness, smi
 from bench.gpu_parts import report
-from bench.gpu_parts.parts import PARTS, Part
+from bench.gpu_parts.parts import CPU_ONLY, PARTS, Part
 from bench.gpu_parts.process import end_of
 from bench.gpu_parts.process import run as run_process
 
@@ -84,8 +85,23 @@ def test_parts_that_crash_or_hang_cost_only_themselves(out, monkeypatch, capsys)
     assert parts["ends on a GPU"] == {"left_out": "it needs a GPU"}
     assert [run["clips_per_s"] for run in parts["ends"]["runs"]] == [5.0, 5.0]
     assert found["machine"]["gpu"] == "cpu" and found["machine"]["versions"]["python"]
-    assert "`crashes` failed: signal 11, SIGSEGV." in " ".join(found["summary"])
+    warned = "JPEGs on cuda:0: roi: signal 11; whole pictures are decoded (data.jpeg_crop=whole)"
+    assert parts["ends"]["runs"][0]["warnings"] == [warned]
+    assert f"The loader warned: {warned}" in found["summary"]
+    said = " ".join(found["summary"])
+    assert re.search(r"`crashes` failed: signal 11, SIGSEGV\. File \S+stand_ins\.py\S+ line \d+ in crashes", said)
+    assert re.search(r"`hangs` failed: killed after 6 s\. File \S+stand_ins\.py\S+ line \d+ in hangs", said)
+    assert "`fails` failed: exit code 1. ValueError: no dog to catch it" in said
     assert "frisbee is not installed" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.slow
+def test_a_gpu_that_torch_cannot_use_is_no_reason_to_measure_the_cpu(out, monkeypatch):
+    monkeypatch.setattr(smi, "gpu_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    _, found = measure(out, [part("ends", words={"rate": 5.0}), part("ends anyway", words={"rate": 5.0}, env=CPU_ONLY)])
+    assert "torch cannot use it" in found["parts"]["ends"]["runs"][0]["left_out"]
+    assert found["parts"]["ends anyway"]["runs"][0]["clips_per_s"] == 5.0
 
 
 @pytest.mark.slow
