@@ -81,7 +81,7 @@ def fixed(given: Given, *, words: Sequence[str] = (), plain: bool = False) -> No
         for _ in range(WARM[device.type]):
             made.step()
         given.note(**rates(config, device, timed(made.step, given.seconds, device)))
-        given.note(phases_ms=phases(made, device))
+        given.note(phases_ms=phases(made, device), notes=list(getattr(made.engine.module, "notes", [])))
         if config.engine.compile:
             given.note(
                 dynamo=dynamo_counters(), uncompiled=[str(w.message) for w in said if "compile" in str(w.message)]
