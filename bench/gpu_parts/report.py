@@ -133,6 +133,8 @@ def _predicted(report: dict) -> Iterator[str]:
             expected, measured = run.get(key), value(report, part, key)
             if expected and measured is not None:
                 yield f"{key}: predicted {expected:.4g}, measured {measured:.4g}, {measured / expected:.2f} times that."
+        if run.get("limit"):
+            yield f"The model of a step expects that this takes longest: {run['limit']}."
 
 
 def _decoders(report: dict) -> Iterator[str]:

@@ -240,8 +240,11 @@ def test_the_summary_says_why_nothing_is_known():
 
 
 def test_the_summary_holds_predicted_beside_measured():
-    found = findings(step={"clips_per_s": 1200.0}, predicted={"clips_per_s": 1000.0, "gpu": "H100"})
+    found = findings(
+        step={"clips_per_s": 1200.0}, predicted={"clips_per_s": 1000.0, "gpu": "H100", "limit": "launches"}
+    )
     assert "clips_per_s: predicted 1000, measured 1200, 1.20 times that." in report.summary(found)
+    assert "The model of a step expects that this takes longest: launches." in report.summary(found)
     assert not [line for line in report.summary(found | {"machine": {"gpu": "cpu"}}) if "predicted" in line]
 
 

@@ -1,12 +1,13 @@
 """The parts of bench/gpu.py, on a CPU: what they time, what they compare, and what they make of a profile."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench.gpu_parts import card, clock, corruption, decode, lanes, predicted, profile, rivals, step, train
+from bench.gpu_parts import card, clock, corruption, decode, lanes, predicted, profile, report, rivals, step, train
 from bench.gpu_parts.parts import Given, Missing
 from c4c.models import compiled
 from c4c.training.metric_log import Metrics
@@ -255,9 +256,25 @@ def test_dalis_reader_takes_what_it_is_given():
     assert b"uniform_sample" in rivals.reader_of(["a.mp4", "b.mp4"], None).serialize()
 
 
-def test_what_is_predicted_is_left_out_without_a_model_of_the_step(given, monkeypatch):
-    monkeypatch.setattr(predicted.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(Missing, match=r"no model of the step"):
+def test_what_the_summary_compares_is_predicted(given):
+    predicted.step(given)
+    found = given.found
+    assert set(report.PREDICTED) <= found.keys() and all(found[key] > 0 for key in report.PREDICTED)
+    assert found["gpu"] == "H100" and found["clips_per_s"] == pytest.approx(8 / found["step_s"])
+
+
+def test_a_gpu_that_the_model_of_the_step_does_not_know_is_no_error(given, monkeypatch):
+    started = predicted.started
+
+    @contextmanager
+    def on_another(given):
+        with started(given) as (config, _):
+            yield config, torch.device("cuda", 0)
+
+    monkeypatch.setattr(predicted, "started", on_another)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Frisbee 9000")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 24 << 30))
+    with pytest.raises(Missing, match=r"does not know Frisbee 9000"):
         predicted.step(given)
 
 
