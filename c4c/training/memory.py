@@ -25,8 +25,14 @@ def out_of_memory(error: BaseException, doing: str, remedies: str) -> str | None
         f"the GPU has {total:.1f} GiB, of which the model has used {most:.1f} at most, decoders and other programs have "
         f"{max(0.0, total - free - reserved):.1f}, and {free:.1f} are free"
     )
-    if unused > _FRAGMENTED_GIB and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ and "PYTORCH_ALLOC_CONF" not in os.environ:
-        memory += f" ({unused:.1f} more in pieces: PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True may make them usable)"
+    if (
+        unused > _FRAGMENTED_GIB
+        and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
+        and "PYTORCH_ALLOC_CONF" not in os.environ
+    ):
+        memory += (
+            f" ({unused:.1f} more in pieces: PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True may make them usable)"
+        )
     return f"out of memory: {doing}; {memory}. Set {remedies} ({reason})"
 
 

@@ -21,7 +21,9 @@ HEADERS = ("cuda_runtime.h", "cuda_fp16.h", "cusparse.h", "cublas_v2.h", "cublas
 _SET = "deepspeed.optimizer.params.torch_adam"
 
 
-def use_torchs_adam(config: EngineConfig, train: TrainConfig, world: int, extra: dict, on_gpu: bool) -> tuple[bool, str]:
+def use_torchs_adam(
+    config: EngineConfig, train: TrainConfig, world: int, extra: dict, on_gpu: bool
+) -> tuple[bool, str]:
     """(whether torch's AdamW is to update the weights, a line about it for the start of a run or '').
 
     extra: the yaml's `deepspeed:` block, whose optimizer.params.torch_adam decides where it is set. Every rank gets the same

@@ -260,7 +260,9 @@ def make_moments(engine, names: list[str], count: int) -> None:
     """
     optimizer = engine.basic_optimizer
     as_tensor = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
-    beside = as_tensor and bool(optimizer.defaults["fused"] or optimizer.defaults["capturable"])  # the weights, on their device
+    beside = as_tensor and bool(
+        optimizer.defaults["fused"] or optimizer.defaults["capturable"]
+    )  # the weights, on their device
     for tensor in masters(engine):
         state = optimizer.state[tensor]
         for name in names:

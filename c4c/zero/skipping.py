@@ -28,7 +28,11 @@ def skip_bad_steps(engine) -> None:
         _without_zero_in_fp32(engine, verdict)
     elif hasattr(wrapper, "fp32_groups_flat") and engine.bfloat16_enabled():
         _without_zero_in_bf16(engine, verdict)
-    elif engine.zero_optimization_stage() in (1, 2) and hasattr(wrapper, "scaled_global_norm") and not wrapper.cpu_offload:
+    elif (
+        engine.zero_optimization_stage() in (1, 2)
+        and hasattr(wrapper, "scaled_global_norm")
+        and not wrapper.cpu_offload
+    ):
         _with_zero(wrapper, verdict)
 
 
