@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
@@ -20,6 +21,15 @@ class Waits(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.seen: list[str] = []
+        self._made = _Made(self.seen)
+
+    def __enter__(self):
+        self._made.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self._made.__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -32,6 +42,20 @@ class Waits(TorchDispatchMode):
             if to is not None and torch.device(to).type != source.device.type and waits:
                 self.seen.append(f"{name} {source.device.type} to {torch.device(to).type}")
         return func(*args, **kwargs)
+
+
+class _Made(TorchFunctionMode):
+    """What is made of values of the host: for the meta device that is no copy that would be dispatched."""
+
+    def __init__(self, seen: list[str]):
+        super().__init__()
+        self._seen = seen
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        device = (kwargs or {}).get("device")
+        if func in (torch.tensor, torch.as_tensor) and device is not None and torch.device(device).type != "cpu":
+            self._seen.append(f"{func.__name__} on {torch.device(device).type}")
+        return func(*args, **(kwargs or {}))
 
 
 def _is_mask(index: object) -> bool:

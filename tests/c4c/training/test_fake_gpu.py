@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from c4c.models.clip4clip import CLIP4Clip
 from c4c.models.heads import HEADS
@@ -185,8 +185,8 @@ def test_a_forward_pass_that_waits_would_be_seen(wait, monkeypatch):
         try:
             with Waits() as waits:
                 module(*given)
-        except Exception as error:  # of several kinds, for what depends on data
-            assert "ynamic" in str(error) or "_local_scalar_dense" in str(error), error
+        except (DynamicOutputShapeException, DataDependentOutputException):
+            pass
         else:
             assert waits.seen
 
