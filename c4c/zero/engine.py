@@ -44,7 +44,7 @@ def build_engine(learner: "Learner", config: EngineConfig, train: TrainConfig, w
         if (reason := not_compiled(error)) is None:
             raise
         raise ValueError(reason) from error
-    patches.repair(engine, world)
+    patches.repair(engine, world, for_zero=config.zero_stage > 0)
     if config.compile:
         from c4c.models.compiled import compile_towers
 

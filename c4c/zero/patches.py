@@ -100,12 +100,12 @@ def flat_masters() -> Iterator[None]:
 # ---- the engine, once it is built ----
 
 
-def repair(engine, world: int) -> None:
-    """Apply every workaround that a new engine needs."""
+def repair(engine, world: int, for_zero: bool = False) -> None:
+    """Apply every workaround that a new engine needs; for_zero: see `skip_bad_steps`."""
     if world == 1:
         # stage 0 averages gradients over ranks even if there is only one: a copy there and back. No issue was found
         engine.buffered_allreduce_fallback = lambda *_, **__: None
-    skip_bad_steps(engine)
+    skip_bad_steps(engine, for_zero)
     if hasattr(engine.optimizer, "fp32_groups_flat"):
         _undo_first_step(engine)
     _power_at_each_step(engine.basic_optimizer)

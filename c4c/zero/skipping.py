@@ -4,12 +4,13 @@ A host that reads a value from a GPU has waited for all its work, and the GPU th
 DeepSpeed 0.19.8 reads
 - under ZeRO 1 and 2 whether a gradient is not finite, whether their norm is, and the latter again for each group of weights
   (pull requests 5632 and 4436 removed other such reads);
-- without ZeRO in 16 bits whether any gradient is finite, weight by weight, and the norm of each group (no issue was found);
+- without ZeRO in 16 bits whether the gradient is finite, weight by weight, and the norm of each group (no issue was found);
 - without ZeRO in fp32 nothing: it does not look for gradients that are not finite, nor does it report their norm (issue 7255).
 
 Here the norm is read once a step, and tells of any gradient. It is not read at all where torch's fused AdamW updates weights in bf16, or
 in fp32 without ZeRO: its kernel takes the verdict as a tensor, and then changes neither weights nor moments nor its count of steps. In
-fp16 the host has to know, as the next loss scale depends on it; ZeRO 3 and offloaded optimizers are left as DeepSpeed has them.
+fp16 the host has to know, as the next loss scale depends on it; ZeRO 3 and offloaded optimizers are left as DeepSpeed has them, and so is
+the arithmetic of stage 0 in 16 bits where that was asked for, which reads the norm of each group.
 tests/c4c/zero/test_skipping.py counts the reads with and without this.
 """
 
@@ -20,14 +21,22 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors
 
 
-def skip_bad_steps(engine) -> None:
-    """Make steps of a new engine that are not finite change nothing; `was_applied` tells which."""
+def skip_bad_steps(engine, for_zero: bool = False) -> None:
+    """Make steps of a new engine that are not finite change nothing; `was_applied` tells which.
+
+    for_zero: it runs without ZeRO where ZeRO 1 or 2 was asked for, and is to come to the same bits.
+    """
     verdict = _Verdict(engine)
     wrapper = engine.optimizer
     if wrapper is engine.basic_optimizer:
         _without_zero_in_fp32(engine, verdict)
-    elif hasattr(wrapper, "fp32_groups_flat") and engine.bfloat16_enabled():
-        _without_zero_in_bf16(engine, verdict)
+    elif hasattr(wrapper, "fp32_groups_flat"):
+        if engine.bfloat16_enabled() and (for_zero or verdict.on_device):
+            _without_zero_in_bf16(engine, verdict)
+        else:
+            wrapper.overflow_checker.has_overflow = lambda *_, **__: (
+                False
+            )  # the norm, which is read next, is not finite either then
     elif (
         engine.zero_optimization_stage() in (1, 2)
         and hasattr(wrapper, "scaled_global_norm")
