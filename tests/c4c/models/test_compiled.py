@@ -1,6 +1,7 @@
 """torch.compile of the towers: each is one graph, whatever the head, and what is not is told."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,11 +22,10 @@ def fresh(monkeypatch):
     """Dynamo's memory and counters; no inductor, as graphs alone count here."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    before = torch._dynamo.config.suppress_errors
     monkeypatch.setattr(compiled, "or_as_it_is", lambda graph, inputs: graph.forward)
     monkeypatch.setattr(compiled, "_cannot_compile", lambda device: "")
-    yield
-    torch._dynamo.config.suppress_errors = before
+    with torch._dynamo.config.patch(suppress_errors=True):
+        yield
     torch._dynamo.reset()
 
 
@@ -109,7 +109,6 @@ def test_a_tower_that_is_not_one_graph_is_told_in_one_line(video, said):
 
 
 def test_a_part_that_fails_in_the_backend_runs_as_it_is_and_is_told(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "suppress_errors", True)
     monkeypatch.setattr(compiled, "or_as_it_is", broken)
     video, text = Unsupported(), torch.nn.Linear(3, 3)
     towers = CompiledTowers({"video": video, "text": text})
@@ -118,3 +117,19 @@ def test_a_part_that_fails_in_the_backend_runs_as_it_is_and_is_told(monkeypatch)
         assert torch.equal(video(torch.ones(2)), torch.full((2,), 2.0))
         text(torch.ones(2, 3))
     assert "parts could not be compiled" in towers.problem
+
+
+def test_a_run_tells_of_it_once_after_the_first_step():
+    from c4c.training.trainer import Trainer
+
+    said: list[str] = []
+    trainer = Trainer.__new__(Trainer)
+    trainer.report = SimpleNamespace(say=said.append)
+    trainer._compiled = SimpleNamespace(problem="engine.compile: the text tower ran uncompiled")
+    for _ in range(2):
+        trainer._check_compiled()
+    assert said == ["warning: engine.compile: the text tower ran uncompiled"]
+    for fine in (None, SimpleNamespace(problem="")):
+        trainer._compiled = fine
+        trainer._check_compiled()
+    assert len(said) == 1

@@ -177,3 +177,36 @@ def test_its_timer_waits_for_the_device_in_each_step(monkeypatch):
     for _ in range(4):
         step(engine)
     assert not waited
+
+
+def test_an_engine_with_torchs_adamw_goes_on_from_deepspeeds_and_back(tmp_path, monkeypatch):
+    """What a run without nvcc does: the note is for its start, and checkpoints fit either optimizer."""
+    from c4c.models.clip4clip import build
+    from c4c.settings import EngineConfig, ModelConfig, TrainConfig
+    from c4c.training.step import Learner
+    from c4c.zero import engine as engines
+    from c4c.zero.snapshot import restore, save
+
+    def engine_of(torchs: bool):
+        monkeypatch.setattr(engines, "use_torchs_adam", lambda *_: (torchs, "there is no nvcc" * torchs))
+        model = build(ModelConfig(backbone="ViT-demo-16", init_from="scratch"), 2)
+        return engines.build_engine(Learner(model), EngineConfig(), TrainConfig(batch_size=2), 1, {})
+
+    given = torch.randn(2, 2, 3, 64, 64), torch.ones(2, 2).bool(), torch.randint(1, 49407, (2, 9)), torch.ones(2).bool()
+    for first in (False, True):
+        engine = engine_of(first)
+        assert engine.module.notes == ["there is no nvcc"] * first
+        assert isinstance(engine.basic_optimizer, torch.optim.AdamW) is first
+        for _ in range(2):
+            patches.backward(engine, engine(*given))
+            engine.step()
+        save(engine, tmp_path / str(first), 2)
+        other = engine_of(not first)
+        restore(other, tmp_path / str(first))
+        assert state.updates(other) == 2
+        assert all(torch.equal(a, b) for a, b in zip(weights_of(other), weights_of(engine), strict=True))
+        for one in (engine, other):
+            patches.backward(one, one(*given))
+            one.step()
+        for a, b in zip(weights_of(other), weights_of(engine), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
