@@ -36,14 +36,54 @@ def exit_code(command: Callable[[], int]) -> int:
         speak(error, own_rank())
         return 1
     except RuntimeError as error:
-        if not lost_peer(error):
+        if lost_peer(error):
+            speak(error, own_rank())
+        elif (explanation := device_failure(error)) is not None:
+            speak(ValueError(explanation), own_rank())
+        else:
             raise
-        speak(error, own_rank())
         leave(1)
     except KeyboardInterrupt:
         if own_rank() == 0:
             print("stopped by SIGINT", file=sys.stderr, flush=True)
         return 128 + signal.SIGINT
+
+
+# What libraries say when another rank's process is gone: gloo's words, then NCCL's and those of torch around it.
+_LOST = (
+    "onnection closed by peer", "onnection closed by remote peer", "onnection reset by peer", "Broken pipe",
+    "remote process exited", "ncclRemoteError", "ncclSystemError", "NCCL communicator was aborted",
+    "NCCL communicator encountered error",
+)  # fmt: skip
+# What they say when memory ran out: torch's allocators, the CUDA runtime and driver, cuBLAS, cuDNN and NCCL.
+_OUT_OF_MEMORY = (
+    "can't allocate memory", "CUDA out of memory", "CUDA error: out of memory", "CUDA_ERROR_OUT_OF_MEMORY",
+    "cudaErrorMemoryAllocation", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "'out of memory'",
+    "Failed to CUDA malloc", "Failed to CUDA calloc",
+)  # fmt: skip
+_NOTHING_SHARED = ("shared memory segment", "/dev/shm")
+# Other failures of a GPU, and what to do about them; the first whose words are in the text counts.
+_FAILURES = (
+    (("Duplicate GPU detected",), "two ranks use the same GPU",
+     "start as many ranks a machine as it has GPUs, and let CUDA_VISIBLE_DEVICES name each once"),
+    (_NOTHING_SHARED, "NCCL found too little shared memory",
+     "give the container more (docker run --ipc=host, or --shm-size=8g), or set NCCL_SHM_DISABLE=1"),
+    (("no kernel image is available",), "this torch has no code for this GPU",
+     "install a torch built for it (see README.md)"),
+    (("driver version is insufficient", "driver on your system is too old"), "NVIDIA's driver is too old for this torch",
+     "update the driver, or install a torch for an older CUDA"),
+    (("uncorrectable ECC", "ECC error", "GPU is lost", "fallen off the bus", "NVLink error"), "the GPU itself failed",
+     "look into dmesg for Xid, leave this GPU out, and continue with run.resume=auto"),
+    (("illegal memory access", "device-side assert", "unspecified launch failure", "misaligned address",
+      "illegal instruction", "launch timed out"), "a computation on the GPU failed",
+     "continue with run.resume=auto; if it fails again at the same step, start it with CUDA_LAUNCH_BLOCKING=1, which names "
+     "the operation"),
+    (("CUBLAS_STATUS_NOT_INITIALIZED", "all CUDA-capable devices are busy", "device(s) is/are busy"),
+     "the GPU could not be used", "see in nvidia-smi which other programs have its memory"),
+    (("NCCL error", "ncclInvalidUsage", "ncclInternalError", "ncclUnhandledCudaError"), "NCCL failed",
+     "start it with NCCL_DEBUG=WARN, which tells why"),
+    (("CUDA error", "CUDA driver error"), "the GPU reported an error", "continue with run.resume=auto"),
+)  # fmt: skip
 
 
 def lost_peer(error: RuntimeError) -> bool:
@@ -52,6 +92,30 @@ def lost_peer(error: RuntimeError) -> bool:
         return False
     import torch.distributed as dist
 
-    # gloo's words and NCCL's
-    phrases = ("onnection closed by peer", "onnection reset by peer", "Broken pipe", "remote process exited")
-    return isinstance(error, dist.DistNetworkError) or any(phrase in str(error) for phrase in phrases)
+    text = str(error)
+    if any(words in text for words in _NOTHING_SHARED) or is_out_of_memory(error):  # NCCL calls these system errors too
+        return False
+    return isinstance(error, dist.DistNetworkError) or any(phrase in text for phrase in _LOST)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory of the host or of a GPU did not suffice, whichever library says so."""
+    import torch
+
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or (isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY))
+
+
+def device_failure(error: RuntimeError) -> str | None:
+    """What happened and what to do, in one sentence, if a GPU or what ranks exchange through failed; None for any other error."""
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
+    reason = lines[0][:200]
+    if is_out_of_memory(error):
+        return f"out of memory: use smaller batches, or a GPU with more of it ({reason})"
+    text = " ".join(lines)
+    for words, what, remedy in _FAILURES:
+        if any(word in text for word in words):
+            last = next((line for line in lines[1:] if line.startswith("Last error")), "")
+            more = f"; {lines[lines.index(last) + 1][:200]}" if last and lines.index(last) + 1 < len(lines) else ""
+            return f"{what}: {remedy} ({reason}{more})"
+    return None

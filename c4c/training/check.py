@@ -27,7 +27,7 @@ def check(config: Config) -> None:
         say = Report(rank == 0, 1, 1, 0).say
         resuming = config.run.resume == "auto" and checkpoint.exist(folder)
         session = Session(config, rank, world, device, resume=folder if resuming else None)
-        for note in session.notes:
+        for note in (*session.notes, *session.engine.module.notes):
             say(note)
         for note in session.warnings() if rank == 0 else ():
             say(f"warning: {note}")
@@ -43,6 +43,8 @@ def check(config: Config) -> None:
                 say(
                     f"step {session.done}: loss {loss:.4f}, {steps[-1]:.2f} s, of which {batch.wait_s:.2f} s waiting for data"
                 )
+        if (compiled := session.engine.module.compiled) is not None and compiled.problem:
+            say(f"warning: {compiled.problem}")
         mark = time.perf_counter()
         first = Part(config.data.test, config.data.eval_batch_size * world, config.data.local)
         session.evaluate(first)

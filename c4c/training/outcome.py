@@ -11,19 +11,22 @@ class Outcome:
 
     So a loop that reads the numbers of step N after it has launched step N + 1 never leaves a GPU without work.
 
-    lr: of the head. applied: whether the weights were changed. answers: to the caller's questions, whether any rank said yes.
+    lr: of the head. applied: whether the weights were changed, a bool on the device where the host does not know (see
+    c4c.zero.skipping). answers: to the caller's questions, whether any rank said yes.
     """
 
     def __init__(self, loss_sum: Tensor, pairs: Tensor, logit_scale: Tensor, grad_norm: Tensor | float | None, *,
-                 world: int, lr: float, applied: bool, answers: tuple[bool, ...]):  # fmt: skip
-        self.lr, self.applied, self.answers = lr, applied, answers
-        self._world = world
+                 world: int, lr: float, applied: bool | Tensor, answers: tuple[bool, ...]):  # fmt: skip
+        self.lr, self.answers = lr, answers
+        self._world, self._applied = world, applied
         numbers = [loss_sum, pairs, logit_scale]
         self._norm: float | None = None
         if isinstance(grad_norm, Tensor) and grad_norm.device == loss_sum.device:
             numbers.append(grad_norm)
         else:
             self._norm = float(grad_norm or 0.0)
+        if isinstance(applied, Tensor):
+            numbers.append(applied)
         on_device = torch.stack([number.detach().double().reshape(()) for number in numbers])
         self._copied: torch.cuda.Event | None = None
         if on_device.is_cuda:
@@ -39,6 +42,11 @@ class Outcome:
         if self._copied is not None:
             self._copied.synchronize()
         return self._numbers.tolist()
+
+    @property
+    def applied(self) -> bool:
+        """Whether the weights were changed."""
+        return bool(self._values[-1]) if isinstance(self._applied, Tensor) else self._applied
 
     @property
     def loss(self) -> float:

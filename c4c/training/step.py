@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,9 @@ from c4c.losses import LOSSES, world_size
 from c4c.models.clip4clip import MAX_SCALE, CLIP4Clip
 from c4c.settings import TrainConfig
 from c4c.zero import patches, state
+
+if TYPE_CHECKING:
+    from c4c.models.compiled import CompiledTowers
 
 MAX_LOGIT = math.log(MAX_SCALE)
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # frames, mask, tokens, and what of them is not padding
@@ -30,11 +34,14 @@ class Learner(nn.Module):
     """Model and loss in one module, so that DeepSpeed's hooks see every weight that is used.
 
     peak_lrs, parts: of each group of weights, its peak learning rate and the part of the model that it is of (see
-    c4c.training.param_groups); set by c4c.zero.engine.build_engine.
+    c4c.training.param_groups). notes: what a person should know about the engine at the start. compiled: the towers, where
+    they are compiled. All are set by c4c.zero.engine.build_engine.
     """
 
     peak_lrs: list[float]
     parts: list[str]
+    notes: list[str]
+    compiled: "CompiledTowers | None" = None
 
     def __init__(self, model: CLIP4Clip, loss: str = "cross_entropy"):
         super().__init__()
@@ -83,7 +90,7 @@ def train_step(engine, batch, factor: float, train: TrainConfig, frozen: Collect
     """One update of the weights, at `factor` times the peak learning rate; returns this rank's loss, on the device.
 
     frozen: parts of the model (see c4c.training.param_groups.part_of) whose learning rate is 0 in this step.
-    `engine.was_step_applied()` then tells whether the weights were changed: not where the loss or a gradient is not
+    `c4c.zero.patches.was_applied` then tells whether the weights were changed: not where the loss or a gradient is not
     finite.
     """
     for group, lr, part in zip(engine.optimizer.param_groups, engine.module.peak_lrs, engine.module.parts, strict=True):

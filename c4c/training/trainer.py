@@ -99,6 +99,7 @@ class Trainer:
         self.bad = BadSteps(self.folder, config.train.max_bad_steps)
         self.reads_late = device.type == "cuda"
         self._unwritten: deque[_Line] = deque()
+        self._compiled = self.session.engine.module.compiled
         self.metrics: Metrics | None = None
         if rank == 0:
             save_description(self.folder, dump(config), self.session.model.spec)
@@ -132,6 +133,7 @@ class Trainer:
                     stopping, due = outcome.answers
                     saving = due or stopping or session.done % self.per_epoch == 0 or self._validation_due()
                     self._note(batch, outcome)
+                    self._check_compiled()
                     self._write_lines(but=1 if self.reads_late and not saving else 0)
                     if saving:
                         watch.now("saving")
@@ -147,6 +149,12 @@ class Trainer:
             watch.now("saving")
             self.saver.wait()
         self._close(stop.signal)
+
+    def _check_compiled(self) -> None:
+        """After the first step: warn if a tower that should be compiled is not one graph."""
+        compiled, self._compiled = self._compiled, None
+        if compiled is not None and (problem := compiled.problem):
+            self.report.say(f"warning: {problem}")
 
     def _note(self, batch: Batch, outcome: Outcome) -> None:
         now = time.perf_counter()
@@ -256,7 +264,7 @@ class Trainer:
         )
         if config.engine.compile:
             self.report.say("the towers are compiled in the first steps, which takes minutes on some machines")
-        for note in session.notes:
+        for note in (*session.notes, *session.engine.module.notes):
             self.report.say(note)
         for note in session.warnings() if self.rank == 0 else ():
             self.report.say(f"warning: {note}")

@@ -1,7 +1,7 @@
 """All that touches DeepSpeed, and checkpoints.
 
-engine      the model in an engine; config: its configuration; keys: what users may add to that
+engine      the model in an engine; config: its configuration; keys: what users may add to that; adam: whose AdamW
 state       weights and moments, at any ZeRO stage; snapshot: to a checkpoint and back; checkpoint: the files of a run's checkpoints
 distributed     ranks that find each other
-patches     every workaround
+patches     every workaround; skipping: those for steps that are not finite
 """

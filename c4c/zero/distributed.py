@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from c4c.launched import free_port, quick_imports
 from c4c.zero import patches
+from c4c.zero.adam import missing_to_compile
 
 
 def start_distributed(timeout_s: float = 1800.0) -> tuple[int, int, torch.device]:
@@ -126,11 +127,14 @@ def stop_distributed() -> None:
 
 
 def compile_ops() -> None:
-    """Compile what DeepSpeed compiles at the first start on this machine: its fused Adam."""
+    """Compile what DeepSpeed compiles at the first start on this machine: its fused Adam, where that is possible."""
     patches.quiet_libraries()
     from deepspeed.accelerator import get_accelerator
 
     patches.find_ninja()
+    if get_accelerator().device_name() == "cuda" and (lacks := missing_to_compile()):
+        print(f"DeepSpeed's fused Adam cannot be compiled here ({lacks}): torch's fused AdamW will be used")
+        return
     builder = get_accelerator().create_op_builder("FusedAdamBuilder")
     if builder is not None:
         builder.load(verbose=False)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from c4c.settings import PRECISIONS, EngineConfig, TrainConfig
 from c4c.training.param_groups import parameter_groups
 from c4c.zero import patches
+from c4c.zero.adam import use_torchs_adam
 from c4c.zero.config import deepspeed_config
 
 if TYPE_CHECKING:
@@ -14,12 +15,13 @@ if TYPE_CHECKING:
 
 
 def build_engine(learner: "Learner", config: EngineConfig, train: TrainConfig, world: int, extra: dict):
-    """A DeepSpeed engine around `learner`, with fused AdamW.
+    """A DeepSpeed engine around `learner`, with fused AdamW: DeepSpeed's, or torch's (see c4c.zero.adam).
 
-    extra: the yaml's `deepspeed:` block. Raises ValueError for settings that the device or DeepSpeed refuses, and if DeepSpeed
-    cannot compile its optimizer.
+    extra: the yaml's `deepspeed:` block. `learner.notes` then holds what a person should know of it. Raises ValueError for
+    settings that the device or DeepSpeed refuses, and if DeepSpeed cannot compile its optimizer.
     """
     import deepspeed
+    from deepspeed.accelerator import get_accelerator
 
     model = learner.model
     if config.zero_stage == 3:  # DeepSpeed has to know what is used outside the forward of the module that owns it
@@ -31,19 +33,22 @@ def build_engine(learner: "Learner", config: EngineConfig, train: TrainConfig, w
     groups = parameter_groups(learner, train)
     learner.peak_lrs = [group["lr"] for group in groups]
     learner.parts = [group.pop("part") for group in groups]
-    settings = deepspeed_config(config, train, world, extra)
+    torchs_adam, note = use_torchs_adam(config, train, world, extra, get_accelerator().device_name() == "cuda")
+    learner.notes = [note] if note else []
+    settings = deepspeed_config(config, train, world, extra, torchs_adam)
     require_supported(settings, config, extra)
     try:
-        engine, *_ = deepspeed.initialize(model=learner, model_parameters=groups, config=settings)
+        with patches.flat_masters():
+            engine, *_ = deepspeed.initialize(model=learner, model_parameters=groups, config=settings)
     except (RuntimeError, ImportError, OSError, subprocess.SubprocessError) as error:
         if (reason := not_compiled(error)) is None:
             raise
         raise ValueError(reason) from error
-    patches.repair(engine, world)
+    patches.repair(engine, world, for_zero=config.zero_stage > 0)
     if config.compile:
         from c4c.models.compiled import compile_towers
 
-        compile_towers(model, config.zero_stage)
+        learner.compiled = compile_towers(model, config.zero_stage)
     return engine
 
 
@@ -58,7 +63,8 @@ def not_compiled(error: BaseException) -> str | None:
     return (
         f"DeepSpeed could not compile or load its optimizer: {reason[:300].rstrip('.')}. It needs g++ (and nvcc for a GPU), Python's headers, and "
         f"room in {os.environ.get('TORCH_EXTENSIONS_DIR', '~/.cache/torch_extensions')}; "
-        "python -c 'from c4c.zero.distributed import compile_ops; compile_ops()' does that alone"
+        "python -c 'from c4c.zero.distributed import compile_ops; compile_ops()' does that alone, and "
+        "deepspeed.optimizer.params.torch_adam=true takes torch's optimizer instead"
     )
 
 

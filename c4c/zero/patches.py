@@ -1,21 +1,23 @@
 """Every workaround for DeepSpeed: what it lacks, gets wrong or prints too much of, and what c4c does about it.
 
-No other file changes DeepSpeed, sets its environment or uses its private attributes. All of it was seen with DeepSpeed
+No other file but c4c.zero.skipping changes DeepSpeed, sets its environment or uses its private attributes. All of it was seen with DeepSpeed
 0.19.8 and torch 2.15. Where an issue or pull request of deepspeedai/DeepSpeed describes it, its number stands with the workaround.
 tests/c4c/zero/test_patches.py shows each defect without its workaround. A test there that fails says that DeepSpeed no longer has the defect and
 the workaround can go.
 """
 
 import logging
-import math
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from c4c.zero.skipping import skip_bad_steps
 
 # ---- before DeepSpeed is imported, and at its start ----
 
@@ -25,10 +27,34 @@ def quiet_libraries() -> None:
     if not torch.cuda.is_available():
         # the same choice that DeepSpeed makes, without its warning that it found no GPU
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if sys.prefix != sys.base_prefix:
-        # by default all environments share one folder of compiled optimizers, and each compiles them again
-        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    if "TORCH_EXTENSIONS_DIR" not in os.environ and (folder := _extensions_folder()):
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns where there is no nvcc
+
+
+def _extensions_folder() -> Path | None:
+    """A folder for compiled optimizers that can be written to; None for torch's own choice, ~/.cache/torch_extensions.
+
+    By default all environments share that one, and each compiles them again. An environment of an image may be read-only, and
+    so may a home.
+    """
+    own = Path(sys.prefix) / "torch_extensions"
+    if sys.prefix != sys.base_prefix and os.access(own if own.exists() else sys.prefix, os.W_OK):
+        return own
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    above = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    if os.access(above, os.W_OK):
+        return None
+    # what lies there is executed, so nobody else may have made it
+    folder = Path(tempfile.gettempdir()) / f"c4c-torch-extensions-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder if folder.stat().st_uid == os.getuid() else Path(tempfile.mkdtemp(prefix=f"{folder.name}-"))
+
+
+def show_headers(folders: list[Path]) -> None:
+    """Let compilers look into these folders too, after those they know. torch.utils.cpp_extension shows them CUDA_HOME's alone."""
+    known = [part for part in os.environ.get("CPATH", "").split(os.pathsep) if part]
+    os.environ["CPATH"] = os.pathsep.join([*known, *(str(folder) for folder in folders if str(folder) not in known)])
 
 
 def find_ninja() -> None:
@@ -54,41 +80,35 @@ def with_an_axis(scalar: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(scalar.detach().reshape(1), requires_grad=scalar.requires_grad)
 
 
+@contextmanager
+def flat_masters() -> Iterator[None]:
+    """Engines that are built inside keep flat fp32 masters for torch's AdamW too, without ZeRO in 16 bits.
+
+    DeepSpeed keeps them flat for its own Adam alone; for others it has a master a weight, and asks the host about each of them in a
+    step (FP16_UnfusedOptimizer, which is from Lamb's times). No issue was found.
+    """
+    from deepspeed.runtime import engine
+
+    own = engine.FusedAdam  # the classes that it tells apart by isinstance
+    engine.FusedAdam = (own, torch.optim.AdamW)
+    try:
+        yield
+    finally:
+        engine.FusedAdam = own
+
+
 # ---- the engine, once it is built ----
 
 
-def repair(engine, world: int) -> None:
-    """Apply every workaround that a new engine needs."""
+def repair(engine, world: int, for_zero: bool = False) -> None:
+    """Apply every workaround that a new engine needs; for_zero: see `skip_bad_steps`."""
     if world == 1:
         # stage 0 averages gradients over ranks even if there is only one: a copy there and back. No issue was found
         engine.buffered_allreduce_fallback = lambda *_, **__: None
-    if engine.optimizer is engine.basic_optimizer:
-        _skip_bad_steps(engine)
+    skip_bad_steps(engine, for_zero)
     if hasattr(engine.optimizer, "fp32_groups_flat"):
         _undo_first_step(engine)
     _power_at_each_step(engine.basic_optimizer)
-
-
-def _skip_bad_steps(engine) -> None:
-    """Stage 0 in fp32 neither looks for gradients that are not finite nor reports their norm (issue 7255): do both here.
-
-    A bad step changes nothing. Gradients are clipped here as well, with the same norm.
-    """
-    optimizer, step, clip = engine.optimizer, engine.optimizer.step, engine.gradient_clipping()
-
-    def checked(*args, **kwargs):
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
-        optimizer._global_grad_norm = norm.item()
-        optimizer.overflow = not math.isfinite(optimizer._global_grad_norm)
-        if optimizer.overflow:
-            return
-        if clip > 0:
-            torch._foreach_mul_(grads, (clip / (norm + 1e-6)).clamp(max=1.0))
-        step(*args, **kwargs)
-
-    engine.clip_fp32_gradients = lambda: None
-    optimizer.step = checked
 
 
 def _undo_first_step(engine) -> None:
@@ -240,12 +260,16 @@ def make_moments(engine, names: list[str], count: int) -> None:
     """
     optimizer = engine.basic_optimizer
     as_tensor = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
+    beside = as_tensor and bool(
+        optimizer.defaults["fused"] or optimizer.defaults["capturable"]
+    )  # the weights, on their device
     for tensor in masters(engine):
         state = optimizer.state[tensor]
         for name in names:
             state[name] = torch.zeros_like(tensor.detach())
         if names or "step" in state:
-            state["step"] = torch.tensor(float(count)) if as_tensor else count
+            device = tensor.device if beside else "cpu"
+            state["step"] = torch.tensor(float(count), device=device) if as_tensor else count
     for group in optimizer.param_groups:
         group.pop("step", None)  # from which FusedAdam counts new states
     link_moments(engine)

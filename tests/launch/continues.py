@@ -14,6 +14,7 @@ from c4c.models.clip4clip import CLIP4Clip
 from c4c.settings import EngineConfig, TrainConfig
 from c4c.training.step import Learner, train_step
 from c4c.zero.engine import build_engine
+from c4c.zero.skipping import was_applied
 from c4c.zero.snapshot import restore, save
 from tests.launch.every_head import FRAMES, ROWS, SPEC, batch
 
@@ -26,7 +27,23 @@ COMMON = {
 }
 BF16 = {f"ZeRO {stage}, bf16": {"zero_stage": stage, "precision": "bf16"} for stage in range(4)}
 FP16 = {f"ZeRO {stage}, fp16": {"zero_stage": stage, "precision": "fp16", "scale": 4} for stage in range(4)}
-TWO = BF16 | FP16 | {
+TORCHS = {
+    "torch's, ZeRO 0": {"zero_stage": 0, "torchs": True},
+    "torch's, ZeRO 2": {"zero_stage": 2, "torchs": True},
+    "torch's, ZeRO 3": {"zero_stage": 3, "torchs": True},
+    "torch's, ZeRO 1, bf16": {"zero_stage": 1, "precision": "bf16", "torchs": True},
+    "torch's, ZeRO 2, bf16": {"zero_stage": 2, "precision": "bf16", "torchs": True},
+}
+ONE = {  # in bf16, where one rank runs without ZeRO
+    "alone, bf16": {"zero_stage": 1, "precision": "bf16"},
+    "alone, bf16, cached": {"zero_stage": 1, "precision": "bf16", "passes": 2},
+    "alone, bf16, torch's": {"zero_stage": 1, "precision": "bf16", "torchs": True},
+    "ZeRO kept, bf16": {"zero_stage": 1, "precision": "bf16", "kept": True},
+    "ZeRO kept, bf16, cached": {"zero_stage": 1, "precision": "bf16", "passes": 2, "kept": True},
+    "bad, alone, bf16": {"zero_stage": 1, "precision": "bf16", "bad": True},
+    "bad, alone, bf16, torch's": {"zero_stage": 1, "precision": "bf16", "torchs": True, "bad": True},
+}
+TWO = BF16 | FP16 | TORCHS | {
     "offload": {"zero_stage": 2, "offload": "optimizer"},
     "offload all": {"zero_stage": 3, "offload": "all"},
     "frozen": {"zero_stage": 3, "frozen": True},
@@ -34,32 +51,41 @@ TWO = BF16 | FP16 | {
     **{f"bad, ZeRO {stage}": {"zero_stage": stage, "bad": True} for stage in range(4)},
     **{f"search, ZeRO {stage}, fp16": {"zero_stage": stage, "precision": "fp16", "scale": 15} for stage in range(4)},
     **{f"bad, ZeRO {stage}, bf16": {"zero_stage": stage, "precision": "bf16", "bad": True} for stage in (0, 1, 3)},
+    "bad, torch's, ZeRO 1, bf16": TORCHS["torch's, ZeRO 1, bf16"] | {"bad": True},
 }  # fmt: skip
 SAVED = {
-    1: ["ZeRO 1"],
-    2: [*(f"ZeRO {stage}" for stage in range(4)), *BF16, *FP16, "offload", "offload all", "frozen", "ZeRO 1, cached",
+    1: ["ZeRO 1", "alone, bf16", "alone, bf16, torch's"],
+    2: [*(f"ZeRO {stage}" for stage in range(4)), *BF16, *FP16, *TORCHS, "offload", "offload all", "frozen", "ZeRO 1, cached",
         "ZeRO 2, accumulated"],
     4: [],
 }  # fmt: skip
 # ranks: {name: (ranks of the checkpoint, its way, the way to go on)}
 AGAIN: dict[int, dict[str, tuple[int, str, str]]] = {
-    1: {f"2 -> 1, {way}": (2, way, way) for way in ("ZeRO 0", "ZeRO 1", "ZeRO 2", "ZeRO 3", "ZeRO 2, accumulated")},
+    1: {f"2 -> 1, {way}": (2, way, way) for way in ("ZeRO 0", "ZeRO 1", "ZeRO 2", "ZeRO 3", "ZeRO 2, accumulated")}
+    | {f"again, {way}": (1, way, way) for way in SAVED[1]}
+    | {
+        "alone, bf16 -> torch's": (1, "alone, bf16", "alone, bf16, torch's"),
+        "torch's -> alone, bf16": (1, "alone, bf16, torch's", "alone, bf16"),
+        "2 -> alone, bf16": (2, "ZeRO 1, bf16", "alone, bf16"),
+    },
     2: {f"again, {way}": (2, way, way) for way in SAVED[2]}
     | {
         f"{a} -> {b}": (2, a, b)
         for a, b in (("ZeRO 1", "ZeRO 3"), ("ZeRO 3", "ZeRO 0"), ("ZeRO 0", "ZeRO 2"), ("ZeRO 2", "offload"),
-                     ("ZeRO 1, bf16", "ZeRO 0, bf16"))
+                     ("ZeRO 1, bf16", "ZeRO 0, bf16"), ("ZeRO 1, bf16", "torch's, ZeRO 1, bf16"),
+                     ("torch's, ZeRO 2, bf16", "ZeRO 2, bf16"), ("torch's, ZeRO 3", "ZeRO 0"), ("ZeRO 0", "torch's, ZeRO 3"))
     },
     4: {
         "1 -> 4, ZeRO 1": (1, "ZeRO 1", "ZeRO 1"),
         "1 -> 4, ZeRO 1 -> ZeRO 3": (1, "ZeRO 1", "ZeRO 3"),
+        "1 -> 4, alone, bf16 -> ZeRO 1, bf16": (1, "alone, bf16", "ZeRO 1, bf16"),
         "2 -> 4, ZeRO 3 -> ZeRO 2": (2, "ZeRO 3", "ZeRO 2"),
     },
 }  # fmt: skip
 
 
 def ways(world: int) -> dict[str, dict]:
-    return COMMON | (TWO if world == 2 else {})
+    return COMMON | {1: ONE, 2: TWO}.get(world, {})
 
 
 def engine_of(way: dict, world: int):
@@ -70,10 +96,14 @@ def engine_of(way: dict, world: int):
         model.clip.visual.requires_grad_(False)
     micro = ROWS // world // way["passes"] if "passes" in way else 0
     train = TrainConfig(batch_size=ROWS, micro_batch_size=micro, lr=1e-3, accumulate=way.get("accumulate", 1))
-    known = {k: v for k, v in way.items() if k not in ("passes", "accumulate", "frozen", "bad", "scale")}
+    known = {
+        k: v for k, v in way.items() if k not in ("passes", "accumulate", "frozen", "bad", "scale", "torchs", "kept")
+    }
     config = EngineConfig(**{"precision": "fp32"} | known)
     get_accelerator().is_fp16_supported = lambda: True  # it is, only slow
-    extra = {"fp16": {"initial_scale_power": way["scale"], "hysteresis": 1}} if "scale" in way else {}
+    extra: dict = {"fp16": {"initial_scale_power": way["scale"], "hysteresis": 1}} if "scale" in way else {}
+    extra |= {"optimizer": {"params": {"torch_adam": True}}} if "torchs" in way else {}
+    extra |= {"zero_optimization": {"stage": way["zero_stage"]}} if "kept" in way else {}
     return build_engine(Learner(model), config, train, world, extra), train
 
 
@@ -88,7 +118,7 @@ def go(engine, train: TrainConfig, rank: int, world: int, first: int, last: int,
         loss = train_step(engine, data, 1.0 - step / 10, train)
         dist.all_reduce(loss)
         found.append([loss.item() / world, float(engine.get_global_grad_norm())])
-        assert engine.was_step_applied() is not broken
+        assert bool(was_applied(engine)) is not broken
         data.frames.copy_(whole)
     return found
 
@@ -98,7 +128,7 @@ def search(engine, train: TrainConfig, rank: int, world: int) -> list[bool]:
     data, counted = batch(rank, world), []
     for _ in range(6):
         train_step(engine, data, 1.0, train)
-        counted.append(engine.was_step_applied())
+        counted.append(bool(was_applied(engine)))
     return counted
 
 
@@ -122,7 +152,7 @@ def results(folder: Path, rank: int, world: int) -> dict[str, list]:
         engine.destroy()
     dist.barrier()
     for name, (ranks, source, way) in AGAIN[world].items():
-        engine, train = engine_of(ways(2)[way], world)
+        engine, train = engine_of((ways(2) | ways(1))[way], world)
         torch.manual_seed(99)
         state = restore(engine, folder / f"{ranks} {source}")
         found[name] = go(engine, train, rank, world, state["step"], STEPS)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from c4c.models.heads import HEADS
-from tests.launch.continues import AGAIN, BF16, COMMON, FP16, HALF, SAVED, TWO
+from tests.launch.continues import AGAIN, BF16, COMMON, FP16, HALF, ONE, SAVED, TWO
 
 pytestmark = [
     pytest.mark.launch,
@@ -49,14 +49,25 @@ def test_they_are_losses_of_something_that_learns(found):
 
 @pytest.mark.parametrize("way", [way for way in TWO if not way.startswith(("bad", "search", "frozen"))])
 def test_precision_and_where_things_are_kept_change_only_rounding(way, found):
-    half = way in BF16 | FP16
+    half = way in BF16 | FP16 or "bf16" in way
     assert_same(found[2][way], found[2]["ZeRO 1"], half)
 
 
-@pytest.mark.parametrize("way", [way for way in TWO if "bad" in way])
-def test_a_bad_step_changes_nothing(way, found):
+@pytest.mark.parametrize("way", ["alone, bf16", "alone, bf16, cached"])
+def test_one_rank_without_zero_comes_to_the_bits_of_zero_1_in_bf16(way, found):
+    assert found[1][way] == found[1][way.replace("alone", "ZeRO kept")]
+
+
+def test_one_rank_with_torchs_adamw_differs_by_rounding_only(found):
+    assert_same(found[1]["alone, bf16, torch's"], found[1]["alone, bf16"], half=True)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "way"), [(n, way) for n, known in ((1, ONE), (2, TWO)) for way in known if "bad" in way]
+)
+def test_a_bad_step_changes_nothing(ranks, way, found):
     """At step 2 one rank had a NaN; the one after has the loss that the second would have had."""
-    steps, (first, second, *_) = found[2][way], found[2][way.removeprefix("bad, ")]
+    steps, (first, second, *_) = found[ranks][way], found[ranks][way.removeprefix("bad, ")]
     assert steps[0] == first
     assert not any(math.isfinite(value) for value in steps[1])
     assert_same(steps[2], second)
@@ -69,9 +80,11 @@ def test_fp16_looks_for_a_loss_scale_that_does_not_overflow(stage, found):
     assert counted == sorted(counted)
 
 
-@pytest.mark.parametrize("way", SAVED[2])
-def test_going_on_with_the_same_ranks_is_bit_for_bit(way, found):
-    assert found[2][f"again, {way}"] == found[2][way][HALF:]
+@pytest.mark.parametrize(
+    ("ranks", "way"), [(ranks, way) for ranks in (1, 2) for way in SAVED[ranks] if f"again, {way}" in AGAIN[ranks]]
+)
+def test_going_on_with_the_same_ranks_is_bit_for_bit(ranks, way, found):
+    assert found[ranks][f"again, {way}"] == found[ranks][way][HALF:]
 
 
 @pytest.mark.parametrize(("ranks", "name"), [(r, n) for r in AGAIN for n in AGAIN[r] if not n.startswith("again")])

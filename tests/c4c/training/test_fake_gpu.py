@@ -4,15 +4,20 @@ The forward pass runs on fake tensors of a cuda device. torch 2.15's autograd en
 runs with it on the meta device; `test_the_backward_pass_needs_a_gpu` tells when it need not.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from c4c.models.clip4clip import CLIP4Clip
 from c4c.models.heads import HEADS
+from c4c.settings import TrainConfig
 from c4c.training.outcome import Outcome
-from c4c.training.step import Learner
+from c4c.training.step import Learner, train_step
+from c4c.zero.skipping import skip_bad_steps, was_applied
+from tests.c4c.waits import Waits
 
 pytestmark = pytest.mark.slow
 
@@ -58,10 +63,13 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.
 @DTYPES
 @pytest.mark.parametrize(("head", "patch", "loss"), WAYS)
 def test_forward(head, patch, loss, dtype):
-    """A host that waited for a value would raise: fake tensors have none."""
+    """A host that waited for a value would raise: fake tensors have none. One that waited for a copy is counted."""
     with FakeTensorMode(), torch.backends.cudnn.flags(enabled=False):  # cuDNN would be asked what it can do
-        value = learner(head, patch, loss, dtype)(*inputs(loss))
+        module, given = learner(head, patch, loss, dtype), inputs(loss)
+        with Waits() as waits:
+            value = module(*given)
         assert value.device.type == "cuda" and value.dtype == torch.float32 and value.numel() == 1
+        assert waits.seen == []
 
 
 @DTYPES
@@ -74,6 +82,150 @@ def test_forward_and_backward(head, patch, loss, dtype, monkeypatch):
         if weight.requires_grad and (module.model.head.scaled or name != "model.clip.logit_scale"):
             assert weight.grad is not None, name
             assert (weight.grad.dtype, weight.grad.shape) == (dtype, weight.shape), name
+
+
+class Engine:
+    """What a step asks of DeepSpeed's engine, on tensors without values."""
+
+    def __init__(self, module: Learner):
+        self.module, self.updates = module, 0
+        module.peak_lrs, module.parts = [1.0], ["towers"]
+        self.optimizer = self.basic_optimizer = SimpleNamespace(
+            param_groups=[{"params": list(module.parameters()), "lr": 0.0}], state={}
+        )
+
+    def __call__(self, *args):
+        return self.module(*args)
+
+    def backward(self, loss, scale_wrt_gas: bool) -> None:
+        loss.backward()
+
+    def step(self) -> None:
+        self.updates += 1
+
+    def zero_optimization_stage(self) -> int:
+        return 0
+
+
+def whole_step(head: str, patch: str, loss: str, train: dict) -> tuple[list[str], Engine]:
+    """What the host waits for in one step on the meta device, but for what DeepSpeed does in its own."""
+    engine = Engine(learner(head, patch, loss, torch.bfloat16, "meta"))
+    frames, mask, tokens, valid = inputs(loss, "meta")
+    batch = SimpleNamespace(
+        frames=frames, frame_mask=mask, tokens=tokens, valid=valid.flatten(1).any(1) if valid.dim() > 1 else valid
+    )
+    config = TrainConfig(batch_size=ROWS, loss=loss, **train)
+    with Waits() as waits:
+        value = train_step(engine, batch, 1.0, config)
+    assert value.numel() == 1 and value.is_meta
+    return waits.seen, engine
+
+
+STEPS = pytest.mark.parametrize(
+    ("train", "passes"),
+    [({}, 1), ({"accumulate": 2}, 2), ({"micro_batch_size": 2}, 2)],
+    ids=["plain", "accumulated", "cached"],
+)
+
+
+@STEPS
+@pytest.mark.parametrize(("head", "patch", "loss"), [*WAYS, ("wti", "2d", "mil_nce"), ("tightTransf", "2d", "mil_nce")])
+def test_a_whole_step_waits_for_nothing(head, patch, loss, train, passes, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)  # the branch that a GPU takes
+    waits, engine = whole_step(head, patch, loss, train)
+    assert waits == []
+    assert engine.updates == passes
+    for name, weight in engine.module.named_parameters():
+        if weight.requires_grad and (engine.module.model.head.scaled or name != "model.clip.logit_scale"):
+            assert weight.grad is not None and weight.grad.is_meta, name
+
+
+DELIBERATE = {
+    "a value": lambda text, valid: text.sum().item(),
+    "a choice": lambda text, valid: bool(valid.any()),
+    "rows that a mask picks": lambda text, valid: text[valid.flatten()[: len(text)]],
+    "their numbers": lambda text, valid: valid.nonzero(),
+    "a copy to the host": lambda text, valid: text.cpu(),
+    "a copy from the host": lambda text, valid: torch.tensor([1.0, 2.0]).to(text.device),
+    "a tensor made on the host": lambda text, valid: torch.tensor([1.0, 2.0], device=text.device),
+    "a list": lambda text, valid: valid.tolist(),
+}
+
+
+def with_a_wait(monkeypatch, wait) -> None:
+    """As if someone put that into the step's loss."""
+    plain = Learner._loss
+
+    def loss(self, text, video, valid):
+        wait(text, valid)
+        return plain(self, text, video, valid)
+
+    monkeypatch.setattr(Learner, "_loss", loss)
+
+
+@STEPS
+@pytest.mark.parametrize("wait", DELIBERATE)
+def test_a_step_that_waits_would_be_seen(wait, train, passes, monkeypatch):
+    """By the test above: the operation is counted, or has no result for a tensor without values."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    with_a_wait(monkeypatch, DELIBERATE[wait])
+    try:
+        seen, _ = whole_step("meanP", "2d", "cross_entropy", train)
+    except (RuntimeError, NotImplementedError) as error:
+        assert "meta" in str(error).lower()
+    else:
+        assert seen
+
+
+@pytest.mark.parametrize("wait", DELIBERATE)
+def test_a_forward_pass_that_waits_would_be_seen(wait, monkeypatch):
+    with_a_wait(monkeypatch, DELIBERATE[wait])
+    with FakeTensorMode(), torch.backends.cudnn.flags(enabled=False):
+        module, given = learner("meanP", "2d", "cross_entropy", torch.bfloat16), inputs("cross_entropy")
+        try:
+            with Waits() as waits:
+                module(*given)
+        except (DynamicOutputShapeException, DataDependentOutputException):
+            pass
+        else:
+            assert waits.seen
+
+
+def test_the_optimizers_part_of_a_step_waits_for_nothing_with_torchs_adamw():
+    """In bf16 without ZeRO. With an Adam that cannot skip by itself the host has to ask, which fake tensors refuse."""
+
+    def engine_of(fused: bool):
+        flats = [torch.ones(12, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+        masters = [nn.Parameter(flat.float()) for flat in flats]
+        weights = [[nn.Parameter(part) for part in flat.view(3, 4)] for flat in flats]
+        for group in weights:
+            for weight in group[1:]:
+                weight.grad = torch.ones_like(weight)
+        adam = torch.optim.AdamW(
+            [{"params": [m]} for m in masters], lr=0.1, fused=fused, foreach=None if fused else True
+        )
+        wrapper = SimpleNamespace(fp16_groups=weights, fp16_groups_flat=flats, fp32_groups_flat=masters, optimizer=adam)
+        return SimpleNamespace(
+            optimizer=wrapper, basic_optimizer=adam, bfloat16_enabled=lambda: True, fp16_enabled=lambda: False,
+            gradient_clipping=lambda: 1.0,
+        )  # fmt: skip
+
+    with FakeTensorMode():
+        engine = engine_of(True)
+        skip_bad_steps(engine)
+        with Waits() as waits:
+            engine.optimizer.step()
+            applied = was_applied(engine)
+        assert waits.seen == []
+        for tensor in (applied, engine.optimizer._global_grad_norm, *engine.optimizer.fp32_groups_flat):
+            assert tensor.device.type == "cuda"
+        assert {value.device.type for state in engine.basic_optimizer.state.values() for value in state.values()} == {
+            "cuda"
+        }
+        engine = engine_of(False)
+        skip_bad_steps(engine, for_zero=True)
+        with pytest.raises(Exception, match="_local_scalar_dense"):
+            engine.optimizer.step()
 
 
 def test_the_backward_pass_needs_a_gpu():
@@ -102,5 +254,10 @@ def test_what_a_step_came_to_is_read_when_it_is_asked_for():
     outcome = Outcome(*numbers, world=2, lr=0.5, applied=True, answers=(True, False))
     assert (outcome.loss, outcome.pairs, outcome.logit_scale, outcome.lr) == (1.5, 7, 14.25, 0.5)
     assert outcome.grad_norm == numbers[3].item()
+    for bad in (False, True):  # the device alone knew
+        outcome = Outcome(*numbers, world=1, lr=0.5, applied=~torch.tensor(bad), answers=())
+        assert outcome.applied is not bad and outcome.grad_norm == numbers[3].item()
+        outcome = Outcome(*numbers[:3], None, world=1, lr=0.5, applied=~torch.tensor(bad), answers=())
+        assert outcome.applied is not bad and outcome.grad_norm == 0.0
     for norm, shown in ((None, 0.0), (0.25, 0.25), (0.0, 0.0)):
         assert Outcome(*numbers[:3], norm, world=1, lr=0.5, applied=True, answers=()).grad_norm == shown

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from c4c.errors import lost_peer, speak
+from c4c.errors import device_failure, exit_code, lost_peer, speak
 from c4c.training import agreement, watchdog
 from c4c.training.agreement import agree
 from c4c.training.bad_steps import BAD_STEPS, BadSteps
@@ -165,6 +165,113 @@ def test_memory_that_does_not_suffice():
     assert "GiB. Set train.micro_batch_size=16 (" in said
     assert "can't allocate memory" in said
     assert out_of_memory(RuntimeError("shapes do not match"), "a", "b") is None
+
+
+MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB"),
+    RuntimeError(
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call"
+    ),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    dist.DistBackendError(
+        "NCCL error in: NCCLUtils.cpp:77, unhandled cuda error (run with NCCL_DEBUG=INFO for details), NCCL version 2.27.7\n"
+        "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nFailed to CUDA calloc async 4 bytes"
+    ),
+    dist.DistBackendError(
+        "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nCuda failure 2 'out of memory'"
+    ),
+]
+
+
+@pytest.mark.parametrize("error", MEMORY, ids=lambda error: str(error)[:40])
+@pytest.mark.parametrize("pieces", [0, 5])
+def test_memory_of_a_gpu_that_does_not_suffice(error, pieces, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 * 2**30, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 60 * 2**30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: (60 - pieces) * 2**30)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 59 * 2**30)
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    said = out_of_memory(error, "each rank encodes 32 pairs", "train.micro_batch_size=16")
+    assert said.startswith(
+        "out of memory: each rank encodes 32 pairs; the GPU has 80.0 GiB, of which the model has used 59.0 "
+    )
+    assert "decoders and other programs have 19.0, and 1.0 are free" in said
+    assert ("5.0 more in pieces: PYTORCH_CUDA_ALLOC_CONF" in said) is bool(pieces)
+    assert "Set train.micro_batch_size=16 (" in said and "\n" not in said
+    assert not lost_peer(error)
+    assert device_failure(error).startswith("out of memory: use smaller batches")
+
+
+LOST = [
+    "NCCL error in: NCCLUtils.cpp:77, remote process exited or there was a network error, NCCL version 2.27.7\nncclRemoteError: "
+    "A call failed possibly due to a network error or a remote process exiting prematurely.\nLast error:\nConnection closed",
+    "NCCL communicator was aborted on rank 0.",
+    "NCCL communicator encountered error set by ProcessGroupNCCL: NCCL error: unhandled system error",
+    "NCCL error in: NCCLUtils.cpp:77, unhandled system error (run with NCCL_DEBUG=INFO for details)\nncclSystemError: System call "
+    "(e.g. socket, malloc) or external library call failed or device error.\nLast error:\nsocketProgress: Connection closed by "
+    "remote peer node1<4711>",
+    "[pair.cc:561] Connection closed by peer [127.0.0.1]:48521",
+]
+
+
+@pytest.mark.parametrize("text", LOST, ids=lambda text: text[:40])
+def test_a_rank_that_is_gone_is_recognised(text, monkeypatch, capsys):
+    monkeypatch.setattr("c4c.errors.time.sleep", lambda _: None)
+    assert lost_peer(dist.DistBackendError(text))
+    speak(dist.DistBackendError(text), 0)
+    said = capsys.readouterr().err
+    assert said.startswith("error: the connection to another rank broke (") and said.count("\n") == 1
+
+
+FAILURES = {
+    "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be": "a computation on the GPU failed: continue",
+    "CUDA error: device-side assert triggered": "CUDA_LAUNCH_BLOCKING=1",
+    "CUDA error: uncorrectable ECC error encountered": "the GPU itself failed: look into dmesg",
+    "CUDA error: no kernel image is available for execution on the device": "this torch has no code for this GPU",
+    "CUDA driver version is insufficient for CUDA runtime version": "NVIDIA's driver is too old",
+    "The NVIDIA driver on your system is too old (found version 11040)": "NVIDIA's driver is too old",
+    "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`": "nvidia-smi",
+    "NCCL error in: a.cpp:1, invalid usage\nncclInvalidUsage: This usually reflects invalid usage of NCCL library.\nLast error:\n"
+    "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 4b000": "two ranks use the same GPU: start as many ranks",
+    "NCCL error in: a.cpp:1, unhandled system error\nncclSystemError: System call failed.\nLast error:\nError while creating shared "
+    "memory segment /dev/shm/nccl-aB (size 33554432)": "NCCL found too little shared memory: give the container more",
+    "NCCL error in: a.cpp:1, internal error\nncclInternalError: Internal check failed.\nLast error:\nno socket": "NCCL_DEBUG=WARN",
+    "CUDA error: an error that nobody has seen yet": "the GPU reported an error: continue with run.resume=auto",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", FAILURES, ids=lambda text: text[:50])
+def test_a_gpu_that_fails_is_told_in_one_sentence(text, monkeypatch, capsys):
+    class Left(BaseException):
+        pass
+
+    def leave(code):
+        raise Left(code)
+
+    monkeypatch.setattr("c4c.errors.leave", leave)
+    monkeypatch.setattr("c4c.errors.open_streams", lambda: None)
+
+    def command():
+        raise torch.AcceleratorError(text) if text.startswith("CUDA error") else RuntimeError(text)
+
+    assert not lost_peer(RuntimeError(text))
+    with pytest.raises(Left, match="1"):
+        exit_code(command)
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
+    assert FAILURES[text] in said
+
+
+def test_a_bug_is_not_a_failure_of_the_gpu():
+    assert device_failure(RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)")) is None
+
+    def command():
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        exit_code(command)
 
 
 def test_every_ranks_error_is_told_once(monkeypatch, capsys):

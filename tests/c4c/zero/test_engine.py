@@ -38,7 +38,10 @@ def test_what_is_derived():
     [
         (0, {"world": 1}),
         (1, {"world": 2}),
-        (1, {"world": 1, "precision": "bf16"}),
+        (0, {"world": 1, "precision": "bf16"}),
+        (1, {"world": 1, "precision": "fp16"}),
+        (3, {"world": 1, "precision": "bf16", "zero_stage": 3}),
+        (1, {"world": 2, "precision": "bf16"}),
         (1, {"world": 1, "offload": "optimizer"}),
         (1, {"world": 1, "extra": {"zero_optimization": {"stage": 1}}}),
     ],
@@ -93,6 +96,16 @@ def test_a_contradiction_names_both_keys(extra, path, owner):
         derived(extra)
     assert f"deepspeed.{path}" in str(caught.value)
     assert owner in str(caught.value)
+
+
+def test_what_deepspeed_does_by_itself_is_off_unless_asked_for():
+    """It waits for the device twice a step to measure throughput; under ZeRO 3 it exchanges gradients beside the backward pass."""
+    assert derived()["timers"] == {"throughput": {"enabled": False}}
+    assert "overlap_comm" not in derived(zero_stage=2)["zero_optimization"]
+    assert derived(zero_stage=3)["zero_optimization"] == {"stage": 3, "overlap_comm": False}
+    asked = {"zero_optimization": {"overlap_comm": True}, "timers": {"throughput": {"enabled": True}}}
+    both = derived(asked, zero_stage=3)
+    assert both["zero_optimization"]["overlap_comm"] and both["timers"]["throughput"]["enabled"]
 
 
 def test_a_group_is_not_a_number():
