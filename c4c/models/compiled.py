@@ -7,15 +7,20 @@ import torch
 from torch import Tensor, nn
 
 from c4c.models.clip4clip import CLIP4Clip
+from pipelines.stages.pixels import normalised
 
 
 def compile_towers(model: CLIP4Clip, stage: int) -> "CompiledTowers | None":
-    """torch.compile both towers in place; where that is not possible, warn, leave them as they are, and return None."""
+    """torch.compile both towers in place, and the normalisation of bytes, which becomes one pass over them.
+
+    Where that is not possible, warn, leave them as they are, and return None.
+    """
     why = "ZeRO 3 fetches weights inside them" if stage == 3 else _cannot_compile(model.clip.logit_scale.device)
     if why:
         warnings.warn(f"engine.compile: the towers run uncompiled ({why})", stacklevel=2)
         return None
     torch._dynamo.config.suppress_errors = True  # a part that cannot be compiled runs as it is
+    model.pixels.normalise = torch.compile(normalised, backend=or_as_it_is)
     torch._dynamo.utils.counters.clear()  # of the trial above and earlier models
     return CompiledTowers({"video": model.clip.visual, "text": model.clip.transformer})
 

@@ -22,6 +22,7 @@ from c4c.training.run_folder import check_continuation
 from c4c.training.step import Learner, train_step
 from c4c.zero import checkpoint, state
 from c4c.zero.engine import build_engine
+from c4c.zero.skipping import was_applied
 from c4c.zero.snapshot import restore
 from pipelines.lanes import require_decoder
 from pipelines.loader import Batch, Loader
@@ -120,7 +121,7 @@ class Session:
             scale = self.model.scale().detach()
         return Outcome(
             sums[0], sums[1], scale, self.engine.get_global_grad_norm(), world=self.world, lr=train.lr * factor,
-            applied=self.engine.was_step_applied(), answers=any_rank(asked, self._hosts),
+            applied=was_applied(self.engine), answers=any_rank(asked, self._hosts),
         )  # fmt: skip
 
     def evaluate(self, split: Split | None = None, each: Callable[[], None] = lambda: None) -> dict:
@@ -177,3 +178,5 @@ def make_deterministic() -> None:
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
+    # all memory is written before it is read
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from c4c.models.clip4clip import CLIP4Clip
+from c4c.models.compiled import compile_towers
 from pipelines.config import DataConfig
 from pipelines.stages.normalise import Normalise
 from pipelines.stages.pixels import Pixels
@@ -60,7 +61,10 @@ def test_the_model_takes_bytes_and_numbers_alike(frames, patch):
 
 
 def test_a_compiled_normalisation_gives_the_same(frames):
-    pixels = Pixels(ODD.mean, ODD.std)
-    wanted = pixels(frames, torch.float32)
-    pixels.normalise = torch.compile(pixels.normalise, fullgraph=True)
-    torch.testing.assert_close(pixels(frames, torch.float32), wanted, rtol=0, atol=1e-6)
+    torch.manual_seed(0)
+    model = CLIP4Clip(SPEC, segments=3).eval()
+    wanted = model.pixels(frames, torch.float32)
+    assert compile_towers(model, 0) is not None
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch.testing.assert_close(model.pixels(frames, torch.float32), wanted, rtol=0, atol=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs + 1, "it was one graph"
