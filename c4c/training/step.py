@@ -90,7 +90,7 @@ def train_step(engine, batch, factor: float, train: TrainConfig, frozen: Collect
     """One update of the weights, at `factor` times the peak learning rate; returns this rank's loss, on the device.
 
     frozen: parts of the model (see c4c.training.param_groups.part_of) whose learning rate is 0 in this step.
-    `c4c.zero.patches.was_applied` then tells whether the weights were changed: not where the loss or a gradient is not
+    `c4c.zero.skipping.was_applied` then tells whether the weights were changed: not where the loss or a gradient is not
     finite.
     """
     for group, lr, part in zip(engine.optimizer.param_groups, engine.module.peak_lrs, engine.module.parts, strict=True):
