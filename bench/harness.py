@@ -78,9 +78,9 @@ class Stopwatch:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """For a process that imports this project, or the one that PYTHONPATH names."""
+    """For a process that imports this project, or the one that PYTHONPATH names; torch's threads wait as in launch/train.py."""
     path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
-    return os.environ | {"PYTHONPATH": path} | more
+    return {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ | {"PYTHONPATH": path} | more
 
 
 def answer(script: str, *words: object) -> Any:

@@ -12,11 +12,12 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))  # outside its environment too: then an error says what to do
 
 from c4c.errors import exit_code
-from c4c.launched import quick_imports
+from c4c.launched import let_threads_sleep, quick_imports
 
 
 def main() -> int:
     """The command; returns its exit code."""
+    let_threads_sleep()
     parser = argparse.ArgumentParser(
         description="Evaluate a checkpoint, of a run or any other: how well captions find their videos in a test split, and "
         "videos their captions. Started by deepspeed, torchrun or srun, ranks share the work."

@@ -12,13 +12,14 @@ sys.path.append(str(Path(__file__).parents[1]))  # outside its environment too: 
 
 from c4c.errors import exit_code
 from c4c.helptext import PrintKeys, describe_recipes
-from c4c.launched import Starting, own_rank, quick_imports, require_port
+from c4c.launched import Starting, let_threads_sleep, own_rank, quick_imports, require_port
 
 _RECIPES = Path(__file__).parent / "cfg"
 
 
 def main() -> int:
     """The command; returns its exit code."""
+    let_threads_sleep()
     args = _parser().parse_intermixed_args()
 
     def command() -> int:

@@ -165,3 +165,19 @@ def test_a_screen_that_is_gone_ends_nothing(monkeypatch):
     print("nowhere")
     sys.stdout.flush()
     print("nowhere", file=sys.stderr, flush=True)
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval.py"])
+@pytest.mark.parametrize("given", [None, "ACTIVE"])
+def test_threads_of_torch_sleep_while_they_wait(script, given):
+    """OpenMP reads it when torch is imported."""
+    program = (
+        "import os, runpy, sys\nsys.argv = ['x', '--help']\n"
+        f"try: runpy.run_path('launch/{script}', run_name='__main__')\nexcept SystemExit: pass\n"
+        "print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    )
+    env = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"} | (
+        {"OMP_WAIT_POLICY": given} if given else {}
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == f"{given or 'PASSIVE'} False", done.stderr
