@@ -184,6 +184,10 @@ def _read(path: Path, search: Sequence[Path], parents: tuple[Path, ...]) -> dict
         raise ConfigError(str(error)) from error
     if not isinstance(text, dict):
         raise ConfigError(f"{path}: the top level must be keys and values")
+    if "stages" in text and not parents:
+        raise ConfigError(
+            f"{path} lists stages: it is for launch/stages.py --cfg. To train one of them, name its own file"
+        )
     bases = text.pop("extends", None) or []
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):

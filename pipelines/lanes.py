@@ -13,6 +13,7 @@ GPU gets frames that the CPU decoded.
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from functools import partial
 
@@ -59,6 +60,8 @@ def require_decoder(split: Dataset, config: DataConfig, device: torch.device) ->
 def _where(device: torch.device, lane: str, config: DataConfig) -> tuple[torch.device, bool]:
     """On which device frames are decoded, and whether only a crop of each JPEG is."""
     cpu = torch.device("cpu")
+    if device.type == "cpu" and config.decode == "gpu":
+        warnings.warn("data.decode=gpu: there is no GPU that torch can use, so the CPU decodes", stacklevel=2)
     if device.type == "cpu" or config.decode == "cpu":
         return cpu, True
     if lane == "intra":

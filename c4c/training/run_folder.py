@@ -147,7 +147,7 @@ _FREE = ("run.dir", "run.resume", "run.deterministic", "run.wandb", "checkpoint.
          "train.eval_every", "train.patience", "train.micro_batch_size", "train.max_bad_steps", "data.test", "data.threads",
          "data.prefetch", "data.read_timeout_s", "data.local_", "data.ahead", "data.server_timeout_s", "cache.dir",
          "cache.max_gb", "data.eval_batch_size", "data.max_bad_fraction", "data.lane", "data.decode", "data.jpeg_crop",
-         "data.hw_decoder_load")  # fmt: skip
+         "data.hw_decoder_load", "deepspeed.optimizer.params.torch_adam")  # fmt: skip
 
 _LENGTH = {"train.epochs", "train.max_steps"}
 

@@ -260,7 +260,7 @@ class Trainer:
         self.report.say(
             f"{config.model.backbone} + {config.model.head}, {session.weights / 1e6:.1f} M weights; "
             f"{count(len(session.split), 'video')}, {count(session.loader.pairs, 'pair')}; {count(self.total, 'step')} of {config.train.batch_size} on {self.world} "
-            f"x {self.device.type}, ZeRO {config.engine.zero_stage}, {config.engine.precision}; -> {self.folder}"
+            f"x {self.device.type}, ZeRO {session.engine.zero_optimization_stage()}, {config.engine.precision}; -> {self.folder}"
         )
         if config.engine.compile:
             self.report.say("the towers are compiled in the first steps, which takes minutes on some machines")

@@ -31,6 +31,8 @@ def use_torchs_adam(
     """
     asked = at(extra, _SET.removeprefix("deepspeed."))
     lacks = ""
+    if asked not in (None, True, False):
+        raise ValueError(f"{_SET}={asked}: must be true or false")
     if asked is None and on_gpu and config.offload == "none" and not _compiled_before():
         lacks = _first(missing_to_compile(), world)
     if not (asked or lacks):

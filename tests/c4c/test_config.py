@@ -68,6 +68,11 @@ def test_extends_in_a_circle_is_refused(base, write):
     assert "a.yaml" in message
 
 
+@pytest.mark.parametrize("name", ["demo_two_stage.yaml", "two_stage.yaml"])
+def test_a_file_of_stages_is_for_another_command(name):
+    assert "it is for launch/stages.py --cfg" in refused(name, search=[SHIPPED])
+
+
 def test_extends_must_name_files(write):
     assert refused(write("a.yaml", "extends: 5")).startswith("extends=5 in ")
     assert "no configuration gone.yaml" in refused(write("b.yaml", "extends: gone.yaml"))

@@ -125,6 +125,11 @@ def test_what_is_asked_for_is_not_tried(monkeypatch):
     assert asked == []
 
 
+def test_a_gpu_that_is_asked_for_and_not_there_is_told():
+    with pytest.warns(UserWarning, match=r"data\.decode=gpu: there is no GPU that torch can use, so the CPU decodes"):
+        assert _where(torch.device("cpu"), "intra", DataConfig(decode="gpu")) == (torch.device("cpu"), True)
+
+
 @pytest.mark.parametrize("form", ["roi", "whole"])
 def test_the_try_itself_on_a_cpu(capsys, form):
     assert probe.main([form, "--device", "cpu"]) == 0

@@ -58,6 +58,7 @@ def test_a_continuation_must_compute_the_same(tmp_path):
     buckets = {"zero_optimization": {"reduce_bucket_size": 5}}
     harmless = {"run": {"dir": "b"}, "train": config["train"] | {"eval_every": 5}, "deepspeed": buckets}
     check_continuation(tmp_path, harmless)
+    check_continuation(tmp_path, config | {"deepspeed": {"optimizer": {"params": {"torch_adam": True}}}})
     for more in ({"train": config["train"] | {"max_steps": 5}}, {"deepspeed": {"optimizer": {"type": "Lion"}}}):
         with pytest.raises(ValueError, match="made with other settings"):
             check_continuation(tmp_path, config | more)

@@ -134,6 +134,10 @@ def test_one_machine_without_decides_for_all(machine, monkeypatch):
 
 
 def test_what_torchs_cannot_do_is_refused(machine):
+    with pytest.raises(ValueError, match=r"torch_adam=maybe: must be true or false"):
+        adam.use_torchs_adam(
+            EngineConfig(), TrainConfig(batch_size=8), 1, {"optimizer": {"params": {"torch_adam": "maybe"}}}, True
+        )
     bert = TrainConfig(batch_size=8, bias_correction=False)
     assert choice(train=bert) == (False, "")
     with pytest.raises(
