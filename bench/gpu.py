@@ -101,11 +101,14 @@ def choose(only: Sequence[str], parts: Sequence[Part]) -> list[Part]:
     for word in only:
         found = [word] if word in names else [name for name in names if word in name]
         if not found:
-            near = difflib.get_close_matches(word, [*names, *(name.partition(" ")[0] for name in names)], 1)
+            firsts = list(dict.fromkeys(name.partition(" ")[0] for name in names))
+            near = difflib.get_close_matches(word, [*names, *firsts], 1)
             hint = f"Did you mean {near[0]}? " if near else ""
             if "." in word.partition("=")[0]:
                 hint = "Settings come before --only, or after another option. "
-            raise ValueError(f"--only {word[:100]}: no part's name holds it. {hint}The parts are {', '.join(names)}")
+            raise ValueError(
+                f"--only {word[:100]}: no part's name holds it. {hint}Names begin with {', '.join(firsts)}: see --plan"
+            )
         chosen.update(found)
     if any(part.reads_clips for part in parts if part.name in chosen):
         chosen.add(CLIPS)
@@ -199,7 +202,7 @@ def show_plan(parts: Sequence[Part], runs: int) -> int:
 
 
 def machine(gpu: str | None) -> dict:
-    found = {"gpu": gpu or "cpu", "driver": None, "nvdec": None}
+    found: dict = {"gpu": gpu or "cpu", "driver": None, "nvdec": None}
     if gpu:
         found |= {"driver": smi.asked("driver_version"), "nvdec": smi.has_nvdec()}
     return found | harness.machine() | {"versions": harness.versions(*PACKAGES)}

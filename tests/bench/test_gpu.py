@@ -192,8 +192,8 @@ def no_part(monkeypatch):
 @pytest.mark.parametrize(
     "only, said",
     [
-        ("nosuch", "--only nosuch: no part's name holds it. The parts are card, step, profile, "),
-        ("pradicted", "Did you mean predicted? The parts are "),
+        ("nosuch", "--only nosuch: no part's name holds it. Names begin with card, step, profile, "),
+        ("pradicted", "Did you mean predicted? Names begin with "),
         ("decde", "Did you mean decode? "),
         ("engine.compile=true", "Settings come before --only, or after another option. "),
     ],
