@@ -4,7 +4,9 @@
 
 `--plan` prints the parts with their time limits, and ends. The parts run in that order, what tells most first; with `--minutes`
 no part starts later, and the last one is cut short. Each is a process of its own: one that crashes is reported with its signal
-and the end of its stderr, one that passes its limit is killed, and both cost only themselves. OUT is written after each run.
+and the end of its stderr, one that passes its limit is killed, and both cost only themselves. OUT is written after each run;
+Ctrl-C ends with what is there. By default it is a new file: gpu-NAME-DATE.json with the GPU's name, then …-2.json, …-3.json.
+PART is the name of a part, or a piece of several names (decode). A word that is a name chooses that part alone.
 Every figure is measured twice: in a second run of its part once all parts have had their first, or within the part.
 
 `card`        what the card reaches: matrix products, copies on the device and from the host
@@ -26,6 +28,7 @@ Without a GPU, what does not need one runs on the CPU, which shows that the scri
 """
 
 import argparse
+import difflib
 import faulthandler
 import importlib
 import json
@@ -42,9 +45,10 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 from bench import harness, smi
 from bench.gpu_parts import process
-from bench.gpu_parts.parts import CLIPS, CPU_ONLY, PARTS, Given, Missing, Part
+from bench.gpu_parts.parts import CLIPS, CPU_ONLY, PARTS, Given, Missing, Part, training_settings
 from bench.gpu_parts.report import show, summary
 from bench.harness import ROOT
+from shards.limits import POSITIVE, Limits
 
 PACKAGES = (
     "torch",
@@ -57,28 +61,93 @@ PACKAGES = (
 )
 MOST_WARNINGS = 20  # of a part that are kept
 LEAST_S = 10.0  # with less time left, no part is started
+TIME = Limits(float, 0)
+UNNAMED = "NAME-DATE"  # in the name of a result file: what this run puts in its place
 
 
 def main(words: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) -> int:
     args = arguments(words)
     if args.call:
         return measured(args)
-    chosen = [part for part in parts if harness.is_chosen(args.only, part.name)]
-    if any(part.reads_clips for part in chosen):
-        chosen = [part for part in parts if part in chosen or part.name == CLIPS]
     gpu = smi.gpu_name()
-    runs, args.seconds = args.runs or (2 if gpu else 1), args.seconds or (12.0 if gpu else 1.0)
-    if args.plan:
-        return show_plan(chosen, args.runs or 2)
-    name = (gpu or "cpu").lower().replace(" ", "-")
-    args.json = args.json.with_name(args.json.name.replace("NAME-DATE", f"{name}-{date.today()}"))
+    try:  # mistakes are told before the first part
+        chosen = choose(args.only, parts)
+        if args.overrides:
+            require_settings(args.overrides, args.batch_size)
+        if args.plan:
+            return show_plan(chosen, args.runs or 2)
+        args.json = result_file(args.json, gpu or "cpu")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    args.runs, args.seconds = args.runs or (2 if gpu else 1), args.seconds or (12.0 if gpu else 1.0)
     report: dict = {"machine": machine(gpu), "settings": args.overrides, "seconds": args.seconds, "clips": args.clips}
     report |= {"batch_size": args.batch_size, "parts": {}, "summary": []}
+    try:
+        measure(chosen, args, bool(gpu), report)
+    except KeyboardInterrupt:
+        so_far = f"results so far -> {args.json}" if report["parts"] else "no part had ended, and nothing was written"
+        print(f"stopped by SIGINT; {so_far}", file=sys.stderr)
+        return 128 + signal.SIGINT
+    show(report)
+    print(f"-> {args.json}")
+    return int(any(not run["ok"] for part in report["parts"].values() for run in part.get("runs", [])))
+
+
+def choose(only: Sequence[str], parts: Sequence[Part]) -> list[Part]:
+    """The parts that `--only` names, with the one that makes what they read. Raises ValueError for a word that names none."""
+    names = [part.name for part in parts]
+    chosen = set() if only else set(names)
+    for word in only:
+        found = [word] if word in names else [name for name in names if word in name]
+        if not found:
+            firsts = list(dict.fromkeys(name.partition(" ")[0] for name in names))
+            near = difflib.get_close_matches(word, [*names, *firsts], 1)
+            hint = f"Did you mean {near[0]}? " if near else ""
+            if "." in word.partition("=")[0]:
+                hint = "Settings come before --only, or after another option. "
+            raise ValueError(
+                f"--only {word[:100]}: no part's name holds it. {hint}Names begin with {', '.join(firsts)}: see --plan"
+            )
+        chosen.update(found)
+    if any(part.reads_clips for part in parts if part.name in chosen):
+        chosen.add(CLIPS)
+    return [part for part in parts if part.name in chosen]
+
+
+def require_settings(overrides: Sequence[str], batch_size: int) -> None:
+    """Raise ValueError for settings that the training parts would refuse."""
+    from c4c.config import load
+
+    with tempfile.TemporaryDirectory(prefix="gpu-") as folder:
+        (Path(folder) / "bench.yaml").write_text("{}")
+        load("bench.yaml", [*training_settings(folder, batch_size), *overrides], [Path(folder)])
+
+
+def result_file(path: Path, gpu: str) -> Path:
+    """Where the results go: a name that is made here is a free one. Raises ValueError if nothing can be written there."""
+    from c4c.files import require_folder, require_writable
+
+    if UNNAMED in path.name:
+        made = path.with_name(path.name.replace(UNNAMED, f"{gpu.lower().replace(' ', '-')}-{date.today()}"))
+        path, number = made, 1
+        while path.exists():
+            number += 1
+            path = made.with_stem(f"{made.stem}-{number}")
+    if path.parent.exists():
+        require_writable(f"--json {path}", path, lambda start: b'"machine"' in start)
+    else:
+        require_folder(f"--json {path}", path.parent)
+    return path
+
+
+def measure(chosen: Sequence[Part], args: argparse.Namespace, has_gpu: bool, report: dict) -> None:
+    """Run the parts, and write the report after each."""
     until = time.monotonic() + 60 * args.minutes if args.minutes else None
-    for number in range(runs):
+    for number in range(args.runs):
         for part in chosen if number == 0 else worth_another(chosen, report):
             print(f"{part.name}{f', run {number + 1}' if number else ''} …", file=sys.stderr, flush=True)
-            found = run(part, args, bool(gpu), until)
+            found = run(part, args, has_gpu, until)
             entry = report["parts"].setdefault(part.name, {})
             if "ended" in found:
                 entry.setdefault("runs", []).append(found)
@@ -86,9 +155,6 @@ def main(words: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) -> i
                 entry |= found
             report["summary"] = summary(report)
             harness.save(args.json, report)
-    show(report)
-    print(f"-> {args.json}")
-    return int(any(not run["ok"] for part in report["parts"].values() for run in part.get("runs", [])))
 
 
 def worth_another(parts: Sequence[Part], report: dict) -> list[Part]:
@@ -102,15 +168,16 @@ def worth_another(parts: Sequence[Part], report: dict) -> list[Part]:
 
 
 def arguments(words: Sequence[str] | None) -> argparse.Namespace:
-    parser = harness.parser(__doc__, "gpu-NAME-DATE", only=True)
+    parser = harness.parser(__doc__, f"gpu-{UNNAMED}")
+    parser.add_argument("--only", nargs="+", default=[], metavar="PART", help="names of parts, or pieces of names")
     parser.add_argument("--plan", action="store_true", help="print the parts with their time limits, and end")
-    parser.add_argument("--minutes", type=float, help="start no part after so many, and cut the last one short")
+    parser.add_argument("--minutes", type=TIME, help="start no part after so many, and cut the last one short")
     parser.add_argument(
-        "--runs", type=int, help="of each part whose spread is not measured within it (2; without a GPU 1)"
+        "--runs", type=POSITIVE, help="of each part whose spread is not measured within it (2; without a GPU 1)"
     )
-    parser.add_argument("--clips", type=int, default=64)
-    parser.add_argument("--seconds", type=float, help="that a part is measured for (12; without a GPU 1)")
-    parser.add_argument("--batch-size", type=int, default=128, help="clips (%(default)s)")
+    parser.add_argument("--clips", type=POSITIVE, default=64, help="how many are made (%(default)s)")
+    parser.add_argument("--seconds", type=TIME, help="that a part is measured for (12; without a GPU 1)")
+    parser.add_argument("--batch-size", type=POSITIVE, default=128, help="clips (%(default)s)")
     for name in ("call", "words", "limit"):  # in a process of its own
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     parser.add_argument("--on-gpu", action="store_true", help=argparse.SUPPRESS)
@@ -135,7 +202,7 @@ def show_plan(parts: Sequence[Part], runs: int) -> int:
 
 
 def machine(gpu: str | None) -> dict:
-    found = {"gpu": gpu or "cpu", "driver": None, "nvdec": None}
+    found: dict = {"gpu": gpu or "cpu", "driver": None, "nvdec": None}
     if gpu:
         found |= {"driver": smi.asked("driver_version"), "nvdec": smi.has_nvdec()}
     return found | harness.machine() | {"versions": harness.versions(*PACKAGES)}

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from bench.gpu_parts.clips import FRAMES
 from bench.gpu_parts.clock import rate_twice
-from bench.gpu_parts.parts import Given
+from bench.gpu_parts.parts import FRAMES, Given
 
 PATCHES, WIDTH, HIDDEN = 50, 768, 3072  # of ViT-B/32: tokens a picture, width, width of the MLP
 

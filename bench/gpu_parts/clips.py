@@ -2,7 +2,7 @@
 
 import os
 
-from bench.gpu_parts.parts import Given
+from bench.gpu_parts.parts import FRAMES, Given
 from bench.harness import ROOT
 from bench.packing import make_clips
 from pipelines.frame_sampling import choose
@@ -12,7 +12,7 @@ from shards.packing.pack import pack
 from shards.split import Split
 from shards.video.profiles import Profile
 
-FRAMES, WORDS, SIDE = 12, 77, 224  # a clip, a caption; pixels
+SIDE = 224  # pixels
 SOURCES = ROOT / "data/bench/packing"
 _NAMES = 4  # of each clip where training reads it, so that a batch of 128 different videos comes of 64 clips
 PROFILES = {

@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from bench.gpu_parts.clips import FRAMES, WORDS, requests_of, split_of
-from bench.gpu_parts.parts import Given
+from bench.gpu_parts.clips import requests_of, split_of
+from bench.gpu_parts.parts import FRAMES, WORDS, Given
 from pipelines import bench as loading
 from pipelines.config import CacheConfig, DataConfig
 from pipelines.lanes import Lane

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 CLIPS = "clips"  # the part that makes what others read
+FRAMES, WORDS = 12, 77  # of a clip, of a caption
 READERS = ("decode", "corruption", "lanes", "train", "rivals")  # modules
 
 
@@ -69,6 +70,12 @@ class Given:
         import torch
 
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def training_settings(data: str | Path, batch_size: int) -> list[str]:
+    """The settings of the training parts, before those that the command line gives."""
+    settings = [f"data.train={data}", f"data.test={data}", "model.init_from=scratch", f"data.num_frames={FRAMES}"]
+    return [*settings, f"data.max_words={WORDS}", "train.epochs=10000", f"train.batch_size={batch_size}"]
 
 
 LOADS, THREADS = (0.0, 0.65, 1.0), (4, 8, 16)

@@ -14,9 +14,9 @@ from types import ModuleType
 
 import torch
 
-from bench.gpu_parts.clips import FRAMES, SIDE, SOURCES, requests_of, split_of
+from bench.gpu_parts.clips import SIDE, SOURCES, requests_of, split_of
 from bench.gpu_parts.clock import synchronise
-from bench.gpu_parts.parts import Given, Missing
+from bench.gpu_parts.parts import FRAMES, Given, Missing
 from pipelines.stages.fetch import Reader
 
 CLIPS = 32  # that are decoded in a turn

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
-from bench.gpu_parts.clips import FRAMES, WORDS
 from bench.gpu_parts.clock import LEAST, WARM, Marks, synchronise, timed
-from bench.gpu_parts.parts import Given
+from bench.gpu_parts.parts import Given, training_settings
 from c4c.config import Config, load
 from c4c.models.clip4clip import build
 from c4c.models.flops import peak, per_pair
@@ -33,9 +32,7 @@ def started(given: Given, *, stored: str = "intra", words: Sequence[str] = ()) -
     data = given.folder / f"{stored}-{given.clips}"
     with tempfile.TemporaryDirectory(prefix="gpu-run-") as folder:
         (Path(folder) / "bench.yaml").write_text("{}")
-        settings = [f"data.train={data}", f"data.test={data}", "model.init_from=scratch", f"data.num_frames={FRAMES}"]
-        settings += [f"data.max_words={WORDS}", "train.epochs=10000", f"train.batch_size={given.batch_size}"]
-        settings += [f"run.dir={folder}/run"]
+        settings = [*training_settings(data, given.batch_size), f"run.dir={folder}/run"]
         config = load("bench.yaml", [*settings, *given.overrides, *words], [Path(folder)])
         _, _, device = start_distributed()
         try:

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -163,12 +164,132 @@ def test_no_part_starts_after_the_minutes_are_over(out, monkeypatch):
     assert [entry["left_out"] for entry in found["parts"].values()] == ["--minutes 0.001 were over"] * 2
 
 
-def test_only_chooses_parts_by_pieces_of_their_names(out, monkeypatch):
+def test_only_chooses_parts_by_their_names_or_by_pieces(out, monkeypatch):
     monkeypatch.setattr(gpu, "run", lambda *_: {"ended": "exit code 0", "ok": True, "wall_s": 1.0})
-    _, found = measure(out, PARTS, "--runs", "1", "--only", "step")
-    assert list(found["parts"]) == ["step", "step compiled", "step plain attention"]
-    _, found = measure(out, PARTS, "--runs", "1", "--only", "card", "equal h264", "train intra")
-    assert list(found["parts"]) == ["card", "clips", "train intra", "equal h264"]  # two of them read clips
+
+    def chosen(*only: str) -> list[str]:
+        return list(measure(out, PARTS, "--runs", "1", "--only", *only)[1]["parts"])
+
+    assert chosen("step") == ["step"]
+    assert chosen("step compiled") == ["step compiled"]
+    assert chosen("step ") == ["step compiled", "step plain attention"]
+    corruption = [f"corruption load={share}" for share in (0, 0.65, 1)]
+    assert chosen("decode sizes", "corruption") == ["clips", *corruption, "decode sizes"]
+    assert len(chosen("decode")) > 18
+    assert chosen("card", "equal h264", "train intra") == ["card", "clips", "train intra", "equal h264"]
+
+
+# ---- mistakes are told before the first part ----
+
+
+@pytest.fixture
+def no_part(monkeypatch):
+    monkeypatch.setattr(gpu, "run", lambda *_: pytest.fail("a part was run"))
+    monkeypatch.setattr(smi, "gpu_name", lambda: None)
+
+
+@pytest.mark.parametrize("plan", [[], ["--plan"]])
+@pytest.mark.parametrize(
+    "only, said",
+    [
+        ("nosuch", "--only nosuch: no part's name holds it. Names begin with card, step, profile, "),
+        ("pradicted", "Did you mean predicted? Names begin with "),
+        ("decde", "Did you mean decode? "),
+        ("engine.compile=true", "Settings come before --only, or after another option. "),
+    ],
+)
+def test_only_refuses_what_is_no_part(out, no_part, capsys, plan, only, said):
+    assert gpu.main(["--json", str(out), *plan, "--only", "card", only]) == 2
+    printed = capsys.readouterr()
+    assert said in printed.err and len(printed.err.splitlines()) == 1 and not printed.out
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("plan", [[], ["--plan"]])
+@pytest.mark.parametrize(
+    "word, said",
+    [
+        ("bogus=1", "unknown key bogus"),
+        ("engine.compil=true", "did you mean engine.compile?"),
+        ("train.epochs=many", "train.epochs"),
+        ("nothing", "write it as key=value"),
+    ],
+)
+def test_settings_that_do_not_exist_are_refused_once(out, no_part, capsys, plan, word, said):
+    assert gpu.main(["--json", str(out), *plan, word]) == 2
+    assert said in (error := capsys.readouterr().err) and len(error.splitlines()) == 1
+    assert not out.exists()
+
+
+def test_settings_are_checked_without_torch():
+    script = "import sys; from bench import gpu; gpu.require_settings(['model.backbone=ViT-demo-16'], 8); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=harness.environment())
+    assert done.stdout == "False\n", done.stderr
+
+
+@pytest.mark.parametrize("option", ["--minutes", "--runs", "--seconds", "--clips", "--batch-size"])
+@pytest.mark.parametrize("value", ["0", "-1", "nan"])
+def test_numbers_are_above_nothing(out, no_part, capsys, option, value):
+    with pytest.raises(SystemExit) as ended:
+        gpu.main(["--json", str(out), f"{option}={value}"])
+    assert ended.value.code == 2
+    assert re.search(
+        rf"argument {option}: {value}: must be a (number above 0|whole number of at least 1)\n", capsys.readouterr().err
+    )
+    assert not out.exists()
+
+
+def test_a_result_that_cannot_be_written_is_told_first(tmp_path, no_part, capsys):
+    (tmp_path / "file").write_text("a dog catches a frisbee")
+    for path, said in {
+        tmp_path: "it is a folder; name a file",
+        tmp_path / "file/out.json": "is not a folder",
+        tmp_path / "file/more/out.json": "is not a folder",
+        tmp_path / "file": "would replace a file of another kind",
+    }.items():
+        assert gpu.main(["--json", str(path)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: --json {path}") and said in error and len(error.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "a dog catches a frisbee"
+
+
+def test_the_next_run_of_a_day_takes_another_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "run", lambda *_: {"ended": "exit code 0", "ok": True, "wall_s": 1.0})
+    monkeypatch.setattr(smi, "gpu_name", lambda: "NVIDIA H100 80GB")
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    monkeypatch.setattr(harness, "RESULTS", tmp_path / "made/results")
+    made = []
+    for only in ("ends a", "ends b", "ends c"):
+        assert gpu.main(["--runs", "1", "--only", only], [part("ends a"), part("ends b"), part("ends c")]) == 0
+        made.append(Path(capsys.readouterr().out.rpartition("-> ")[2].strip()))
+    first = made[0].stem
+    assert re.fullmatch(r"gpu-nvidia-h100-80gb-\d{4}-\d\d-\d\d", first)
+    assert [path.name for path in made] == [f"{first}.json", f"{first}-2.json", f"{first}-3.json"]
+    assert [list(json.loads(path.read_text())["parts"]) for path in made] == [["ends a"], ["ends b"], ["ends c"]]
+    assert gpu.main(["--json", str(made[0])], [part("ends b")]) == 0  # a name that is given is taken
+    assert list(json.loads(made[0].read_text())["parts"]) == ["ends b"]
+
+
+@pytest.mark.parametrize("ended", [1, 0])
+def test_ctrl_c_says_where_the_results_are(out, monkeypatch, capsys, ended):
+    runs = iter([{"ended": "exit code 0", "ok": True, "wall_s": 1.0}] * ended)
+
+    def run(*_):
+        for found in runs:
+            return found
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu, "run", run)
+    monkeypatch.setattr(smi, "gpu_name", lambda: None)
+    assert gpu.main(["--json", str(out)], [part("ends a"), part("ends b")]) == 130
+    said = capsys.readouterr().err.splitlines()[-1]
+    if ended:
+        assert said == f"stopped by SIGINT; results so far -> {out}"
+        assert list(json.loads(out.read_text())["parts"]) == ["ends a"]
+    else:
+        assert said == "stopped by SIGINT; no part had ended, and nothing was written"
+        assert not out.exists()
 
 
 def test_ends_in_words():
