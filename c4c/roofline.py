@@ -5,6 +5,7 @@ It counts the operations and bytes of the real model, and needs neither data nor
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -58,22 +59,28 @@ def run(args: argparse.Namespace) -> int:
     from c4c.performance.counts import activation_curve
 
     decoder = args.decoder or ("cpu" if config.data.decode == "cpu" else "gpu")
-    counts, curve = counts_of(config, args.gpus), activation_curve(config, args.gpus)
+    counts, shape = counts_of(config, args.gpus), shape_of(config, args.gpus)
+    scored = shape.scored if shape.cached else None
+    curve = activation_curve(config, args.gpus, scored=scored, known=(shape.encoded, counts.activations))
     found = []
     for gpu in gpus:
         prediction = predict(config, gpu, args.gpus, args.cores, assumptions, decoder=decoder, counts=counts)
         found.append((prediction, largest_batch(config, gpu, prediction, counts, curve, assumptions)))
-    if len(found) == 1:
-        print(report.text(*found[0]))
-    else:
-        print(report.table(found))
-    print("\nassumptions (--assume name=value; * marks those you set)")
-    print("\n".join(describe(assumptions)))
     if args.json:
         rows = [asdict(p) | {"fits": p.fits, "largest_rank_batch": most} for p, most in found]
         about = {"gpu": args.gpu, "assumptions": asdict(assumptions), "predictions": rows}
         replace_text({args.json: json.dumps(about, indent=2) + "\n"})
+    text = report.text(*found[0], config, assumptions) if len(found) == 1 else report.table(found)
+    _show("\n".join([text, "\nassumptions (--assume name=value; * marks those you set)", *describe(assumptions)]))
     return 0
+
+
+def _show(text: str) -> None:
+    """Print as much as somebody reads: `| head` closes the pipe."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes there at exit
 
 
 if __name__ == "__main__":

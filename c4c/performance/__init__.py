@@ -4,5 +4,5 @@ hardware    what the makers say about GPUs
 counts      operations, bytes and memory of a step, counted on the real modules; work: what they are
 assumptions what neither of them can know, by name
 predict     seconds and memory of a step; loading: of the loader's stages
-report      predictions as text
+report      predictions as text; advice: what limits a step, and what would help
 """

@@ -187,14 +187,30 @@ def _fused_attention() -> Iterator[None]:
         functional.scaled_dot_product_attention = plain
 
 
-def activation_curve(config: Config, world: int = 1) -> Callable[[int], float]:
-    """Bytes of activations by the number of pairs that a rank encodes and scores at once, without counting each time.
+def activation_curve(
+    config: Config, world: int = 1, *, scored: int | None = None, known: tuple[int, int] | None = None
+) -> Callable[[int], float]:
+    """Bytes of activations by the number of pairs that a rank encodes at once, without counting each time.
 
-    A parabola through three counts: encoding grows with the number, scores with its square.
+    A parabola through three counts: encoding grows with the number, scores with its square. scored: how many it scores at once,
+    None for as many as it encodes. known: a number of pairs and what was counted
+    for it, which the curve has exactly.
     """
-    sizes = [count(config, encoded=n, scored=n, world=world).activations for n in _SAMPLES]
-    a, b, c = _SAMPLES
+    counted, samples = {}, set(_SAMPLES)
+    if known:  # instead of the sample that is nearest
+        counted[known[0]] = known[1]
+        samples.remove(min(_SAMPLES, key=lambda n: abs(math.log(n / known[0]))))
+    for n in samples:
+        counted[n] = count(config, encoded=n, scored=scored or n, world=world).activations
+    a, b, c = sorted(counted)
+    sizes = [counted[n] for n in (a, b, c)]
     # divided differences
     first = (sizes[1] - sizes[0]) / (b - a)
     second = ((sizes[2] - sizes[1]) / (c - b) - first) / (c - a)
-    return lambda n: max(0.0, math.fsum((sizes[0], first * (n - a), second * (n - a) * (n - b))))
+
+    def curve(n: int) -> float:
+        return (
+            counted[n] if n in counted else max(0.0, math.fsum((sizes[0], first * (n - a), second * (n - a) * (n - b))))
+        )
+
+    return curve

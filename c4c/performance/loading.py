@@ -11,7 +11,7 @@ _FULL_HD = 1920 * 1080
 def loader_seconds(config: Config, gpu: Gpu, rows: int, cores: int, decoder: str, a: Assumptions) -> dict[str, float]:
     """Seconds that each stage needs for the `rows` clips of a rank's batch; stages work beside each other.
 
-    cores: of the CPU, for this rank. data.lane=auto is taken for intra shards, and a cache for a full one.
+    cores: of the CPU, for this rank; no more of them decode than data.threads, where that is set. data.lane=auto is taken for intra shards, and a cache for a full one.
     """
     data = config.data
     frames = rows * data.num_frames
@@ -21,6 +21,8 @@ def loader_seconds(config: Config, gpu: Gpu, rows: int, cores: int, decoder: str
     if config.cache.dir:
         return python | {"cache_reads": pixels / (a.cached_gb_s * 1e9), "copies": copied}
     decoding = max(1.0, cores - a.busy_cores)
+    if data.threads:
+        decoding = min(decoding, data.threads)
     if decoder == "gpu":
         copied = frames * a.jpeg_kb * 1e3 / (gpu.host_link * a.host_link)
     if data.lane == "video":

@@ -8,13 +8,14 @@ from c4c.performance.assumptions import Assumptions
 from c4c.performance.hardware import Gpu
 from c4c.performance.loading import loader_seconds
 from c4c.performance.work import StepCounts, Work
-from c4c.zero.config import deepspeed_config
+from c4c.zero.config import TORCH_ADAM, at, deepspeed_config, require_bias_correction
 
 MOST_ROWS = 65536  # pairs of a rank that `largest_batch` looks at
 _ADAM = 7 * 4  # bytes a weight: gradient, master and two moments are read, the latter three written, in fp32
 _STEP_LAUNCHES = 50  # of the optimizer, the norm and the log
 _STEP_COLLECTIVES = 8  # gradients, weights, features there and back, counts, the log
 _BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size
+_BUCKET_KEY = "deepspeed.zero_optimization.reduce_bucket_size"
 _GATHERED = 1_000_000_000  # and stage 3's stage3_max_live_parameters
 
 
@@ -99,8 +100,10 @@ class Prediction:
 
 
 def shape_of(config: Config, world: int) -> StepShape:
-    """Raises ValueError for batches that cannot be cut so."""
+    """Raises ValueError for batches that cannot be cut so, and for settings of DeepSpeed's that training would refuse."""
     train = config.train
+    if at(config.deepspeed, TORCH_ADAM):
+        require_bias_correction(train)
     settings = deepspeed_config(config.engine, train, world, config.deepspeed)
     rows, encoded = train.batch_size // world, settings["train_micro_batch_size_per_gpu"]
     zero = settings["zero_optimization"]
@@ -108,8 +111,19 @@ def shape_of(config: Config, world: int) -> StepShape:
     return StepShape(
         world=world, rows=rows, encoded=encoded, scored=encoded if train.accumulate > 1 else rows,
         passes=settings["gradient_accumulation_steps"], cached=train.accumulate == 1 and encoded < rows,
-        stage=zero["stage"], buckets=int(zero.get("reduce_bucket_size", _BUCKET)) * (2 if double else 1),
+        stage=zero["stage"], buckets=_bucket(zero) * (2 if double else 1),
     )  # fmt: skip
+
+
+def _bucket(zero: dict) -> int:
+    given = zero.get("reduce_bucket_size", _BUCKET)
+    try:
+        whole = int(given)
+    except (TypeError, ValueError, OverflowError):
+        whole = 0
+    if whole < 1 or isinstance(given, bool) or (isinstance(given, float) and whole != given):
+        raise ValueError(f"{_BUCKET_KEY}={given}: must be a whole number above 0, for example {_BUCKET}")
+    return whole
 
 
 def predict(
@@ -269,17 +283,19 @@ def largest_batch(
 ) -> int:
     """The most pairs that a rank can encode at once: 0 if not even one fits, and MOST_ROWS at most.
 
-    prediction, counts: of this configuration and number of GPUs, the former on any kind. activations: see
+    Where a rank's share is cut into passes, it stays as large as it is, and is the most. Otherwise all of it is encoded at once,
+    and grows too. prediction, counts: of this configuration and number of GPUs, the former on any kind. activations: see
     `c4c.performance.counts.activation_curve`.
     """
     a = assumptions or Assumptions()
+    is_cut = prediction.shape.passes > 1
 
-    def fits(rows: int) -> bool:
-        shape = replace(prediction.shape, rows=rows)
-        memory = memory_of(config, shape, counts.weights, counts.trained, activations(rows), prediction.decoder, a)
+    def fits(encoded: int) -> bool:
+        shape = prediction.shape if is_cut else replace(prediction.shape, rows=encoded)
+        memory = memory_of(config, shape, counts.weights, counts.trained, activations(encoded), prediction.decoder, a)
         return sum(asdict(memory).values()) <= gpu.memory_gib * (1 - a.fragments)
 
-    least, most = 0, MOST_ROWS + 1  # fits, does not
+    least, most = 0, min(MOST_ROWS, prediction.shape.rows if is_cut else MOST_ROWS) + 1  # fits, does not
     while most - least > 1:
         middle = (least + most) // 2
         least, most = (middle, most) if fits(middle) else (least, middle)

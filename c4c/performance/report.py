@@ -2,31 +2,22 @@
 
 from dataclasses import asdict
 
+from c4c.config import Config
+from c4c.performance.advice import advice, uncompiled
+from c4c.performance.assumptions import Assumptions
 from c4c.performance.predict import MOST_ROWS, Prediction
 
-_ADVICE = {
-    "matrix_products": "matrix products, which is what a GPU is for: a faster one, or more of them, make the step shorter",
-    "memory_bound": "memory traffic between the matrix products: try engine.compile=true",
-    "optimizer": "the optimizer: try a larger train.batch_size",
-    "communication": "communication between GPUs: try a larger train.batch_size, or fewer GPUs",
-    "gaps": "waits for the host: try a larger train.batch_size",
-    "launches": "the host, which launches kernels more slowly than the GPU runs them: try a larger train.batch_size",
-    "loader_python": "the Python code of the loader: try a cache (cache.dir)",
-    "jpeg_decoding": "decoding JPEGs: try more CPU cores, the other --decoder, or a cache (cache.dir)",
-    "jpeg_engines": "the JPEG engines of the GPU: try a lower data.hw_decoder_load",
-    "video_decoding": "decoding video: pack the videos as intra shards, or as h264 shards (--assume decoded=1.7)",
-    "cache_reads": "reading the cache, which one thread does",
-    "copies": "copies from the host to the GPU",
-}
 _NAME, _NUMBER = 22, 9  # columns
 
 
-def text(prediction: Prediction, largest: int) -> str:
+def text(prediction: Prediction, largest: int, config: Config, assumptions: Assumptions) -> str:
     """All about one kind of GPU. largest: see c4c.performance.predict.largest_batch."""
     p, shape = prediction, prediction.shape
     cut = f"{shape.rows} on each"
     if shape.passes > 1:
         cut += f", {shape.encoded} at once" + (" (gradient caching)" if shape.cached else " (accumulation)")
+    every = ", which are all of a rank's" if shape.passes > 1 and largest >= shape.rows else ""
+    note = uncompiled(p, config)
     waits = "" if p.loader_keeps_up else ": the step waits for the slowest"
     return "\n".join(
         [
@@ -35,17 +26,18 @@ def text(prediction: Prediction, largest: int) -> str:
             "",
             f"step       {p.step_s * 1e3:.1f} ms, {p.clips_per_s:.0f} clips/s, MFU {p.mfu_pct:.1f} %",
             f"memory     {p.memory_gib:.1f} of {p.usable_gib:.1f} GiB{'' if p.fits else ': it does not fit'}; "
-            f"a GPU can encode {_many(largest)} pairs at once",
+            f"a GPU can encode {_many(largest)} pairs at once{every}",
             f"loader     {p.loader_margin:.1f} times as fast as the step",
-            f"limited by {_ADVICE[p.limit]}",
+            f"limited by {advice(p, config, assumptions)}",
+            *([f"note       {note}"] if note else []),
             "",
-            "on the GPU, one after another",
-            *_rows(asdict(p.seconds), "ms", 1e3, p.compute_s),
+            "on the GPU, one after another (% of the step)",
+            *_rows(asdict(p.seconds), "ms", 1e3, p.step_s),
             "on the host, beside it",
-            *_rows({f"{p.launches} launches": p.launch_s}, "ms", 1e3, p.compute_s),
+            *_rows({f"{p.launches} launches": p.launch_s}, "ms", 1e3, p.step_s),
             f"in the loader, beside both and each other ({p.cores} cores, --decoder {p.decoder}){waits}",
-            *_rows(p.loader_s, "ms", 1e3, p.compute_s),
-            "memory of a GPU",
+            *_rows(p.loader_s, "ms", 1e3, p.step_s),
+            "memory of a GPU (% of what can be used)",
             *_rows(asdict(p.memory), "GiB", 1, p.usable_gib),
         ]
     )

@@ -14,11 +14,10 @@ import torch.distributed as dist
 
 from c4c.settings import EngineConfig, TrainConfig
 from c4c.zero import patches
-from c4c.zero.config import at
+from c4c.zero.config import TORCH_ADAM, at, require_bias_correction
 
 # what torch's own headers for CUDA include: the toolkit has them all, nvcc alone has only the first
 HEADERS = ("cuda_runtime.h", "cuda_fp16.h", "cusparse.h", "cublas_v2.h", "cublasLt.h", "cusolverDn.h")
-_SET = "deepspeed.optimizer.params.torch_adam"
 
 
 def use_torchs_adam(
@@ -29,7 +28,7 @@ def use_torchs_adam(
     extra: the yaml's `deepspeed:` block, whose optimizer.params.torch_adam decides where it is set. Every rank gets the same
     answer. Raises ValueError where torch's AdamW cannot do what `train` asks for.
     """
-    asked = at(extra, _SET.removeprefix("deepspeed."))
+    asked = at(extra, TORCH_ADAM)
     lacks = ""
     if asked not in (None, True, False):
         raise ValueError(f"{_SET}={asked}: must be true or false")
@@ -37,12 +36,7 @@ def use_torchs_adam(
         lacks = _first(missing_to_compile(), world)
     if not (asked or lacks):
         return False, ""
-    if not train.bias_correction:
-        why = f"DeepSpeed's fused Adam cannot be compiled: {lacks}" if lacks else f"{_SET}=true"
-        raise ValueError(
-            f"train.bias_correction=false is not possible with torch's AdamW ({why}). Set train.bias_correction=true, or "
-            f"{'install the CUDA toolkit' if lacks else f'{_SET}=false'}"
-        )
+    require_bias_correction(train, lacks)
     return True, f"optimizer: torch's fused AdamW; DeepSpeed's cannot be compiled here ({lacks})" if lacks else ""
 
 

@@ -18,6 +18,7 @@ _OWNERS = {
     "scheduler": "train.schedule",
 }
 
+TORCH_ADAM = "optimizer.params.torch_adam"  # of `deepspeed:`; see c4c.zero.adam
 
 # what DeepSpeed's Adam knows and torch's does not
 _DEEPSPEEDS_OWN = ("bias_correction", "set_grad_none", "fp32_optimizer_states")
@@ -76,6 +77,16 @@ def deepspeed_config(
         params = {k: v for k, v in settings["optimizer"]["params"].items() if k not in _DEEPSPEEDS_OWN}
         settings["optimizer"] = settings["optimizer"] | {"params": {"fused": True} | params | {"torch_adam": True}}
     return settings
+
+
+def require_bias_correction(train: TrainConfig, lacks: str = "") -> None:
+    """Raise ValueError where torch's AdamW cannot do what `train` asks for. lacks: what DeepSpeed's needs, '' if torch's was asked for."""
+    if not train.bias_correction:
+        why = f"DeepSpeed's fused Adam cannot be compiled: {lacks}" if lacks else f"deepspeed.{TORCH_ADAM}=true"
+        raise ValueError(
+            f"train.bias_correction=false is not possible with torch's AdamW ({why}). Set train.bias_correction=true, or "
+            f"{'install the CUDA toolkit' if lacks else f'deepspeed.{TORCH_ADAM}=false'}"
+        )
 
 
 def _refuse_contradictions(derived: dict, extra: dict, owners: dict[str, str]) -> None:

@@ -1,6 +1,7 @@
 """`python -m c4c.roofline`: what it prints and writes, and mistakes, which are answered before torch is imported."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -40,6 +41,7 @@ def test_help():
         (["--gpu", "H100", "--cfg", "demos.yaml"], "did you mean demo.yaml?"),
         (["--gpu", "H100", "train.batchsize=3"], "unknown key train.batchsize"),
         (["--gpu", "H100", "--gpus", "3"], "train.batch_size=128 does not divide by 3 ranks"),
+        (["--gpu", "H100", "deepspeed.zero_optimization.reduce_bucket_size=abc"], "reduce_bucket_size=abc: must be"),
         (["--gpu", "H100", "--json", "/nowhere/x.json"], "there is no folder /nowhere"),
     ],
 )
@@ -61,6 +63,37 @@ def test_one_gpu(capsys, tmp_path):
     assert f"encode {found['largest_rank_batch']} pairs at once" in printed
     assert (found["gpu"], found["decoder"], found["shape"]["rows"], found["fits"]) == ("L4", "cpu", 32, True)
     assert roofline.main([*words, "train.batch_size=64"]) == 0  # its own file is replaced
+
+
+def test_a_reader_that_leaves_ends_it_quietly_with_the_json_written(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    file = tmp_path / "out.json"
+    command = [sys.executable, "-m", "c4c.roofline", "--cfg", "demo.yaml", "--gpu", "L4", "--json", str(file)]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode == 0 and done.stderr == ""
+    assert json.loads(file.read_text())["predictions"]
+
+
+@pytest.mark.parametrize("words", [[], ["train.micro_batch_size=512"], ["train.accumulate=4"]], ids=" ".join)
+def test_whether_it_fits_and_how_many_fit_agree(words, tmp_path):
+    file, most = tmp_path / "out.json", 0
+
+    def predicted(*more: str) -> dict:
+        command = ["--cfg", "demo.yaml", "--gpu", "L4", "train.batch_size=16384", "data.num_frames=16", *words, *more]
+        assert roofline.main([*command, "--json", str(file)]) == 0
+        return json.loads(file.read_text())["predictions"][0]
+
+    first = predicted()
+    most = first["largest_rank_batch"]
+    assert first["fits"] == (first["shape"]["encoded"] <= most)
+    if not words or "micro" in words[0]:
+        key = "train.micro_batch_size" if words else "train.batch_size"
+        one, more = predicted(f"{key}={most}"), predicted(f"{key}={most + 1}")
+        for found in (one, more):  # a curve was drawn through other counts
+            assert abs(found["largest_rank_batch"] - most) < 0.03 * most
+            assert found["fits"] == (found["shape"]["encoded"] <= found["largest_rank_batch"])
 
 
 def test_all_gpus(capsys):

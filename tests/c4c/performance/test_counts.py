@@ -108,6 +108,16 @@ def test_a_curve_of_activations_is_that_of_counts():
             assert curve(pairs) == pytest.approx(counted, rel=0.03)
 
 
+@pytest.mark.parametrize("encoded", [8, 200, 600])
+def test_a_curve_goes_through_what_is_known_and_scores_as_many_as_it_is_told(encoded):
+    config = demo("data.num_frames=2", "train.loss=mil_nce", "clips.bag=3", "clips.cut=true", "train.batch_size=1024")
+    known = count(config, encoded=encoded, scored=1024).activations
+    curve = activation_curve(config, scored=1024, known=(encoded, known))
+    assert curve(encoded) == known
+    for pairs in (64, 400):
+        assert curve(pairs) == pytest.approx(count(config, encoded=pairs, scored=1024).activations, rel=0.03)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_activations_are_what_a_real_backward_pass_is_kept_for(precision):
     config = demo("data.num_frames=3", f"engine.precision={precision}")

@@ -167,6 +167,26 @@ def test_the_loaders_stages():
     assert cached.loader_s.keys() == {"loader_python", "cache_reads", "copies"} and cached.memory.decoder == 0
 
 
+def test_no_more_cores_decode_than_data_threads():
+    decoding = 128 * 12 * 256 * 256 * 4 / 3 / 143e6
+    for threads, cores in ((0, 62), (4, 4), (62, 62), (500, 62)):
+        found = predicted(f"data.threads={threads}", decoder="cpu").loader_s["jpeg_decoding"]
+        assert found == pytest.approx(decoding / cores)
+
+
+@pytest.mark.parametrize("size", ["-9000000000", "0", "abc", "1.5", "true", "null"])
+def test_bucket_sizes_that_deepspeed_refuses(size):
+    with pytest.raises(ValueError, match=r"^deepspeed.zero_optimization.reduce_bucket_size=.*must be a whole number"):
+        shape_of(config(f"deepspeed.zero_optimization.reduce_bucket_size={size}"), 2)
+
+
+def test_torchs_adam_without_bias_correction_is_refused_as_in_training():
+    asked = "deepspeed.optimizer.params.torch_adam=true"
+    shape_of(config(asked), 1)
+    with pytest.raises(ValueError, match=r"train\.bias_correction=false is not possible with .*torch_adam=true\)"):
+        shape_of(config(asked, "train.bias_correction=false"), 1)
+
+
 def test_mfu_is_that_of_training():
     found = predicted()
     useful = 128 * 335e9  # forward and backward of a pair of 12 frames and 77 words
@@ -194,6 +214,32 @@ def test_the_largest_batch_fits_and_the_next_does_not():
     )
 
 
+@pytest.mark.parametrize(
+    "words", [["train.micro_batch_size={}"], ["train.micro_batch_size={}", "data.num_frames=30"]], ids=["few", "many"]
+)
+def test_how_many_a_rank_encodes_at_once_of_a_batch_that_is_cut(words):
+    """All frames of its share are there, however few it encodes at once."""
+
+    def cut(encoded: int):
+        counts = replace(COUNTS, activations=encoded * GIB // 4)
+        return predicted("train.batch_size=2048", *(w.format(encoded) for w in words), counts=counts)
+
+    settings = config("train.batch_size=2048", *(w.format(64) for w in words))
+    most = largest_batch(settings, H100, cut(64), COUNTS, lambda encoded: encoded * GIB // 4, ALL_REACHED)
+    assert cut(most).fits and not cut(most + 1).fits
+    assert cut(most).shape.cached and 100 < most < 270
+    assert largest_batch(settings, H100, cut(64), COUNTS, lambda encoded: 0, ALL_REACHED) == 2048
+    assert "2048 pairs at once, which are all of a rank's" in report.text(cut(64), 2048, settings, ALL_REACHED)
+
+
+def test_how_many_a_rank_encodes_at_once_where_it_accumulates():
+    first = predicted("train.batch_size=2048", "train.accumulate=16")
+    settings = config("train.batch_size=2048", "train.accumulate=16")
+    most = largest_batch(settings, H100, first, COUNTS, lambda encoded: encoded * GIB // 4, ALL_REACHED)
+    memory = replace(first.memory, activations=most / 4)
+    assert 0 <= first.usable_gib - sum(asdict(memory).values()) < 0.25
+
+
 def test_batches_that_cannot_be_shared_out():
     with pytest.raises(ValueError, match="does not divide by 3 ranks"):
         shape_of(config(), 3)
@@ -201,14 +247,24 @@ def test_batches_that_cannot_be_shared_out():
 
 def test_a_report_names_every_part_that_takes_time():
     found = predicted("train.micro_batch_size=32", gpus=2)
-    text = report.text(found, 77)
+    text = report.text(found, 77, config("train.micro_batch_size=32"), ALL_REACHED)
     for name, seconds in asdict(found.seconds).items():
         if seconds:
             line = next(line for line in text.splitlines() if line.startswith(f"  {name.replace('_', ' ')} "))
             assert f"{seconds * 1e3:.1f} ms" in line
     assert "32 at once (gradient caching)" in text and "encode 77 pairs at once" in text
     assert "does not fit" not in text
-    assert "does not fit" in report.text(predicted(counts=replace(COUNTS, activations=80 * GIB)), 0)
+    assert "does not fit" in report.text(
+        predicted(counts=replace(COUNTS, activations=80 * GIB)), 0, config(), ALL_REACHED
+    )
+
+
+def test_shares_are_of_the_step_that_is_printed():
+    found = predicted(cores=3, decoder="cpu")
+    lines = report.text(found, 77, config(), ALL_REACHED).splitlines()
+    (decoding,) = (line for line in lines if line.startswith("  jpeg decoding"))
+    assert found.limit == "jpeg_decoding" and decoding.endswith(" 100 %")
+    assert all(int(line.split()[-2]) <= 100 for line in lines if line.endswith(" %") and line.startswith("  "))
 
 
 def test_a_table_has_a_line_for_each_gpu():
