@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         rows = [asdict(p) | {"fits": p.fits, "largest_rank_batch": most} for p, most in found]
         about = {"gpu": args.gpu, "assumptions": asdict(assumptions), "predictions": rows}
         replace_text({args.json: json.dumps(about, indent=2) + "\n"})
-    text = report.text(*found[0], config, assumptions) if len(found) == 1 else report.table(found)
+    text = report.text(*found[0], config, assumptions) if len(found) == 1 else report.table(found, config)
     _show("\n".join([text, "\nassumptions (--assume name=value; * marks those you set)", *describe(assumptions)]))
     return 0
 

@@ -11,7 +11,8 @@ _FULL_HD = 1920 * 1080
 def loader_seconds(config: Config, gpu: Gpu, rows: int, cores: int, decoder: str, a: Assumptions) -> dict[str, float]:
     """Seconds that each stage needs for the `rows` clips of a rank's batch; stages work beside each other.
 
-    cores: of the CPU, for this rank; no more of them decode than data.threads, where that is set. data.lane=auto is taken for intra shards, and a cache for a full one.
+    cores: of the CPU, for this rank; no more of them decode than data.threads, where that is set. data.lane=auto
+    is taken for intra shards, and a cache for a full one.
     """
     data = config.data
     frames = rows * data.num_frames

@@ -52,7 +52,7 @@ def _rows(values: dict[str, float], unit: str, factor: float, whole: float) -> l
     ]
 
 
-def table(found: list[tuple[Prediction, int]]) -> str:
+def table(found: list[tuple[Prediction, int]], config: Config) -> str:
     """A line for each kind of GPU: its prediction, and the largest batch that a GPU of it can encode at once."""
     first = found[0][0]
     heads = ("GPU", "ms/step", "clips/s", "MFU %", "GiB", "of", "fits", "most pairs", "loader", "limited by")
@@ -73,6 +73,7 @@ def table(found: list[tuple[Prediction, int]]) -> str:
         for row in rows
     ]
     shape = first.shape
+    note = uncompiled(first, config)
     title = f"{shape.world} GPUs each" if shape.world > 1 else "one GPU each"
     return "\n".join(
         [
@@ -81,6 +82,7 @@ def table(found: list[tuple[Prediction, int]]) -> str:
             *lines,
             "",
             "GiB: memory of a GPU. most pairs: that a GPU can encode at once. loader: how many times as fast as the step it is.",
+            *([f"note: {note}"] if note else []),
         ]
     )
 

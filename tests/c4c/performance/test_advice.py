@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from c4c.performance import report
 from c4c.performance.advice import advice, uncompiled
 from c4c.performance.assumptions import assume
 from tests.c4c.performance.test_predict import ALL_REACHED, config, predicted
@@ -31,7 +32,10 @@ def test_compiling_is_advised_where_it_helps():
 
 def test_zero_3_is_not_compiled_and_the_report_says_so():
     words = ("engine.compile=true", "engine.zero_stage=3")
-    assert "no effect under ZeRO 3" in uncompiled(predicted(*words), config(*words))
+    found = predicted(*words)
+    assert "no effect under ZeRO 3" in uncompiled(found, config(*words))
+    assert uncompiled(found, config(*words)) in report.text(found, 1, config(*words), ALL_REACHED)
+    assert uncompiled(found, config(*words)) in report.table([(found, 1)], config(*words))
     assert not uncompiled(predicted(words[0]), config(words[0])) and not uncompiled(
         predicted(words[1]), config(words[1])
     )

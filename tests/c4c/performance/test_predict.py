@@ -269,7 +269,7 @@ def test_shares_are_of_the_step_that_is_printed():
 
 def test_a_table_has_a_line_for_each_gpu():
     found = [(predict(config(), gpu, 2, 16, counts=COUNTS), i) for i, gpu in enumerate(GPUS)]
-    lines = report.table(found).splitlines()
+    lines = report.table(found, config()).splitlines()
     head = next(i for i, line in enumerate(lines) if line.startswith("GPU"))
     for (prediction, most), line in zip(found, lines[head + 1 :], strict=False):
         cells = line.split()
