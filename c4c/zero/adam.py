@@ -31,7 +31,7 @@ def use_torchs_adam(
     asked = at(extra, TORCH_ADAM)
     lacks = ""
     if asked not in (None, True, False):
-        raise ValueError(f"{_SET}={asked}: must be true or false")
+        raise ValueError(f"deepspeed.{TORCH_ADAM}={asked}: must be true or false")
     if asked is None and on_gpu and config.offload == "none" and not _compiled_before():
         lacks = _first(missing_to_compile(), world)
     if not (asked or lacks):
