@@ -78,7 +78,8 @@ class DataConfig:
     )
     flip: float = 0.0  # in training: chance that a clip is mirrored; captions that say left or right turn false
     colour: float = 0.0  # in training: most by which brightness, contrast and saturation change, 0.2 say
-    pixels: str = "float32"  # of normalised frames; float16: half the memory and transfer
+    # of frames that the loader normalises; float16: half the memory. Training and evaluation on a GPU normalise in the model
+    pixels: str = "float32"
     max_words: int = 32  # tokens a caption, start and end included
     paragraph: bool = False  # a video's captions, joined in their order, are one text (ActivityNet, DiDeMo)
     lane: str = "auto"  # auto: intra for intra shards, video for all others

@@ -13,7 +13,6 @@ GPU gets frames that the CPU decoded.
 
 import os
 import sys
-import warnings
 from collections.abc import Iterator
 from functools import partial
 
@@ -61,7 +60,7 @@ def _where(device: torch.device, lane: str, config: DataConfig) -> tuple[torch.d
     """On which device frames are decoded, and whether only a crop of each JPEG is."""
     cpu = torch.device("cpu")
     if device.type == "cpu" and config.decode == "gpu":
-        warnings.warn("data.decode=gpu: there is no GPU that torch can use, so the CPU decodes", stacklevel=2)
+        probe.warn_once("data.decode=gpu: there is no GPU that torch can use, so the CPU decodes")
     if device.type == "cpu" or config.decode == "cpu":
         return cpu, True
     if lane == "intra":
@@ -129,6 +128,14 @@ class Lane:
         self._workers = Workers(self.threads, "c4c-pixels")
         self._collate = Collate(config, device, self._workers, raw)
         self._closed = False
+
+    @property
+    def how(self) -> str:
+        """The lane, and what decodes its frames, for people."""
+        if self._decoding.type == "cpu":
+            return f"{self.name} lane, the CPU decodes"
+        form = "only what the crop needs" if self._roi else "whole pictures"
+        return f"{self.name} lane, {self._decoding} decodes" + (f" {form}" if self.name == "intra" else "")
 
     # -- the chain
 

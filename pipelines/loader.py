@@ -103,6 +103,11 @@ class Loader(LaneLoader[Batch]):
         """Threads that decode."""
         return self._lane.threads
 
+    @property
+    def how(self) -> str:
+        """The lane, and what decodes its frames, for people."""
+        return self._lane.how
+
     def batches(self, epoch: int = 0, step: int = 0, count: int | None = None) -> Iterator[Batch]:
         """`count` batches (without end if None) from `step` of `epoch` on, across epoch boundaries.
 

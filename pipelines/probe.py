@@ -50,15 +50,21 @@ def jpeg_crop(device: torch.device, asked: str, load: float) -> str | None:
             if passed is None
             else "whole pictures are decoded (data.jpeg_crop=whole)"
         )
-        warnings.warn(f"JPEGs on {device}: {failed}; {then}", stacklevel=2)
+        warn_once(f"JPEGs on {device}: {failed}; {then}")
     return passed
+
+
+@cache
+def warn_once(text: str) -> None:
+    """A warning that several lanes of a process have reason for."""
+    warnings.warn(text, stacklevel=2)
 
 
 def has_video(device: torch.device) -> bool:
     """Whether the GPU's video decoder passes; a warning if not."""
     why = tried("video", str(device), 0.0)
     if why:
-        warnings.warn(f"NVDEC on {device}: {why}; the CPU decodes (data.decode=cpu)", stacklevel=2)
+        warn_once(f"NVDEC on {device}: {why}; the CPU decodes (data.decode=cpu)")
     return why is None
 
 

@@ -262,6 +262,8 @@ class Trainer:
             f"{count(len(session.split), 'video')}, {count(session.loader.pairs, 'pair')}; {count(self.total, 'step')} of {config.train.batch_size} on {self.world} "
             f"x {self.device.type}, ZeRO {session.engine.zero_optimization_stage()}, {config.engine.precision}; -> {self.folder}"
         )
+        if self.device.type == "cuda":
+            self.report.say(f"frames: {session.loader.how}")
         if config.engine.compile:
             self.report.say("the towers are compiled in the first steps, which takes minutes on some machines")
         for note in (*session.notes, *session.engine.module.notes):

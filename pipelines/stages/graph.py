@@ -33,8 +33,8 @@ class GraphError(Exception):
     """DALI could not turn what it was given into frames. The graph cannot be used any more."""
 
 
-class DeviceError(RuntimeError):
-    """The device failed, or its memory is full: no fault of what it was given."""
+class DeviceError(ValueError):
+    """The device failed, or its memory is full: no fault of what it was given. The message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,10 @@ def _errors_told_apart(device: torch.device) -> Iterator[None]:
             found = _MAYBE_OF_THE_DEVICE.search(str(error))
         if found:
             line = next(line.strip() for line in str(error).splitlines() if found.group() in line)
-            raise DeviceError(f"the GPU failed while it decoded frames: {line[:300]}") from error
+            raise DeviceError(
+                f"the GPU failed while it decoded frames: {line[:300]}. Go on with run.resume=auto; if its memory was full, with "
+                "data.decode=cpu or smaller batches"
+            ) from error
         raise GraphError(_reason(error)) from error
 
 

@@ -2,13 +2,16 @@
 
 import json
 import sys
+import warnings
 
 import pytest
 import torch
+from nvidia.dali.pipeline import Pipeline
 
 from pipelines import probe
 from pipelines.config import DataConfig
-from pipelines.lanes import _where
+from pipelines.lanes import Lane, _where
+from tests.pipelines.test_loader import SMALL
 
 pytestmark = pytest.mark.slow  # imports DALI
 
@@ -24,6 +27,7 @@ def fresh(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
     probe.tried.cache_clear()
+    probe.warn_once.cache_clear()
     yield
     probe.tried.cache_clear()
 
@@ -111,9 +115,9 @@ def test_where_neither_passes_the_cpu_decodes(monkeypatch):
         assert _where(CUDA, "intra", DataConfig()) == (torch.device("cpu"), True)
     with pytest.warns(UserWarning, match="NVDEC on cuda:0: .*the CPU decodes"):
         assert _where(CUDA, "video", DataConfig()) == (torch.device("cpu"), True)
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"data\.decode=gpu: no decoder of cuda:0 passes"):
+    with pytest.raises(ValueError, match=r"data\.decode=gpu: no decoder of cuda:0 passes"):
         _where(CUDA, "intra", DataConfig(decode="gpu"))
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"data\.decode=gpu: no decoder of cuda:0 passes"):
+    with pytest.raises(ValueError, match=r"data\.decode=gpu: no decoder of cuda:0 passes"):
         _where(CUDA, "video", DataConfig(decode="gpu"))
 
 
@@ -123,6 +127,24 @@ def test_what_is_asked_for_is_not_tried(monkeypatch):
     assert _where(CUDA, "intra", DataConfig(decode="cpu")) == (torch.device("cpu"), True)
     assert _where(torch.device("cpu"), "intra", DataConfig()) == (torch.device("cpu"), True)
     assert asked == []
+
+
+def test_the_start_says_what_decodes(monkeypatch, numbered, tmp_path):
+    monkeypatch.setattr(Pipeline, "build", lambda self: None)
+    said = []
+    for programs in ({"roi": RIGHT}, {"roi": CRASH, "whole": RIGHT}, {"roi": CRASH, "whole": CRASH}):
+        doing(monkeypatch, **programs)
+        probe.tried.cache_clear()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / str(len(said))))
+        with warnings.catch_warnings(action="ignore"):
+            lane = Lane(numbered.intra, SMALL, CUDA, 4, training=True)
+        said.append(lane.how)
+        lane.close()
+    assert said == [
+        "intra lane, cuda:0 decodes only what the crop needs",
+        "intra lane, cuda:0 decodes whole pictures",
+        "intra lane, the CPU decodes",
+    ]
 
 
 def test_a_gpu_that_is_asked_for_and_not_there_is_told():
