@@ -12,10 +12,14 @@ TESTS := python -m pytest -q --dist loadfile --no-loadscope-reorder
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
-	python -c 'from c4c.zero.distributed import compile_ops; compile_ops()' & python -m c4c.shard demo --out data/demo && wait && deepspeed launch/train.py --cfg demo.yaml run.resume=auto && python launch/eval.py --ckpt runs/demo --json runs/demo/eval.json
+	python -c 'from c4c.zero.distributed import compile_ops; compile_ops()' & python -m c4c.shard demo --out data/demo && wait && deepspeed launch/train.py --cfg demo.yaml run.resume=auto && python launch/eval.py --ckpt runs/demo --json runs/demo/eval.json --report runs/demo/report.html && python -m c4c.index --ckpt runs/demo --videos data/demo/source/test --out runs/demo.index && python launch/search.py runs/demo.index 'a yellow star gives way to a cyan circle on stripes' -k 3
 
 demo-two-stage: $(VENV)/ready
 	python -c 'from c4c.zero.distributed import compile_ops; compile_ops()' & python -m c4c.shard demo-narrated --out data/narrated && wait && python launch/stages.py --cfg demo_two_stage.yaml
+
+.PHONY: study
+study: $(VENV)/ready
+	python -c 'from c4c.zero.distributed import compile_ops; compile_ops()' & python -m c4c.shard demo --out data/demo && python -m c4c.shard demo-narrated --out data/narrated && wait && python -m c4c.study --cfg study_demo.yaml
 
 test: $(VENV)/ready
 	$(TESTS) -n $(PROCESSES)

@@ -1,6 +1,6 @@
 """What the engine costs over a bare loop: the real training loop, beside plain PyTorch on tensors that are already there.
 
-    python bench/engine.py [--ranks 1] [--rounds 4] [--block 8] [--json bench/results/engine.json] [key=value ...]
+    python bench/engine.py [--ranks 1] [--rounds 4] [--block 8] [--shortcuts] [--json bench/results/engine.json] [key=value ...]
 
 Both train the same model with the same loss, precision and AdamW, in the same process and in turn: a block of steps of
 c4c/training/trainer.py (shards read and decoded, DeepSpeed, metrics, screen), a block of the bare loop (one set of random tensors,
@@ -9,6 +9,10 @@ counted: they find batches that were made ahead during the other's. Overhead is 
 their median steps. A last block is timed in parts: data (waiting for it), forward, backward, optimizer (update, with
 clipping and zeroing), communication (in collectives, wherever they are called, waiting for other ranks included), and
 the rest (metrics, screen, agreeing on signals). Key=value words are settings of the run.
+
+--shortcuts: each round also has blocks of the training loop with engine.fold_pixels, engine.trim_captions and engine.share_captions, each
+alone and all three. All blocks, the plain ones too, then get frames as bytes, as they do on a GPU, so that on a CPU the plain step
+normalises as well, in place of the loader. What captions save depends on data.max_words and on how many captions of a batch are equal.
 """
 
 import argparse
@@ -29,6 +33,8 @@ sys.path.append(str(Path(__file__).parents[1]))
 from bench import harness
 
 VIDEOS, WARM = 64, 3
+# engine's settings, and what of the model turns them on and off
+SHORTCUTS = {"fold_pixels": "folds_pixels", "trim_captions": "trims_captions", "share_captions": "shares_captions"}
 SETTINGS = [
     "model.backbone=ViT-S-32-alt", "model.init_from=scratch", "train.batch_size=8", "data.num_frames=2", "data.max_words=32",
     "checkpoint.every_steps=0", "train.epochs=100",
@@ -44,6 +50,9 @@ def main() -> int:
     parser.add_argument(
         "--block", type=int, default=8, help=f"steps of each in a round; the first {WARM} are not counted"
     )
+    parser.add_argument(
+        "--shortcuts", action="store_true", help="also measure the step with engine.fold_pixels and the like"
+    )
     parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # as one of the ranks
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
@@ -58,6 +67,7 @@ def main() -> int:
         make_splits(Path(folder))
         deepspeed = Path(sys.executable).parent / "deepspeed"
         words = ["--measure", folder, "--rounds", args.rounds, "--block", args.block, "--json", args.json.resolve()]
+        words += ["--shortcuts"] * args.shortcuts
         command = [deepspeed, "--num_accelerators", args.ranks, __file__, *words, *args.overrides]
         return subprocess.run([*map(str, command)], env=harness.environment()).returncode
 
@@ -87,13 +97,15 @@ def measure(args: argparse.Namespace) -> None:
     on_gpu = device.type == "cuda"
     words = [*SETTINGS, f"engine.precision={'bf16' if on_gpu else 'fp32'}", f"data.train={args.measure / 'train'}"]
     words += [f"data.test={args.measure / 'test'}", f"run.dir={args.measure / 'run'}", *args.overrides]
+    words += [f"engine.{name}=true" for name in SHORTCUTS if args.shortcuts]
     config = load("bench.yaml", words, [args.measure])
     clock.wait = torch.cuda.synchronize if on_gpu else lambda: None
     trainer = Trainer(config, rank, world, device)
-    session, plain = trainer.session, Plain(config, trainer.session.split, device, world)
+    session, config = trainer.session, trainer.session.config
+    plain = Plain(config, session.split, device, world)
     for name, part in (("forward", "forward"), ("backward", "backward"), ("step", "optimizer")):
         setattr(session.engine, name, clock.timed(part, getattr(session.engine, name)))
-    turns = Turns(args.rounds, args.block, clock, plain.step)
+    turns = Turns(args.rounds, args.block, clock, plain.step, session.model if args.shortcuts else None)
     batches = session.batches
     session.batches = lambda count: turns.take(batches(count))
     with suppress(Finished):
@@ -106,10 +118,15 @@ def measure(args: argparse.Namespace) -> None:
 
 
 class Turns:
-    """Blocks of steps of the training loop and of the bare one, in turn; seconds of every step, by block."""
+    """Blocks of steps of the training loop and of the bare one, in turn; seconds of every step, by block.
 
-    def __init__(self, rounds: int, block: int, clock: "Clock", bare: Callable[[], object]):
+    model: measure its shorter ways too, those that it has; `shorter` has their seconds by name and block.
+    """
+
+    def __init__(self, rounds: int, block: int, clock: "Clock", bare: Callable[[], object], model=None):
         self._rounds, self._block, self._clock, self._bare = rounds, block, clock, bare
+        self._model, self._has = model, [] if model is None else [on for on in SHORTCUTS.values() if getattr(model, on)]
+        self.shorter: dict[str, list[list[float]]] = {}
         self.ours: list[list[float]] = []
         self.theirs: list[list[float]] = []
         self.parts: list[dict[str, float]] = []  # of ours
@@ -118,18 +135,36 @@ class Turns:
         """The loop's batches, until there are enough steps; the bare loop's blocks are run between them."""
         for number in range(self._rounds + 1):
             self._clock.on = number == self._rounds  # the last block only: on a GPU its waits cost time
+            self._use([])
             self.ours.append([])
             for _ in range(self._block):
                 self._clock.parts.clear()
-                mark = time.perf_counter()
-                with self._clock("data"):
-                    batch = next(batches)
-                yield batch
-                self._clock.wait()
-                self.ours[-1].append(time.perf_counter() - mark)
+                yield from self._timed(batches, self.ours[-1])
                 self.parts.append(dict(self._clock.parts) | {"whole": self.ours[-1][-1]})
+            for name, on in self._ways() if number < self._rounds else []:
+                self._use(on)
+                self.shorter.setdefault(name, []).append([])
+                for _ in range(self._block):
+                    yield from self._timed(batches, self.shorter[name][-1])
             self.theirs.append([self._bare_step() for _ in range(self._block)])
         raise Finished
+
+    def _timed(self, batches: Iterator, seconds: list[float]) -> Iterator:
+        """The next batch; what passes until the one after it is asked for is added to `seconds`."""
+        mark = time.perf_counter()
+        with self._clock("data"):
+            batch = next(batches)
+        yield batch
+        self._clock.wait()
+        seconds.append(time.perf_counter() - mark)
+
+    def _ways(self) -> list[tuple[str, list[str]]]:
+        each = [(name, [on]) for name, on in SHORTCUTS.items() if on in self._has]
+        return [*each, ("all of these", self._has)] if len(each) > 1 else each
+
+    def _use(self, on: list[str]) -> None:
+        for name in self._has:
+            setattr(self._model, name, name in on)
 
     def _bare_step(self) -> float:
         mark = time.perf_counter()
@@ -203,7 +238,7 @@ class Plain:
 
         torch.manual_seed(config.run.seed)
         data, rows = config.data, -(-config.train.batch_size // world)
-        learner = Learner(build(config.model, data.num_frames)).to(device)
+        learner = Learner(build(config.model, data.num_frames, data.image_size)).to(device)
         self._clip, self._weights = config.engine.clip_grad_norm, list(learner.parameters())
         groups = parameter_groups(learner, config.train)
         self._optimizer = torch.optim.AdamW(groups, betas=config.train.betas, eps=config.train.eps, fused=True)
@@ -245,13 +280,23 @@ def report(args, config, session, turns: Turns, flops: float, peak: float | None
         split[f"{part}_s"] = statistics.median(p.get(part, 0.0) for p in last)
     split["rest_s"] = statistics.median(p["whole"] for p in last) - sum(split.values())
     show(rows, split)
+    ratios = {name: _ratio(blocks, median["c4c"]) for name, blocks in turns.shorter.items()}
+    if ratios:
+        shown = [[name, f"{ratio:.3f}"] for name, ratio in ratios.items()]
+        harness.show(["c4c with engine.", "of its plain step's time"], shown)
     print(f"c4c takes {overhead:+.1f} % over plain PyTorch (median of {args.rounds} rounds of {args.block} steps each)")
     words = [*SETTINGS, f"engine.precision={config.engine.precision}", *args.overrides]
     out = {"machine": harness.machine() | {"device": device_name(session.device)},
            "versions": harness.versions("torch", "deepspeed", "numpy"), "ranks": session.world, "settings": words,
            "weights": session.weights, "rounds": args.rounds, "block": args.block, "overhead_pct": overhead, "ways": rows,
-           "split": split, "step_s_by_round": median}  # fmt: skip
+           "split": split, "step_s_by_round": median, "shortcuts_of_plain_step": ratios}  # fmt: skip
     harness.save(args.json, out)
+
+
+def _ratio(blocks: list[list[float]], plain: list[float]) -> float:
+    """The median over rounds of a block's median step over that of the plain block of its round."""
+    medians = [statistics.median(block[WARM:]) for block in blocks]
+    return statistics.median(a / b for a, b in zip(medians, plain, strict=True))
 
 
 def show(rows: dict[str, dict], split: dict[str, float]) -> None:

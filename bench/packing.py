@@ -31,7 +31,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 from bench import harness
 from bench.harness import ROOT
-from shards.video.picture import scaled_size
+from shards.video.geometry import scaled_size
 from shards.video.profiles import PROFILES, Profile, store
 from shards.video.random_access import pick_frames
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from bench import harness, rivals
 from bench.packing import psnr
-from shards.video.picture import scaled_size
+from shards.video.geometry import scaled_size
 
 PSNR_CLIPS = 4
 COMPRESSED = "compressed, "

@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 
 from c4c.files import looked_in, parse_yaml, read_yaml
-from c4c.settings import CheckpointConfig, EngineConfig, ModelConfig, TrainConfig
-from c4c.training.run_folder import RunConfig, require_wandb
+from c4c.settings import CheckpointConfig, EngineConfig, ModelConfig, TrainConfig, names_weights
+from c4c.training.run_folder import RunConfig, require_wandb, run_of_file
 from c4c.zero.keys import wrong_key
 from pipelines.bounds import WRONG_KIND, convert, kind_name
 from pipelines.config import CacheConfig, ClipsConfig, DataConfig
@@ -39,6 +39,16 @@ class Config:
             raise ValueError(
                 f"clips.bag={self.clips.bag} needs train.loss=mil_nce: {self.train.loss} takes one caption a clip, clips.bag=1"
             )
+        if self.train.captions_per_video > 1 and (self.clips.cut or self.data.paragraph):
+            key = "clips.cut" if self.clips.cut else "data.paragraph"
+            why = "each caption has a clip of its own" if self.clips.cut else "a video's captions are one text"
+            raise ValueError(
+                f"train.captions_per_video={self.train.captions_per_video} and {key} cannot be used together: with {key} {why}"
+            )
+        if self.data.drop_duplicate_captions and self.clips.cut:
+            raise ValueError(
+                "data.drop_duplicate_captions and clips.cut cannot be used together: equal words at other times are other clips"
+            )
         if self.run.deterministic and 0 < self.data.hw_decoder_load < 1:
             raise ValueError(
                 f"run.deterministic with data.hw_decoder_load={self.data.hw_decoder_load}: which decoder a frame meets, and so its "
@@ -50,13 +60,15 @@ class ConfigError(ValueError):
     """A configuration that cannot be used. The message names the key, the file, and what would be right."""
 
 
-def load(name: str, overrides: Sequence[str] = (), search: Sequence[Path] = ()) -> Config:
+def load(
+    name: str, overrides: Sequence[str] = (), search: Sequence[Path] = (), said_in: str = "the command line"
+) -> Config:
     """Read `name` (a path, else a file in one of the `search` folders), follow its `extends:`, apply `key=value` words.
 
-    Raises ConfigError.
+    said_in: where the words were written, for messages. Raises ConfigError.
     """
     tree = _read(_find(name, [Path(), *search]), search, ())
-    _override(tree, overrides)
+    _override(tree, overrides, said_in)
     config = _build(Config, tree, "")
     _check_deepspeed(tree.get("deepspeed"), config.deepspeed)
     return config
@@ -67,12 +79,32 @@ def require(config: Config) -> None:
     for key in ("train", "test"):
         if not getattr(config.data, key):
             raise ConfigError(f"data.{key} is not set: name the folder of a packed split, data.{key}=data/…")
-    if not config.model.init_from:
+    if not config.model.init_from and not names_weights(config.model.backbone):
         raise ConfigError(
             "model.init_from is not set: name an open_clip tag (openai), a weights file, a run folder, or scratch for "
             "random weights"
         )
+    _require_kept_source(config)
     require_wandb(config.run.wandb)
+
+
+def _require_kept_source(config: Config) -> None:
+    """Raise ConfigError if frozen weights, which checkpoints leave out, would not be where they came from once the run has begun."""
+    partial = (config.train.lora or config.train.freeze) and not config.checkpoint.whole
+    name = config.model.init_from or config.model.backbone
+    path, run = Path(name.removeprefix("local-dir:")), Path(config.run.dir)
+    if not partial or name == "scratch" or not path.exists():
+        return
+    around = run_of_file(path)
+    own = run.resolve() in (path.resolve(), around[0].resolve() if around else None)
+    if own or (config.run.resume == "never" and path.resolve().is_relative_to(run.resolve())):
+        moved = config.run.resume == "never"
+        why = "run.resume=never moves that folder aside" if moved else "a run cannot start from itself"
+        key = "model.init_from" if config.model.init_from else "model.backbone"
+        raise ConfigError(
+            f"{key}={name} is in run.dir={config.run.dir}, and {why}: with train.lora or train.freeze, checkpoints leave out the "
+            "frozen weights, which are read from there again. Choose another run.dir, or store all weights with checkpoint.whole=true"
+        )
 
 
 def require_data(data: DataConfig) -> None:
@@ -101,7 +133,7 @@ def override_data(data: DataConfig, overrides: list[str]) -> DataConfig:
     return _build(Config, tree, "").data
 
 
-def _override(tree: dict, overrides: Sequence[str]) -> None:
+def _override(tree: dict, overrides: Sequence[str], said_in: str = "the command line") -> None:
     for word in overrides:
         key, equals, text = word.partition("=")
         if not equals or not key:
@@ -110,7 +142,7 @@ def _override(tree: dict, overrides: Sequence[str]) -> None:
             value = parse_yaml(text)
         except ValueError as error:
             raise ConfigError(f"{_short(word)} on the command line: the value is not YAML: {error}") from error
-        nested = _located(value, "the command line")
+        nested = _located(value, said_in)
         for part in reversed(key.split(".")):
             nested = {part: nested}
         _merge(tree, nested)
@@ -166,7 +198,7 @@ def _find(name: str, search: Sequence[Path]) -> Path:
     for path in candidates:
         if path.is_file():
             return path
-    known = sorted({p.name for folder in search for p in folder.glob("*.yaml")})
+    known = sorted({p.name for folder in search for p in folder.glob("*.yaml") if not p.name.startswith(".")})
     near = difflib.get_close_matches(name, known, 1)
     hint = f"did you mean {near[0]}? " if near else ""
     raise ConfigError(
@@ -187,6 +219,11 @@ def _read(path: Path, search: Sequence[Path], parents: tuple[Path, ...]) -> dict
     if "stages" in text and not parents:
         raise ConfigError(
             f"{path} lists stages: it is for launch/stages.py --cfg. To train one of them, name its own file"
+        )
+    if "tables" in text and not parents:
+        raise ConfigError(
+            f"{path} describes a study: python -m c4c.study --cfg {path.name} runs it. To train one of its cells, name the file of "
+            "its recipe"
         )
     bases = text.pop("extends", None) or []
     bases = [bases] if isinstance(bases, str) else bases

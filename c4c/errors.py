@@ -16,9 +16,19 @@ def speak(error: BaseException, rank: int) -> None:
     if rank or lost:
         time.sleep(OTHERS_FIRST_S)
     text = str(error)
+    if isinstance(error, OSError) and error.strerror and error.filename is None:
+        text = error.strerror  # without its number
     if lost:
         text = f"the connection to another rank broke ({text.strip().partition(chr(10))[0][:200]}): that rank ended first; see its error message"
     print(f"error{f' on rank {rank}' if rank else ''}: {text}", file=sys.stderr, flush=True)
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal that ends the command. more: what a person should know of it, after the signal's name."""
+
+    def __init__(self, by: signal.Signals, more: str = ""):
+        super().__init__(by, more)
+        self.by, self.more = by, more
 
 
 def exit_code(command: Callable[[], int]) -> int:
@@ -43,10 +53,11 @@ def exit_code(command: Callable[[], int]) -> int:
         else:
             raise
         leave(1)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
         if own_rank() == 0:
-            print("stopped by SIGINT", file=sys.stderr, flush=True)
-        return 128 + signal.SIGINT
+            print(f"stopped by {stopped.by.name}{stopped.more}", file=sys.stderr, flush=True)
+        return 128 + stopped.by
 
 
 # What libraries say when another rank's process is gone: gloo's words, then NCCL's and those of torch around it.

@@ -1,65 +1,77 @@
-"""`python -m c4c.export --ckpt runs/x [--tag best] --to model.safetensors`: one file of weights from a run, or from any.
+"""`python -m c4c.export --ckpt runs/x [--tag best] --to PATH [--format F]`: the weights of a run, or of any checkpoint, elsewhere.
 
-model.safetensors   c4c's names; what the model is stands in the file's metadata and in model.json beside it
---official          CLIP4Clip's own layout, as its --init_model reads it (a .bin or .pth file by torch.save)
+c4c           model.safetensors: c4c's names; what the model is stands in the file's metadata and in model.json beside it
+official      CLIP4Clip's own layout, as its --init_model reads it (a .bin or .pth file by torch.save)
+open_clip     a folder for open_clip.create_model_from_pretrained("local-dir:FOLDER")
+transformers  a folder for CLIPModel or SiglipModel.from_pretrained("FOLDER")
+onnx          a folder with video.onnx and text.onnx (opset 18, free numbers of videos, frames, captions and words)
 """
 
 import argparse
-import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from c4c.helptext import NO_EMA
+
 if TYPE_CHECKING:  # imports come after what they would hold up: --help and paths that cannot be
     from c4c.models.clip4clip import CLIP4Clip
+    from pipelines.config import DataConfig
+
+FORMATS = ("c4c", "official", "open_clip", "transformers", "onnx")
+# of each format that is a folder, the file that marks it
+_FOLDERS = {"open_clip": "open_clip_config.json", "transformers": "preprocessor_config.json", "onnx": "c4c.json"}
 
 
-def describe(model: "CLIP4Clip") -> dict:
-    """What `c4c.models.weights.read` needs to build the model again."""
-    return {
-        "spec": model.spec,
-        "head": model.head.name,
-        "linear_patch": model.linear_patch,
-        "blocks": model.blocks,
-        "segments": model.segments,
-    }
+def export(
+    model: "CLIP4Clip", path: Path, format: str = "c4c", data: "DataConfig | None" = None, half: bool = False
+) -> list[str]:
+    """Write the model's weights to `path`; returns notes for people.
+
+    data: how clips and captions are made for it, which goes along where the format can say it; None: as its backbone says.
+    half: fp16, for onnx. Raises ValueError if the path's ending or the model does not suit the format, and OSError.
+    """
+    check_target(path, format, half)
+    if format in ("c4c", "official"):
+        from c4c.models.export import files
+
+        files.write(model, data, path, official=format == "official")
+        return files.unsaid(model, data) if format == "official" else []
+    if format == "onnx":
+        from c4c.models.export import onnx
+
+        return onnx.write(model, data, path, half)
+    from c4c.models.export import huggingface, openclip
+
+    return (openclip if format == "open_clip" else huggingface).write(model, data, path)
 
 
-def export(model: "CLIP4Clip", path: Path, official: bool) -> None:
-    """Write the model's weights to `path`. Raises ValueError if the file's ending or the model does not suit the layout, and
-    OSError."""
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+def check_target(path: Path, format: str, half: bool = False, named: str = "--to") -> None:
+    """Raise ValueError if the path's ending does not suit the format, or it cannot be written there. named: the option."""
+    from c4c.files import looked_in, require_folder, require_writable
 
-    from c4c.files import discard, replace_text, with_usual_mode
-    from c4c.models.weights import to_official
-
-    state = {k: v.detach().contiguous().cpu() for k, v in model.state_dict().items()}
-    check_ending(path, official)
-    beside = path.with_name(f".{path.name}.tmp")
-    try:
-        if official:
-            torch.save(to_official(state, model.spec), beside)
-        else:
-            about = json.dumps(describe(model), sort_keys=True)
-            save_file(state, beside, metadata={"format": "pt", "c4c": about})
-            replace_text({path.with_suffix(".json"): json.dumps(describe(model), indent=2) + "\n"})
-        with_usual_mode(beside)
-        os.replace(beside, path)
-    except (RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
-        reason = str(error).partition("\n")[0]
-        raise OSError(f"{path} could not be written ({reason}): is there room on the disk?") from error
-    finally:
-        discard(beside)
-
-
-def check_ending(path: Path, official: bool) -> None:
-    """Raise ValueError if the file's ending does not suit the layout."""
+    if half and format != "onnx":
+        raise ValueError(f"--half is for --format onnx; --format {format} keeps fp32")
+    if marker := _FOLDERS.get(format):
+        if path.suffix in (".safetensors", ".bin", ".pth", ".pt", ".onnx"):
+            raise ValueError(f"{named} {path}: --format {format} writes a folder; name one, without an ending")
+        require_folder(f"{named} {path}", path)
+        if not path.parent.exists():
+            raise ValueError(
+                f"{named} {path}: there is no folder {path.parent}{looked_in(path)}. Make it first, or name another"
+            )
+        if path.is_dir() and any(path.iterdir()) and not (path / marker).is_file():
+            raise ValueError(f"{named} {path} is a folder with other files in it: name another, or delete it first")
+        return
+    official = format == "official"
     if official != (path.suffix != ".safetensors"):
         right = "any ending but .safetensors" if official else "the ending .safetensors"
-        raise ValueError(f"--to {path}: {'the official' if official else 'this'} layout takes {right}")
+        others = "" if official else f"; for another layout name --format: {', '.join(FORMATS[1:])}"
+        raise ValueError(f"{named} {path}: {'the official' if official else 'this'} layout takes {right}{others}")
+    require_writable(f"{named} {path}", path, _is_weights)
+    if not official:
+        beside = path.with_suffix(".json")
+        require_writable(f"{named} {path} also writes {beside}, which", beside, lambda start: b'"spec"' in start)
 
 
 def _is_weights(start: bytes) -> bool:
@@ -69,40 +81,64 @@ def _is_weights(start: bytes) -> bool:
 
 def main() -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m c4c.export", description="Write a model's weights as one file.")
-    parser.add_argument("--ckpt", type=Path, required=True, help="a run folder, or weights of any kind c4c reads")
-    parser.add_argument("--tag", help="a checkpoint of the run: its name, or best (the latest)")
-    parser.add_argument("--to", type=Path, required=True, help="the file to write")
-    parser.add_argument("--official", action="store_true", help="in the official CLIP4Clip layout")
+    parser = argparse.ArgumentParser(
+        prog="python -m c4c.export", description="Write a model's weights in a layout of c4c or another program.",
+        epilog=(__doc__ or "").partition("\n\n")[2], formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument(
+        "--ckpt", required=True,
+        help="a run folder; weights of any kind that c4c reads; local-dir:DIR, hf-hub:ID, or TAG:BACKBONE",
+    )  # fmt: skip
+    parser.add_argument("--tag", help="a checkpoint of the run: its name, or best (default: the latest)")
+    parser.add_argument("--no-ema", action="store_true", help=NO_EMA)
+    parser.add_argument(
+        "--backbone", help="what a file's weights are of, where it does not say: one of open_clip's names"
+    )
+    parser.add_argument("--to", type=Path, required=True, help="the file or folder to write")
+    parser.add_argument("--format", choices=FORMATS, help="the layout (default: c4c)")
+    parser.add_argument("--official", action="store_true", help="the same as --format official")
+    parser.add_argument("--half", action="store_true", help="with --format onnx: the towers in fp16")
     args = parser.parse_args()
     try:
-        weights, about = run(args.ckpt, args.tag, args.to, args.official)
+        if args.official and args.format not in (None, "official"):
+            raise ValueError(f"--official and --format {args.format} name two layouts: leave one of them away")
+        layout = "official" if args.official else args.format or "c4c"
+        weights, about, notes = run(args.ckpt, args.tag, args.to, layout, args.half, args.backbone, not args.no_ema)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"{args.to}: {about}, {weights / 1e6:.1f} M weights")
+    for note in notes:
+        print(note)
     return 0
 
 
-def run(ckpt: Path, tag: str | None, to: Path, official: bool) -> tuple[int, str]:
-    """Export; returns the number of weights, and head and patches in words. Raises ValueError and OSError."""
-    from c4c.files import require_writable
-    from c4c.training.run_folder import is_run
+def run(
+    ckpt: str, tag: str | None, to: Path, format: str = "c4c", half: bool = False, backbone: str | None = None,
+    ema: bool = True,
+) -> tuple[int, str, list[str]]:  # fmt: skip
+    """Export; returns the number of weights, head and patches in words, and notes. Raises ValueError and OSError.
 
-    check_ending(to, official)
-    require_writable(f"--to {to}", to, _is_weights)
-    if not official:
-        beside = to.with_suffix(".json")
-        require_writable(f"--to {to} also writes {beside}, which", beside, lambda start: b'"spec"' in start)
-    if tag and not is_run(str(ckpt)):
-        raise ValueError(f"--tag {tag} names a run's checkpoint, and {ckpt} is no run folder")
-    from c4c.models.clip4clip import CLIP4Clip
+    tag, backbone, ema: as `c4c.models.pretrained.open_checkpoint` takes them.
+    """
+    from c4c.files import looked_in
+
+    check_target(to, format, half)
+    if ":" not in ckpt and not Path(ckpt).exists():
+        raise ValueError(f"--ckpt {ckpt}: there is no such file or folder{looked_in(ckpt)}")
+    if format == "onnx":
+        from c4c.models.export.onnx import require_packages
+
+        require_packages()
+    from c4c.models.pretrained import open_checkpoint, weights_taken
     from c4c.zero.patches import quiet_libraries
 
     quiet_libraries()
-    model = CLIP4Clip.from_checkpoint(ckpt, tag=tag)
-    export(model, to, official)
-    return sum(p.numel() for p in model.parameters()), f"{model.head.name}, {model.linear_patch}"
+    model, data = open_checkpoint(ckpt, tag, backbone, ema)
+    model.resize_pictures(data.image_size)
+    notes = export(model, to, format, data, half)
+    kind = weights_taken(ckpt, tag, ema)
+    return sum(p.numel() for p in model.parameters()), f"{model.head.name}, {model.linear_patch}{kind}", notes
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.composer import ComposerError
 
 from pipelines.quarantine import json_object
 
@@ -23,10 +24,32 @@ def read_yaml(path: Path) -> Any:
         raise ValueError(f"{path} is not YAML: {error}") from error
 
 
+class _OnceOnly(yaml.SafeLoader):
+    """Refuses a key that a mapping has twice, of which YAML would take the last in silence, and what contains itself."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        known: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in known:
+                    raise ComposerError(None, None, f"the key {key.value} stands twice", key.start_mark)
+                known.add((key.tag, key.value))
+        return node
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            anchor = self.peek_event().anchor
+            if (node := self.anchors.get(anchor)) is not None and node.end_mark is None:
+                mark = self.peek_event().start_mark
+                raise ComposerError(None, None, f"the alias *{anchor} is inside what it stands for", mark)
+        return super().compose_node(parent, index)
+
+
 def parse_yaml(text: str) -> Any:
-    """Raises ValueError: what is wrong, and in which line."""
+    """Raises ValueError: what is wrong, and in which line. A key that stands twice in a mapping is wrong, too."""
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _OnceOnly)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
@@ -68,7 +91,7 @@ def discard(temporary: Path) -> None:
 
 def _write(path: Path, beside: Path, text: str) -> None:
     try:
-        with open(beside, "w") as file:
+        with open(beside, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -1,10 +1,15 @@
-"""What `launch/train.py --help` and `--keys` print. Imports nothing heavy: `--help` is for those who have installed nothing yet."""
+"""What `launch/train.py --help` and `--keys` print, and what several commands say of one option.
+
+Imports nothing heavy: `--help` is for those who have installed nothing yet.
+"""
 
 import argparse
 import textwrap
 from pathlib import Path
 
 from c4c.launched import missing_package
+
+NO_EMA = "of a run with train.ema, take the weights of the last step (default: the averaged ones)"
 
 
 def describe_recipes(folder: Path) -> str:
@@ -13,7 +18,7 @@ def describe_recipes(folder: Path) -> str:
     lines = [
         f"  {name:25} {textwrap.shorten(text.partition(chr(10))[0].lstrip('# '), 90, placeholder=' …')}"
         for name, text in texts.items()
-        if "\nstages:" not in text  # which launch/stages.py runs
+        if "\nstages:" not in text and "\ntables:" not in text  # which launch/stages.py and c4c.study run
     ]
     return (
         "recipes in launch/cfg:\n" + "\n".join(lines) + "\n\n"

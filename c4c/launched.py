@@ -1,7 +1,10 @@
 """What a launcher told this process, and how to start it again. Imports nothing heavy: it is asked before torch is there."""
 
+import codecs
 import errno
 import gc
+import io
+import json
 import os
 import shlex
 import signal
@@ -59,11 +62,33 @@ class Lossy:
 
 def open_streams() -> None:
     """Give a process that was started without standard output or error somewhere to write: libraries do not ask. Errors and
-    reports that nobody can read any more end no run."""
+    reports that nobody can read any more end no run, nor do names in letters that the terminal's encoding lacks."""
     nowhere = [name for name in ("stdout", "stderr") if getattr(sys, name) is None]
     for name in nowhere:
         setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 for as long as the process lives
+    codecs.register_error("c4c-escape", _escaped)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # it is not, for instance, in a notebook
+            stream.reconfigure(errors="c4c-escape")
     sys.stderr = Lossy(sys.stderr)
+
+
+def _escaped(error: UnicodeError) -> tuple[str, int]:
+    """For characters that a stream's encoding lacks: as in JSON, so that lines of JSON stay valid."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
+
+
+@contextmanager
+def seen_enough() -> Iterator[None]:
+    """What is printed inside may end early: a reader such as `| head` has what it wants. What is printed later goes nowhere."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def own_rank() -> int:
@@ -103,9 +128,9 @@ def require_port() -> None:
     """On rank 0: raise ValueError if another program has the port at which the ranks are to meet; a single rank takes another."""
     env = os.environ
     meets_at_agent = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if own_rank() or meets_at_agent or "MASTER_PORT" not in env or _is_free(port := int(env["MASTER_PORT"])):
+    if own_rank() or meets_at_agent or "MASTER_PORT" not in env or is_free(port := int(env["MASTER_PORT"])):
         return
-    free = next((p for p in range(port + 1, 65536) if _is_free(p)), None) or free_port()
+    free = next((p for p in range(port + 1, 65536) if is_free(p)), None) or free_port()
     if env.get("WORLD_SIZE") == "1":
         env["MASTER_PORT"] = str(free)
         return
@@ -115,7 +140,8 @@ def require_port() -> None:
     )
 
 
-def _is_free(port: int) -> bool:
+def is_free(port: int) -> bool:
+    """Whether no other program listens at a port of this machine."""
     with socket.socket() as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a run that has just ended does not hold it
         try:

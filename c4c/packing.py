@@ -9,8 +9,7 @@ from rich.table import Column, Table
 from c4c import shard_console
 from c4c.files import require_folder
 from c4c.shard_console import bar, say
-from pipelines.config import DataConfig
-from pipelines.lengths import TOKENIZER, Lengths
+from pipelines.lengths import TOKENIZER, USUAL, Lengths
 from shards import ShardError, count
 from shards.annotations import Item
 from shards.packing.worker import Progress
@@ -111,14 +110,14 @@ def closing(info: dict, out: Path, items: list[Item], reconciled: bool) -> None:
         say(f"see {out / 'rejects.jsonl'}", f"{lost}:")
     if reconciled and "reconciliation" in info:
         _reconcile(info["reconciliation"])
-    lengths = Lengths(DataConfig.max_words)
+    lengths = Lengths(USUAL)
     for item in items:
         lengths.add(caption.text for caption in item.captions)
     if lengths.cut:
         say(
             f"{lengths.cut} of {lengths.captions} captions in the annotations {'is' if lengths.cut == 1 else 'are'} longer than "
-            f"{lengths.limit} tokens ({TOKENIZER}, start and end included; the longest has {lengths.longest}): training cuts "
-            "them unless data.max_words is higher",
+            f"{lengths.limit} tokens ({TOKENIZER}, start and end included; the longest has {lengths.longest}): they are "
+            f"cut with data.max_words={lengths.limit}, and by backbones that take no more",
             "note",
         )
 

@@ -8,13 +8,27 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from c4c.merging import Merging
 from c4c.training.lr_schedule import lr_factor, official_lr_factor
 from pipelines.bounds import COUNT, MONTH_S, check_values
 
 PRECISIONS = ("bf16", "fp16", "fp32")
 OFFLOADS = ("none", "optimizer", "all")
 SCHEDULES = ("mmaction2", "official")
-LOSSES = ("cross_entropy", "mil_nce")
+LOSSES = ("cross_entropy", "mil_nce", "sigmoid")
+_CANNOT = {  # loss: {setting: why not}
+    "sigmoid": {
+        "captions_per_video": "it judges pairs of one caption and one video",
+        "label_smoothing": "it judges each pair by itself, so there is no row of candidates to spread a target over",
+    },
+    "mil_nce": {
+        "captions_per_video": "its bags are the captions said around a clip (clips.bag)",
+        "label_smoothing": "it has no target of its own for each caption of a bag",
+        "mask_equal_captions": "its bags are matched as a whole, and some of their captions are expected not to fit",
+        "decorrelation": "some captions of a bag are expected not to fit their clip, so their channels should not agree",
+    },
+}
+LORA_ON = ("attention", "mlp", "all")
 DECAYS = ("mmaction2", "official")
 
 
@@ -22,27 +36,55 @@ DECAYS = ("mmaction2", "official")
 class ModelConfig:
     """Which towers, which head, and where the weights come from."""
 
-    backbone: str = "ViT-B-32"  # a name open_clip knows, or one in c4c/models/backbones
+    # a name that open_clip knows (python -m c4c.backbones lists them), hf-hub:ID, local-dir:DIR, or one in c4c/models/backbones
+    backbone: str = "ViT-B-32"
     head: str = "meanP"
     head_layers: int = 4  # transformer blocks of the heads that have some
     linear_patch: str = "2d"  # 3d: the patch embedding also spans three frames
-    init_from: str = ""  # an open_clip tag (openai, ...), a weights file, a run folder, or scratch
+    # patch tokens of a frame that each block of the image tower merges into similar ones (ToMe's r), of open_clip's ViTs. 0: none
+    merge: int = 0
+    # with merge, blocks from 0 before which each two neighbouring clips, frames at first, become one: [8, 10]
+    merge_frames: tuple[int, ...] = ()
+    # an open_clip tag (openai, ...), a weights file, a run folder, or scratch; empty: what hf-hub: and local-dir: bring
+    init_from: str = ""
     init_tag: str = ""  # which checkpoint of a run folder: its name, or best; empty: the latest
+    init_ema: bool = True  # of a run with train.ema, its averaged weights; false: those of the last step
 
     def __post_init__(self):
-        check_values("model", self, {"head_layers": (1, 1000)})
+        check_values("model", self, {"head_layers": (1, 1000), "merge": (0, COUNT)})
+        _ = self.merging  # which checks them
         _check_backbone(self.backbone)
         if self.head not in (heads := _heads()):
             raise ValueError(f"model.head must be one of {', '.join(heads)}; got {self.head!r}")
         if self.linear_patch not in ("2d", "3d"):
             raise ValueError(f"model.linear_patch must be 2d or 3d; got {self.linear_patch!r}")
+        if self.merge and self.linear_patch == "3d":
+            raise ValueError(
+                f"model.merge={self.merge} and model.linear_patch=3d cannot be used together: set model.linear_patch=2d"
+            )
+
+    @property
+    def merging(self) -> Merging:
+        """Both of merge and merge_frames."""
+        return Merging(tokens=self.merge, joins=self.merge_frames)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How long, how fast. The defaults are mmaction2's CLIP4Clip recipe on MSR-VTT."""
 
-    loss: str = "cross_entropy"  # of pairs, both ways; or mil_nce, of clips and bags of captions (clips.bag)
+    # of pairs, both ways; or sigmoid (SigLIP's), each pair by itself; or mil_nce, of clips and bags of captions (clips.bag)
+    loss: str = "cross_entropy"
+    logit_bias: float = -10.0  # loss=sigmoid: the bias at the start, where the weights bring none
+    # N > 1: a row of a batch is a video with N of its captions, each of which has it as its match; batch_size counts videos then
+    captions_per_video: int = 1
+    label_smoothing: float = 0.0  # loss=cross_entropy: share of each target that is spread evenly over the row, 0.1 say
+    # captions of a batch with the same tokens, of different videos, are no negatives of each other's videos
+    mask_equal_captions: bool = False
+    decorrelation: float = 0.0  # weight of DRL's channel decorrelation (CDCR) beside the loss; DRL's is 0.001. 0: off
+    decorrelation_off_diagonal: float = (
+        0.06  # in it, weight of channels that correlate with others; of those that match: 1
+    )
     batch_size: int = 128  # pairs a step, over all ranks
     micro_batch_size: int = (
         0  # pairs a rank encodes at once; fewer than its share: gradient caching. 0: its whole share
@@ -67,7 +109,19 @@ class TrainConfig:
     betas: tuple[float, ...] = (0.9, 0.999)
     eps: float = 1e-8
     bias_correction: bool = True  # of Adam's moments; BertAdam has none
+    # decay of an exponential moving average of the trained weights, which validation, evaluation and export then take; 0: none
+    ema: float = 0.0
+    # of a tower of K blocks, block k learns at layer_decay ** (K - k) of its rate, and the embeddings at layer_decay ** (K + 1)
+    layer_decay: float = 1.0
     freeze_layers: int = -1  # N >= 0: freeze the towers' embeddings and blocks below N
+    # text, video, head, temperature; video.embeddings, text.blocks.0-5; or patterns of weights' names or their ends, ln_1.*
+    freeze: str | tuple[str, ...] = ()
+    # rank of LoRA: the towers are frozen, and two small matrices learn beside each of theirs that is not in train.freeze. 0: off
+    lora: int = 0
+    lora_alpha: float = 16.0  # what the two matrices add counts lora_alpha / lora times
+    lora_on: str = "attention"  # which matrices of the towers' blocks: attention, mlp, or all
+    # what is trained beside LoRA, in the words of train.freeze: [ln_*, clip.visual.proj]
+    lora_also: str | tuple[str, ...] = ()
     eval_every: int = 1  # epochs between validations; 0: only at the end
     eval_every_steps: int = 0  # steps between further validations, each with a checkpoint; 0: none
     patience: int = 0  # the run ends after so many validations in a row without a better t2v R@1; 0: never
@@ -81,8 +135,12 @@ class TrainConfig:
         shares = dict.fromkeys(("warmup_start", "warmup_fraction"), (0, 1))
         check_values("train", self, {
             **counts, **rates, **shares, **dict.fromkeys(epochs, (0, 1_000_000)), "freeze_layers": (-1, COUNT),
-            **dict.fromkeys(("batch_size", "accumulate", "max_bad_steps"), (1, COUNT)),
+            **dict.fromkeys(("batch_size", "accumulate", "max_bad_steps"), (1, COUNT)), "layer_decay": (0, 1),
+            "lora": (0, COUNT), "lora_alpha": (0, math.inf), "ema": (0, 1), "captions_per_video": (1, 1000),
+            "label_smoothing": (0, 1), **dict.fromkeys(("decorrelation", "decorrelation_off_diagonal"), (0, math.inf)),
         })  # fmt: skip
+        if self.ema == 1:
+            raise ValueError("train.ema=1 would keep the weights of the start: set it below 1, for example 0.999")
         if not self.epochs and not self.max_steps:
             raise ValueError(
                 "train.epochs=0 trains nothing: set it or train.max_steps above 0. launch/eval.py --ckpt evaluates weights "
@@ -95,9 +153,34 @@ class TrainConfig:
             )
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"train.betas must be two numbers from 0 to below 1; got {self.betas}")
-        for name, known in (("schedule", SCHEDULES), ("decay", DECAYS), ("loss", LOSSES)):
+        for name, known in (("schedule", SCHEDULES), ("decay", DECAYS), ("loss", LOSSES), ("lora_on", LORA_ON)):
             if getattr(self, name) not in known:
                 raise ValueError(f"train.{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
+        self._check_lora()
+        self._check_loss()
+
+    def _check_lora(self) -> None:
+        if not self.layer_decay or not self.lora_alpha:
+            key = "lora_alpha" if self.layer_decay else "layer_decay"
+            raise ValueError(f"train.{key}=0 would train nothing: it must be above 0")
+        if self.lora_also and not self.lora:
+            raise ValueError("train.lora_also names what is trained beside LoRA: set train.lora to a rank as well")
+
+    def _check_loss(self) -> None:
+        if self.label_smoothing == 1:
+            raise ValueError("train.label_smoothing=1 leaves nothing of the matches: it must be below 1")
+        reasons = _CANNOT.get(self.loss, {})
+        for name, reason in reasons.items():
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ValueError(
+                    f"train.{name}={getattr(self, name)} and train.loss={self.loss} cannot be used together: {reason}. Leave train.{name} "
+                    "out, or set train.loss=cross_entropy"
+                )
+
+    @property
+    def row(self) -> str:
+        """What a row of a batch is called."""
+        return "pair" if self.captions_per_video == 1 else "video"
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Steps of the run."""
@@ -136,6 +219,11 @@ class EngineConfig:
     offload: str = "none"  # to the host's memory: optimizer (masters and moments; ZeRO 1-3), all (weights too; ZeRO 3)
     compile: bool = False  # the towers, by torch.compile
     activation_checkpointing: bool = False  # recompute activations inside blocks: less memory, a second forward pass
+    # three shorter ways to the same step, up to rounding. Frames stay bytes up to the patch embedding, whose weights normalise them
+    fold_pixels: bool = False
+    # in training, the text tower does not see the padding behind the longest caption of a batch, or of a micro-batch
+    trim_captions: bool = False
+    share_captions: bool = False  # in training, equal captions of a batch, or of a micro-batch, are encoded once
     timeout_s: float = 1800.0  # a rank that takes longer for one step is considered dead: the run ends and names it
 
     def __post_init__(self):
@@ -164,6 +252,8 @@ class CheckpointConfig:
     every_minutes: float = 0.0  # 0: never by the clock
     keep_last: int = 2  # newest checkpoints
     keep_best: int = 1  # checkpoints with the best validated text-to-video R@1, in addition
+    # hold frozen weights too, which with train.lora or train.freeze are left out and read from model.init_from again
+    whole: bool = False
 
     def __post_init__(self):
         counts = dict.fromkeys(("every_steps", "keep_best"), (0, COUNT))
@@ -174,26 +264,30 @@ class CheckpointConfig:
             )
 
 
-def _check_backbone(name: str) -> None:
-    """Raise ValueError if open_clip has no such model. What kind of model it is c4c.models.towers sees when it is built."""
-    if "open_clip" in sys.modules or ":" in name:  # which may have been told of more models
-        from c4c.models import towers
+def names_weights(backbone: str) -> bool:
+    """Whether a backbone's name means weights as well as towers: hf-hub:ID, local-dir:DIR, or a folder with open_clip's config."""
+    return backbone.startswith(("hf-hub:", "local-dir:")) or (Path(backbone) / "open_clip_config.json").is_file()
 
-        towers.named(name)
+
+def _check_backbone(name: str) -> None:
+    """Raise ValueError if open_clip has no such model. Whether it can be used c4c.models.backbone sees."""
+    if names_weights(name):
         return
-    spec = importlib.util.find_spec("open_clip")
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("No module named 'open_clip'", name="open_clip")
-    package = Path(spec.origin).parent
-    known = {
-        file.stem for folder in (package / "model_configs", _MODELS / "backbones") for file in folder.glob("*.json")
-    }
+    if "open_clip" in sys.modules:  # which may have been told of more models
+        known = set(sys.modules["open_clip"].list_models())
+    else:
+        spec = importlib.util.find_spec("open_clip")
+        if spec is None or spec.origin is None:
+            raise ModuleNotFoundError("No module named 'open_clip'", name="open_clip")
+        folder = Path(spec.origin).parent / "model_configs"
+        known = {file.stem for file in folder.glob("*.json")}
+    known |= {file.stem for file in (_MODELS / "backbones").glob("*.json")}
     if name not in known:
-        near = difflib.get_close_matches(name, sorted(known), 1)
+        near = difflib.get_close_matches(name.replace("/", "-"), sorted(known), 1)
         hint = f"Did you mean {near[0]}? " if near else ""
         raise ValueError(
-            f"model.backbone={name}: open_clip knows no such model. {hint}Names are like ViT-B-32, ViT-B-16, ViT-L-14; "
-            "python -c 'import open_clip; print(open_clip.list_models())' prints all"
+            f"model.backbone={name}: open_clip knows no such model. {hint}python -m c4c.backbones lists all; a folder with "
+            "open_clip_config.json is named local-dir:DIR"
         )
 
 

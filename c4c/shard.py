@@ -19,7 +19,7 @@ from shards.limits import POSITIVE, SEED, Limits
 from shards.packing.pack import finish_parts, missing, pack
 from shards.storage import is_remote, place
 from shards.tools.info import title
-from shards.video.profiles import CHROMAS, ENCODERS, FPS, GOP, PROFILES, QUALITY, SHORT_SIDE, Profile
+from shards.video.profiles import CHROMAS, ENCODERS, FPS, GOP, PROFILES, QUALITY, SIDE, Profile
 
 _TIMEOUT = Limits(float, 0, 1e6)  # seconds
 
@@ -82,9 +82,18 @@ def _add_profile(options: argparse.ArgumentParser) -> None:
     options.add_argument(
         "--fps", type=FPS, default=default.fps, help="frames kept a second; 240 keeps all; not for copy (%(default)s)"
     )
-    options.add_argument(
-        "--short-side", type=SHORT_SIDE, default=None, metavar="PX",
+    sides = options.add_mutually_exclusive_group()
+    sides.add_argument(
+        "--short-side", type=SIDE, default=None, metavar="PX",
         help=f"scale the short side to this; not for copy ({default.short_side}; demo: 64)",
+    )  # fmt: skip
+    sides.add_argument(
+        "--squash", type=SIDE, default=None, metavar="PX",
+        help="scale both sides to this, whatever the shape: for backbones with data.resize_mode=squash, and no others",
+    )  # fmt: skip
+    sides.add_argument(
+        "--long-side", type=SIDE, default=None, metavar="PX",
+        help="scale the long side to this: for backbones with data.resize_mode=longest",
     )  # fmt: skip
     options.add_argument(
         "--quality", type=QUALITY, default=None,
@@ -236,7 +245,7 @@ def _pack(
 ) -> int:  # fmt: skip
     profile = Profile(
         name=args.profile, fps=args.fps, short_side=short_side if args.short_side is None else args.short_side,
-        quality=args.quality, chroma=args.chroma, gop=args.gop, encoder=args.encoder,
+        long_side=args.long_side or 0, squash=args.squash or 0, quality=args.quality, chroma=args.chroma, gop=args.gop, encoder=args.encoder,
     ).resolved()  # fmt: skip
     for text in _unused(args, profile):
         say(text, "note")

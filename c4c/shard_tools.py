@@ -14,8 +14,7 @@ from rich.table import Column, Table
 
 from c4c.files import require_folder, require_writable
 from c4c.shard_console import bar, plain, say, size, task
-from pipelines.config import DataConfig
-from pipelines.lengths import CONTEXT, TOKENIZER, Lengths
+from pipelines.lengths import CONTEXT, TOKENIZER, USUAL, Lengths
 from shards import ShardError, count
 from shards.annotations.text import read_lines
 from shards.limits import POSITIVE, SEED
@@ -173,8 +172,8 @@ def _info(args) -> int:
 
 
 def token_lengths(path: Path) -> dict[int, Lengths]:
-    """Which captions are longer than the default of data.max_words, and than the context of CLIP's text tower."""
-    lengths = {limit: Lengths(limit) for limit in (DataConfig.max_words, CONTEXT)}
+    """Which captions are longer than CLIP4Clip's recipe takes, and than the context of CLIP's text tower."""
+    lengths = {limit: Lengths(limit) for limit in (USUAL, CONTEXT)}
     for table in tables(Split(path), ["captions"]):
         for row in table.column("captions").to_pylist():
             for of_limit in lengths.values():

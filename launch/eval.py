@@ -1,17 +1,19 @@
 """Evaluate a run, or any checkpoint:  python launch/eval.py --ckpt runs/demo [--tag best] [--json out.json]
 
 python launch/eval.py --ckpt openai:ViT-B-32 --data data/msrvtt/test [data.num_frames=8]
+python launch/eval.py --ckpt weights.safetensors --backbone ViT-B-32 --data data/msrvtt/test
+python launch/eval.py --ckpt runs/msrvtt --report report.html --dump scores.npz --rerank dsl qbnorm
 deepspeed launch/eval.py --ckpt runs/msrvtt          # several ranks share the videos; torchrun and srun start it as well
 """
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))  # outside its environment too: then an error says what to do
 
 from c4c.errors import exit_code
+from c4c.helptext import NO_EMA
 from c4c.launched import let_threads_sleep, quick_imports
 
 
@@ -24,16 +26,39 @@ def main() -> int:
     )
     parser.add_argument(
         "--ckpt", required=True,
-        help="a run folder; a file of weights (CLIP4Clip, mmaction2, OpenAI, open_clip, safetensors); or TAG:BACKBONE as "
-        "open_clip names them, openai:ViT-B-32",
+        help="a run folder; a file of weights (CLIP4Clip, mmaction2, OpenAI, open_clip, transformers, safetensors); a folder "
+        "of open_clip's or transformers', or local-dir:DIR, hf-hub:ID; or TAG:BACKBONE as open_clip names them, openai:ViT-B-32",
     )  # fmt: skip
+    parser.add_argument(
+        "--backbone",
+        help="what a file's weights are of, where it does not say (open_clip's files do not): one of open_clip's names, ViT-B-32",
+    )
     parser.add_argument(
         "--tag",
         help="a checkpoint of the run: its name, or `--tag best` for the best validated one (default: the latest)",
     )
-    parser.add_argument("--data", help="a packed split (default: the run's own data.test)")
-    parser.add_argument("--json", type=Path, help="write the metrics here too")
-    parser.add_argument("--ranks", type=Path, help="write each text's rank here, one JSON object a line")
+    parser.add_argument("--no-ema", action="store_true", help=NO_EMA)
+    parser.add_argument(
+        "--data", nargs="+", action="append", metavar="SPLIT", help="packed splits (default: the run's own data.test)"
+    )
+    _add_outputs(parser)
+    parser.add_argument("--clips", type=int, default=1, metavar="N", help="encode N evenly shifted clips of each video")
+    parser.add_argument(
+        "--crops", type=int, default=1, choices=(1, 3), help="3: the start, centre and end of the long side"
+    )
+    parser.add_argument(
+        "--rerank", nargs="+", metavar="METHOD",
+        help="rank with corrected scores too, in rows of their own: dsl (dual softmax, which sees all test queries) and qbnorm "
+        "(querybank normalisation, with a bank of training captions)",
+    )  # fmt: skip
+    parser.add_argument("--bank", metavar="SPLIT", help="for qbnorm, whose captions (default: the run's data.train)")
+    parser.add_argument(
+        "--bank-videos", action="store_true", help="for qbnorm, encode its videos for video to text too"
+    )
+    parser.add_argument(
+        "--merge", type=int, metavar="N", help="model.merge, other than the checkpoint's: tokens a frame that each block merges"
+    )  # fmt: skip
+    parser.add_argument("--merge-frames", metavar="BLOCKS", help="with --merge, as model.merge_frames: 8,10")
     parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # launchers pass it
     parser.add_argument(
@@ -43,39 +68,28 @@ def main() -> int:
     return exit_code(lambda: run(args))
 
 
+def _add_outputs(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--json", type=Path, metavar="FILE", help="write the metrics here too")
+    add("--ranks", type=Path, metavar="FILE", help="write each text's rank here, one JSON object a line")
+    add(
+        "--dump", type=Path, metavar="FILE",
+        help="write the scores here: .npz or .parquet, or .pkl as mmaction2's test dumps features",
+    )  # fmt: skip
+    add("--report", type=Path, metavar="FILE.html", help="write a page of evidence here")
+    add("--topk", type=int, metavar="K", help="print the K best videos of each text, one JSON object a line")
+    add("--topk-to", type=Path, metavar="FILE", help="write them here instead")
+
+
 def run(args: argparse.Namespace) -> int:
     """Evaluate. Mistakes are found first; what takes long to import comes after that."""
-    from c4c.config import from_dict, override_data
-    from c4c.files import require_writable
-    from c4c.training.run_folder import is_run, read_config
-    from pipelines.config import DataConfig
-    from shards.split import Split
-    from shards.storage import is_remote, place
+    from c4c.retrieval.request import checked
 
-    if args.device and not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
-        raise ValueError(f"--device {args.device}: must be cpu, cuda or cuda:N")
-    for option in ("ckpt", "data"):
-        if getattr(args, option) == "":
-            raise ValueError(f"--{option} is empty: is a variable of the shell not set?")
-    if args.json:
-        require_writable(f"--json {args.json}", args.json, lambda start: b'"t2v"' in start)
-    if args.ranks:
-        require_writable(f"--ranks {args.ranks}", args.ranks, lambda start: start.startswith(b'{"rank"'))
-        if args.json and args.json.resolve() == args.ranks.resolve():
-            raise ValueError(f"--json and --ranks both name {args.ranks}: name two files")
-    words = [*args.overrides, *([f"data.test={args.data}"] if args.data else [])]
-    named = from_dict(read_config(Path(args.ckpt))).data if is_run(args.ckpt) else DataConfig()
-    asked = override_data(named, words)
-    if not (test := asked.test):
-        raise ValueError("--data is not given: name the folder of a packed split")
-    if args.ranks and is_remote(place(test)):
-        raise ValueError(f"--ranks {args.ranks}: {test} is remote; copy the split to a disk, which --ranks needs")
-    split = Split(test, asked.local)
-
+    request = checked(args)
     with quick_imports():
         from c4c.retrieval.evaluate import evaluate_checkpoint
 
-    evaluate_checkpoint(args.ckpt, args.tag, split, words, args.device, args.json, args.ranks)
+    evaluate_checkpoint(request)
     return 0
 
 

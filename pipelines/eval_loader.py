@@ -13,23 +13,23 @@ from pipelines.running import LaneLoader, require_opened
 from pipelines.stages.transfer import handed_over
 from pipelines.stats import Stats
 from shards import ShardError
-from shards.split import Split
+from shards.dataset import Dataset
 
 
 class EvalLoader(LaneLoader[BatchPlan]):
-    """Every video of a split once, in order, for evaluation; ranks take turns.
+    """Every video of a split once, in order, for evaluation; ranks take turns, `block` videos each.
 
     Each rank gets the same number of batches (collectives need that); a rank without videos left gets empty ones. `raw`
-    leaves the normalisation to whoever asked.
+    leaves the normalisation to whoever asked. clip: see `clip_request`.
     """
 
     def __init__(
-        self, split: Split, config: DataConfig, *, rank: int = 0, world: int = 1, device: torch.device | str = "cpu",
-        raw: bool = False,
+        self, split: Dataset, config: DataConfig, *, rank: int = 0, world: int = 1, device: torch.device | str = "cpu",
+        raw: bool = False, block: int = 1, clip: tuple[int, int] = (0, 1),
     ):  # fmt: skip
         require_opened(split)
-        self.split, self.config = split, config
-        self._requests = EvalRequests(split, config, rank, world)
+        self.split, self.config = split, (config := config.filled())
+        self._requests = EvalRequests(split, config, rank, world, block, clip)
         super().__init__(Lane(split, config, torch.device(device), config.eval_batch_size, raw=raw))
 
     def __len__(self) -> int:

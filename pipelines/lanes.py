@@ -1,7 +1,7 @@
 """How clips of a split become frames: which stages, by what the sample table says and what the machine has.
 
 `intra`  each frame's JPEG is sliced out of the shard and decoded alone (libjpeg-turbo, or nvJPEG on a GPU), and of it
-         only the crop; nothing is resized where the stored short side is the recipe's
+         only the crop; nothing is resized where frames are stored as the recipe scales them
 `video`  the wanted frames are decoded out of the stored video (NVDEC on a GPU, but for videos that stages/nvdec.py leaves
          out; those, and all without a GPU, PyAV decodes: it goes by the frame table to the keyframe before, as DALI's
          CPU decoder has no H.264, and torch resizes, see stages/resize.py)
@@ -11,7 +11,6 @@ decoded frames may stand between the two. Sizes are given exactly as PIL/torchvi
 GPU gets frames that the CPU decoded.
 """
 
-import os
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -22,7 +21,9 @@ import torch
 from pipelines import probe
 from pipelines.chain import Stage, Stream, chain
 from pipelines.config import CacheConfig, DataConfig
+from pipelines.cores import cores
 from pipelines.frame_sampling import candidates, choose, distinct, draws
+from pipelines.geometry import require_shape
 from pipelines.remote_prefetch import RemotePrefetch, share_of, span
 from pipelines.requests import BatchPlan, ClipRequest, Sample
 from pipelines.stages.augment import augments
@@ -39,7 +40,7 @@ from pipelines.stats import Stats
 from pipelines.workers import Hung, InOrder, Workers
 from shards.dataset import Dataset
 from shards.schema import Video
-from shards.video.picture import scaled_size
+from shards.video.geometry import stored_geometry
 
 _BYTES_A_THREAD = 8 << 20  # of frames that a CPU makes at once: more fall out of its caches before they are used
 _UNITS_TO_CACHE = 1024  # frames the graph takes at once where all frames of a video may be kept
@@ -47,8 +48,8 @@ _UNITS_TO_CACHE = 1024  # frames the graph takes at once where all frames of a v
 
 def _threads(device: torch.device) -> int:
     """Of a rank, as far as the machine's cores go; beside a GPU two are left to whoever launches the step."""
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, cores - 2 if device.type == "cuda" and cores > 4 else cores)
+    own = cores()
+    return own - 2 if device.type == "cuda" and own > 4 else own
 
 
 def require_decoder(split: Dataset, config: DataConfig, device: torch.device) -> None:
@@ -73,7 +74,9 @@ def _where(device: torch.device, lane: str, config: DataConfig) -> tuple[torch.d
 
 
 def lane_name(split: Dataset, config: DataConfig) -> str:
-    """The lane that suits a split. Raises ValueError if the one asked for does not."""
+    """The lane that suits a split. Raises ValueError if the one asked for does not, or if its pictures do not suit the recipe."""
+    for part in split.parts if config.resize_mode else ():  # else it is not known yet
+        require_shape(part, config)
     intra = split.info["profile"]["name"] == "intra"
     if config.lane == "intra" and not intra:
         raise ValueError(
@@ -100,6 +103,7 @@ class Lane:
         training: bool = False,
         raw: bool = False,
     ):
+        config = config.filled()
         self.name = lane_name(split, config)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
@@ -318,12 +322,14 @@ class Lane:
         config = self._config
         source = "files" if self._nvdec else "jpegs" if self.name == "intra" else "pictures"
         splits = self._split.parts
-        stored = {split.info["profile"].get("short_side") for split in splits}
-        resize = not (self.name == "intra" and stored == {config.short_side})
+        stored = {stored_geometry(split.info["profile"]) for split in splits}
+        # other codecs store even sides, which may be a pixel less than the recipe's
+        exact = self.name == "intra" or config.resize_mode == "squash"
+        resize = not (exact and stored == {config.geometry})
         if self._augments and not self._uncropped:
-            plan = Plan(source, resize or config.random_crop > 0, augment=True, roi=self._roi)
+            plan = self._plan(source, resize or config.random_crop > 0, augment=True, roi=self._roi)
         else:
-            plan = Plan(source, resize, self._uncropped, roi=self._roi)
+            plan = self._plan(source, resize, uncropped=self._uncropped, roi=self._roi)
         units = self._rows * (1 if self._nvdec else config.num_frames)
         if self._decoding.type == "cpu":
             held = self.threads * _BYTES_A_THREAD // (config.image_size**2 * 3)
@@ -337,9 +343,16 @@ class Lane:
         """From cached pictures to frames, where training augments them."""
         if not self._uncropped:
             return None
-        config, plan = self._config, Plan("pictures", self._config.random_crop > 0, augment=True)
+        config, plan = self._config, self._plan("pictures", self._config.random_crop > 0, augment=True)
         units = self._rows * config.num_frames
         return Decoder(plan, config, units, self._rows, self._decoding, self.threads, scaled=True)
+
+    def _plan(
+        self, source: str, resize: bool, *, uncropped: bool = False, augment: bool = False, roi: bool = True
+    ) -> Plan:
+        config = self._config
+        fill = config.fill if config.resize_mode == "longest" and not uncropped else None
+        return Plan(source, resize, uncropped, augment, roi, fill, config.interpolation)
 
     def _open_cache(self, cache: CacheConfig) -> FrameCache:
         config, split = self._config, self._split
@@ -360,10 +373,17 @@ class Lane:
             "resize": config.short_side,
             "crop": 0 if self._augments else config.image_size,
         }
+        # left out where it is what caches of before hold
+        unlike = {"resize mode": config.resize_mode, "interpolation": config.interpolation}
+        what |= {name: value for name, value in unlike.items() if value not in ("shortest", "bicubic")}
+        if config.resize_mode == "longest" and not self._augments:
+            what["fill"] = config.fill
+        if config.crop != "centre" and not self._augments:
+            what["crop at"] = config.crop
         if self._decoding.type == "cuda" and config.hw_decoder_load:
             what["JPEG engines"] = config.hw_decoder_load
         first = split.video(0)
         request = ClipRequest(first, choose(first, config.sampling, config.num_frames, config.fps))
-        width, height = scaled_size(first.width, first.height, config.short_side)
+        width, height = config.geometry.size(first.width, first.height)
         area = width * height if self._augments else config.image_size**2
         return FrameCache(cache, what, len(split), len(self._cacheable(request)) * area * 3)

@@ -5,8 +5,8 @@ The tokenizer is CLIP's, as `pipelines.tokens` has it from open_clip, whose voca
 
 import gzip
 import html
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.util import find_spec
 from itertools import pairwise
@@ -14,6 +14,7 @@ from pathlib import Path
 
 TOKENIZER = "CLIP's tokenizer"
 CONTEXT = 77  # tokens that CLIP's text tower takes
+USUAL = 32  # tokens that CLIP4Clip's own recipe takes
 _MERGES = 48894  # lines of the vocabulary that CLIP uses
 _PARTS = r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # what is a token at most
 _LONG = 200  # bytes of a word without spaces, above which its tokens are counted by its halves
@@ -22,17 +23,21 @@ _SPECIAL = ("<start_of_text>", "<end_of_text>")
 
 @dataclass
 class Lengths:
-    """Of captions in tokens, start and end included: how many there are, how many are above a limit, and the longest."""
+    """Of captions in tokens, start and end included: how many there are, how many are above a limit, and the longest.
+
+    of_caption: counts those of one; CLIP's.
+    """
 
     limit: int
     captions: int = 0
     cut: int = 0
     longest: int = 0
+    of_caption: Callable[[str], int] = field(default_factory=lambda: token_count, repr=False, compare=False)
 
     def add(self, texts: Iterable[str]) -> None:
         """Count these captions, too."""
         for text in texts:
-            tokens = token_count(text)
+            tokens = self.of_caption(text)
             self.captions += 1
             self.cut += tokens > self.limit
             self.longest = max(self.longest, tokens)

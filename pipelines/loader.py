@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from pipelines import narration
+from pipelines.captions import CaptionGroups
 from pipelines.chain import Stage, Stream, chain
 from pipelines.config import CacheConfig, ClipsConfig, DataConfig
 from pipelines.lanes import Lane
@@ -23,7 +24,7 @@ from pipelines.requests import BatchPlan, Sample, TrainingRequests
 from pipelines.running import LaneLoader, require_opened
 from pipelines.stages.transfer import handed_over, recorded, to_device
 from pipelines.stats import Stats
-from pipelines.tokens import tokenize
+from pipelines.tokens import Tokenizer, clips_tokenizer
 from shards import ShardError
 from shards.dataset import Dataset
 
@@ -33,11 +34,16 @@ class Batch:
     """One rank's share of a global batch, padded to the same number of rows B on every rank.
 
     frames        data.pixels [B, num_frames, 3, image_size, image_size], normalised; empty slots are 0. From a loader
-                  that is `raw`, uint8 [B, num_frames, image_size, image_size, 3], as the model takes them on a GPU
+                  that is `raw`, uint8 [B, num_frames, image_size, image_size, 3], for a model that normalises them
     frame_mask    bool [B, num_frames]
-    tokens        int64 [B, max_words]; with clips.bag above 1 [B, bag, max_words], the drawn caption first, and zeros
-                  where a video says less
+    tokens        int64 [B, L], L of them as the tokenizer says (data.max_words, or all that the text tower takes); with
+                  clips.bag above 1 [B, bag, L], the drawn caption first; with captions_per_video above 1 [B, captions_per_video, L]
+    tokens_on_host  the same in the host's memory, for those who would have to wait for a GPU to read them
+    caption_mask  bool [B, bag], or [B, captions_per_video]; False: no caption, as in padding, or in a bag where a video says less.
+                  What `tokens` holds there means nothing
     valid         bool [B]; False: the row is padding
+    pairs         int64 [clips, 2]: (video, caption), or with captions_per_video above 1 (video, group of captions); `captions` holds
+                  the first caption of each
     frame_numbers int32 [B, num_frames], numbers of the source video's frames; -1: empty
     wait_s        seconds the step waited for this batch
     stats         what it cost
@@ -48,11 +54,13 @@ class Batch:
     frames: torch.Tensor
     frame_mask: torch.Tensor
     tokens: torch.Tensor
+    caption_mask: torch.Tensor
     valid: torch.Tensor
     frame_numbers: np.ndarray
     pairs: np.ndarray
     keys: list[str]
     captions: list[str]
+    tokens_on_host: torch.Tensor
     wait_s: float = field(default=0.0)
     stats: Stats = field(default_factory=Stats)
     ready: torch.cuda.Event | None = None  # on a GPU: happens once the tensors are written; `batches` has waited for it
@@ -64,7 +72,9 @@ class Loader(LaneLoader[Batch]):
     Use it as `with Loader(...) as loader: for batch in loader.batches(epoch, step, steps)`. A video that cannot be
     read or decoded is replaced by another pair of the epoch (by padding where a tiny set has none to spare), named once
     in a warning and in `quarantine` (a JSON-lines file); past `config.max_bad_fraction` of what was read, ShardError
-    ends the run. Decoded frames are kept in `cache`. `raw` leaves the normalisation to whoever asked.
+    ends the run. Decoded frames are kept in `cache`. `raw` leaves the normalisation to whoever asked. `tokenizer` makes tokens
+    of captions; None: CLIP's. `captions_per_video` above 1: a row has a video and so many of its captions at most; an epoch still
+    shows each caption once. notes: what a person should know of the captions.
     """
 
     def __init__(
@@ -82,21 +92,27 @@ class Loader(LaneLoader[Batch]):
         cache: CacheConfig | None = None,
         clips: ClipsConfig | None = None,
         raw: bool = False,
+        tokenizer: Tokenizer | None = None,
+        captions_per_video: int = 1,
     ):
         require_opened(split)
-        self._config, clips = config, clips or ClipsConfig()
+        self._config, clips = (config := config.filled()), clips or ClipsConfig()
         narration.check(split, clips, config, cache)
-        order = order_of(split, config, batch_size, seed, drop_last)
+        groups = CaptionGroups(split, config, captions_per_video, seed)
+        order = order_of(split, config, batch_size, seed, drop_last, groups)
         rows = rank_rows(batch_size, rank, world)
         self.steps_per_epoch, self.pairs = order.steps_per_epoch, order.pairs  # pairs: of an epoch
-        self._requests = TrainingRequests(split, config, clips, order, rows, seed, cache.frames if cache else 0)
+        self.captions_a_row = groups.captions_a_row
+        self.notes = groups.notes
+        self._requests = TrainingRequests(split, config, clips, order, groups, rows, seed, cache.frames if cache else 0)
         super().__init__(
             Lane(split, config, torch.device(device), rows.stop - rows.start, cache=cache, training=True, raw=raw)
         )
         bad = Quarantine(split.path, quarantine, config.max_bad_fraction)
         self._stats = Stats()
         self._replacing = _Replacing(self._requests, self._lane, bad, self._stats)
-        self._batching = _Batching(self._lane, config, clips.bag, self.steps_per_epoch, self._stats)
+        captions = _Captions(tokenizer or clips_tokenizer(), config.max_words, max(clips.bag, captions_per_video))
+        self._batching = _Batching(self._lane, config, captions, self.steps_per_epoch, self._stats)
 
     @property
     def threads(self) -> int:
@@ -126,7 +142,7 @@ class Loader(LaneLoader[Batch]):
                 return
             batch.wait_s = time.perf_counter() - started
             batch.stats.queued = queued
-            handed_over(batch.ready, batch.frames, batch.frame_mask, batch.tokens, batch.valid)
+            handed_over(batch.ready, batch.frames, batch.frame_mask, batch.tokens, batch.caption_mask, batch.valid)
             yield batch
 
     def _stream(self, place: int, count: int | None) -> Stream:
@@ -162,9 +178,9 @@ class _Replacing:
         if sample.error is None:
             return sample
         self._report(sample)
-        epoch = sample.batch.place // self._requests.order.steps_per_epoch
+        epoch, step = divmod(sample.batch.place, self._requests.order.steps_per_epoch)
         for pair in self._requests.spares(sample):
-            (spare,), frames = self._lane.batch([self._requests.request(pair, epoch)]).take()
+            (spare,), frames = self._lane.batch([self._requests.request(pair, epoch, step)]).take()
             spare.pair = pair
             self._quarantine.read += 1
             if spare.error is None:
@@ -191,8 +207,8 @@ class _Replacing:
 class _Batching:
     """Stage: a batch plan to a batch."""
 
-    def __init__(self, lane: Lane, config: DataConfig, bag: int, steps_per_epoch: int, stats: Stats):
-        self._lane, self._config, self._bag, self._steps_per_epoch = lane, config, bag, steps_per_epoch
+    def __init__(self, lane: Lane, config: DataConfig, captions: "_Captions", steps_per_epoch: int, stats: Stats):
+        self._lane, self._config, self._captions, self._steps_per_epoch = lane, config, captions, steps_per_epoch
         self._stats, self._before = stats, replace(stats)
 
     def __call__(self, plan: BatchPlan) -> Batch:
@@ -205,33 +221,40 @@ class _Batching:
         for row, sample in enumerate(clips):
             positions = sample.request.positions
             numbers[row, : len(positions)] = sample.request.video.frames.number[positions]
+        tokens, caption_mask = self._captions([sample.request.texts for sample in clips], rows)
         return Batch(
             epoch=epoch,
             step=step,
             frames=frames,
             frame_mask=self._lane.mask(clips, rows),
-            tokens=to_device(_pad(self._tokens([sample.request.texts for sample in clips]), rows), frames.device),
+            tokens=to_device(tokens, frames.device),
+            caption_mask=to_device(caption_mask, frames.device),
             valid=to_device(torch.arange(rows) < len(clips), frames.device),
             frame_numbers=numbers,
             pairs=np.array([sample.pair for sample in clips], np.int64).reshape(-1, 2),
             keys=[sample.request.video.id for sample in clips],
             captions=[sample.request.texts[0] for sample in clips],
+            tokens_on_host=tokens,
             stats=cost,
             ready=recorded(frames.device),
         )
 
-    def _tokens(self, texts: list[tuple[str, ...]]) -> torch.Tensor:
-        """int64 [pairs, max_words], or [pairs, bag, max_words] with zeros where a bag is smaller."""
-        flat = tokenize([text for bag in texts for text in bag], self._config.max_words)
-        if self._bag == 1:
-            return flat
-        sizes = torch.tensor([len(bag) for bag in texts], dtype=torch.int64)
-        tokens = flat.new_zeros(len(texts), self._bag, self._config.max_words)
-        tokens[torch.arange(self._bag) < sizes[:, None]] = flat
-        return tokens
 
+class _Captions:
+    """The captions of a batch's clips to tokens.
 
-def _pad(tensor: torch.Tensor, rows: int) -> torch.Tensor:
-    if len(tensor) == rows:
-        return tensor
-    return torch.cat([tensor, tensor.new_zeros(rows - len(tensor), *tensor.shape[1:])])
+    Which of them are captions is told by a mask: no token marks the begin of a caption in every vocabulary.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, max_words: int, bag: int):
+        self._tokenizer, self._max_words, self._bag = tokenizer, max_words, bag
+        self._missing = tokenizer.missing(max_words)
+
+    def __call__(self, texts: list[tuple[str, ...]], rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`tokens` and `caption_mask` of a batch of `rows`; texts: a bag a clip, of the first rows."""
+        sizes = torch.zeros(rows, dtype=torch.int64)
+        sizes[: len(texts)] = torch.tensor([len(bag) for bag in texts], dtype=torch.int64)
+        mask = torch.arange(self._bag) < sizes[:, None]  # [rows, bag]
+        tokens = self._missing.repeat(rows, self._bag, 1)
+        tokens[mask] = self._tokenizer([text for bag in texts for text in bag], self._max_words)
+        return (tokens[:, 0] if self._bag == 1 else tokens), mask

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pipelines.captions import CaptionGroups
 from pipelines.config import DataConfig
 from pipelines.pair_order import Order, PairOrder
 from shards import count
@@ -37,29 +38,43 @@ class Mixture:
         places = np.concatenate([(np.arange(len(part)) + 0.5) / max(1, len(part)) for part in parts])
         return np.concatenate(parts)[np.argsort(places, kind="stable")]
 
+    def own_epoch(self, video: int, epoch: int, step: int) -> int:
+        """That of the order which the video belongs to."""
+        order = self.orders[int(np.searchsorted(self._first_videos, video, side="right")) - 1]
+        return (epoch * self.steps_per_epoch + step) // order.steps_per_epoch
 
-def order_of(split: Dataset, config: DataConfig, batch_size: int, seed: int, drop_last: bool) -> PairOrder:
-    """The order in which training visits a split, or several. Raises ValueError for weights that cannot be had."""
+
+def order_of(
+    split: Dataset, config: DataConfig, batch_size: int, seed: int, drop_last: bool,
+    groups: CaptionGroups | None = None,
+) -> PairOrder:  # fmt: skip
+    """The order in which training visits a split, or several. Raises ValueError for weights that cannot be had.
+
+    groups: its captions; None: each by itself, and all of them.
+    """
     if batch_size < 1:
         raise ValueError(f"train.batch_size={batch_size}: must be at least 1")
-    splits = split.parts
-    sizes = tuple(s.info["videos" if config.paragraph else "captions"] for s in splits)
+    groups = groups or CaptionGroups(split, config, 1, seed)
+    splits, sizes = split.parts, groups.sizes
     if batch_size > max(_SMALL_BATCH, 2 * sum(sizes)):
         raise ValueError(
-            f"train.batch_size={batch_size}: every step would be padded to it, and data.train has {count(sum(sizes), 'pair')}. "
+            f"train.batch_size={batch_size}: every step would be padded to it, and data.train has {count(sum(sizes), 'pair' if groups.size == 1 else 'row')}. "
             "Set a smaller one"
         )
     weights = config.weights or sizes
     orders = [
         Order(
-            np.broadcast_to(np.uint8(1), len(one)) if config.paragraph else one.caption_counts,
+            counts,
             share,
             seed + (number << 32),  # sets of the same size must not be shuffled alike
             drop_last,
             shard_starts=one.shard_starts,
             block=config.shuffle_block,
+            together=groups.size,
         )
-        for number, (one, share) in enumerate(zip(splits, shares(weights, batch_size), strict=True))
+        for number, (one, counts, share) in enumerate(
+            zip(splits, groups.counts, shares(weights, batch_size), strict=True)
+        )
     ]
     return Mixture(orders, config.epoch_samples) if len(splits) > 1 else orders[0]
 

@@ -19,6 +19,7 @@ from typing import Protocol
 
 import numpy as np
 
+from pipelines.captions import groups_of
 from pipelines.shuffle import permutation, spread, stream
 from shards import count
 
@@ -41,6 +42,9 @@ class PairOrder(Protocol):
     def batch(self, epoch: int, step: int) -> np.ndarray:
         """int64 [pairs, 2]: (video, caption of that video) of the global batch at `step` of `epoch`, both from 0."""
 
+    def own_epoch(self, video: int, epoch: int, step: int) -> int:
+        """Which time the video's captions are gone through at `step` of `epoch`: of several sets, each has epochs of its own."""
+
 
 class Order:
     """The order of a split's pairs.
@@ -49,6 +53,9 @@ class Order:
     most. drop_last: every batch holds exactly that many, and the few pairs that are over, others each epoch, are left
     out. shard_starts: [shards + 1], the first video of each shard and the number of all; None: one shard. block: pairs
     of a block, about; 0: see above. A block has at least as many steps as any video captions.
+
+    together: above 1, captions are taken in groups of so many, and a video has as many pairs as groups: (video, group of its
+    captions). See pipelines.captions.
     """
 
     def __init__(
@@ -60,13 +67,16 @@ class Order:
         *,
         shard_starts: np.ndarray | None = None,
         block: int = 0,
+        together: int = 1,
     ):
         self.counts = np.asarray(caption_counts)
         if len(self.counts) == 0 or self.counts.min() < 1:
             raise ValueError("every video needs a caption, and the split needs at least one video")
         if batch_size < 1:
             raise ValueError(f"train.batch_size={batch_size}: must be at least 1")
+        self.counts = groups_of(self.counts, together)
         self.batch_size, self.seed, self.drop_last = batch_size, seed, drop_last
+        self._captions = "captions" if together == 1 else f"groups of {together} captions"
         self._starts = np.unique([0, len(self.counts)] if shard_starts is None else shard_starts)  # none is empty
         self._shard_pairs = np.add.reduceat(self.counts, self._starts[:-1], dtype=np.int64)
         self.pairs, self._most = int(self._shard_pairs.sum()), int(self.counts.max())
@@ -85,13 +95,17 @@ class Order:
         block = self._block(epoch, ((step + 1) * self.blocks - 1) // self.steps_per_epoch)
         return block.batch(step - block.first)
 
+    def own_epoch(self, video: int, epoch: int, step: int) -> int:
+        """The epoch itself."""
+        return epoch
+
     def _count_steps(self) -> int:
         if self.drop_last:
             full = self.pairs // self.batch_size
             if full < self._most:
                 raise ValueError(
                     f"train.drop_last: {full} full batches of {self.batch_size} are too few to keep apart the {self._most} "
-                    "captions of one video; use a smaller train.batch_size, or train.drop_last=false"
+                    f"{self._captions} of one video; use a smaller train.batch_size, or train.drop_last=false"
                 )
             return full
         # a video must meet each of its captions in another batch, so no epoch has fewer batches than captions a video
@@ -100,7 +114,7 @@ class Order:
             return full
         fill = self.pairs / self._most
         warnings.warn(
-            f"batches hold {fill:.0f} pairs instead of {self.batch_size}: a video has {self._most} captions, no batch may hold "
+            f"batches hold {fill:.0f} pairs instead of {self.batch_size}: a video has {self._most} {self._captions}, no batch may hold "
             f"a video twice, and there are {count(len(self.counts), 'video')}. train.batch_size={max(1, int(fill))} leaves no row empty",
             stacklevel=3,
         )

@@ -178,7 +178,7 @@ def _jpegs(roi: bool, device: torch.device, load: float) -> float:
 
     sizes = [_SIZES[i % len(_SIZES)] for i in range(_PICTURES)]
     pieces = [np.frombuffer(_jpeg(size, i), np.uint8) for i, size in enumerate(sizes)]
-    views = [view(size, DataConfig(resize=min(size), image_size=min(_SIDE, *size))) for size in sizes]
+    views = [view(size, DataConfig(resize=min(size), image_size=min(_SIDE, *size)).filled()) for size in sizes]
     exact = Graph(Plan("jpegs", False), _SIDE, _PICTURES, torch.device("cpu"), 2)
     exact.start(pieces, views)
     wanted = torch.from_numpy(np.array(exact.result()))
@@ -200,7 +200,7 @@ def _video(device: torch.device) -> float:
     size, positions = (320, 240), np.array([0, 7, 13, 30, 47])
     pictures = [_picture(size, i) for i in range(48)]
     files = [np.frombuffer(_h264(pictures), np.uint8)] * 4
-    views = [view(size, DataConfig(image_size=_SIDE))] * 4
+    views = [view(size, DataConfig(image_size=_SIDE).filled())] * 4
     exact = Graph(Plan("pictures", True), _SIDE, len(positions), torch.device("cpu"), 2)
     exact.start([pictures[i] for i in positions], views[:1] * len(positions))
     wanted = torch.from_numpy(np.array(exact.result()))

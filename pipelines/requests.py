@@ -8,6 +8,7 @@ from typing import cast
 import numpy as np
 import torch
 
+from pipelines.captions import CaptionGroups
 from pipelines.config import ClipsConfig, DataConfig
 from pipelines.frame_sampling import candidates, choose, draws, generator, ordered
 from pipelines.narration import clip_of_pair, stored_between
@@ -15,7 +16,6 @@ from pipelines.pair_order import PairOrder, check_rank
 from pipelines.stages.fetch import NOTHING, BadSample, Source
 from shards.dataset import Dataset
 from shards.schema import Video
-from shards.split import Split
 
 _REPLACEMENT_TRIES = 64  # batches looked through for a replacement
 
@@ -110,15 +110,15 @@ class BatchPlan:
 class TrainingRequests:
     """The clips of a rank's rows of every batch: a pure function of (seed, epoch, step).
 
-    pool: stored frames of a video that random rules draw from; 0: all.
+    captions: which ones a pair of `order` has; without clips.cut. pool: stored frames of a video that random rules draw from; 0: all.
     """
 
     def __init__(
-        self, split: Dataset, config: DataConfig, clips: ClipsConfig, order: PairOrder, rows: slice, seed: int,
-        pool: int,
+        self, split: Dataset, config: DataConfig, clips: ClipsConfig, order: PairOrder, captions: CaptionGroups,
+        rows: slice, seed: int, pool: int,
     ):  # fmt: skip
         self._split, self._config, self._clips, self._seed, self._pool = split, config, clips, seed, pool
-        self.order, self._rows = order, rows
+        self.order, self._captions, self._rows = order, captions, rows
 
     def samples(self, place: int, count: int | None) -> Iterator[Sample]:
         """The samples of `count` batches (without end if None) from `place` on, in the order of batches and rows."""
@@ -128,12 +128,12 @@ class TrainingRequests:
             pairs = self.order.batch(epoch, step)
             plan = BatchPlan(place, self._rows.stop - self._rows.start, len(pairs))
             for pair in pairs[self._rows]:
-                plan.add(self.request(pair, epoch), pair)
+                plan.add(self.request(pair, epoch, step), pair)
             yield from plan.complete()
             place += 1
 
-    def request(self, pair: np.ndarray, epoch: int) -> ClipRequest:
-        """What the pair (video, caption) shows in this epoch."""
+    def request(self, pair: np.ndarray, epoch: int, step: int) -> ClipRequest:
+        """What the pair (video, caption) shows at a step."""
         video, config = self._split.video(int(pair[0])), self._config
         draw = (self._seed, epoch, int(pair[0]), int(pair[1]))
         drawn = draws(config.sampling) or config.frame_order == "random"
@@ -142,7 +142,8 @@ class TrainingRequests:
             clip = clip_of_pair(self._split.captions(video.index), int(pair[1]), video.duration, self._clips)
             between, texts = stored_between(video, clip.start, clip.end), clip.texts
         else:
-            between, texts = None, (texts_of(self._split, video.index, config)[int(pair[1])],)
+            own = self.order.own_epoch(video.index, epoch, step)
+            between, texts = None, self._captions.texts(video.index, int(pair[1]), own)
         among = candidates(video, self._pool) if self._pool and draws(config.sampling) else None
         positions = choose(video, config.sampling, config.num_frames, config.fps, random, among, between)
         return ClipRequest(video, ordered(positions, config.frame_order, random), draw, texts)
@@ -165,15 +166,30 @@ class TrainingRequests:
                     dealt += 1
 
 
-class EvalRequests:
-    """Every video of a split once, in order; ranks take turns. Each rank has the same number of batches, of which the
-    last may have no clip (collectives need that)."""
+def clip_request(video: Video, config: DataConfig, clip: tuple[int, int]) -> ClipRequest:
+    """What evaluation decodes of a video. clip: (i, n), the i-th of n clips. They are evenly shifted: the rule chooses n times as
+    many frames, of n times as many a second, and each clip takes every n-th."""
+    number, clips = clip
+    positions = choose(video, config.sampling, clips * config.num_frames, clips * config.fps)
+    positions = positions[min(number, len(positions) - 1) :: clips]  # a clip has a frame at least
+    return ClipRequest(video, ordered(positions, config.frame_order))
 
-    def __init__(self, split: Split, config: DataConfig, rank: int, world: int):
+
+class EvalRequests:
+    """Every video of a split once, in order; ranks take turns, `block` videos each. Each rank has the same number of batches, of
+    which the last may have no clip (collectives need that).
+
+    clip: as `clip_request` takes it.
+    """
+
+    def __init__(
+        self, split: Dataset, config: DataConfig, rank: int, world: int, block: int = 1, clip: tuple[int, int] = (0, 1)
+    ):
         check_rank(rank, world)
-        self._split, self._config = split, config
-        self._videos = np.arange(rank, len(split), world)
-        videos_of_a_rank = ceil(len(split) / world)  # at most
+        self._split, self._config, self._clip = split, config, clip
+        videos = np.arange(len(split))
+        self._videos = videos[videos // block % world == rank]
+        videos_of_a_rank = int((videos // block % world == 0).sum())  # at most: the first's
         self.batches = ceil(videos_of_a_rank / config.eval_batch_size)
 
     def samples(self) -> Iterator[Sample]:
@@ -184,12 +200,5 @@ class EvalRequests:
             plan = BatchPlan(place, len(indices), len(indices))
             for index in indices:
                 video = self._split.video(index)
-                positions = choose(video, config.sampling, config.num_frames, config.fps)
-                plan.add(ClipRequest(video, ordered(positions, config.frame_order)))
+                plan.add(clip_request(video, config, self._clip))
             yield from plan.complete()
-
-
-def texts_of(split: Dataset, video: int, config: DataConfig) -> list[str]:
-    """The texts that describe a video: its captions, or with `config.paragraph` all of them as one."""
-    texts = [caption["text"] for caption in split.captions(video)]
-    return [" ".join(texts)] if config.paragraph else texts

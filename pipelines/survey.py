@@ -4,15 +4,24 @@ import time
 from collections.abc import Callable
 
 from pipelines.config import DataConfig
-from pipelines.lengths import TOKENIZER, Lengths
+from pipelines.geometry import enlarged
+from pipelines.lengths import Lengths
+from pipelines.tokens import Tokenizer, clips_tokenizer
 from shards.dataset import Dataset
 from shards.split import Split
 
 _SECONDS = 1.0  # for the captions of a split; of a larger one the first are looked at
 
 
-def notes(train: Dataset | None, test: Split | None, config: DataConfig) -> list[str]:
-    """Warnings: the same videos in training and test, pictures that are scaled up, captions that are cut."""
+def notes(
+    train: Dataset | None, test: Split | None, config: DataConfig, tokenizer: Tokenizer | None = None
+) -> list[str]:
+    """Warnings: the same videos in training and test, pictures that are scaled up, captions that are cut.
+
+    tokenizer: the run's; None: CLIP's.
+    """
+    tokenizer = tokenizer or clips_tokenizer()
+    config = config.filled()
     trained = [] if train is None else train.parts
     tested = [] if test is None else [test]
     warnings = [
@@ -25,46 +34,32 @@ def notes(train: Dataset | None, test: Split | None, config: DataConfig) -> list
     splits: dict[str, Split] = {}
     for split in (*trained, *tested):
         splits.setdefault(split.digest, split)
-    for note in (_enlarged, _cut):
-        warnings += filter(None, (note(split, config) for split in splits.values()))
+    warnings += filter(None, (enlarged(split, config) for split in splits.values()))
+    warnings += filter(None, (_cut(split, config, tokenizer) for split in splits.values()))
     return warnings
 
 
-def _enlarged(split: Split, config: DataConfig) -> str | None:
-    stored, wanted = split.info["profile"].get("short_side"), config.short_side
-    if stored is None or stored >= wanted:
+def _cut(split: Split, config: DataConfig, tokenizer: Tokenizer) -> str | None:
+    """How many captions are cut, None if none is."""
+    counted, total = lengths(split, config, tokenizer), split.info["captions"]
+    if not counted.cut:
         return None
-    setting = "resize" if config.resize else "image_size"
-    instead = f", or set data.resize={stored}" if stored >= config.image_size else ""
+    of = f"{counted.captions}" if counted.captions >= total else f"the first {counted.captions}"
+    most = ", all that the text tower takes" if config.max_words == tokenizer.context_length else ""
     return (
-        f"{split.path} was packed with a short side of {stored} pixels, and data.{setting}={wanted} scales it up "
-        f"{wanted / stored:.2f} times: pack it with --short-side {wanted}{instead}"
+        f"{split.path}: {counted.cut} of {of} captions {'is' if counted.cut == 1 else 'are'} cut at data.max_words="
+        f"{config.max_words} tokens{most} ({tokenizer.name}, start and end included; the longest has {counted.longest})"
     )
 
 
-def _cut(split: Split, config: DataConfig) -> str | None:
-    return cut_note(
-        lengths(split, config), str(split.path), f"data.max_words={config.max_words}", split.info["captions"]
-    )
-
-
-def lengths(split: Split, config: DataConfig, now: Callable[[], float] = time.monotonic) -> Lengths:
+def lengths(
+    split: Split, config: DataConfig, tokenizer: Tokenizer, now: Callable[[], float] = time.monotonic
+) -> Lengths:
     """Of the split's captions, or of the first of them, as far as a second goes."""
-    counted, end = Lengths(config.max_words), now() + _SECONDS
+    counted, end = Lengths(config.max_words, of_caption=tokenizer.count), now() + _SECONDS
     for video in range(len(split)):
         texts = [caption["text"] for caption in split.captions(video)]
         counted.add([" ".join(texts)] if config.paragraph else texts)
         if now() > end:
             break
     return counted
-
-
-def cut_note(counted: Lengths, where: str, limit: str, total: int) -> str | None:
-    """How many captions are cut, None if none is."""
-    if not counted.cut:
-        return None
-    of = f"{counted.captions}" if counted.captions >= total else f"the first {counted.captions}"
-    return (
-        f"{where}: {counted.cut} of {of} captions {'is' if counted.cut == 1 else 'are'} cut at {limit} tokens ({TOKENIZER}, "
-        f"start and end included; the longest has {counted.longest})"
-    )

@@ -74,9 +74,11 @@ def _wrong(info) -> str | None:
     for name, value in profile.items():
         if type(value) not in (str, int, bool, type(None)) or (type(value) is int and abs(value) > 2**31):
             return f"the profile's {name!r} is {_shown(value)}"
-    for name in ("fps", "short_side"):
+    for name in ("fps", "short_side", "long_side", "squash"):
         if name in profile and (type(profile[name]) is not int or profile[name] < 1):
             return f"the profile's {name!r} is {_shown(profile[name])}"
+    if len(sizes := [name for name in ("short_side", "long_side", "squash") if name in profile]) > 1:
+        return f"the profile has {' and '.join(sizes)}"
     return _wrong_shards(info)
 
 

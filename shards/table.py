@@ -32,9 +32,11 @@ def read_table(
             f"{path} cannot be read (its crc32c is not the one in dataset.json: it was changed). {COPY_AGAIN}"
         )
     try:
+        # a thread of Arrow's may keep a Python object beyond the read, and aborts a process that exits meanwhile
+        # (apache/arrow#33975, #50482): all tables are read without them
         with pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True) as file:
             wrong = difference(file.schema_arrow)
-            table = None if wrong else file.read(columns)
+            table = None if wrong else file.read(columns, use_threads=False)
     except Exception as error:  # Arrow raises many kinds for a damaged file
         if memory.is_short(error):
             raise ShardError(f"there is not enough memory to read {path}{memory.limit_text()}") from error

@@ -172,3 +172,11 @@ def test_a_quick_test_imports_nothing_slow(path):
     """What takes a second or more to import, and a data room has no use for, is imported by files that are marked slow."""
     slow = {"nvidia", "deepspeed", "webdataset", "torchvision", "moto"}
     assert not imported_at_start(ROOT / path) & (slow | ({"torch"} if path.parts[1] == "shards" else set()))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_tables_are_read_without_threads_of_arrow(module):
+    """One that still holds a Python object when the process exits aborts it (apache/arrow#33975)."""
+    text = MODULES[module].read_text()
+    reads = text.count("pq.read_table(") + text.count("pq.ParquetFile(")
+    assert text.count("use_threads=False") == reads

@@ -41,7 +41,7 @@ def graph_of(
 def jpeg_feeds(split: Split, requests: Sequence[ClipRequest], most: int) -> list[Feed]:
     """The stored JPEGs of the clips and the crop of each, at most so many at once."""
     first = requests[0].video
-    config = DataConfig(resize=min(first.width, first.height))
+    config = DataConfig(resize=min(first.width, first.height)).filled()
     pieces = [piece for r in requests for piece in Reader(split).jpegs(r.video, r.positions).pieces]
     views = [view((r.video.width, r.video.height), config) for r in requests for _ in r.positions]
     groups = [slice(i, i + most) for i in range(0, len(pieces), most)]
@@ -137,7 +137,7 @@ def videos(given: Given, *, stored: str) -> None:
     device, split = given.device, split_of(given, stored)
     requests = requests_of(split, min(32, given.batch_size))  # each clip has a decoder of its own, with its surfaces
     pieces = [Reader(split).file(r.video, r.positions).pieces[0] for r in requests]
-    views = [view((r.video.width, r.video.height), DataConfig()) for r in requests]
+    views = [view((r.video.width, r.video.height), DataConfig().filled()) for r in requests]
     positions = [r.positions for r in requests]
     feed = Feed((pieces, views, (), positions), sum(map(len, positions)))
     graphs = [graph_of("files", len(pieces), device, os.cpu_count() or 1, resize=True) for _ in range(2)]

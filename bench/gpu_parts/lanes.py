@@ -22,7 +22,7 @@ KEYS = ("clips_per_s", "frames_per_s", "frames_decoded_per_frame_used", "bytes_r
 
 def lane(given: Given, *, stored: str, cache: bool = False) -> None:
     """As python -m pipelines.bench: clips a second, frames decoded per used one, share of the host's cores."""
-    split, config = split_of(given, stored), DataConfig(num_frames=FRAMES, max_words=WORDS, pixels="float16")
+    split, config = split_of(given, stored), DataConfig(num_frames=FRAMES, max_words=WORDS, pixels="float16").filled()
     with tempfile.TemporaryDirectory(prefix="gpu-cache-") as folder:
         settings = {
             "device": str(given.device),

@@ -15,12 +15,13 @@ import torch
 from bench.gpu_parts.clock import LEAST, WARM, Marks, synchronise, timed
 from bench.gpu_parts.parts import Given, training_settings
 from c4c.config import Config, load
+from c4c.models.backbone import settled, spec_of
 from c4c.models.clip4clip import build
 from c4c.models.flops import peak, per_pair
 from c4c.training.step import Learner, train_step
 from c4c.zero.distributed import start_distributed, stop_distributed
 from c4c.zero.engine import build_engine
-from pipelines.tokens import tokenize
+from pipelines.tokens import Tokenizer
 
 PAIRS = 900_000  # five epochs of MSR-VTT 9k
 PHASES = ("forward", "backward", "step")  # of DeepSpeed's engine
@@ -33,7 +34,7 @@ def started(given: Given, *, stored: str = "intra", words: Sequence[str] = ()) -
     with tempfile.TemporaryDirectory(prefix="gpu-run-") as folder:
         (Path(folder) / "bench.yaml").write_text("{}")
         settings = [*training_settings(data, given.batch_size), f"run.dir={folder}/run"]
-        config = load("bench.yaml", [*settings, *given.overrides, *words], [Path(folder)])
+        config = settled(load("bench.yaml", [*settings, *given.overrides, *words], [Path(folder)]))
         _, _, device = start_distributed()
         try:
             yield config, device
@@ -53,14 +54,18 @@ class Fixed:
 def build_fixed(config: Config, device: torch.device) -> Fixed:
     """The engine that a run with this configuration has, and a batch of noise with real captions."""
     torch.manual_seed(config.run.seed)
-    model = build(config.model, config.data.num_frames)
+    model = build(config.model, config.data.num_frames, config.data.image_size)
     engine = build_engine(Learner(model, config.train.loss), config.engine, config.train, 1, config.deepspeed)
+    tokenizer = Tokenizer(model.spec.get("tokenizer"))
     rows, frames, side = config.train.batch_size, config.data.num_frames, config.data.image_size
+    tokens = tokenizer([f"a dog catches frisbee number {i}" for i in range(rows)], config.data.max_words)
     batch = SimpleNamespace(
         # bytes, as the loader hands them over on a GPU
         frames=torch.randint(0, 256, (rows, frames, side, side, 3), dtype=torch.uint8, device=device),
         frame_mask=torch.ones(rows, frames, dtype=torch.bool, device=device),
-        tokens=tokenize([f"a dog catches frisbee number {i}" for i in range(rows)], config.data.max_words).to(device),
+        tokens=tokens.to(device),
+        tokens_on_host=tokens,
+        caption_mask=torch.ones(rows, 1, dtype=torch.bool, device=device),
         valid=torch.ones(rows, dtype=torch.bool, device=device),
     )
     return Fixed(engine, batch, lambda: train_step(engine, batch, 1.0, config.train))
@@ -87,10 +92,8 @@ def fixed(given: Given, *, words: Sequence[str] = (), plain: bool = False) -> No
 
 def rates(config: Config, device: torch.device, times: dict) -> dict:
     """What the times of steps come to."""
-    from c4c.models.towers import named
-
     clips = config.train.batch_size / times["mean_s"]
-    flops = 3 * per_pair(named(config.model.backbone), config.data.num_frames, config.data.max_words)
+    flops = 3 * per_pair(spec_of(config.model), config.data.num_frames, config.data.max_words)
     most = peak(device, config.engine.precision)
     return times | {
         "clips_per_s": clips,

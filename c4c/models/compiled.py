@@ -22,7 +22,9 @@ def compile_towers(model: CLIP4Clip, stage: int) -> "CompiledTowers | None":
     torch._dynamo.config.suppress_errors = True  # a part that cannot be compiled runs as it is
     model.pixels.normalise = torch.compile(normalised, backend=or_as_it_is)
     torch._dynamo.utils.counters.clear()  # of the trial above and earlier models
-    return CompiledTowers({"video": model.clip.visual, "text": model.clip.transformer})
+    return CompiledTowers(
+        {"video": model.clip.visual, "text": getattr(model.clip, "text", None) or model.clip.transformer}
+    )
 
 
 class CompiledTowers:

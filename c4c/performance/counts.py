@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
-import open_clip
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,11 +14,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from c4c.config import Config
-from c4c.losses import LOSSES
-from c4c.models import towers
+from c4c.models.backbone import settled, spec_of
 from c4c.models.clip4clip import CLIP4Clip
+from c4c.models.tokenizer_spec import row_length
+from c4c.objective import LossOptions, loss_of
 from c4c.performance.work import Op, StepCounts, Work
-from c4c.training.param_groups import freeze
+from c4c.settings import TrainConfig
+from c4c.training.param_groups import choose_trained
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _PERSISTENT = 100_000  # numbers; DeepSpeed's stage3_param_persistence_threshold
@@ -99,17 +100,20 @@ def _size(tensor: Tensor) -> int:
 
 def meta_model(config: Config) -> CLIP4Clip:
     """The model that a run would train, in the engine's precision, without memory for its weights. Raises ValueError."""
-    backbone, source = config.model.backbone, config.model.init_from
-    spec = towers.named(backbone)
-    if about := open_clip.get_pretrained_cfg(backbone, source):  # its activation is that of its weights
-        spec |= {"quick_gelu": bool(about.get("quick_gelu", False))}
+    config = settled(config)
+    spec = spec_of(config.model)
     with _META:
         model = CLIP4Clip(
-            spec, config.model.head, config.model.linear_patch, config.model.head_layers, config.data.num_frames
-        )
-    model.check_data(config.data, backbone)
-    freeze(model, config.train.freeze_layers)
-    model.clip.set_grad_checkpointing(config.engine.activation_checkpointing)
+            spec, config.model.head, config.model.linear_patch, config.model.head_layers, config.data.num_frames,
+            config.model.merging,
+        )  # fmt: skip
+    if config.train.loss == "sigmoid" and model.clip.logit_bias is None:
+        model.add_bias(config.train.logit_bias)
+    model.resize_pictures(config.data.image_size)
+    model.check_data(config.data, config.model.backbone)
+    choose_trained(model, config.train)
+    if config.engine.activation_checkpointing:
+        model.clip.set_grad_checkpointing()
     return model.to(DTYPES[config.engine.precision]).train()
 
 
@@ -118,21 +122,25 @@ def count(config: Config, *, encoded: int, scored: int, world: int = 1) -> StepC
 
     Raises ValueError for models that cannot be built, and data settings that do not suit them.
     """
+    config = settled(config)
     model, data = meta_model(config), config.data
     trained = [p for p in model.parameters() if p.requires_grad]
     for parameter in trained:  # ZeRO decides what gradients cost
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    bag = (config.clips.bag,) if config.train.loss == "mil_nce" else ()
+    captions = config.clips.bag if config.train.loss == "mil_nce" else config.train.captions_per_video
+    bag = (captions,) if config.train.loss == "mil_nce" or captions > 1 else ()
     with _fused_attention(), _META, _Meter() as meter:
         frames = torch.empty(encoded, data.num_frames, data.image_size, data.image_size, 3, dtype=torch.uint8)
         meter.ignore([*model.parameters(), *model.buffers(), frames])
         mask = torch.ones(encoded, data.num_frames, dtype=torch.bool)
-        tokens = torch.ones(encoded, *bag, data.max_words, dtype=torch.long)
+        tokens = torch.ones(encoded, *bag, row_length(model.spec, data.max_words), dtype=torch.long)
         meter.take()
         features = _encode(model, frames, mask, tokens)
         forward = meter.take()
         leaves = [torch.empty(scored, *t.shape[1:], dtype=t.dtype).requires_grad_() for t in features]
-        _loss(model, leaves[0], leaves[1], config.train.loss, world).backward()
+        _loss(
+            model, leaves[0], leaves[1], tokens[:1].expand(scored, *tokens.shape[1:]), bag, config.train, world
+        ).backward()
         size = sum(leaf.nbytes for leaf in leaves) // scored
         scoring = meter.take()
         del leaves
@@ -154,12 +162,17 @@ def _encode(model: CLIP4Clip, frames: Tensor, mask: Tensor, tokens: Tensor) -> t
     return text.unflatten(0, tokens.shape[:-1]), model.head.video(video, mask).float()
 
 
-def _loss(model: CLIP4Clip, text: Tensor, video: Tensor, loss: str, world: int) -> Tensor:
-    """The loss of a rank. With several ranks, c4c.losses without its masks and exchanges."""
-    if world == 1:
-        valid = torch.ones(text.shape[: 2 if loss == "mil_nce" else 1], dtype=torch.bool)
-        return LOSSES[loss](text, video, valid, model.scale(), model.head.score)
-    if loss == "mil_nce":
+def _loss(
+    model: CLIP4Clip, text: Tensor, video: Tensor, tokens: Tensor, bag: tuple[int, ...], train: TrainConfig, world: int
+) -> Tensor:
+    """The loss of a rank. With several ranks, c4c.losses without its masks and exchanges, and without train.decorrelation."""
+    options = LossOptions.of(train)
+    if train.loss == "sigmoid" or world == 1:
+        valid = torch.ones(text.shape[: 1 + len(bag)], dtype=torch.bool)
+        for _ in range(world - 1):  # other ranks' features come one after another, and each block's gradients at once
+            loss_of(train.loss, model, text, video, valid, options=options, tokens=tokens)
+        return loss_of(train.loss, model, text, video, valid, options=options, tokens=tokens)
+    if bag:
         text = text.flatten(0, 1)
     all_text, all_video = (torch.empty(world * len(t), *t.shape[1:]).requires_grad_() for t in (text, video))
     to_video = model.scale() * model.head.score(text, all_video)
@@ -171,7 +184,7 @@ def _loss(model: CLIP4Clip, text: Tensor, video: Tensor, loss: str, world: int) 
 def _fused_attention() -> Iterator[None]:
     """Attention as one kernel, as on a GPU; the meta device has only the plain one, with its matrices of scores."""
     functional = torch.nn.functional
-    plain = functional.scaled_dot_product_attention
+    plain, linear = functional.scaled_dot_product_attention, functional.linear
 
     def fused(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
         bias = None
@@ -181,10 +194,11 @@ def _fused_attention() -> Iterator[None]:
         return kernel(query, key, value, bias, True, dropout_p, is_causal, scale=scale)[0]
 
     functional.scaled_dot_product_attention = fused  # type: ignore[assignment]  # for the time of a count
+    functional.linear = torch._C._nn.linear  # DeepSpeed's ZeRO 3 leaves one in its place that keeps more
     try:
         yield
     finally:
-        functional.scaled_dot_product_attention = plain
+        functional.scaled_dot_product_attention, functional.linear = plain, linear
 
 
 def activation_curve(

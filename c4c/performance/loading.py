@@ -31,7 +31,8 @@ def loader_seconds(config: Config, gpu: Gpu, rows: int, cores: int, decoder: str
         engines = gpu.nvdec * gpu.nvdec_fps * _FULL_HD * a.nvdec
         rate = engines if decoder == "gpu" else decoding * a.video_cpu * 1e6
         return python | {"video_decoding": stored / rate, "copies": copied}
-    stored = frames * data.short_side**2 * a.aspect
+    aspect = {"squash": 1.0, "longest": 1 / a.aspect}.get(data.resize_mode, a.aspect)
+    stored = frames * data.short_side**2 * aspect
     if decoder == "cpu":
         return python | {"jpeg_decoding": stored / (decoding * a.jpeg_cpu * 1e6), "copies": copied}
     # nvJPEG's CUDA kernels need the host for the entropy code; its engines need nobody

@@ -12,6 +12,7 @@ from c4c.zero.config import TORCH_ADAM, at, deepspeed_config, require_bias_corre
 
 MOST_ROWS = 65536  # pairs of a rank that `largest_batch` looks at
 _ADAM = 7 * 4  # bytes a weight: gradient, master and two moments are read, the latter three written, in fp32
+_EMA = 3 * 4  # bytes a weight: master and average are read, the latter written, in fp32
 _STEP_LAUNCHES = 50  # of the optimizer, the norm and the log
 _STEP_COLLECTIVES = 8  # gradients, weights, features there and back, counts, the log
 _BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size
@@ -50,7 +51,7 @@ class MemoryGiB:
 
     weights: float
     masters: float  # fp32 copies of weights in 16 bits
-    moments: float
+    moments: float  # and the weights' average
     gradients: float
     buffers: float  # of ZeRO
     activations: float
@@ -141,9 +142,12 @@ def predict(
     decoder: what decodes pictures or videos, gpu or cpu. counts: what `counts_of` gives for this configuration and number of
     GPUs, None to count now. Raises ValueError for a configuration that cannot be run.
     """
+    from c4c.models.backbone import preprocess_of
+
     a = assumptions or Assumptions()
     shape = shape_of(config, gpus)
     counts = counts or counts_of(config, gpus)
+    config = replace(config, data=config.data.filled(preprocess_of(counts.spec)))
     products, rest, launches = _kernels(config, gpu, shape, counts, a)
     seconds = StepSeconds(
         matrix_products=products, memory_bound=rest, optimizer=_optimizer(config, gpu, shape, counts, a),
@@ -179,10 +183,14 @@ def peak_of(config: Config, gpu: Gpu) -> float:
 
 
 def _useful(config: Config, shape: StepShape, counts: StepCounts) -> float:
-    """FLOP that the MFU counts: of the towers, forward and backward once. It is the rule of c4c/training/trainer.py."""
+    """FLOP that the MFU counts: of the towers, forward and backward once. It is the rule of c4c/training/trainer.py, but with LoRA or
+    frozen towers, where a training reports no MFU: then all that are computed. Every video is taken to have as many captions as a row holds."""
+    if config.train.lora or config.train.freeze:
+        return sum(part.flops * times for part, times, _ in _parts(shape, counts))
     from c4c.models.flops import per_pair
 
-    return 3 * per_pair(counts.spec, config.data.num_frames, config.data.max_words) * shape.rows
+    data, captions = config.data, config.train.captions_per_video
+    return 3 * per_pair(counts.spec, data.num_frames, data.max_words, captions, config.model.merging) * shape.rows
 
 
 def _parts(shape: StepShape, counts: StepCounts) -> list[tuple[Work, int, bool]]:
@@ -221,13 +229,13 @@ def _bytes(config: Config) -> int:
 def _optimizer(config: Config, gpu: Gpu, shape: StepShape, counts: StepCounts, a: Assumptions) -> float:
     """The norm, Adam on this rank's part, and what 16 bits and ZeRO copy."""
     size, own = _bytes(config), counts.trained / (shape.world if shape.stage else 1)
-    bandwidth = gpu.bandwidth * a.bandwidth
+    bandwidth, update = gpu.bandwidth * a.bandwidth, _ADAM + (_EMA if config.train.ema else 0)
     convert = own * (size + 4) * 2 if size == 2 else 0  # gradients to fp32, masters to 16 bits
     into_buckets = 2 * size * counts.trained * (shape.passes if shape.stage > 1 else 1) if shape.stage else 0
     around = (convert + into_buckets + own * size) / bandwidth
     if config.engine.offload == "none":
-        return around + own * _ADAM / bandwidth
-    return around + 2 * own * size / (gpu.host_link * a.host_link) + own * _ADAM / (a.adam_gb_s * 1e9)
+        return around + own * update / bandwidth
+    return around + 2 * own * size / (gpu.host_link * a.host_link) + own * update / (a.adam_gb_s * 1e9)
 
 
 def _communication(config: Config, gpu: Gpu, shape: StepShape, counts: StepCounts, a: Assumptions) -> float:
@@ -264,10 +272,11 @@ def memory_of(
         part = 0.0 if config.engine.offload == "all" else kept / shape.world
         kept = part + min(weights, _GATHERED) * size
     masters = 4 * own if size == 2 or shape.stage else 0.0
+    moments = (12 if config.train.ema else 8) * own
     frames = a.in_flight * shape.rows * data.num_frames * 3 * data.image_size**2
     on_decoder = decoder == "gpu" and not config.cache.dir
     return MemoryGiB(
-        weights=kept / gib, masters=on_gpu * masters / gib, moments=on_gpu * 8 * own / gib,
+        weights=kept / gib, masters=on_gpu * masters / gib, moments=on_gpu * moments / gib,
         gradients=size * (own if shape.stage >= 2 else trained) / gib, buffers=(shape.buckets * size if shape.stage else 0) / gib,
         activations=activations / gib, frames=frames / gib, decoder=a.decoder_gib if on_decoder else 0.0, context=a.context_gib,
     )  # fmt: skip

@@ -1,188 +1,264 @@
-"""Features of a whole split on all ranks, and the metrics over them."""
+"""A checkpoint's metrics on splits: what `launch/eval.py` does, and what validation in training does."""
 
 import json
 import sys
-from collections.abc import Callable
+import time
+from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.distributed as dist
 from rich.console import Console
-from torch import Tensor
 
 from c4c.config import override_data
 from c4c.files import replace_text
-from c4c.losses import world_size
+from c4c.launched import seen_enough
+from c4c.merging import Merging
+from c4c.models.backbone import preprocess_of
 from c4c.models.clip4clip import CLIP4Clip
-from c4c.models.pretrained import open_checkpoint
-from c4c.retrieval.metrics import ranks, report
-from c4c.training.run_folder import is_run
+from c4c.models.heads.mean import Cosine
+from c4c.models.pretrained import check_names, open_checkpoint, weights_taken
+from c4c.retrieval import rerank
+from c4c.retrieval.evaluation import Evaluation
+from c4c.retrieval.features import Encode, Tell, captions_of, encode_texts, encode_videos
+from c4c.retrieval.metrics import ScoreGrid, grid_ranks, report, summarize
+from c4c.retrieval.order_pairs import pair_groups, score_pairs
+from c4c.retrieval.output import require_dump, write_dump, write_ranks, write_top
+from c4c.retrieval.request import Request
+from c4c.retrieval.views import ONE_VIEW, Views, combined, score_of
+from c4c.retrieval.work import EvalWork, aligned
+from c4c.training.run_folder import is_run, located
 from c4c.training.screen import EvalReport, metrics_table
 from c4c.zero import checkpoint
-from c4c.zero.distributed import launched, start_distributed, stop_distributed
+from c4c.zero.distributed import join_ranks, launched, stop_distributed
 from c4c.zero.patches import quiet_libraries
 from pipelines.config import DataConfig
-from pipelines.eval_loader import EvalLoader
-from pipelines.requests import texts_of
 from pipelines.survey import notes
-from pipelines.tokens import tokenize
+from pipelines.tokens import Tokenizer
+from shards import count
+from shards.dataset import Dataset
 from shards.split import Split
 
-Encode = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # frames, mask, tokens -> texts, videos
-Tell = Callable[[str, int, int], None]  # "videos" or "captions", how many of them all ranks have encoded, of how many
 
-
-@torch.no_grad()
-def features(
-    encode: Encode, split: Split, config: DataConfig, device: torch.device, tell: Tell = lambda *_: None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(texts [N, D], videos [M, ...], video of each text int64 [N]), complete and in the split's order on every rank.
-
-    Ranks share the work; each video and each caption is encoded once.
-    """
-    world, rank = world_size(), dist.get_rank() if world_size() > 1 else 0
-    captions = [(v, text) for v in range(len(split)) for text in texts_of(split, v, config)]
-    size, own = config.eval_batch_size, np.arange(rank, len(captions), world)
-    raw, side = device.type == "cuda", config.image_size  # there the model normalises
-    shape, dtype = ((side, side, 3), torch.uint8) if raw else ((3, side, side), torch.float32)
-    none = torch.zeros(1, config.num_frames, *shape, dtype=dtype, device=device)
-    no_mask = torch.zeros(1, config.num_frames, dtype=torch.bool, device=device)
-    no_text = tokenize(["none"], config.max_words).to(device)
-
-    reader = EvalLoader(split, config, rank=rank, world=world, device=device, raw=raw)
-    videos: dict[int, Tensor] = {}
-    texts: dict[int, Tensor] = {}
-    try:
-        for turn, (indices, frames, mask) in enumerate(reader, 1):
-            # a rank without videos left still runs the model, for ZeRO-3's collectives
-            _, encoded = encode(*((frames, mask) if len(indices) else (none, no_mask)), no_text)
-            videos |= {int(i): f for i, f in zip(indices, encoded.float(), strict=False)}
-            tell("videos", min(turn * world * size, len(split)), len(split))
-    finally:
-        reader.close()
-    for i in range(-(-len(captions) // (world * size))):
-        indices = own[i * size : (i + 1) * size]
-        tokens = tokenize([captions[j][1] for j in indices], config.max_words).to(device) if len(indices) else no_text
-        encoded, _ = encode(none, no_mask, tokens)
-        texts |= {int(j): f for j, f in zip(indices, encoded.float(), strict=False)}
-        tell("captions", min((i + 1) * world * size, len(captions)), len(captions))
-    owner = torch.tensor([v for v, _ in captions], device=device)
-    return _collect(texts, len(captions), device), _collect(videos, len(split), device), owner
-
-
-def _collect(rows: dict[int, Tensor], total: int, device: torch.device) -> Tensor:
-    """All ranks' rows, by index."""
-    if world_size() > 1:
-        parts: list = [None] * world_size()
-        dist.all_gather_object(parts, {i: row.cpu() for i, row in rows.items()})
-        rows = {i: row for part in parts for i, row in part.items()}
-    return torch.stack([rows[i] for i in range(total)]).to(device)
-
-
-@torch.no_grad()
 def evaluate(
     model: CLIP4Clip,
     encode: Encode,
     split: Split,
     config: DataConfig,
-    device: torch.device,
+    work: EvalWork,
     tell: Tell = lambda *_: None,
-) -> tuple[dict, Tensor]:
-    """(t2v and v2t metrics of `split`, 0-based rank of each text's video [N]); the same on every rank."""
-    texts, videos, owner = features(encode, split, config, device, tell)
-    by_text, by_video = ranks(texts, videos, owner, model.head.score)
-    return report(by_text, by_video), by_text
+    *,
+    tokenizer: Tokenizer,
+    views: Views = ONE_VIEW,
+) -> Evaluation:
+    """What the model finds in `split`; the same on every rank. encode: the model, or what computes for it."""
+    config = config.filled(preprocess_of(model.spec))
+    with work, aligned(model), torch.no_grad():
+        texts, owners = captions_of(split, config)
+        times = [time.perf_counter()]
+        made, waited = encode_videos(encode, split, config, work, tell, tokenizer=tokenizer, views=views)
+        times.append(time.perf_counter())
+        of_texts = encode_texts(texts, encode, config, work, tell, tokenizer=tokenizer)
+        times.append(time.perf_counter())
+        owner, of_videos = torch.tensor(owners, device=work.device), combined(model.head, made)
+        score = score_of(model.head, len(views))
+        grid = ScoreGrid.of(of_texts, of_videos, owner, score)
+        by_text, by_video = grid_ranks(grid, work, tell)
+        metrics = report(by_text, by_video)
+        if (groups := pair_groups(split)) is not None:
+            metrics["pairs"] = score_pairs(grid, groups, by_text, work)
+        times.append(time.perf_counter())
+    videos_s, captions_s, ranking_s = (then - before for before, then in pairwise(times))
+    return Evaluation(
+        split, config, texts, [split.video(i).id for i in range(len(split))], owner, of_texts, of_videos, score,
+        by_text, by_video, metrics, {},
+        {"decode wait": waited, "towers": videos_s - waited, "captions": captions_s, "ranking": ranking_s},
+    )  # fmt: skip
 
 
-def evaluate_checkpoint(
-    name: str,
-    tag: str | None,
-    split: Split,
-    words: list[str],
-    device: str | None = None,
-    json_to: Path | None = None,
-    ranks_to: Path | None = None,
-) -> dict:
-    """What `launch/eval.py` does, on every rank that a launcher started: print the metrics of a checkpoint on a split.
+def rerank_by_dsl(found: Evaluation, model: CLIP4Clip, work: EvalWork) -> None:
+    """Add the row of the dual softmax to what an evaluation found."""
+    scale = rerank.DSL_SCALE if model.head.scaled else 1.0  # of heads whose scores are no cosines
+    rows = report(*rerank.dsl(found.grid, work, scale, cosines=model.head.scaled))
+    found.rows["DSL"] = {way: rows[way] for way in ("t2v", "v2t")} | {
+        "sees_all_test_queries": True,
+        "inverse_temperature": scale,
+    }
 
-    name, tag: as `c4c.models.pretrained.open_checkpoint` takes them; words: `data.key=value`, over the checkpoint's own settings;
-    json_to, ranks_to: files to write as well. Raises ValueError for what cannot be done.
-    """
+
+def rerank_by_bank(
+    found: Evaluation,
+    model: CLIP4Clip,
+    work: EvalWork,
+    tell: Tell,
+    tokenizer: Tokenizer,
+    bank: Dataset,
+    bank_videos: bool,
+) -> None:
+    """Add the row of querybank normalisation to what an evaluation found. bank_videos: encode its videos too, for video to text."""
+    texts, _ = captions_of(bank, found.data)
+    tell_of_bank = lambda kind, done, total: tell(f"{kind} of the bank", done, total)  # noqa: E731
+    scale = rerank.QBNORM_SCALE if model.head.scaled else 1.0
+    row: dict = {}
+    with work, aligned(model), torch.no_grad():
+        queries = encode_texts(texts, model, found.data, work, tell_of_bank, tokenizer=tokenizer)
+        owner = torch.arange(len(texts), device=work.device)
+        of_videos = rerank.text_bank(ScoreGrid.of(queries, found.video_features, owner, found.score), work, scale)
+        by_text = rerank.qbnorm_by_text(found.grid, work, of_videos, scale)
+        row["t2v"] = summarize(by_text, lower_median=len(found.texts) != len(found.keys))
+        if bank_videos:
+            views, _ = encode_videos(model, bank, found.data, work, tell_of_bank, tokenizer=tokenizer)
+            videos = combined(model.head, views)
+            grid = ScoreGrid.of(found.text_features, videos, found.video_of_text, score_of(model.head, 1))
+            by_video = rerank.qbnorm_by_video(found.grid, work, rerank.video_bank(grid, work, scale), scale)
+            row["v2t"] = summarize(by_video)
+    found.rows["QB-Norm"] = row | {
+        "sees_all_test_queries": False,
+        "inverse_temperature": scale,
+        "bank": str(bank.path),
+        "bank_texts": len(texts),
+    }
+
+
+def evaluate_checkpoint(request: Request) -> list[Evaluation]:
+    """What `launch/eval.py` does, on every rank that a launcher started. Raises ValueError for what cannot be done."""
     quiet_libraries()
-    rank, world, place = _start(device)
+    rank, world, place = join_ranks(request.device)
     try:
+        check_names(request.ckpt, request.tag, request.backbone, request.ema)
+        name, tag, ema = located(request.ckpt, request.tag, request.ema)
         if is_run(name):
             tag = checkpoint.resolve(Path(name), tag)
-        model, data = open_checkpoint(name, tag)
-        data = override_data(data, words)
+        model, data = open_checkpoint(name, tag, request.backbone, ema, request.merging)
+        data = override_data(data, list(request.words)).filled(preprocess_of(model.spec))
+        model.resize_pictures(data.image_size)
         model.check_data(data, name)
+        tokenizer = Tokenizer(model.spec.get("tokenizer"))
+        tokenizer.length(data.max_words)
         model.set_pixels(data)
-        for note in notes(None, split, data) if rank == 0 else ():
-            print(f"warning: {note}", file=sys.stderr)
-        with EvalReport(on=rank == 0) as progress:
-            model = model.to(place)
-            result, by_text = evaluate(model, model, split, data, place, progress.tell)
-        result |= {
-            "checkpoint": str(Path(name) / checkpoint.FOLDER / tag) if tag else name,
-            "split": str(split.path),
-            "split_digest": split.digest,
-        }
-        if rank == 0:
-            if json_to:
-                replace_text({json_to: json.dumps(result, indent=2) + "\n"})
-            if ranks_to:
-                write_ranks(ranks_to, split, data, by_text)
-            where = f"{world} x {place.type}" if world > 1 else str(place)
-            _show(result, f"checkpoint  {result['checkpoint']}{_better(name, tag)}", f"split       {split.path}",
-                  f"encoded     {progress.pace}, {where}")  # fmt: skip
-        return result
+        _check(request, model, data)
+        what = str(Path(name) / checkpoint.FOLDER / tag) if tag else name
+        kind = weights_taken(name, tag, ema)
+        model, made, results = model.to(place), [], {}
+        where = f"{world} x {place.type}" if world > 1 else str(place)
+        for split in request.splits:
+            for note in notes(None, split, data, tokenizer) if rank == 0 else ():
+                print(f"warning: {note}", file=sys.stderr)
+            with EvalReport(on=rank == 0) as progress:
+                found = _evaluate(request, model, split, data, EvalWork(place), progress.tell, tokenizer)
+            made.append(found)
+            results[str(split.path)] = _result(found, what, request) | ({"weights": kind.strip(", ")} if kind else {})
+            if model.merging or request.merging is not None:
+                results[str(split.path)] |= {"merge": model.merging.tokens, "merge_frames": list(model.merging.joins)}
+            if rank == 0:
+                _write(request, found, results, f"{what}{kind}", Path(name) if tag else None)
+                _show(
+                    request, results[str(split.path)], f"checkpoint  {what}{kind}{_better(name, tag)}", f"split       {split.path}",
+                    f"encoded     {progress.pace}, {where}", *_of_merging(model.merging, request), *_of_pairs(found.metrics),
+                )  # fmt: skip
+        return made
     finally:
         if launched() > 1:  # whoever calls this in a process of its own keeps its group
             stop_distributed()
 
 
-def _show(result: dict, *lines: str) -> None:
-    """Print the metrics. Raises OSError."""
-    console = Console()
+def _check(request: Request, model: CLIP4Clip, data: DataConfig) -> None:
+    """Raise ValueError for what the checkpoint cannot do, before its work starts."""
+    views = request.clips * request.crops
+    if request.crops > 1 and data.resize_mode != "shortest":
+        raise ValueError(
+            f"--crops {request.crops}: this checkpoint's data.resize_mode={data.resize_mode} crops nothing; leave --crops out"
+        )
+    if request.crops > 1 and data.crop != "centre":
+        raise ValueError(f"--crops {request.crops} shows every crop: leave data.crop={data.crop} out")
+    if request.bank_videos and views > 1:
+        raise ValueError("--bank-videos takes one clip and crop of each video: leave --clips and --crops out")
+    if request.dump:
+        require_dump(request.dump, request.splits[0], data, isinstance(model.head, Cosine))
+
+
+def _evaluate(
+    request: Request,
+    model: CLIP4Clip,
+    split: Split,
+    data: DataConfig,
+    work: EvalWork,
+    tell: Tell,
+    tokenizer: Tokenizer,
+) -> Evaluation:
+    """With all rows that are asked for."""
+    views = Views(request.clips, request.crops)
+    found = evaluate(model, model, split, data, work, tell, tokenizer=tokenizer, views=views)
+    began = time.perf_counter()
+    with aligned(model), torch.no_grad():
+        if "dsl" in request.rerank:
+            rerank_by_dsl(found, model, work)
+        if request.bank is not None:
+            rerank_by_bank(found, model, work, tell, tokenizer, request.bank, request.bank_videos)
+    if request.rerank:
+        found.timings["re-ranking"] = time.perf_counter() - began
+    return found
+
+
+def _result(found: Evaluation, what: str, request: Request) -> dict:
+    """What --json writes of one split."""
+    result = found.metrics | {
+        "checkpoint": what,
+        "split": str(found.split.path),
+        "split_digest": found.split.digest,
+    }
+    if request.clips * request.crops > 1:
+        result |= {"clips": request.clips, "crops": request.crops}
+    return result | ({"rerank": found.rows} if found.rows else {})
+
+
+def _write(request: Request, found: Evaluation, results: dict[str, dict], what: str, run: Path | None) -> None:
+    """The files that are asked for."""
+    if request.ranks:
+        write_ranks(request.ranks, found.split, found.data, found.by_text)
+    if request.dump:
+        write_dump(request.dump, found)
+    if request.report:
+        from c4c.retrieval.report import write_report
+
+        with EvalReport(on=True) as progress:
+            write_report(request.report, found, run, what, views=(request.clips, request.crops), tell=progress.tell)
+    if request.json and len(results) == len(request.splits):  # after the others: who finds it finds them too
+        (first,) = results.values() if len(results) == 1 else (results,)
+        replace_text({request.json: json.dumps(first, indent=2) + "\n"})
+    if request.topk:  # last: printing may fail
+        write_top(request.topk_to, found, request.topk)
+
+
+def _show(request: Request, result: dict, *lines: str) -> None:
+    """Print the metrics; to standard error where standard output has what was found. Raises OSError."""
+    console = Console(stderr=bool(request.topk and not request.topk_to))
     try:
-        console.print(metrics_table(result))
-        for line in lines:
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        with seen_enough():
+            with console.capture() as shown:  # rich ends the process by itself where nobody reads
+                console.print(metrics_table(result))
+                for line in lines:
+                    console.print(line, highlight=False, markup=False, soft_wrap=True)
+            print(end=shown.get(), file=console.file, flush=True)
     except OSError as error:
         raise OSError(f"the metrics cannot be printed ({error.strerror}); --json FILE writes them") from error
 
 
-def _start(device: str | None) -> tuple[int, int, torch.device]:
-    """Rank, world and device."""
-    if device and device.startswith("cuda"):
-        index, gpus = int(device.partition(":")[2] or 0), torch.cuda.device_count()
-        if index >= gpus:
-            raise ValueError(f"--device {device}: this machine has {gpus} GPUs that torch can use")
-    if launched() > 1:
-        if device and ":" in device:
-            raise ValueError(
-                f"--device {device}: each of {launched()} ranks takes a GPU of its own; write --device cuda"
-            )
-        rank, world, own = start_distributed()
-        return rank, world, torch.device("cpu") if device == "cpu" else own
-    return 0, 1, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+def _of_merging(merging: Merging, request: Request) -> list[str]:
+    """A line on token merging in the image tower, where there is some or some was asked for."""
+    asked = "as the checkpoint says" if request.merging is None else "by --merge, whatever the checkpoint says"
+    return [f"merging     {merging.in_words()}, {asked}"] if merging or request.merging is not None else []
+
+
+def _of_pairs(metrics: dict) -> list[str]:
+    """A line on the order-only pairs, if there are some."""
+    if (pairs := metrics.get("pairs")) is None:
+        return []
+    return [
+        f"order pairs {count(pairs['n_texts'], 'text')}: R@1 {pairs['R1']:.1f} %, own video above its twin {pairs['own_first']:.1f} % (guessing: 50 %)"
+    ]
 
 
 def _better(name: str, tag: str | None) -> str:
     """A word on a run's best checkpoint, if it is another."""
     best = checkpoint.best(Path(name)) if tag else None
     return "" if best in (None, tag) else f"    (the best of the run's own validations is {best}: --tag best)"
-
-
-def write_ranks(path: Path, split: Split, config: DataConfig, by_text: Tensor) -> None:
-    """One JSON object a text: the text, its video's id and meta, and the video's rank, from 1."""
-    ranks_of_texts = iter(by_text.tolist())
-    lines = []
-    for index in range(len(split)):
-        video = split.video(index)
-        meta = split.json(video).get("meta", {})
-        for text in texts_of(split, index, config):
-            row = {"rank": next(ranks_of_texts) + 1, "video": video.id, "text": text, "meta": meta}
-            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    replace_text({path: "".join(lines)})

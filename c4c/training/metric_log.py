@@ -39,11 +39,16 @@ class Metrics:
         """Record the metrics of a step."""
         self._write(self._steps, step, values)
 
-    def validation(self, step: int, values: dict) -> None:
-        """Record the metrics of the validation after `step` steps."""
+    def validation(self, step: int, values: dict, ema: float = 0.0) -> None:
+        """Record the metrics of the validation after `step` steps. ema: the decay of the averaged weights, if they are what is evaluated."""
         units = {"MdR": "rank", "MnR": "rank"}  # the others are per cent
         flat = {f"val/{way}_{k}_{units.get(k, 'pct')}": v for way in ("t2v", "v2t") for k, v in values[way].items()}
-        self._write(self._evals, step, flat | {"val/n_texts": values["n_texts"], "val/n_videos": values["n_videos"]})
+        if pairs := values.get("pairs"):
+            flat |= {f"val/pairs_{name}_pct": pairs[name] for name in ("R1", "own_first")}
+            flat |= {f"val/pairs_{name}": pairs[name] for name in ("n_texts", "n_pairs")}
+        averaged = {"val/ema_decay": ema} if ema else {}
+        counts = {"val/n_texts": values["n_texts"], "val/n_videos": values["n_videos"]}
+        self._write(self._evals, step, flat | counts | averaged)
 
     def close(self) -> None:
         """Write what waits, and close all files."""

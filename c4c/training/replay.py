@@ -58,6 +58,8 @@ def recorded(folder: Path, step: int) -> dict:
 def _compare(recorded: dict, outcome: Outcome, say) -> bool:
     now = {"train/loss": outcome.loss, "train/grad_norm": outcome.grad_norm, "train/lr": outcome.lr}
     now["train/logit_scale"] = outcome.logit_scale
+    if outcome.logit_bias is not None:
+        now["train/logit_bias"] = outcome.logit_bias
     verdicts = []
     for name, value in now.items():
         then = recorded.get(name)

@@ -17,6 +17,7 @@ from pipelines.quarantine import json_lines
 
 RESUME = ("never", "auto")
 DONE = "done.json"
+RANKS = "ranks.jsonl"  # of the last validation, a line a text
 SCORE = "val/t2v_R1_pct"
 _NAMED = 8  # of many differences
 _PACKAGES = (
@@ -56,7 +57,8 @@ def require_wandb(project: str) -> None:
         raise ValueError(f"run.wandb={project} needs the package wandb: pip install wandb, or leave run.wandb out")
 
 
-_FILES = ("config.yaml", "towers.json", "versions.json", "metrics.jsonl", "eval.jsonl", DONE, "quarantine.jsonl", "bad_steps.jsonl",
+_OTHERS_CONFIGS = ("open_clip_config.json", "config.json")  # of folders with weights of open_clip and transformers
+_FILES = ("config.yaml", "towers.json", "versions.json", "metrics.jsonl", "eval.jsonl", RANKS, DONE, "quarantine.jsonl", "bad_steps.jsonl",
           "checkpoints/latest")  # fmt: skip
 
 
@@ -92,11 +94,18 @@ def save_description(folder: Path, config_text: str, towers: dict) -> None:
     replace_text({folder / name: text for name, text in texts.items()})
 
 
-def mark_done(folder: Path, step: int, best: str) -> None:
-    """Write done.json, which marks the run as completed: its last step, its best checkpoint, and the time."""
+def read_towers(folder: Path) -> dict | None:
+    """The towers of the run, as `save_description` wrote them; None for a run without. Raises ValueError if the file is damaged."""
+    path = folder / "towers.json"
+    return read_json_object(path) if path.is_file() else None
+
+
+def mark_done(folder: Path, step: int, best: str, data: dict[str, str] | None = None) -> None:
+    """Write done.json, which marks the run as completed: its last step, its best checkpoint, the digests of `data`, and the time."""
     path = folder / DONE
+    about = {"step": step, "best": best, "data": data or {}}
     if not path.exists():  # continuing a run that is done changes nothing
-        replace_text({path: json.dumps({"step": step, "best": best, "time_unix_s": round(time.time(), 3)}) + "\n"})
+        replace_text({path: json.dumps(about | {"time_unix_s": round(time.time(), 3)}) + "\n"})
 
 
 def read_done(folder: Path) -> dict | None:
@@ -106,9 +115,37 @@ def read_done(folder: Path) -> dict | None:
 
 
 def is_run(name: str) -> bool:
-    """Whether a checkpoint's name means a run folder, existing or not: neither a file of any kind nor TAG:BACKBONE."""
+    """Whether a checkpoint's name means a run folder, existing or not: neither a file of any kind, nor TAG:BACKBONE, nor a
+    folder of open_clip's or transformers'."""
     path = Path(name)
-    return path.is_dir() or (path.suffix == "" and ":" not in name and not path.exists())
+    if path.is_dir():
+        return (path / "config.yaml").is_file() or not any((path / name).is_file() for name in _OTHERS_CONFIGS)
+    return path.suffix == "" and ":" not in name and not path.exists()
+
+
+def run_of_file(path: Path) -> tuple[Path, str, bool] | None:
+    """(run folder, checkpoint, whether it is the averaged weights) of a file of weights of a checkpoint that lies in its run: its
+    model.safetensors or ema.safetensors; None for any other file."""
+    folder = path.absolute().parent
+    run = folder.parent.parent
+    is_weights = path.name in ("model.safetensors", "ema.safetensors")
+    inside = is_weights and folder.parent.name == "checkpoints" and (run / "config.yaml").is_file()
+    return (run, folder.name, path.name == "ema.safetensors") if inside else None
+
+
+def located(name: str, tag: str | None, ema: bool = True) -> tuple[str, str | None, bool]:
+    """What `--ckpt`, `--tag` and `--no-ema` mean: a file of weights of a run's checkpoint is that checkpoint, with the averaged weights
+    if it is its ema.safetensors.
+
+    Raises ValueError if the file and an option name two.
+    """
+    if (inside := run_of_file(Path(name))) is None or not Path(name).is_file():
+        return name, tag, ema
+    if tag not in (None, inside[1]):
+        raise ValueError(f"--tag {tag}, but {name} is checkpoint {inside[1]}: leave one of them away")
+    if inside[2] and not ema:
+        raise ValueError(f"--no-ema, but {name} holds averaged weights: leave one of them away")
+    return str(inside[0]), inside[1], inside[2]
 
 
 def _run_around(folder: Path) -> str:
@@ -142,7 +179,8 @@ def read_config(folder: Path) -> dict:
 
 # what may differ between a run and its continuation: none of it changes what a step computes, but for rounding
 _FREE = ("run.dir", "run.resume", "run.deterministic", "run.wandb", "checkpoint.", "engine.zero_stage", "engine.offload",
-         "engine.compile", "engine.activation_checkpointing", "engine.timeout_s", "deepspeed.zero_optimization.",
+         "engine.compile", "engine.fold_pixels", "engine.trim_captions", "engine.share_captions",
+         "engine.activation_checkpointing", "engine.timeout_s", "deepspeed.zero_optimization.",
          "deepspeed.comms_logger.", "deepspeed.flops_profiler.", "deepspeed.wall_clock_breakdown", "deepspeed.steps_per_print",
          "train.eval_every", "train.patience", "train.micro_batch_size", "train.max_bad_steps", "data.test", "data.threads",
          "data.prefetch", "data.read_timeout_s", "data.local_", "data.ahead", "data.server_timeout_s", "cache.dir",

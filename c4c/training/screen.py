@@ -69,6 +69,8 @@ class Report:
             "data wait": f"{values['data/wait_pct']:.1f}%",
             "memory": f"{values['memory_gib']:.1f} GiB",
         }
+        if "train/logit_bias" in values:
+            shown["bias"] = f"{values['train/logit_bias']:.2f}"
         if "mfu_pct" in values:
             shown["MFU"] = f"{values['mfu_pct']:.1f}%"
         if self._best > float("-inf"):
@@ -98,13 +100,14 @@ class Report:
         for command in commands:
             self.say(f"    {command}")
 
-    def validation(self, step: int, values: dict) -> None:
-        """Show the metrics of the validation after `step` steps."""
+    def validation(self, step: int, values: dict, averaged: bool = False) -> None:
+        """Show the metrics of the validation after `step` steps. averaged: of the weights' average."""
         self._best = max(self._best, values["t2v"]["R1"])
         t2v, v2t = values["t2v"], values["v2t"]
+        pairs = f"   own video above its twin {values['pairs']['own_first']:.1f} %" if "pairs" in values else ""
         self.say(
-            f"validation after step {step}: t2v R@1 {t2v['R1']:.1f}  R@5 {t2v['R5']:.1f}  R@10 {t2v['R10']:.1f}  "
-            f"MdR {t2v['MdR']:.1f}   v2t R@1 {v2t['R1']:.1f}   best t2v R@1 {self._best:.1f}"
+            f"validation after step {step}{', averaged weights' * averaged}: t2v R@1 {t2v['R1']:.1f}  R@5 {t2v['R5']:.1f}  R@10 {t2v['R10']:.1f}  "
+            f"MdR {t2v['MdR']:.1f}   v2t R@1 {v2t['R1']:.1f}   best t2v R@1 {self._best:.1f}{pairs}"
         )
 
 
@@ -131,18 +134,19 @@ class EvalReport:
         self._bars.stop()
 
     def tell(self, kind: str, done: int, total: int) -> None:
-        """`done` of `total` videos or captions (that is `kind`) are encoded."""
+        """`done` of `total` videos, clips or captions (that is `kind`) are encoded, texts ranked, or pictures made."""
         if kind not in self._tasks:
             self._tasks[kind], self._began = self._bars.add_task(kind, total=total, after=""), self._last
         self._last = time.monotonic()
         seconds = max(self._last - self._began, 1e-9)
         after = f"{done / seconds:.1f}/s"
         self._bars.update(self._tasks[kind], completed=done, after=after)
-        if kind == "videos":
-            self.pace = f"{done} videos in {seconds:.1f} s, {done / seconds:.1f} clips/s"
+        if kind in ("videos", "clips"):  # clips: several of each video
+            self.pace = f"{done} {kind} in {seconds:.1f} s, {done / seconds:.1f} clips/s"
         if not self._live and self._last - self._last_line > _LINE_EVERY_S:
             self._last_line = self._last
-            self._console.print(f"{done} of {total} {kind} encoded, {after}", highlight=False)
+            verb = {"texts": "ranked", "pictures": "made"}.get(kind, "encoded")
+            self._console.print(f"{done} of {total} {kind} {verb}, {after}", highlight=False)
 
 
 def metrics_table(result: dict) -> Table:
@@ -153,6 +157,12 @@ def metrics_table(result: dict) -> Table:
     for way, title in (("t2v", "text to video"), ("v2t", "video to text")):
         row = result[way]
         table.add_row(title, *(f"{row[k]:.1f}" for k in ("R1", "R5", "R10", "MdR", "MnR")))
+        for method, rows in result.get("rerank", {}).items():
+            if way in rows:
+                sees = " (sees all queries)" if rows["sees_all_test_queries"] else ""
+                table.add_row(
+                    f"{title}, {method}{sees}", *(f"{rows[way][k]:.1f}" for k in ("R1", "R5", "R10", "MdR", "MnR"))
+                )
     return table
 
 

@@ -3,7 +3,7 @@
 import os
 import platform
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -12,21 +12,31 @@ import torch
 import torch.distributed as dist
 
 from c4c.config import Config, require, to_dict
-from c4c.models.clip4clip import build
+from c4c.models import origin
+from c4c.models.backbone import other_towers, settled, spec_of
+from c4c.models.clip4clip import CLIP4Clip, build
+from c4c.models.tokenizer_spec import FILES, with_files
+from c4c.objective import LossOptions
 from c4c.retrieval.evaluate import evaluate
+from c4c.retrieval.evaluation import Evaluation
+from c4c.retrieval.features import block_sizes
+from c4c.retrieval.work import EvalWork
 from c4c.training.agreement import agree, any_rank, on_first_rank
+from c4c.training.continuation import require_continues
 from c4c.training.memory import out_of_memory
 from c4c.training.outcome import Outcome
-from c4c.training.param_groups import freeze
-from c4c.training.run_folder import check_continuation
+from c4c.training.param_groups import choose_trained
+from c4c.training.run_folder import read_towers
 from c4c.training.step import Learner, train_step
 from c4c.zero import checkpoint, state
+from c4c.zero.checkpoint import FROZEN
 from c4c.zero.engine import build_engine
 from c4c.zero.skipping import was_applied
 from c4c.zero.snapshot import restore
 from pipelines.lanes import require_decoder
 from pipelines.loader import Batch, Loader
 from pipelines.survey import notes
+from pipelines.tokens import Tokenizer
 from shards.concat import open_splits
 from shards.dataset import Dataset
 from shards.split import Split
@@ -44,29 +54,34 @@ class Session:
         self, config: Config, rank: int, world: int, device: torch.device, *, resume: Path | None = None,
         tag: str | None = None, from_start: bool = False, quarantine: Path | None = None,
     ):  # fmt: skip
-        self.config, self.rank, self.world, self.device = config, rank, world, device
         require(config)
+        self.config = config = settled(config)
+        self.rank, self.world, self.device = rank, world, device
         self.split = open_splits(config.data.train, config.data.local)
         self.test = Split(config.data.test, config.data.local)
         for split in (self.split, self.test):
             require_decoder(split, config.data, device)
         if resume:
-            same_data = checkpoint.trained_on(resume) == self.split.digest
-            check_continuation(resume, to_dict(config), to_dict(Config()), ("data.train",) if same_data else ())
+            require_continues(resume, config, self.split.digest)
         agree(_identity(config, self.split, self.test), world)
         self.tag = tag  # of the checkpoint to go on from, None at the start of a run
         self.notes: list[str] = []
         if resume and tag is None and not from_start:
             self.tag, self.notes = on_first_rank(lambda: checkpoint.newest_whole(resume), rank, world)
-        torch.manual_seed(config.run.seed)
-        self.model = build(config.model, config.data.num_frames)
-        freeze(self.model, config.train.freeze_layers)
+        self._frozen: dict = {}  # what checkpoints say of the weights that they leave out
+        left_out = self._build(resume)
         self.model.check_data(config.data, config.model.backbone)
+        kept = with_files(self.model.spec, resume / FILES) if resume else self.model.spec
+        self.tokenizer = Tokenizer(kept.get("tokenizer"))
+        self.tokenizer.length(config.data.max_words)  # refuses now what it would refuse after minutes
         self.model.set_pixels(config.data)
         size = sum(p.numel() for p in self.model.parameters()) / 1e6
         with self._memory(f"the model has {size:.1f} M weights, beside which optimizers keep masters and moments",
                           "engine.offload=optimizer, or engine.zero_stage=3 on several ranks"):  # fmt: skip
-            learner = Learner(self.model, config.train.loss)
+            learner = Learner(self.model, config.train.loss, config.train.logit_bias, LossOptions.of(config.train))
+            learner.left_out = left_out
+            if self.tag:
+                learner.notes.clear()  # on weights that the checkpoint replaces
             self.engine = build_engine(learner, config.engine, config.train, world, config.deepspeed)
         about = restore(self.engine, resume, self.tag) if resume and self.tag else {}
         self.done = int(about.get("step", 0))  # steps
@@ -78,7 +93,8 @@ class Session:
         self.loader = Loader(
             self.split, config.data, batch_size=config.train.batch_size, seed=config.run.seed,
             drop_last=config.train.drop_last, rank=rank, world=world, device=device, quarantine=quarantine,
-            cache=config.cache, clips=config.clips, raw=device.type == "cuda",
+            cache=config.cache, clips=config.clips, raw=device.type == "cuda" or self.model.folds_pixels,
+            tokenizer=self.tokenizer, captions_per_video=config.train.captions_per_video,
         )  # fmt: skip
         self.per_epoch = self.loader.steps_per_epoch
         # what hosts decide they exchange between hosts: on the default group of GPUs, each answer would wait for the step
@@ -88,9 +104,48 @@ class Session:
             self._hosts = hosts if isinstance(hosts, dist.ProcessGroup) else None
         self.total = config.train.total_steps(self.per_epoch)
 
+    def _build(self, resume: Path | None) -> frozenset[str]:
+        """The model with the weights that it starts from; returns the names of those that its checkpoints leave out."""
+        config, about = self.config, {}
+        if resume and self.tag:
+            about = checkpoint.read_state(resume / checkpoint.FOLDER / self.tag)
+        # a replay from the start reads no checkpoint; those that came later tell which frozen weights it started from
+        later = checkpoint.newest_state(resume) if resume and not self.tag else {}
+        before, model = (about or later).get(FROZEN), config.model
+        if before:
+            model = origin.same_source(model, before)
+        if not resume and not (model.init_from and Path(model.init_from).exists()):  # those may bring its files along
+            Tokenizer(spec_of(model).get("tokenizer"))  # fails here before large towers are built or fetched
+        torch.manual_seed(config.run.seed)
+        known, told = (read_towers(resume), resume / "towers.json") if resume else (None, None)
+        if (
+            about and known and not before
+        ):  # all weights come from the checkpoint: what they started from counts no more
+            self.model = CLIP4Clip(
+                known, model.head, model.linear_patch, model.head_layers, config.data.num_frames, model.merging
+            )
+        else:
+            self.model = build(model, config.data.num_frames, config.data.image_size)
+            if known and (changed := other_towers(known, self.model.spec)):
+                raise ValueError(
+                    f"run.resume=auto: {resume} was trained with other towers than model.init_from={model.init_from} describes now "
+                    f"({', '.join(changed)} differ from {told}): what it names has changed. Put it back"
+                )
+        choose_trained(self.model, config.train)
+        names = origin.left_out(self.model, config)
+        if names and (before or not (about or config.checkpoint.whole)):
+            self._frozen = on_first_rank(
+                lambda: origin.describe(self.model, names, model, before), self.rank, self.world
+            )
+        if config.checkpoint.whole or (
+            about and not before
+        ):  # whole checkpoints stay so: what the source holds now counts no more
+            self._frozen = {}
+        return names if self._frozen else frozenset()
+
     def warnings(self) -> list[str]:
         """What a person should know before the steps begin. Reads captions for a second."""
-        return notes(self.split, self.test, self.config.data) + list(
+        return notes(self.split, self.test, self.config.data, self.tokenizer) + list(
             filter(None, [self.config.train.endless_warmup(self.per_epoch)])
         )
 
@@ -98,6 +153,17 @@ class Session:
     def weights(self) -> int:
         """How many the model has."""
         return sum(state.size(p) for p in self.engine.module.parameters())
+
+    @property
+    def trained(self) -> int:
+        """How many of them are trained."""
+        return sum(state.size(p) for p in self.engine.module.parameters() if p.requires_grad)
+
+    @property
+    def stored(self) -> int:
+        """How many of them its checkpoints hold."""
+        left_out = self.engine.module.left_out
+        return sum(state.size(p) for name, p in self.model.named_parameters() if name not in left_out)
 
     def batches(self, count: int):
         """The next `count` batches after the steps that are done."""
@@ -119,30 +185,43 @@ class Session:
         self.done += 1
         with state.gathered(self.model.clip.logit_scale):  # of which no rank has the whole under ZeRO 3
             scale = self.model.scale().detach()
+        bias = self.model.clip.logit_bias if train.loss == "sigmoid" else None
+        if bias is not None:
+            with state.gathered(bias):
+                bias = bias.detach().float().clone()
         return Outcome(
             sums[0], sums[1], scale, self.engine.get_global_grad_norm(), world=self.world, lr=train.lr * factor,
             applied=was_applied(self.engine), answers=any_rank(asked, self._hosts),
+            logit_bias=bias,
         )  # fmt: skip
 
-    def evaluate(self, split: Split | None = None, each: Callable[[], None] = lambda: None) -> dict:
-        """Metrics of a split (the test split), the same on every rank. each: called before each batch."""
+    def evaluate(self, split: Split | None = None, each: Callable[[], None] = lambda: None) -> Evaluation:
+        """What the model, with `train.ema` its averaged weights, finds in a split (the test split), the same on every rank.
 
-        def encode(*inputs: torch.Tensor):
-            each()
-            return self.engine(*inputs)
+        each: called equally often on every rank.
+        """
+        data, lockstep = self.config.data, self.engine.zero_optimization_stage() == 3
+        # what threads compute at once does not pass through the engine, which counts and keeps what passes
+        encode = self.engine if lockstep or self.device.type != "cpu" else self.engine.module
+        work = EvalWork(self.device, lockstep=lockstep, at_once=self.engine.module.compiled is None)
 
-        data = self.config.data
+        def told(kind: str, *_) -> None:
+            if kind != "texts":  # of those, ranks have different numbers of tiles
+                each()
+
+        average = self.engine.average
         self.engine.eval()
-        with self._memory(f"validation encodes {data.eval_batch_size} videos of {data.num_frames} frames at once, then "
-                          "captions as many at a time", "a smaller data.eval_batch_size"):  # fmt: skip
-            result, _ = evaluate(self.model, encode, split or self.test, data, self.device)
+        with average.in_use(self.engine) if average else nullcontext(), self._memory(f"validation encodes {block_sizes(self.device, data.num_frames)[0]} videos of {data.num_frames} frames "
+                          f"at once, and decodes {data.eval_batch_size} meanwhile", "a smaller data.eval_batch_size"):  # fmt: skip
+            found = evaluate(self.model, encode, split or self.test, data, work, told, tokenizer=self.tokenizer)
         self.engine.train()
-        return result
+        return found
 
     def position(self) -> dict:
         """What a checkpoint says beside the step, for people and to recognise the data."""
         epoch, step = divmod(self.done, self.per_epoch)
-        return {"epoch": epoch, "step_of_epoch": step, "data": self.split.digest}
+        frozen = {FROZEN: self._frozen} if self._frozen else {}
+        return {"epoch": epoch, "step_of_epoch": step, "data": self.split.digest} | frozen
 
     @contextmanager
     def _memory(self, doing: str, remedies: str) -> Iterator[None]:
@@ -159,7 +238,7 @@ class Session:
         train, frames = self.config.train, self.config.data.num_frames
         encoded = rows // train.accumulate if train.accumulate > 1 else min(train.micro_batch_size or rows, rows)
         return (
-            f"each rank encodes {encoded} of its {rows} pairs at once, {encoded * frames} frames",
+            f"each rank encodes {encoded} of its {rows} {train.row}s at once, {encoded * frames} frames",
             f"train.micro_batch_size={max(1, encoded // 2)} (same losses, a second forward pass), "
             "engine.activation_checkpointing=true, engine.offload=optimizer, a higher engine.zero_stage on several ranks, "
             "or a smaller train.batch_size",

@@ -28,9 +28,10 @@ from pathlib import Path
 
 from rich.table import Table
 
-from c4c.config import Config, ConfigError, load, to_dict
+from c4c.config import Config, ConfigError, load
 from c4c.files import read_json_object, read_yaml
-from c4c.training.run_folder import DONE, check_continuation, read_done
+from c4c.training.continuation import require_continues
+from c4c.training.run_folder import DONE, read_done
 
 _STARTED_FROM = "started_from.json"
 _KEYS = {"train": {"name", "cfg", "from", "set"}, "eval": {"name", "eval", "data", "set"}}
@@ -185,7 +186,7 @@ def _train(stage: Stage, config: Config, command: list[str], say: Callable[[str]
     run = stage.run
     if (run / "config.yaml").exists():
         try:
-            check_continuation(run, to_dict(config), to_dict(Config()))
+            require_continues(run, config)
         except ValueError as error:
             raise StageError(f"stage {stage.name}: {error}") from error
     _check_source(stage)

@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from c4c.losses import LOSSES, world_size
-from c4c.models.clip4clip import MAX_SCALE, CLIP4Clip
+from c4c.losses import world_size
+from c4c.models.clip4clip import LOGIT_BIAS, MAX_SCALE, CLIP4Clip
+from c4c.objective import LossOptions, loss_of
 from c4c.settings import TrainConfig
 from c4c.zero import patches, state
 
@@ -18,35 +19,61 @@ if TYPE_CHECKING:
     from c4c.models.compiled import CompiledTowers
 
 MAX_LOGIT = math.log(MAX_SCALE)
+SIGLIP_SCALE = 10.0  # which LOGIT_BIAS goes with (section 3.2 of the paper)
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # frames, mask, tokens, and what of them is not padding
 
 
 @dataclass(frozen=True)
 class Pull:
-    """Gradient caching: the loss's gradient at a micro-batch's features; in one of them also all features and `valid`."""
+    """Gradient caching: the loss's gradient at a micro-batch's features; in one of them also all that the loss takes: features of
+    texts and videos, `valid` and tokens."""
 
     text: Tensor | None
     video: Tensor | None
-    all_features: tuple[Tensor, Tensor, Tensor] | None = None
+    all_features: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
 
 class Learner(nn.Module):
     """Model and loss in one module, so that DeepSpeed's hooks see every weight that is used.
 
+    loss: as train.loss. For `sigmoid` a model without a bias gets one, which starts at `logit_bias`; the other losses use none,
+    and one that the model has is kept as it is. options: what else the settings say of it. notes: what a person should know at the
+    start. Raises ValueError for options that the model's head cannot have.
+
     peak_lrs, parts: of each group of weights, its peak learning rate and the part of the model that it is of (see
-    c4c.training.param_groups). notes: what a person should know about the engine at the start. compiled: the towers, where
-    they are compiled. All are set by c4c.zero.engine.build_engine.
+    c4c.training.param_groups). compiled: the towers, where they are compiled. exact_buffers: stored buffers by name, as they were
+    before they were rounded to the engine's precision. They are set by c4c.zero.engine.build_engine, which has notes of its own.
+    gradient_scale: see c4c.losses.sigmoid_loss. left_out: names of the model's weights that checkpoints do not hold (see
+    c4c.models.origin).
     """
 
     peak_lrs: list[float]
     parts: list[str]
-    notes: list[str]
+    exact_buffers: dict[str, Tensor]
     compiled: "CompiledTowers | None" = None
+    gradient_scale = 1.0
+    left_out: frozenset[str] = frozenset()
 
-    def __init__(self, model: CLIP4Clip, loss: str = "cross_entropy"):
+    def __init__(
+        self, model: CLIP4Clip, loss: str = "cross_entropy", logit_bias: float = LOGIT_BIAS,
+        options: LossOptions | None = None,
+    ):  # fmt: skip
         super().__init__()
-        self.model, self._criterion = model, LOSSES[loss]
+        self.model, self.loss, self.options = model, loss, options or LossOptions()
+        self.options.check_head(model)
+        self.notes: list[str] = []
         model.clip.logit_scale = patches.with_an_axis(model.clip.logit_scale)
+        if loss == "sigmoid" and model.clip.logit_bias is None:
+            model.add_bias(logit_bias)
+            note = f"the weights have no logit_bias: train.loss=sigmoid starts it at {logit_bias:g} (train.logit_bias)"
+            scale = model.scale().item()
+            if scale > 3 * SIGLIP_SCALE and logit_bias == LOGIT_BIAS:
+                note += f", which SigLIP does beside a scale of {SIGLIP_SCALE:g}; that of these weights is {scale:.1f}"
+            self.notes.append(note)
+        elif model.clip.logit_bias is not None:
+            model.clip.logit_bias = patches.with_an_axis(model.clip.logit_bias)
+            if loss != "sigmoid":  # no gradient would reach it
+                model.clip.logit_bias.requires_grad_(False)
 
     def forward(
         self,
@@ -55,35 +82,36 @@ class Learner(nn.Module):
         tokens: Tensor | None,
         valid: Tensor | None = None,
         pull: Pull | None = None,
+        tokens_on_host: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """With `valid`, as `inputs_of` gives it: this rank's loss (see c4c.losses). Without: what stands for texts and
         videos, for evaluation.
 
         With `pull`, a micro-batch of gradient caching: a number whose gradient is the loss's (see `_cached_step`); without
-        frames, the loss of `pull.all_features`.
+        frames, the loss of `pull.all_features`. tokens_on_host: see CLIP4Clip.forward.
         """
         if frames is None:
             assert pull is not None and pull.all_features is not None
             return self._loss(*pull.all_features)
-        text, video = self.model(frames, frame_mask, tokens)
+        text, video = self.model(frames, frame_mask, tokens, tokens_on_host)
         if valid is None:
             return text, video
         if pull is None:
-            return self._loss(text, video, valid)
+            return self._loss(text, video, valid, tokens)
         pulled = (text * pull.text).sum() + (video * pull.video).sum()
         return pulled if pull.all_features is None else pulled + self._loss(*pull.all_features)
 
-    def _loss(self, text: Tensor, video: Tensor, valid: Tensor) -> Tensor:
-        return self._criterion(text, video, valid, self.model.scale(), self.model.head.score)
+    def _loss(self, text: Tensor, video: Tensor, valid: Tensor, tokens: Tensor | None) -> Tensor:
+        return loss_of(self.loss, self.model, text, video, valid, self.gradient_scale, self.options, tokens)
 
 
 def inputs_of(batch, loss: str) -> Inputs:
-    """Frames, mask, tokens, and what of them is not padding: rows, bool [B]; for MIL-NCE captions, bool [B, bag]."""
-    if loss != "mil_nce":
+    """Frames, mask, tokens, and what of them is not padding: rows, bool [B]; of several captions a row, and for MIL-NCE, captions,
+    bool [B, captions]."""
+    if loss != "mil_nce" and batch.tokens.dim() == 2:
         return batch.frames, batch.frame_mask, batch.tokens, batch.valid
     tokens = batch.tokens if batch.tokens.dim() == 3 else batch.tokens[:, None]
-    captions = tokens[..., 0] != 0  # every caption begins with a start token
-    return batch.frames, batch.frame_mask, tokens, batch.valid[:, None] & captions
+    return batch.frames, batch.frame_mask, tokens, batch.caption_mask
 
 
 def train_step(engine, batch, factor: float, train: TrainConfig, frozen: Collection[str] = ()) -> Tensor:
@@ -96,21 +124,25 @@ def train_step(engine, batch, factor: float, train: TrainConfig, frozen: Collect
     for group, lr, part in zip(engine.optimizer.param_groups, engine.module.peak_lrs, engine.module.parts, strict=True):
         group["lr"] = 0.0 if part in frozen else lr * factor
     inputs = inputs_of(batch, train.loss)
+    on_host = batch.tokens_on_host if engine.module.model.shortens_captions else None
+    engine.module.gradient_scale = patches.loss_scaler(engine).get("cur_scale", 1.0)
     if train.accumulate > 1:
-        loss = _accumulated_step(engine, inputs, train.accumulate)
+        loss = _accumulated_step(engine, inputs, train.accumulate, on_host)
     elif train.micro_batch_size and train.micro_batch_size < len(batch.valid):
-        loss = _cached_step(engine, inputs, train.micro_batch_size)
+        loss = _cached_step(engine, inputs, train.micro_batch_size, on_host)
     else:
-        loss = engine(*inputs)
+        loss = engine(*inputs, None, on_host)
         patches.backward(engine, loss)
         engine.step()
-    temperature = engine.module.model.clip.logit_scale
-    if temperature.requires_grad:  # at 1/100 or above, as CLIP4Clip keeps it after each step
-        state.clamp(engine, temperature, MAX_LOGIT)
+    model = engine.module.model
+    if model.bounded and model.clip.logit_scale.requires_grad:  # as CLIP4Clip bounds it after each step
+        state.clamp(engine, model.clip.logit_scale, MAX_LOGIT)
+    if engine.average is not None:  # of the weights as they are now, clamped
+        engine.average.update(engine)
     return loss.detach()
 
 
-def _accumulated_step(engine, inputs: Inputs, parts: int) -> Tensor:
+def _accumulated_step(engine, inputs: Inputs, parts: int, on_host: Tensor | None = None) -> Tensor:
     """Plain accumulation: `parts` smaller global batches, each with only its own negatives; one update with their mean."""
     rows = [
         slice(i, None, parts) for i in range(parts)
@@ -121,14 +153,18 @@ def _accumulated_step(engine, inputs: Inputs, parts: int) -> Tensor:
         dist.all_reduce(counts)
     losses = []
     for r, share in zip(rows, counts / counts.sum(), strict=True):
-        loss = engine(*(t[r] for t in inputs)) * share
+        loss = engine(*(t[r] for t in inputs), None, _rows(on_host, r)) * share
         patches.backward(engine, loss)
         engine.step()  # updates at the last one only
         losses.append(loss.detach())
     return sum(losses[1:], losses[0])
 
 
-def _cached_step(engine, inputs: Inputs, micro: int) -> Tensor:
+def _rows(on_host: Tensor | None, rows: slice) -> Tensor | None:
+    return None if on_host is None else on_host[rows]
+
+
+def _cached_step(engine, inputs: Inputs, micro: int, on_host: Tensor | None = None) -> Tensor:
     """Gradient caching (https://arxiv.org/abs/2101.06983): the whole global batch's negatives with the memory of `micro`.
 
     Encode everything without graphs; take the loss's gradient at the features; encode each micro-batch again and pull
@@ -136,18 +172,19 @@ def _cached_step(engine, inputs: Inputs, micro: int) -> Tensor:
     exchanges gradients; under stage 3 the first, which alone overwrites what its buffers hold from the step before.
     """
     *encoded, valid = inputs
-    parts = [tuple(t[i : i + micro] for t in encoded) for i in range(0, len(valid), micro)]
+    pieces = [slice(i, i + micro) for i in range(0, len(valid), micro)]
+    parts = [tuple(t[rows] for t in encoded) for rows in pieces]
     learner = engine.module
     with torch.no_grad():
-        texts, videos = (torch.cat(features) for features in zip(*(learner(*part) for part in parts), strict=True))
+        features = [learner(*part, None, None, _rows(on_host, rows)) for part, rows in zip(parts, pieces, strict=True)]
+        texts, videos = (torch.cat(kind) for kind in zip(*features, strict=True))
     texts.requires_grad_(), videos.requires_grad_()
-    loss = learner(None, None, None, pull=Pull(None, None, (texts, videos, valid)))
+    loss = learner(None, None, None, pull=Pull(None, None, (texts, videos, valid, encoded[2])))
     text_grad, video_grad = torch.autograd.grad(loss, (texts, videos))
-    all_features = (texts.detach(), videos.detach(), valid)
+    all_features = (texts.detach(), videos.detach(), valid, encoded[2])
     scoring = 0 if engine.zero_optimization_stage() == 3 else len(parts) - 1
-    for i, part in enumerate(parts):
-        rows = slice(i * micro, (i + 1) * micro)
+    for i, (part, rows) in enumerate(zip(parts, pieces, strict=True)):
         pull = Pull(text_grad[rows], video_grad[rows], all_features if i == scoring else None)
-        patches.backward(engine, engine(*part, valid[rows], pull))
+        patches.backward(engine, engine(*part, valid[rows], pull, _rows(on_host, rows)))
         engine.step()  # updates at the last one only
     return loss

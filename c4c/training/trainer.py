@@ -12,7 +12,12 @@ import torch.distributed as dist
 
 from c4c.config import Config, dump, to_dict
 from c4c.launched import beside_script, command_again, explained_by
+from c4c.models import origin
+from c4c.models.backbone import settled
 from c4c.models.flops import peak, per_pair
+from c4c.models.tokenizer_spec import FILES, without_files
+from c4c.retrieval.evaluation import Evaluation
+from c4c.retrieval.output import write_ranks
 from c4c.training.agreement import on_first_rank
 from c4c.training.bad_steps import BadSteps
 from c4c.training.early_stopping import EarlyStopping
@@ -21,7 +26,7 @@ from c4c.training.memory import memory_gib
 from c4c.training.metric_log import Metrics
 from c4c.training.outcome import Outcome
 from c4c.training.peers import Peers
-from c4c.training.run_folder import last_validation, mark_done, prepare, save_description, scores, validations
+from c4c.training.run_folder import RANKS, last_validation, mark_done, prepare, save_description, scores, validations
 from c4c.training.screen import Report
 from c4c.training.session import Session, make_deterministic
 from c4c.training.signals import Stop
@@ -76,6 +81,7 @@ class Trainer:
         peers: Peers | None = None,
     ):  # fmt: skip
         self._peers = peers
+        config = settled(config)
         self.config, self.rank, self.world, self.device = config, rank, world, device
         self.folder = Path(config.run.dir)
         lock = lock or RunLock(self.folder)
@@ -102,7 +108,8 @@ class Trainer:
         self._compiled = self.session.engine.module.compiled
         self.metrics: Metrics | None = None
         if rank == 0:
-            save_description(self.folder, dump(config), self.session.model.spec)
+            save_description(self.folder, dump(config), without_files(self.session.model.spec))
+            self.session.tokenizer.save(self.folder / FILES)
             self.metrics = Metrics(self.folder, self.session.done, config.run.wandb, to_dict(config), self.report.say)
         self._introduce(moved)
 
@@ -193,6 +200,8 @@ class Trainer:
             "frames_per_s": outcome.pairs * self.config.data.num_frames / line.seconds,
             "memory_gib": memory_gib(),
         }
+        if outcome.logit_bias is not None:
+            values["train/logit_bias"] = outcome.logit_bias
         if self._peak:
             values["mfu_pct"] = 100 * self._flops * outcome.pairs / line.seconds / (self._peak * self.world)
         self.metrics.step(step, values)
@@ -205,11 +214,19 @@ class Trainer:
         if not self._validation_due():
             return
         done = self.session.done
-        result = self.session.evaluate(each=lambda: watch.now("validating"))
+        found = self.session.evaluate(each=lambda: watch.now("validating"))
+        result = found.metrics
         self.early.note(result["t2v"]["R1"], self.world, self.device)
         if self.metrics:
-            self.metrics.validation(done, result)
-        self.report.validation(done, result)
+            self._write_ranks(found)
+            self.metrics.validation(done, result, self.config.train.ema)
+        self.report.validation(done, result, bool(self.config.train.ema))
+
+    def _write_ranks(self, found: Evaluation) -> None:
+        try:
+            write_ranks(self.folder / RANKS, found.split, found.data, found.by_text, meta=False)
+        except OSError as error:  # a full disk ends no training
+            self.report.say(f"warning: the ranks of this validation are not stored: {error}")
 
     def _validation_due(self) -> bool:
         train, done = self.config.train, self.session.done
@@ -237,7 +254,8 @@ class Trainer:
         run = shlex.quote(str(self.folder))
         tag = f" --tag {best}" if best and best != checkpoint.tag_of(done) else ""
         if self.rank == 0 and last_validation(self.folder) == done:  # a signal at the last step leaves that to do
-            mark_done(self.folder, done, best or checkpoint.tag_of(done))
+            digests = {"train": self.session.split.digest, "test": self.session.test.digest}
+            mark_done(self.folder, done, best or checkpoint.tag_of(done), digests)
         if done < self.total:
             self.report.say(
                 f"{count(self.early.patience, 'validation')} in a row were no better: the run ends here (train.patience)"
@@ -251,26 +269,48 @@ class Trainer:
 
     def _introduce(self, moved: Path | None) -> None:
         config, session = self.config, self.session
-        self._peak = peak(self.device, config.engine.precision)
-        self._flops = 3 * per_pair(session.model.spec, config.data.num_frames, config.data.max_words)
+        cheap = bool(config.train.lora or config.train.freeze)
+        trained = f", {session.trained / 1e6:.2f} M trained" if cheap else ""
+        # nobody has counted the operations of a step that leaves gradients out
+        self._peak = None if cheap else peak(self.device, config.engine.precision)
+        self._flops = 3 * per_pair(
+            session.model.spec, config.data.num_frames, session.tokenizer.length(config.data.max_words),
+            session.loader.captions_a_row, config.model.merging,
+        )  # fmt: skip
         if moved:
             self.report.say(
                 f"an earlier run in {self.folder} was moved to {moved}; run.resume=auto would have continued it"
             )
         self.report.say(
-            f"{config.model.backbone} + {config.model.head}, {session.weights / 1e6:.1f} M weights; "
-            f"{count(len(session.split), 'video')}, {count(session.loader.pairs, 'pair')}; {count(self.total, 'step')} of {config.train.batch_size} on {self.world} "
+            f"{config.model.backbone} + {config.model.head}, {session.weights / 1e6:.1f} M weights{trained}; "
+            f"{count(len(session.split), 'video')}, {self._rows()}; {count(self.total, 'step')} of {config.train.batch_size} on {self.world} "
             f"x {self.device.type}, ZeRO {session.engine.zero_optimization_stage()}, {config.engine.precision}; -> {self.folder}"
         )
         if self.device.type == "cuda":
             self.report.say(f"frames: {session.loader.how}")
         if config.engine.compile:
             self.report.say("the towers are compiled in the first steps, which takes minutes on some machines")
-        for note in (*session.notes, *session.engine.module.notes):
+        for note in (*session.notes, *session.model.notes, *session.engine.module.notes, *session.loader.notes):
             self.report.say(note)
         for note in session.warnings() if self.rank == 0 else ():
             self.report.say(f"warning: {note}")
         self.report.say(f"weights: {self._origin()}")
+        if config.train.ema:
+            self.report.say(
+                f"validation takes the average of the trained weights (train.ema={config.train.ema:g}), and so do evaluation and export"
+            )
+        if session.stored < session.weights:
+            left = (session.weights - session.stored) / 1e6
+            self.report.say(
+                f"checkpoints leave out {left:.1f} M frozen weights, and read them from {origin.source(config.model)} again: keep it"
+            )
+
+    def _rows(self) -> str:
+        """Of an epoch."""
+        pairs, captions = self.session.loader.pairs, self.config.train.captions_per_video
+        return (
+            count(pairs, "pair") if captions == 1 else f"{count(pairs, 'row')} of a video and up to {captions} captions"
+        )
 
     def _origin(self) -> str:
         """Where the weights come from."""
@@ -279,10 +319,13 @@ class Trainer:
             return f"{self.folder / checkpoint.FOLDER / session.tag}, continuing after step {session.done}"
         if model.init_from == "scratch":
             return f"random (model.init_from=scratch, run.seed={self.config.run.seed})"
+        if not model.init_from:
+            return model.backbone
         source = Path(model.init_from)
         if not source.exists():
             return f"open_clip's {model.init_from} of {model.backbone}"
         if not source.is_dir():
             return str(source)
         tag = checkpoint.best(source) if model.init_tag == "best" else model.init_tag
-        return str(source / checkpoint.FOLDER / (tag or checkpoint.latest(source)))
+        folder = source / checkpoint.FOLDER / (tag or checkpoint.latest(source))
+        return f"{folder}{checkpoint.which_weights(folder, model.init_ema)}"

@@ -2,9 +2,12 @@
 
 A checkpoint is a folder:
 
-    model.safetensors       fp32 master weights under CLIP4Clip's names
+    model.safetensors       fp32 master weights under CLIP4Clip's names; with train.lora or train.freeze only those that
+                            model.init_from does not give again (see c4c.models.origin)
+    ema.safetensors         only with train.ema: the moving averages of the trained weights, fp32, under the same names
     optimizer.safetensors   NAME/exp_avg and NAME/exp_avg_sq of every trained weight; random.N.cpu, random.N.cuda of rank N
-    state.json              steps done, updates of the weights, fp16's loss scale, who wrote it; length and crc32c of the
+    state.json              steps done, updates of the weights, fp16's loss scale, who wrote it; as `frozen`, where the weights
+                            that are left out come from, and their digest; length and crc32c of the
                             other files and, as `crc32c`, of the rest of itself
 
 What is read is checked. Checkpoints from before there were checksums are read without. No file depends on the number of ranks
@@ -29,7 +32,9 @@ from c4c.zero import patches
 
 FOLDER = "checkpoints"
 STATE = "state.json"
-MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+MODEL, OPTIMIZER, EMA = "model.safetensors", "optimizer.safetensors", "ema.safetensors"
+FROZEN = "frozen"  # the key of state.json for weights that are left out
+AVERAGE = "average"  # its key, in what python -m c4c.average wrote, for the checkpoints that are averaged
 
 
 class CheckpointError(ValueError):
@@ -136,12 +141,12 @@ def latest(run: Path) -> str:
     return newest_whole(run)[0]
 
 
-def trained_on(run: Path) -> str | None:
-    """The digest of the data that a run was trained on, as its newest readable checkpoint has it."""
+def newest_state(run: Path) -> dict:
+    """What the state.json of a run's newest readable checkpoint says; {} without one."""
     for tag in reversed(tags(run)):
         with suppress(CheckpointError, OSError):
-            return read_state(run / FOLDER / tag).get("data")
-    return None
+            return read_state(run / FOLDER / tag)
+    return {}
 
 
 def newest_whole(run: Path, before: float = float("inf")) -> tuple[str, list[str]]:
@@ -171,14 +176,29 @@ def _pointed(run: Path) -> str | None:
     return pointer.read_text(errors="replace").strip() if pointer.is_file() else None
 
 
-def damage(folder: Path, parts: tuple[str, ...] = (MODEL, OPTIMIZER)) -> str:
-    """What is wrong with these files of a checkpoint or with its state.json; nothing: ''."""
+def has_average(folder: Path) -> bool:
+    """Whether a checkpoint holds averaged weights beside the last ones; one whose file for them is lost does."""
+    with suppress(CheckpointError, FileNotFoundError):
+        return EMA in read_state(folder).get("files", {})
+    return (folder / EMA).exists()
+
+
+def which_weights(folder: Path, ema: bool) -> str:
+    """For people, which weights of a checkpoint are taken; '' where they are simply its own. ema: as `load_weights` takes it."""
+    with suppress(CheckpointError, FileNotFoundError):
+        if sources := read_state(folder).get(AVERAGE):
+            return f", the average of {len(sources)} checkpoints"
+    return "" if not has_average(folder) else ", averaged weights" if ema else ", last weights (not averaged)"
+
+
+def damage(folder: Path, parts: tuple[str, ...] = ()) -> str:
+    """What is wrong with these files of a checkpoint (all) or with its state.json; nothing: ''."""
     from safetensors import safe_open
 
     name = STATE
     try:
         known = read_state(folder).get("files")
-        for name in parts:
+        for name in parts or dict.fromkeys((MODEL, OPTIMIZER, *(known or ()))):
             if known is not None:
                 _compare(folder / name, known.get(name))
             else:  # from before there were checksums: safetensors compares the length
@@ -232,8 +252,8 @@ def _own_checksum(state: dict) -> str:
     return f"{crc32c(json.dumps(rest, sort_keys=True).encode()):08x}"
 
 
-def refuse_damage(folder: Path, parts: tuple[str, ...] = (MODEL, OPTIMIZER)) -> None:
-    """Raise CheckpointError if one of these files of a checkpoint is damaged; it names another one that is not."""
+def refuse_damage(folder: Path, parts: tuple[str, ...] = ()) -> None:
+    """Raise CheckpointError if one of these files of a checkpoint (all) is damaged; it names another one that is not."""
     if reason := damage(folder, parts):
         others = [t for t in reversed(tags(folder.parent.parent)) if t != folder.name]
         intact = next((t for t in others if not damage(folder.parent / t, parts)), None)
@@ -241,19 +261,21 @@ def refuse_damage(folder: Path, parts: tuple[str, ...] = (MODEL, OPTIMIZER)) -> 
         raise CheckpointError(f"{folder} is damaged: {reason}; {more}")
 
 
-def load_weights(run: Path, tag: str | None = None) -> dict[str, Tensor]:
+def load_weights(run: Path, tag: str | None = None, ema: bool = True) -> dict[str, Tensor]:
     """fp32 state dict of a run's CLIP4Clip. Reads DeepSpeed's own ZeRO checkpoints too, of any stage and number of ranks.
 
-    tag: a checkpoint's name, `best`, or None for the newest. Executes nothing from the file. Raises CheckpointError.
+    tag: a checkpoint's name, `best`, or None for the newest. ema: take the averages of the trained weights, where it holds some.
+    Executes nothing from the file. Raises CheckpointError.
     """
     from safetensors.torch import load_file
 
     folder = run / FOLDER / resolve(run, tag)
+    parts = (MODEL, EMA) if ema and has_average(folder) else (MODEL,)
     if not any(folder.glob("*_states.pt")):  # which are DeepSpeed's
-        refuse_damage(folder, (MODEL,))
+        refuse_damage(folder, parts)
     with reading(folder):
         if (folder / MODEL).exists():
-            return load_file(folder / MODEL)
+            return {name: tensor for part in parts for name, tensor in load_file(folder / part).items()}
         return _deepspeeds(folder)
 
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from c4c.launched import free_port, quick_imports
 from c4c.zero import patches
 from c4c.zero.adam import missing_to_compile
+from pipelines.cores import cores
 
 
 def start_distributed(timeout_s: float = 1800.0) -> tuple[int, int, torch.device]:
@@ -37,7 +38,7 @@ def start_distributed(timeout_s: float = 1800.0) -> tuple[int, int, torch.device
             )
         torch.cuda.set_device(local)
     else:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
+        torch.set_num_threads(cores())
     backend = get_accelerator().communication_backend_name()
     patches.without_shared_memory()
     timeout = timedelta(seconds=timeout_s)
@@ -51,6 +52,24 @@ def start_distributed(timeout_s: float = 1800.0) -> tuple[int, int, torch.device
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
     device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def join_ranks(device: str | None, timeout_s: float = 1800.0) -> tuple[int, int, torch.device]:
+    """Rank, world and device of a command that a launcher may have started. device: its --device, `cpu`, `cuda`, `cuda:N` or None.
+
+    timeout_s: as in `start_distributed`. Raises ValueError."""
+    if device and device.startswith("cuda"):
+        index, gpus = int(device.partition(":")[2] or 0), torch.cuda.device_count()
+        if index >= gpus:
+            raise ValueError(f"--device {device}: this machine has {gpus} GPUs that torch can use")
+    if launched() > 1:
+        if device and ":" in device:
+            raise ValueError(
+                f"--device {device}: each of {launched()} ranks takes a GPU of its own; write --device cuda"
+            )
+        rank, world, own = start_distributed(timeout_s)
+        return rank, world, torch.device("cpu") if device == "cpu" else own
+    return 0, 1, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def common_word(store: dist.Store, rank: int, world: int, timeout_s: float) -> str:

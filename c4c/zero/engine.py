@@ -9,34 +9,49 @@ from c4c.training.param_groups import parameter_groups
 from c4c.zero import patches
 from c4c.zero.adam import use_torchs_adam
 from c4c.zero.config import deepspeed_config
+from c4c.zero.ema import WeightAverage, require_averages
 
 if TYPE_CHECKING:
     from c4c.training.step import Learner
 
 
 def build_engine(learner: "Learner", config: EngineConfig, train: TrainConfig, world: int, extra: dict):
-    """A DeepSpeed engine around `learner`, with fused AdamW: DeepSpeed's, or torch's (see c4c.zero.adam).
+    """A DeepSpeed engine around `learner`, with fused AdamW: DeepSpeed's, or torch's (see c4c.zero.adam). Its `average` is the moving
+    average of `train.ema`, or None.
 
-    extra: the yaml's `deepspeed:` block. `learner.notes` then holds what a person should know of it. Raises ValueError for
+    extra: the yaml's `deepspeed:` block. `learner.notes` then also holds what a person should know of it. Raises ValueError for
     settings that the device or DeepSpeed refuses, and if DeepSpeed cannot compile its optimizer.
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
+    from c4c.models.towers import match_statistics
+
     model = learner.model
     if config.zero_stage == 3:  # DeepSpeed has to know what is used outside the forward of the module that owns it
-        for owner in (model.clip, model.head):
+        for owner in (model.clip, model.head):  # (a text tower that is a module of its own uses its weights itself)
             for parameter in owner.parameters(recurse=False):
                 deepspeed.zero.register_external_parameter(model, parameter)
         deepspeed.zero.register_external_parameter(learner, model.clip.logit_scale)
-    model.clip.set_grad_checkpointing(config.activation_checkpointing)
+        if learner.loss == "sigmoid":  # whose backward pass has gradients for these that no module's own has computed
+            for parameter in (model.clip.logit_bias, *model.head.parameters()):
+                deepspeed.zero.register_external_parameter(learner, parameter)
+    learner.notes += model.use_shortcuts(
+        fold_pixels=config.fold_pixels, trim_captions=config.trim_captions, share_captions=config.share_captions
+    )
+    if config.activation_checkpointing:
+        model.clip.set_grad_checkpointing()
+    # training changes no buffer, such as a batch norm's statistics, but a precision of 16 bits rounds them
+    weights = dict(learner.named_parameters())
+    learner.exact_buffers = {name: value.clone() for name, value in learner.state_dict().items() if name not in weights}
     groups = parameter_groups(learner, train)
     learner.peak_lrs = [group["lr"] for group in groups]
     learner.parts = [group.pop("part") for group in groups]
     torchs_adam, note = use_torchs_adam(config, train, world, extra, get_accelerator().device_name() == "cuda")
-    learner.notes = [note] if note else []
+    learner.notes += [note] if note else []
     settings = deepspeed_config(config, train, world, extra, torchs_adam)
     require_supported(settings, config, extra)
+    require_averages(train.ema, settings)
     try:
         with patches.flat_masters():
             engine, *_ = deepspeed.initialize(model=learner, model_parameters=groups, config=settings)
@@ -44,7 +59,9 @@ def build_engine(learner: "Learner", config: EngineConfig, train: TrainConfig, w
         if (reason := not_compiled(error)) is None:
             raise
         raise ValueError(reason) from error
+    match_statistics(model.clip)
     patches.repair(engine, world, for_zero=config.zero_stage > 0)
+    engine.average = WeightAverage(engine, train.ema) if train.ema else None
     if config.compile:
         from c4c.models.compiled import compile_towers
 

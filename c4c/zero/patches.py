@@ -205,9 +205,14 @@ def masters(engine) -> list[Tensor]:
 
 
 def unpartitioned(engine, parameter: Tensor, key: str | None) -> Tensor:
-    """Stage 0: a weight's fp32 master (key None) or moment, as a view; the accessors return None there."""
+    """Stage 0: a weight's fp32 master (key None) or moment, as a view; the accessors return None there.
+
+    A weight that no loss has used yet has no state: its moments are zeros, which no view of anything shows.
+    """
     state = engine.basic_optimizer.state
     if not hasattr(engine.optimizer, "fp32_groups_flat"):
+        if key is not None and key not in state.get(parameter, {}):
+            return torch.zeros_like(parameter.detach())
         return parameter if key is None else state[parameter][key]
     for flat, group in zip(engine.optimizer.fp32_groups_flat, engine.optimizer.fp16_groups, strict=True):
         for candidate, (begin, end) in _places(group):

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from c4c.settings import CheckpointConfig
 from c4c.zero import checkpoint, patches, state
-from c4c.zero.checkpoint import MODEL, OPTIMIZER, CheckpointError
+from c4c.zero.checkpoint import EMA, FROZEN, MODEL, OPTIMIZER, CheckpointError
+from c4c.zero.ema import KEY
+
+SCALARS = ("clip.logit_scale", "clip.logit_bias")  # in files; c4c.training.step.Learner gives them an axis
 
 
 class Saver:
@@ -60,10 +63,13 @@ class Saver:
             self._say(f"warning: {self.error}. Make room; the next one is tried when it is due")
 
 
-def save(engine, run: Path, step: int, keep_last: int = 1) -> None:
-    """Write the engine's state after `step` steps, at once; called on every rank. Raises CheckpointError."""
+def save(engine, run: Path, step: int, keep_last: int = 1, extra: dict | None = None) -> None:
+    """Write the engine's state after `step` steps, at once; extra: more keys of state.json. Called on every rank.
+
+    Raises CheckpointError.
+    """
     saver = Saver(run, CheckpointConfig(keep_last=keep_last, keep_best=0))
-    saver.save(engine, step)
+    saver.save(engine, step, extra)
     saver.wait()
     if saver.error:
         raise CheckpointError(saver.error)
@@ -74,13 +80,15 @@ def snapshot(engine, step: int, extra: dict | None = None) -> tuple[dict[str, di
     first = engine.global_rank == 0
     model: dict[str, Tensor] = {}
     optimizer: dict[str, Tensor] = {}
-    for name, tensor in state.weights(engine):
+    averages: dict[str, Tensor] = {}
+    without = {f"model.{name}" for name in getattr(engine.module, "left_out", ())}
+    for name, tensor in state.weights(engine, without):
         if first:
-            name = name.removeprefix("model.")  # as c4c.training.step.Learner names and shapes them
-            tensor = tensor.reshape(()) if name == "clip.logit_scale" else tensor
-            model[name] = _copy(tensor)
+            _add(model, name, tensor)
     for name, key, tensor in state.moments(engine):
-        if first:
+        if first and key == KEY:
+            _add(averages, name, tensor)
+        elif first:
             optimizer[f"{name}/{key}"] = _copy(tensor)
     for rank, states in enumerate(_random_states()):
         optimizer |= {f"random.{rank}.{device}": content for device, content in states.items()}
@@ -88,7 +96,7 @@ def snapshot(engine, step: int, extra: dict | None = None) -> tuple[dict[str, di
         return None
     about = {"step": step, "updates": state.updates(engine), "loss_scaler": patches.loss_scaler(engine)}
     about |= {"ranks": engine.world_size, "zero_stage": engine.zero_optimization_stage()} | (extra or {})
-    return {MODEL: model, OPTIMIZER: optimizer}, about
+    return {MODEL: model, OPTIMIZER: optimizer} | ({EMA: averages} if averages else {}), about
 
 
 def restore(engine, run: Path, tag: str | None = None) -> dict:
@@ -101,20 +109,35 @@ def restore(engine, run: Path, tag: str | None = None) -> dict:
     folder = run / checkpoint.FOLDER / (tag or checkpoint.latest(run))
     checkpoint.refuse_damage(folder)
     with checkpoint.reading(folder):
-        about = checkpoint.read_state(folder)
+        about, average = checkpoint.read_state(folder), getattr(engine, "average", None)
         model, optimizer = (safe_open(folder / part, "pt") for part in (MODEL, OPTIMIZER))
         keys = sorted({key.rpartition("/")[2] for key in optimizer.keys() if "/" in key})  # noqa: SIM118 no mapping
+        if average is not None:
+            if not checkpoint.has_average(folder):
+                raise CheckpointError(f"{folder} holds no averaged weights: it was written without train.ema")
+            averages = safe_open(folder / EMA, "pt")
+            keys.append(KEY)
 
         def read(name: str, key: str | None) -> Tensor:
-            if key is not None:
+            if key not in (None, KEY):
                 return optimizer.get_tensor(f"{name}/{key}")
-            tensor = model.get_tensor(name.removeprefix("model."))
-            return tensor.reshape(1) if name.endswith("clip.logit_scale") else tensor
+            name = name.removeprefix("model.")
+            tensor = (model if key is None else averages).get_tensor(name)
+            return tensor.reshape(1) if name in SCALARS else tensor
 
-        state.write(engine, read, keys, about["updates"])
+        stored, own = set(model.keys()), engine.module.state_dict() if FROZEN in about else {}
+        without = {name for name in own if name.removeprefix("model.") not in stored}
+        state.write(engine, read, keys, about["updates"], without)
+        if average is not None:
+            average.updates = about["updates"]
         patches.set_loss_scaler(engine, about["loss_scaler"])
         _set_random(optimizer, engine.global_rank)
     return about
+
+
+def _add(file: dict[str, Tensor], name: str, tensor: Tensor) -> None:
+    name = name.removeprefix("model.")  # as c4c.training.step.Learner names and shapes them
+    file[name] = _copy(tensor.reshape(()) if name in SCALARS else tensor)
 
 
 def _copy(tensor: Tensor) -> Tensor:

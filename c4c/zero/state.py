@@ -3,7 +3,7 @@
 What is read under one stage and number of ranks can be written under any other: names and shapes are the model's own.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -11,29 +11,35 @@ from torch import Tensor, nn
 from c4c.zero import patches
 
 
-def weights(engine) -> Iterator[tuple[str, Tensor]]:
-    """(name, fp32 tensor of the model's shape) of every weight and stored buffer; called on every rank."""
+def weights(engine, without: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
+    """(name, fp32 tensor of the model's shape) of every weight and stored buffer but those `without`; called on every rank."""
     known = dict(engine.module.named_parameters())
     for name, parameter in known.items():
-        yield name, master(engine, parameter)
+        if name not in without:
+            yield name, master(engine, parameter)
     for name, tensor in engine.module.state_dict().items():
-        if name not in known:
-            yield name, tensor.detach()
+        if name not in known and name not in without:
+            yield name, engine.module.exact_buffers.get(name, tensor).detach()
 
 
 def moments(engine) -> Iterator[tuple[str, str, Tensor]]:
-    """(name of the weight, name of the moment, tensor) of every trained weight; none before the first update.
+    """(name of the weight, name of the moment, tensor) of every trained weight; none before the first update. With `train.ema` the
+    weights' average is one of them (see c4c.zero.ema).
 
     Called on every rank.
     """
-    flat = patches.masters(engine)[0]  # every rank has a part of some master, and all have the same moments
-    state = engine.basic_optimizer.state.get(flat, {})
-    names = [k for k, v in state.items() if torch.is_tensor(v) and v.shape == flat.shape and flat.dim()]
+    # every rank has a part of some master, and all that were updated have the same moments
+    names = next(filter(None, (_moment_names(engine, flat) for flat in patches.masters(engine))), [])
     patches.link_moments(engine)
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad:
             for key in names:
                 yield name, key, _whole(engine, parameter, key)
+
+
+def _moment_names(engine, flat: Tensor) -> list[str]:
+    state = engine.basic_optimizer.state.get(flat, {})
+    return [k for k, v in state.items() if torch.is_tensor(v) and v.shape == flat.shape and flat.dim()]
 
 
 def master(engine, parameter: nn.Parameter) -> Tensor:
@@ -81,8 +87,14 @@ def updates(engine) -> int:
 
 
 @torch.no_grad()
-def write(engine, read: Callable[[str, str | None], Tensor], moment_names: list[str], count: int) -> None:
-    """Put weights and moments into the engine; called on every rank.
+def write(
+    engine,
+    read: Callable[[str, str | None], Tensor],
+    moment_names: list[str],
+    count: int,
+    without: Collection[str] = (),
+) -> None:
+    """Put weights and moments into the engine; called on every rank. Frozen weights and buffers `without` stay as they are.
 
     read(name of a weight, name of a moment or None for the weight itself) -> the whole tensor.
     """
@@ -92,14 +104,17 @@ def write(engine, read: Callable[[str, str | None], Tensor], moment_names: list[
         if parameter.requires_grad:
             for key in (None, *moment_names):
                 _set(engine, parameter, read(name, key).to(parameter.device), key)
-        else:
+        elif name not in without:
             value = read(name, None)
             with gathered(parameter, modifier_rank=0):
                 if parameter.numel() == value.numel():  # under ZeRO 3 only where it is whole
                     parameter.data.copy_(value)
     for name, tensor in engine.module.state_dict().items():
-        if name not in known:
-            tensor.copy_(read(name, None))
+        if name not in known and name not in without:
+            value = read(name, None)
+            tensor.copy_(value)
+            if name in engine.module.exact_buffers:
+                engine.module.exact_buffers[name] = value
     patches.refresh(engine)
 
 

@@ -8,6 +8,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from numpy.random import Generator
 from nvidia.dali import backend
 
 from pipelines.chain import Stream
@@ -19,7 +20,6 @@ from pipelines.stages.buffers import keep_freed_memory
 from pipelines.stages.fetch import NOTHING, BadSample, Source
 from pipelines.stages.graph import DeviceError, Graph, GraphError, Plan, copied
 from shards.schema import Video
-from shards.video.picture import scaled_size
 
 _UNDER_WAY = 2  # groups of clips at once, the one that is waited for included
 _ALL_AT_ONCE = 8  # clips that a GPU fails at one by one: then it is the GPU
@@ -58,7 +58,7 @@ class Decoder:
     A group takes at most `units` pieces (see Source) and `clips` samples, whatever batch they belong to: the graph is
     filled, and the next group is decoded while the last one is used. On a GPU its pictures take 2 GiB at most.
 
-    scaled: pictures come resized to the recipe's short side already. otherwise: what the CPU decodes of a sample that the
+    scaled: pictures come scaled as the recipe says already. otherwise: what the CPU decodes of a sample that the
     graph fails at; raises BadSample."""
 
     def __init__(
@@ -210,10 +210,11 @@ class Decoder:
         views, sizes = [], []
         for sample, source in zip(samples, sources, strict=True):
             size, scaled = self._sizes(sample.request.video)
+            given = scaled if self._scaled else size
             draw = sample.request.draw
             random = generator(*draw, view=True) if plan.augment and draw else None
             count = 1 if files else len(source.pieces)
-            views += [View(0, 0, *size) if plan.uncropped else view(size, self._config, random)] * count
+            views += [View(0, 0, *given) if plan.uncropped else self._view(size, given, random)] * count
             sizes += [scaled] * count
         resting = self._resting.setdefault(plan, [])
         graph = resting.pop() if resting else self.make(plan)
@@ -242,10 +243,16 @@ class Decoder:
             sample.frames = output[end - len(sample.source.positions) : end]
 
     def _sizes(self, video: Video) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Width and height of what the graph is given, and of it scaled to the recipe's short side."""
+        """Width and height of what is stored, and of it scaled as the recipe says."""
         size = (video.width, video.height)
-        scaled = scaled_size(*size, self._config.short_side)
-        return (scaled if self._scaled else size), scaled
+        return size, self._config.geometry.size(*size)
+
+    def _view(self, size: tuple[int, int], given: tuple[int, int], random: Generator | None) -> View:
+        if self._config.resize_mode == "shortest":
+            return view(given, self._config, random)
+        return view(size, self._config, random).within(
+            size, given
+        )  # a random window is drawn in the stored picture's shape
 
 
 def _halves(samples: list[Sample]) -> list[list[Sample]]:

@@ -11,8 +11,9 @@ import torch
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
 
-from pipelines.stages.augment import View
+from pipelines.stages.augment import View, margin
 
+_KERNELS = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
 _AHEAD_OF_JPEG = 6 * 8 * 64  # bytes; jdhuff.c: blocks in a 4:2:0 MCU, eight for each of a block's coefficients
 
 
@@ -47,6 +48,8 @@ class Plan:
     uncropped scale all of the picture to a size of its own, and cut nothing (for the cache, before augmentation)
     augment   flip and change colours as the views say
     roi       of a JPEG that is only cropped, decode no more than the crop needs; otherwise all of it, and cut the crop out
+    fill      the colour around pictures that do not fill the frame; None: all fill it
+    interpolation   bicubic or bilinear
     """
 
     source: str
@@ -54,6 +57,8 @@ class Plan:
     uncropped: bool = False
     augment: bool = False
     roi: bool = True
+    fill: int | None = None
+    interpolation: str = "bicubic"
 
 
 class Graph:
@@ -80,7 +85,8 @@ class Graph:
 
     def _define(self):
         plan, device = self.plan, "gpu" if self._gpu else "cpu"
-        crops = not plan.resize and not plan.uncropped
+        fills = plan.fill is not None
+        crops = not (plan.resize or plan.uncropped or fills)
         start = fn.external_source(name="start", ndim=1, dtype=types.INT32) if crops else None
         window: dict[str, Any] = {"start": start, "shape": [self._side, self._side], "axis_names": "WH"}
         if plan.source == "jpegs":
@@ -96,12 +102,18 @@ class Graph:
             if crops:
                 frames = fn.slice(frames, **window)
         if plan.resize:
-            frames = fn.resize(frames, interp_type=types.INTERP_CUBIC, antialias=True, **self._scaling())
+            frames = fn.resize(frames, interp_type=_KERNELS[plan.interpolation], antialias=True, **self._scaling())
         if plan.augment:
             frames = fn.flip(frames, horizontal=fn.external_source(name="flip", ndim=0, dtype=types.INT32))
             factors = ("brightness", "contrast", "saturation")
             inputs = {n: fn.external_source(name=n, ndim=0, dtype=types.FLOAT) for n in factors}
             frames = fn.color_twist(frames, **inputs)
+        if fills:  # the last, or the margins were changed as well
+            place = fn.external_source(name="place", ndim=1, dtype=types.INT32)
+            frames = fn.slice(
+                frames, start=place, shape=[self._side, self._side], axis_names="WH", out_of_bounds_policy="pad",
+                fill_values=plan.fill,
+            )  # fmt: skip
         return frames
 
     def _decoding(self) -> dict:
@@ -126,10 +138,13 @@ class Graph:
         return pictures.gpu() if device == "gpu" else pictures
 
     def _scaling(self) -> dict:
+        size = [self._side, self._side]
+        if self.plan.uncropped or self.plan.fill is not None:
+            size = fn.external_source(name="size", ndim=1, dtype=types.FLOAT)
         if self.plan.uncropped:
-            return {"size": fn.external_source(name="size", ndim=1, dtype=types.FLOAT)}
+            return {"size": size}
         ends = {f"roi_{n}": fn.external_source(name=n, ndim=1, dtype=types.FLOAT) for n in ("start", "end")}
-        return {"size": [self._side, self._side], **ends}
+        return {"size": size, **ends}
 
     def start(
         self,
@@ -165,7 +180,7 @@ class Graph:
         return torch.from_dlpack(output.as_tensor())
 
     def _feed(self, pieces: list, views: list[View], sizes: Sequence, positions: Sequence) -> None:
-        feed, plan = self._pipeline.feed_input, self.plan
+        feed, plan, side = self._pipeline.feed_input, self.plan, (self._side, self._side)
         self._fed = pieces if self._gpu or plan.source != "jpegs" else _one_array(pieces)
         feed("source", self._fed)
         if plan.source == "files":
@@ -176,8 +191,12 @@ class Graph:
         elif plan.resize:  # rows first, as the picture lies in memory
             feed("start", np.array([[v.y, v.x] for v in views], np.float32))
             feed("end", np.array([[v.y + v.height, v.x + v.width] for v in views], np.float32))
-        else:
+            if plan.fill is not None:
+                feed("size", np.array([(v.scaled or side)[::-1] for v in views], np.float32))
+        elif plan.fill is None:
             feed("start", np.array([[v.x, v.y] for v in views]).round().astype(np.int32))
+        if plan.fill is not None:
+            feed("place", np.array([[-margin(self._side, n) for n in v.scaled or side] for v in views], np.int32))
         if plan.augment:
             feed("flip", np.array([v.flip for v in views], np.int32))
             for name in ("brightness", "contrast", "saturation"):

@@ -19,11 +19,14 @@ class Pixels:
 
     def __call__(self, frames: Tensor, dtype: torch.dtype) -> Tensor:
         """uint8 [..., H, W, 3] -> dtype [..., 3, H, W], computed in float32."""
-        device = frames.device
+        return self.normalise(frames, *self.on(frames.device), dtype)
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Scale and offset, float32 [3] each, of pixels in 0..255: pixel * scale + offset."""
         if device not in self._on:  # copied once: a copy in every step would wait for the one before
             scale, offset = torch.from_numpy(self.scale), torch.from_numpy(self.offset)
             self._on[device] = scale.to(device), offset.to(device)
-        return self.normalise(frames, *self._on[device], dtype)
+        return self._on[device]
 
 
 def normalised(frames: Tensor, scale: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:

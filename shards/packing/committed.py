@@ -55,7 +55,7 @@ def _shard(folder: Path, name: str) -> CommittedShard | None:
     base = folder / name
     try:
         with pq.ParquetFile(base.with_suffix(".parquet")) as file:
-            columns = file.read(["key", "id"]).to_pydict()
+            columns = file.read(["key", "id"], use_threads=False).to_pydict()
             schema = file.schema_arrow
         index, samples = read_index(base.with_suffix(".idx")), {}
         with open(base.with_suffix(".tar"), "rb") as file:

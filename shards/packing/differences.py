@@ -14,6 +14,7 @@ from shards.packing.plan import READERS, is_committed, shard_name
 from shards.packing.rows import in_clip, screened
 from shards.schema import REJECTS
 from shards.storage import Bucket, Folder
+from shards.video.geometry import stored_geometry
 
 
 def refuse_other(
@@ -64,7 +65,7 @@ def listed(target: Folder | Bucket, names: Sequence[str]) -> Listed:
 
     def read(name: str) -> tuple[dict, list[dict]]:
         with target.open(f"{name}.parquet") as file:
-            table = pq.read_table(file, columns=["id", "captions", "duration"])
+            table = pq.read_table(file, columns=["id", "captions", "duration"], use_threads=False, pre_buffer=False)
         return table.to_pydict(), json.loads(table.schema.metadata[REJECTS])
 
     ids: list[str] = []
@@ -87,7 +88,12 @@ def profile_differences(packed: dict, asked: dict) -> list[str]:
     if packed.get("name") != asked["name"]:
         return [f"the profile is {packed.get('name')} there, {asked['name']} asked for"]
     names = [name for name in {**asked, **packed} if packed.get(name) != asked.get(name)]
-    return [f"{name} is {packed.get(name)} there, {asked.get(name)} asked for" for name in names]
+    before, now = stored_geometry(packed), stored_geometry(asked)
+    found = []
+    if before and now and before.mode != now.mode:
+        found = [f"pictures are packed with {before.option} there, {now.option} asked for"]
+        names = [name for name in names if name not in (before.key, now.key)]
+    return found + [f"{name} is {packed.get(name)} there, {asked.get(name)} asked for" for name in names]
 
 
 def name_differences(packed: dict, asked: dict) -> list[str]:

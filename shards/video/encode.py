@@ -15,6 +15,7 @@ from shards import VideoError
 from shards.video.by_stamps import AllStampPass, StampPass
 from shards.video.decode import WAYS, on_grid
 from shards.video.frame_pass import Unpredictable
+from shards.video.geometry import Geometry
 from shards.video.picture import short
 from shards.video.source import SourceVideo, describe, scan, unsliced
 from shards.video.writer import Layout, Writer, WrittenVideo, spool
@@ -44,10 +45,10 @@ _ENCODERS = {
 @dataclass(frozen=True)
 class Grid:
     """Which frames are stored and how large: those on the extractor's grid at `rate` frames a second, in [start, end) seconds
-    of a player's clock, with a short side of `short_side` pixels."""
+    of a player's clock."""
 
     rate: int
-    short_side: int
+    geometry: Geometry
     start: float = 0.0
     end: float = math.inf
 
@@ -60,7 +61,7 @@ def to_intra(file: BinaryIO, grid: Grid, *, quality: int, chroma: int = 420) -> 
     those of the frames of the cut, from the first of them on.
     """
     options = {"qmin": quality, "qmax": quality}
-    layout = Layout(f"yuvj{chroma}p", grid.short_side, even=False, exact=chroma == 444)
+    layout = Layout(f"yuvj{chroma}p", grid.geometry, even=False, exact=chroma == 444)
     return _transcode(file, grid, lambda: Writer("mjpeg", {}, layout, options))
 
 
@@ -72,7 +73,7 @@ def to_gops(
     `quality` is the encoder's constant rate factor. The written file is decoded once to see that it holds every frame.
     """
     name, settings = _ENCODERS[codec, encoder]
-    layout = Layout("yuv420p", grid.short_side, even=True, exact=False)
+    layout = Layout("yuv420p", grid.geometry, even=True, exact=False)
     source, made = _transcode(file, grid, lambda: Writer(name, settings(quality, gop), layout, {"gop_size": gop}))
     stored = scan(made.file)
     made.file.seek(0)

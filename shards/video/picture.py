@@ -69,9 +69,9 @@ def upright(frame: av.VideoFrame, shape: Shape | None = None) -> np.ndarray:
     shape = shape or shape_of(frame, None)
     frame = standard_range(frame)
     if (frame.width, frame.height) == shape.unturned:
-        return _turned(frame.to_ndarray(format="rgb24"), shape)
+        return turned(frame.to_ndarray(format="rgb24"), shape)
     frame = frame.reformat(*shape.unturned, "rgb24", interpolation=BICUBIC)
-    return _turned(frame.to_ndarray(), shape)
+    return turned(frame.to_ndarray(), shape)
 
 
 def turned_rgb(frame: av.VideoFrame, shape: Shape) -> av.VideoFrame:
@@ -85,10 +85,11 @@ def turned_rgb(frame: av.VideoFrame, shape: Shape) -> av.VideoFrame:
             dst_color_range=ColorRange.JPEG,
             threads=1,
         )
-    return av.VideoFrame.from_ndarray(_turned(frame.to_ndarray(format="rgb24"), shape), format="rgb24")
+    return av.VideoFrame.from_ndarray(turned(frame.to_ndarray(format="rgb24"), shape), format="rgb24")
 
 
-def _turned(picture: np.ndarray, shape: Shape) -> np.ndarray:
+def turned(picture: np.ndarray, shape: Shape) -> np.ndarray:
+    """A picture [H, W, 3] in the frame's own direction, turned and mirrored as a player shows it."""
     if shape.rotation:
         picture = np.rot90(picture, shape.rotation // 90)
     if shape.mirrored:
@@ -129,13 +130,6 @@ def grid(number: int, fps: Fraction, rate: int) -> bool:
     step = max(1, per_second // rate)
     inside = number % per_second
     return inside % step == 0 and inside // step < rate
-
-
-def scaled_size(width: int, height: int, short_side: int) -> tuple[int, int]:
-    """Width and height with the short side at `short_side` and the long side as PIL/torchvision's Resize rounds it."""
-    if width <= height:
-        return short_side, int(short_side * height / width)
-    return int(short_side * width / height), short_side
 
 
 def short(error: Exception) -> str:

@@ -21,6 +21,8 @@ av.logging.set_level(av.logging.PANIC)  # libav's own lines say nothing that our
 
 UNKNOWN = -(2**63)  # a packet without stamp or place
 _BUFFER = 1 << 18  # bytes a read
+_TEXT = {"tty", "bin", "xbin", "adf", "idf"}  # by the file's name alone: any text would be a video that shows it
+_ALONE = {"protocol_whitelist": "none"}  # a playlist or a list of files names others, which nobody meant to read
 _NO_TIMESTAMPS: int = av.format.Flags.no_timestamps.value  # type: ignore[assignment]  # an enum of numbers
 _USUAL_RATES = [Fraction(n * 1000, 1001) for n in (24, 30, 48, 60, 120)] + [Fraction(n) for n in range(1, 241)]
 
@@ -66,9 +68,12 @@ def open_video(file: BinaryIO) -> tuple[av.container.InputContainer, av.VideoStr
         raise VideoError("the file is empty (0 bytes)")
     file.seek(0)
     try:
-        container = av.open(file, "r", metadata_errors="ignore", buffer_size=_BUFFER)
+        container = av.open(file, "r", metadata_errors="ignore", buffer_size=_BUFFER, options=_ALONE)
     except (av.FFmpegError, ValueError) as error:
         raise VideoError(_unreadable(error)) from error
+    if container.format.name in _TEXT:
+        container.close()
+        raise VideoError("it is text, and no video")
     films = [s for s in container.streams.video if "attached_pic" not in str(s.disposition).lower()]
     if not films:
         kinds = ", ".join(sorted({s.type for s in container.streams})) or "none"

@@ -11,10 +11,11 @@ from shards import ShardError, VideoError
 from shards.limits import Limits
 from shards.tar import safe_extension
 from shards.video.encode import Grid, cut_copy, nvenc_opens, to_gops, to_intra
+from shards.video.geometry import Geometry, stored_geometry
 from shards.video.source import SourceVideo, scan
 from shards.video.writer import WrittenVideo
 
-FPS, SHORT_SIDE, GOP = Limits(int, 1, 240), Limits(int, 16, 4096), Limits(int, 1, 600)
+FPS, SIDE, GOP = Limits(int, 1, 240), Limits(int, 16, 4096), Limits(int, 1, 600)
 QUALITY = Limits(int, 0, 63)  # of any profile
 # name: the default of --quality and its range
 _QUALITY = {
@@ -28,9 +29,11 @@ PROFILES = tuple(_QUALITY)
 ENCODERS = ("cpu", "nvenc", "auto")
 CHROMAS = (420, 444)
 _FIELDS = {
-    "intra": ("name", "fps", "short_side", "quality", "chroma"),
+    "intra": ("name", "fps", "short_side", "long_side", "squash", "quality", "chroma"),
     "copy": ("name",),
-    **dict.fromkeys(("h264", "hevc", "av1"), ("name", "fps", "short_side", "quality", "gop", "encoder")),
+    **dict.fromkeys(
+        ("h264", "hevc", "av1"), ("name", "fps", "short_side", "long_side", "squash", "quality", "gop", "encoder")
+    ),
 }
 _PIECE = 1 << 20  # bytes
 
@@ -40,8 +43,10 @@ class Profile:
     """What is stored of each video.
 
     `intra` keeps the frames of the extractor's grid at `fps` frames a second (above a source's own rate: all of its
-    frames) as JPEGs of `short_side` pixels. `h264`, `hevc` and `av1` re-encode the same frames in closed GOPs of `gop`
-    frames (None: a second of them, at most 12). `copy` keeps the source bytes and heeds none of it.
+    frames) as JPEGs. `h264`, `hevc` and `av1` re-encode the same frames in closed GOPs of `gop` frames (None: a second of
+    them, at most 12). `copy` keeps the source bytes and heeds none of it.
+
+    Pictures are scaled to `short_side` pixels, or to `long_side` or `squash`, of which one may be set: see `Geometry`.
 
     `quality` is MJPEG's quantiser (1 best, 31 worst) or the encoder's constant rate factor (None: 3, 23, 26, 32 for
     intra, h264, hevc, av1). `chroma` is for intra: 420, or 444 for exact scaling and full colour resolution. `encoder`
@@ -52,6 +57,8 @@ class Profile:
     name: str = "intra"
     fps: int = 3
     short_side: int = 224
+    long_side: int = 0
+    squash: int = 0  # both sides
     quality: int | None = None
     chroma: int = 420
     gop: int | None = None
@@ -65,19 +72,32 @@ class Profile:
             object.__setattr__(self, "quality", default)
         if self.gop is None:
             object.__setattr__(self, "gop", max(1, min(self.fps, 12)))
-        for name, limits in {"fps": FPS, "short_side": SHORT_SIDE, "quality": quality, "gop": GOP}.items():
+        if self.long_side and self.squash:
+            raise ShardError(f"--long-side {self.long_side} and --squash {self.squash}: give one of them")
+        for name, limits in {"fps": FPS, self._sized_by: SIDE, "quality": quality, "gop": GOP}.items():
             limits.check(f"--{name.replace('_', '-')}", getattr(self, name), f" with --profile {self.name}")
         if self.chroma not in CHROMAS:
             raise ShardError(f"--chroma must be {' or '.join(map(str, CHROMAS))}; got {self.chroma}")
         if self.encoder not in ENCODERS:
             raise ShardError(f"--encoder must be one of {', '.join(ENCODERS)}; got {self.encoder}")
-        if self.encodes and self.short_side % 2:
-            raise ShardError(f"--short-side {self.short_side}: {self.name} needs an even number of pixels")
+        if self.encodes and self.geometry.side % 2:
+            raise ShardError(f"{self.geometry.option}: {self.name} needs an even number of pixels")
 
     @property
     def encodes(self) -> bool:
         """Whether it re-encodes video."""
         return self.name in ("h264", "hevc", "av1")
+
+    @property
+    def _sized_by(self) -> str:
+        return "squash" if self.squash else "long_side" if self.long_side else "short_side"
+
+    @property
+    def geometry(self) -> Geometry:
+        """The size of what is stored, but for `copy`."""
+        found = stored_geometry({self._sized_by: getattr(self, self._sized_by)})
+        assert found is not None, "__post_init__ has checked it"
+        return found
 
     def resolved(self) -> "Profile":
         """The same with the encoder that this machine has in place of auto. Raises ShardError if nvenc is wanted and
@@ -94,7 +114,10 @@ class Profile:
 
     def describe(self) -> dict:
         """What a split's record says of it: all that the stored bytes depend on."""
-        return {name: value for name, value in asdict(self).items() if name in _FIELDS[self.name]}
+        others = {"short_side", "long_side", "squash"} - {self._sized_by}
+        return {
+            name: value for name, value in asdict(self).items() if name in _FIELDS[self.name] and name not in others
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +149,7 @@ def store(file: BinaryIO, name: str, profile: Profile, start: float | None = Non
         source, written = cut_copy(file, begin, stop)
     else:
         assert profile.quality is not None and profile.gop is not None, "__post_init__ sets them"
-        grid = Grid(profile.fps, profile.short_side, begin, stop)
+        grid = Grid(profile.fps, profile.geometry, begin, stop)
         if profile.name == "intra":
             source, written = to_intra(file, grid, quality=profile.quality, chroma=profile.chroma)
         else:

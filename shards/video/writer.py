@@ -22,7 +22,8 @@ from PIL import Image
 
 from shards import VideoError
 from shards.schema import Coding, FrameTable
-from shards.video.picture import BICUBIC, Shape, scaled_size, short, standard_range, turned_rgb
+from shards.video.geometry import Geometry
+from shards.video.picture import BICUBIC, Shape, short, standard_range, turned_rgb
 from shards.video.probe import Packets
 from shards.video.source import unsliced
 
@@ -70,17 +71,17 @@ def usual_priority() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Layout:
-    """What frames are converted to: pixel format, short side in pixels, whether sides must be even, and whether RGB is
+    """What frames are converted to: pixel format, size, whether sides must be even, and whether RGB is
     scaled as PIL does it (exact) or planes as they are."""
 
     pix_fmt: str
-    short_side: int
+    geometry: Geometry
     even: bool
     exact: bool
 
     def size(self, shape: Shape) -> tuple[int, int]:
         """Width and height of what frames of that shape are scaled to, pixels."""
-        width, height = scaled_size(shape.width, shape.height, self.short_side)
+        width, height = self.geometry.size(shape.width, shape.height)
         return (width - width % 2, height - height % 2) if self.even else (width, height)
 
 

@@ -15,8 +15,8 @@ from tests.c4c.configs import SHIPPED, refused
 # ---- files ----
 
 
-# but for lists of stages, which tests/c4c/training/test_stages.py reads
-SINGLE = [path for path in sorted(SHIPPED.glob("*.yaml")) if not path.stem.endswith("two_stage")]
+# but for lists of stages and studies, which tests/c4c/training/test_stages.py and tests/c4c/study read
+SINGLE = [path for path in sorted(SHIPPED.glob("*.yaml")) if not re.search("two_stage$|^study_", path.stem)]
 
 
 @pytest.mark.parametrize("path", SINGLE, ids=lambda p: p.name)
@@ -71,6 +71,10 @@ def test_extends_in_a_circle_is_refused(base, write):
 @pytest.mark.parametrize("name", ["demo_two_stage.yaml", "two_stage.yaml"])
 def test_a_file_of_stages_is_for_another_command(name):
     assert "it is for launch/stages.py --cfg" in refused(name, search=[SHIPPED])
+
+
+def test_a_study_is_for_another_command():
+    assert "python -m c4c.study --cfg study_msrvtt.yaml runs it" in refused("study_msrvtt.yaml", search=[SHIPPED])
 
 
 def test_extends_must_name_files(write):
@@ -290,6 +294,30 @@ def test_what_a_training_needs_is_asked_for_at_once(key):
         require(load("demo.yaml", [*words, "model.init_from=''"], [SHIPPED]))
 
 
+def test_frozen_weights_must_stay_where_they_were_read(tmp_path, write):
+    write("run/config.yaml", "")
+    run, file, inner = (
+        tmp_path / "run",
+        write("run/base.safetensors", ""),
+        write("run/checkpoints/step1/model.safetensors", ""),
+    )
+
+    def required(*words: str) -> None:
+        given = ["data.train=a", "data.test=b", f"run.dir={run}", *words]
+        require(load("demo.yaml", given, [SHIPPED]))
+
+    for source in (run, file, inner, f"local-dir:{run}"):
+        required(f"model.init_from={source}")
+        required(f"model.init_from={source}", "train.lora=4", "checkpoint.whole=true")
+        required(f"model.init_from={source}", "train.lora=4", f"run.dir={tmp_path / 'other'}")
+        with pytest.raises(ConfigError, match=r"run\.resume=never moves that folder aside.*Choose another run\.dir"):
+            required(f"model.init_from={source}", "train.freeze=text")
+    required(f"model.init_from={file}", "train.lora=4", "run.resume=auto")
+    for source in (run, inner):
+        with pytest.raises(ConfigError, match="a run cannot start from itself"):
+            required(f"model.init_from={source}", "train.lora=4", "run.resume=auto")
+
+
 def test_the_resolved_config_survives_yaml(write):
     words = ["train.lr=1e-4", "train.betas=[0.5, 0.6]", "deepspeed.optimizer.params.betas=[1, 2]", "run.dir=x"]
     config = load("demo.yaml", words, [SHIPPED])
@@ -313,8 +341,9 @@ def test_a_config_cannot_be_changed():
 
 def test_a_bag_of_captions_needs_the_loss_that_is_made_for_it():
     words = ["clips.cut=true", "clips.bag=3"]
-    with pytest.raises(ConfigError, match=r"clips\.bag=3 needs train\.loss=mil_nce: cross_entropy takes one caption"):
-        load("demo.yaml", words, [SHIPPED])
+    for loss in ("cross_entropy", "sigmoid"):
+        with pytest.raises(ConfigError, match=rf"clips\.bag=3 needs train\.loss=mil_nce: {loss} takes one caption"):
+            load("demo.yaml", [*words, f"train.loss={loss}"], [SHIPPED])
     assert load("demo.yaml", [*words, "train.loss=mil_nce"], [SHIPPED]).clips.bag == 3
     for name in ("pretrain_howto100m.yaml", "pretrain_webvid.yaml"):
         config = load(name, [], [SHIPPED])

@@ -93,7 +93,9 @@ def edit(rng: random.Random, folder: Path, run: Path, kept: dict[str, bytes]) ->
     """One edit, and what reads it. Raises what the reader raises; the run folder is as before afterwards."""
     kind = rng.randrange(9)
     if kind == 0:
-        base = rng.choice([p for p in sorted(CFG.glob("*.yaml")) if "two_stage" not in p.stem])
+        base = rng.choice(
+            [p for p in sorted(CFG.glob("*.yaml")) if "two_stage" not in p.stem and "study" not in p.stem]
+        )
         (folder / "a.yaml").write_bytes(damaged(base.read_bytes(), rng))
         return require(load(str(folder / "a.yaml"), (), [CFG]))
     if kind == 1:

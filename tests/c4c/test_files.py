@@ -7,13 +7,23 @@ from pathlib import Path
 
 import pytest
 
-from c4c.files import replace_text, require_writable
+from c4c.files import parse_yaml, replace_text, require_writable
 
 
 def refused(path, is_ours=None) -> str:
     with pytest.raises(ValueError) as caught:
         require_writable(f"--to {path}", path, is_ours)
     return str(caught.value)
+
+
+def test_yaml_may_say_a_thing_once():
+    assert parse_yaml("{b: &b {x: 1}, a: &a {<<: *b, x: 2}, c: {<<: *a, x: 3}, d: [*a, *a]}") == {
+        "b": {"x": 1}, "a": {"x": 2}, "c": {"x": 3}, "d": [{"x": 2}, {"x": 2}],
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"^the key lr stands twice \(line 2, column 9\)$"):
+        parse_yaml("train: {lr: 1,\n        lr: 2}")
+    with pytest.raises(ValueError, match="inside what it stands for"):
+        parse_yaml("a: &a {b: *a}")
 
 
 def test_what_can_be_written_leaves_no_trace(tmp_path):

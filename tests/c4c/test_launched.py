@@ -1,5 +1,6 @@
 """Before torch is there: ports, signals while a command starts, packages that are missing."""
 
+import json
 import os
 import signal
 import socket
@@ -9,6 +10,7 @@ import time
 
 import pytest
 
+from c4c.errors import speak
 from c4c.launched import command_again, free_port, open_streams, require_port
 from c4c.training.screen import Report
 from tests.launch.runs import ROOT
@@ -145,7 +147,7 @@ def test_help_names_recipes_and_keys():
     done = subprocess.run([sys.executable, "-S", "launch/train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
     for path in (ROOT / "launch" / "cfg").glob("*.yaml"):
-        assert (f"  {path.name} " in done.stdout) == ("two_stage" not in path.name)
+        assert (f"  {path.name} " in done.stdout) == ("two_stage" not in path.name and "study" not in path.name)
     from c4c.config import Config
 
     assert all(f"{group}.*" in done.stdout for group in Config.__dataclass_fields__)
@@ -167,6 +169,32 @@ def test_a_screen_that_is_gone_ends_nothing(monkeypatch):
     print("nowhere", file=sys.stderr, flush=True)
 
 
+def printed_by(code: str, encoding: str, **how) -> subprocess.CompletedProcess:
+    program = f"from c4c.launched import open_streams, seen_enough\nimport json, sys\nopen_streams()\n{code}"
+    env = os.environ | {"PYTHONIOENCODING": encoding}
+    return subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=env, **({"stdout": subprocess.PIPE} | how))
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"), [("ascii", "\\u00e9 \\u89c6 \\ud83d\\udc15"), ("latin-1", "é \\u89c6 \\ud83d\\udc15")]
+)
+def test_letters_that_the_terminal_lacks_are_escaped_as_in_json(encoding, shown):
+    text = "é 视 🐕"
+    done = printed_by(f"print(json.dumps({text!r}, ensure_ascii=False))", encoding)
+    line = done.stdout.decode(encoding)
+    assert (done.returncode, line) == (0, f'"{shown}"\n') and json.loads(line) == text
+
+
+def test_a_reader_that_has_seen_enough():
+    """`| head`: the program goes on, and says nothing of it, at its end either."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    code = "with seen_enough(): print('x' * 100_000)\nprint('later')\nprint('it went on', file=sys.stderr)"
+    done = printed_by(code, "utf-8", stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"it went on\n")
+
+
 @pytest.mark.parametrize("script", ["train.py", "eval.py"])
 @pytest.mark.parametrize("given", [None, "ACTIVE"])
 def test_threads_of_torch_sleep_while_they_wait(script, given):
@@ -181,3 +209,12 @@ def test_threads_of_torch_sleep_while_they_wait(script, given):
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env, cwd=ROOT)
     assert done.stdout.splitlines()[-1] == f"{given or 'PASSIVE'} False", done.stderr
+
+
+def test_an_error_of_the_system_is_told_without_its_number(capsys):
+    speak(OSError(28, "a.html could not be written: No space left on device"), 0)
+    speak(FileNotFoundError(2, "No such file or directory", "b.html"), 0)
+    assert capsys.readouterr().err.splitlines() == [
+        "error: a.html could not be written: No space left on device",
+        "error: [Errno 2] No such file or directory: 'b.html'",
+    ]

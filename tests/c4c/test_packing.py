@@ -84,7 +84,7 @@ def test_captions_that_training_would_cut_are_counted(videos: Path, tmp_path: Pa
     assert pack(videos, tmp_path / "long", long) == 0
     assert (
         "note 2 of 3 captions in the annotations are longer than 32 tokens (CLIP's tokenizer, start and end included; the "
-        "longest has 93): training cuts them unless data.max_words is higher"
+        "longest has 93): they are cut with data.max_words=32, and by backbones that take no more"
     ) in capsys.readouterr().err
     assert shard.main(["info", str(tmp_path / "long")]) == 0
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())

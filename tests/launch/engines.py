@@ -2,7 +2,7 @@
 
     deepspeed --num_accelerators N tests/launch/engines.py FOLDER
 
-Writes FOLDER/N.json: what every_head.py (on two ranks) and continues.py found.
+Writes FOLDER/N.json: what every_head.py (on two ranks), continues.py and averages.py found.
 """
 
 import json
@@ -13,7 +13,7 @@ import torch
 
 from c4c.training.session import make_deterministic
 from c4c.zero.distributed import start_distributed, stop_distributed
-from tests.launch import continues, every_head
+from tests.launch import averages, continues, every_head
 
 
 def main() -> None:
@@ -22,6 +22,7 @@ def main() -> None:
         make_deterministic()
     rank, world, _ = start_distributed()
     found = {"continues": continues.results(folder, rank, world)}
+    found["averages"] = averages.results(folder, rank, world)
     if world == 2:
         found["heads"] = every_head.results(folder, rank, world)
     if rank == 0:

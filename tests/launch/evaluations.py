@@ -8,7 +8,7 @@ from tests.launch.runs import lines
 
 def without_progress(err: str) -> str:
     """Without the lines that tell, every few seconds, how far an evaluation is: how many depends on the machine."""
-    return re.sub(r"(?m)^\d+ of \d+ (videos|captions) encoded, .*\n", "", err)
+    return re.sub(r"(?m)^\d+ of \d+ (videos|clips|captions|texts)( of the bank)? (encoded|ranked), .*\n", "", err)
 
 
 def validated(run, step: int) -> dict:

@@ -1,18 +1,21 @@
 """Every head at every ZeRO stage, and gradient caching with those that need it most, on tensors drawn here.
 
-For each way: the losses of all steps and how far the checkpoint's scores are from the engine's. See engines.py.
+For each way: the losses and norms of the gradient of all steps, and how far the checkpoint's scores are from the engine's. See engines.py.
 """
 
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 import yaml
 from deepspeed.accelerator import get_accelerator
 
+from c4c.models import caption_rows
 from c4c.models.clip4clip import CLIP4Clip
 from c4c.models.heads import HEADS
+from c4c.objective import LossOptions
 from c4c.settings import EngineConfig, TrainConfig
 from c4c.training.run_folder import save_description
 from c4c.training.step import MAX_LOGIT, Learner, train_step
@@ -28,18 +31,36 @@ SPEC = {
 }
 
 
-def batch(rank: int, world: int) -> SimpleNamespace:
-    """This rank's share of one global batch whose last row is padding, on its device."""
+def batch(rank: int, world: int, captions: int = 1) -> SimpleNamespace:
+    """This rank's share of one global batch whose last row is padding, on its device. captions: a row, 1 or 2."""
     random = torch.Generator().manual_seed(0)
     frames = torch.randn(ROWS, FRAMES, 3, 32, 32, generator=random)
     mask = torch.arange(FRAMES) < torch.randint(1, FRAMES + 1, (ROWS, 1), generator=random)
     tokens = torch.randint(1, 998, (ROWS, 6), generator=random)
     tokens[:, 4], tokens[:, 5] = 999, 0
+    more = torch.randint(1, 998, tokens.shape, generator=random)
+    more[:, 3], more[:, 4:] = 999, 0
+    more[1], more[5] = tokens[4], tokens[6]  # words that were also said of other videos
+    several = torch.stack([tokens, more], dim=1)
     valid = torch.arange(ROWS) < ROWS - 1
     mine = slice(rank * ROWS // world, (rank + 1) * ROWS // world)
     tensors = {"frames": frames, "frame_mask": mask, "tokens": tokens, "valid": valid}
+    if captions > 1:
+        present = valid[:, None] & (torch.arange(captions) < torch.tensor([2, 2, 1, 2, 2, 2, 1, 2])[:, None])
+        tensors |= {"tokens": several, "caption_mask": present}
     device = get_accelerator().current_device_name()
     return SimpleNamespace(**{name: tensor[mine].to(device) for name, tensor in tensors.items()})
+
+
+def with_bytes(data: SimpleNamespace) -> SimpleNamespace:
+    """The same with bytes for frames, and captions that have padding and are equal in part."""
+    device, random = data.frames.device, torch.Generator().manual_seed(4)
+    shape = (*data.frame_mask.shape, 32, 32, 3)
+    data.frames = torch.randint(0, 256, shape, dtype=torch.uint8, generator=random).to(device)
+    data.tokens = torch.nn.functional.pad(data.tokens, (0, 14))
+    data.tokens[1] = data.tokens[0]
+    data.tokens_on_host = data.tokens.cpu()
+    return data
 
 
 def train(way: dict, folder: Path, rank: int, world: int) -> dict:
@@ -47,15 +68,27 @@ def train(way: dict, folder: Path, rank: int, world: int) -> dict:
     model = CLIP4Clip(SPEC, way["head"], way.get("patch", "2d"), blocks=2, segments=FRAMES)
     with torch.no_grad():
         model.clip.logit_scale.fill_(way.get("logit_scale", model.clip.logit_scale.item()))
-    settings = TrainConfig(batch_size=ROWS, micro_batch_size=way.get("micro", 0), lr=1e-3, warmup_epochs=0)
-    config = EngineConfig(precision="fp32", zero_stage=way["stage"])
-    engine = build_engine(Learner(model), config, settings, world, {})
-    data, losses = batch(rank, world), []
+    loss = way.get("loss", "cross_entropy")
+    settings = TrainConfig(
+        batch_size=ROWS,
+        micro_batch_size=way.get("micro", 0),
+        lr=1e-3,
+        warmup_epochs=0,
+        loss=loss,
+        **way.get("train", {}),
+    )
+    config = EngineConfig(precision="fp32", zero_stage=way["stage"], **way.get("engine", {}))
+    engine = build_engine(
+        Learner(model, loss, -4.0, LossOptions.of(settings)), config, settings, world, way.get("deepspeed", {})
+    )
+    data, losses, norms = batch(rank, world, settings.captions_per_video), [], []
+    data = with_bytes(data) if way.get("bytes") else data
     for _ in range(STEPS):
         loss = train_step(engine, data, 1.0, settings)
         dist.all_reduce(loss)
         losses.append(loss.item() / world)
-    out = {"losses": losses}
+        norms.append(float(engine.get_global_grad_norm()))
+    out = {"losses": losses, "norms": norms}
     if way.get("save"):
         engine.eval()
         with torch.no_grad():
@@ -66,9 +99,10 @@ def train(way: dict, folder: Path, rank: int, world: int) -> dict:
             settings = {
                 "model": {"backbone": "ViT-demo-16", "head": way["head"], "linear_patch": "2d", "head_layers": 2}
             }
-            save_description(folder, yaml.safe_dump(settings | {"data": {"num_frames": FRAMES}}), SPEC)
+            save_description(folder, yaml.safe_dump(settings | {"data": {"num_frames": FRAMES}}), model.spec)
             again = CLIP4Clip.from_checkpoint(folder)
             out["logit_scale"] = again.clip.logit_scale.item()
+            out["logit_bias"] = None if again.clip.logit_bias is None else again.clip.logit_bias.item()
             with torch.no_grad():
                 texts, videos = again(data.frames.cpu(), data.frame_mask.cpu(), data.tokens.cpu())
                 out["checkpoint_differs_by"] = float((again.head.score(texts, videos) - scores.cpu()).abs().max())
@@ -88,6 +122,33 @@ def results(folder: Path, rank: int, world: int) -> dict[str, dict]:
         for stage in range(4):
             ways[f"{head}, ZeRO {stage}, cached"] = {"head": head, "stage": stage, "micro": 3}
     ways["meanP 3d, ZeRO 2"] = {"head": "meanP", "stage": 2, "patch": "3d"}
+    few = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0}
+    for name, more in {
+        "tightTransf": {f"ZeRO {stage}": {"stage": stage} for stage in range(4)}
+        | {"ZeRO 2, cached": {"stage": 2, "micro": 3}},
+        "wti": {"ZeRO 0": {"stage": 0}, "ZeRO 1, cached": {"stage": 1, "micro": 3}},
+    }.items():  # few: weights at once
+        more |= {f"ZeRO 3, few{cached}": {"stage": 3, "micro": micro, "deepspeed": {"zero_optimization": few}}
+                 for cached, micro in (("", 0), (", cached", 3))}  # fmt: skip
+        for kind, way in more.items():
+            ways[f"{name}, {kind}, sigmoid"] = {"head": name, "loss": "sigmoid", "save": "cached" not in kind} | way
+    options = {"captions_per_video": 2, "label_smoothing": 0.1, "mask_equal_captions": True, "decorrelation": 0.02}
+    for stage in range(4):
+        for cached, micro in (("", 0), (", cached", 3)):
+            ways[f"wti, ZeRO {stage}, options{cached}"] = {
+                "head": "wti",
+                "stage": stage,
+                "micro": micro,
+                "train": options,
+            }
+    short = dict.fromkeys(("fold_pixels", "trim_captions", "share_captions"), True)
+    for kind in ("2d", "3d"):
+        plain = {"head": "wti", "patch": kind, "bytes": True, "train": options}
+        ways[f"{kind}, long"] = plain | {"stage": 0}
+        for stage in range(4):
+            for cached, micro in (("", 0), (", cached", 3)):
+                ways[f"{kind}, short, ZeRO {stage}{cached}"] = plain | {"stage": stage, "micro": micro, "engine": short}
     for stage in range(4):
         ways[f"hot, ZeRO {stage}"] = {"head": "meanP", "stage": stage, "logit_scale": MAX_LOGIT + 1, "save": True}
-    return {name: train(way, folder / name, rank, world) for name, way in ways.items()}
+    with patch.object(caption_rows, "MULTIPLE", 2):  # small batches have something to gain then
+        return {name: train(way, folder / name, rank, world) for name, way in ways.items()}

@@ -1,6 +1,6 @@
 """Kill a real run with SIGKILL at random moments, one rank or all of it, and go on: is the curve the unbroken one?
 
-    python tests/launch/kills.py [--tries 20] [--ranks 2] [--seed 0] [--folder DIR]
+    python tests/launch/kills.py [--tries 20] [--ranks 2] [--seed 0] [--folder DIR] [key=value ...]
 
 Makes a tiny data set, trains on it unbroken, then again with a kill in every start but the last. Exits with 1 if any
 loss or gradient norm differs in any bit, or a validation in any number.
@@ -78,7 +78,10 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
-    args = parser.parse_args()
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings of the run, train.lora=4 for example"
+    )
+    args = parser.parse_intermixed_args()
     draw = random.Random(args.seed)
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="kills-") as folder:
         launcher = Launcher(Path(folder))
@@ -87,7 +90,12 @@ def main() -> int:
         for _ in range(args.tries):
             at += draw.randint(1, 5)
             kills.append((at, draw.random() < 0.5, draw.random() * 0.4))
-        words = [f"train.epochs={-(-(at + 5) // STEPS_PER_EPOCH)}", "train.eval_every=2", "checkpoint.every_steps=2"]
+        words = [
+            f"train.epochs={-(-(at + 5) // STEPS_PER_EPOCH)}",
+            "train.eval_every=2",
+            "checkpoint.every_steps=2",
+            *args.overrides,
+        ]
         code, out, err = launcher.finish(
             launcher.command(args.ranks, f"run.dir={launcher.folder / 'unbroken'}", *words)
         )

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from c4c.models.heads import HEADS
-from tests.launch.continues import AGAIN, BF16, COMMON, FP16, HALF, ONE, SAVED, TWO
+from tests.launch.continues import AGAIN, BF16, CHEAP, COMMON, FP16, HALF, ONE, SAVED, TWO
 
 pytestmark = [
     pytest.mark.launch,
@@ -37,7 +37,9 @@ def assert_same(found: list, expected: list, half: bool = False) -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("way", COMMON)
 def test_the_losses_and_gradients_of_one_rank_without_zero(way, ranks, found):
-    alone = f"{ONE_RANK}, accumulated" if "accumulated" in way else ONE_RANK
+    alone = ONE_RANK + next(
+        (kind for kind in (", accumulated", ", sigmoid", ", options", ", merging") if kind in way), ""
+    )
     assert_same(found[ranks][way], found[1][alone])
 
 
@@ -45,12 +47,31 @@ def test_they_are_losses_of_something_that_learns(found):
     whole, parts = (np.array(found[1][way])[:, 0] for way in (ONE_RANK, f"{ONE_RANK}, accumulated"))
     assert whole[-1] < 0.9 * whole[0]
     assert parts != pytest.approx(whole, rel=0.01)  # fewer negatives
+    assert np.array(found[1][f"{ONE_RANK}, sigmoid"])[:, 0] != pytest.approx(whole, rel=0.01)
+    options = np.array(found[1][f"{ONE_RANK}, options"])[:, 0]
+    assert options[-1] < options[0]
+    merging = np.array(found[1][f"{ONE_RANK}, merging"])[:, 0]
+    assert merging[-1] < 0.9 * merging[0]
+    assert merging != pytest.approx(whole, rel=1e-4)
 
 
-@pytest.mark.parametrize("way", [way for way in TWO if not way.startswith(("bad", "search", "frozen"))])
+@pytest.mark.parametrize(
+    "way", [way for way in TWO if way not in CHEAP and not way.startswith(("bad", "search", "frozen"))]
+)
 def test_precision_and_where_things_are_kept_change_only_rounding(way, found):
-    half = way in BF16 | FP16 or "bf16" in way
-    assert_same(found[2][way], found[2]["ZeRO 1"], half)
+    half = way in BF16 | FP16 or "bf16" in way or "fp16" in way
+    assert_same(found[2][way], found[2]["ZeRO 1, sigmoid" if "sigmoid" in way else "ZeRO 1"], half)
+
+
+@pytest.mark.parametrize("way", CHEAP)
+def test_cheap_training_is_the_same_at_every_stage(way, found):
+    kind = way.partition(",")[0]
+    first, losses = found[2][f"{kind}, ZeRO 0"], np.array(found[2][way])[:, 0]
+    assert_same(found[2][way], first, "bf16" in way or "fp16" in way)
+    assert losses[-1] < losses[0]
+    assert np.array(first)[-1] != pytest.approx(np.array(found[2]["ZeRO 0"])[-1], rel=1e-3)  # it is not full training
+    if kind == "LoRA":  # B is 0 at first
+        assert first[0][0] == pytest.approx(found[2]["ZeRO 0"][0][0], rel=ROUNDING)
 
 
 @pytest.mark.parametrize("way", ["alone, bf16", "alone, bf16, cached"])
@@ -93,6 +114,20 @@ def test_going_on_with_others_is_as_if_unbroken(ranks, name, found):
     assert_same(found[ranks][name], found[source_ranks][source][HALF:], "bf16" in source)
 
 
+@pytest.mark.parametrize("source", [way for way in SAVED[2] if way in CHEAP])
+def test_what_is_frozen_is_not_stored(source, engines):
+    from safetensors import safe_open
+
+    (file,) = (engines / f"2 {source}" / "checkpoints").glob("step*/model.safetensors")
+    with safe_open(file, "pt") as stored:
+        names = set(stored.keys())
+    kind = source.partition(",")[0]
+    assert ("clip.transformer.resblocks.0.mlp.c_fc.weight" in names) == (kind == "by layer")
+    assert ("clip.visual.transformer.resblocks.1.attn.lora_b" in names) == (kind == "LoRA")
+    assert not any("visual.transformer.resblocks.0." in name and "lora" in name for name in names)  # train.freeze
+    assert "clip.logit_scale" in names
+
+
 # ---- every head, on two ranks ----
 
 
@@ -112,10 +147,44 @@ def test_gradient_caching_is_the_whole_batch(head, stage, heads):
     assert cached == pytest.approx(whole, rel=5e-5)
 
 
+@pytest.mark.parametrize("cached", ["", ", cached"])
+@pytest.mark.parametrize("stage", range(4))
+def test_several_captions_and_decorrelation_at_every_stage(stage, cached, heads):
+    way, first = heads[f"wti, ZeRO {stage}, options{cached}"], heads["wti, ZeRO 0, options"]
+    assert way["losses"] == pytest.approx(first["losses"], rel=5e-5)
+    # later, words have two frames that are equally good to rounding, and the gradient goes to either
+    assert way["norms"][:3] == pytest.approx(first["norms"][:3], rel=5e-5)
+    assert first["losses"][-1] < first["losses"][0]
+
+
+@pytest.mark.parametrize("head", ["tightTransf", "wti"])
+def test_the_sigmoid_loss_of_heads_whose_weights_score(head, heads):
+    ways = {name: way for name, way in heads.items() if name.startswith(head) and "sigmoid" in name}
+    first = ways[f"{head}, ZeRO 0, sigmoid"]
+    assert first["losses"][-1] < first["losses"][0] and first["logit_bias"] != -4.0
+    for way in ways.values():
+        assert way["losses"] == pytest.approx(first["losses"], rel=5e-5)
+        assert way["norms"] == pytest.approx(first["norms"], rel=5e-5)
+        if "logit_bias" in way:
+            assert way["logit_bias"] == pytest.approx(first["logit_bias"], abs=1e-5)
+            assert way["checkpoint_differs_by"] < 1e-5
+    assert len(ways) == {"tightTransf": 7, "wti": 4}[head]
+
+
 def test_3d_patches_learn_something_else(heads):
     flat, deep = heads["meanP, ZeRO 2"]["losses"], heads["meanP 3d, ZeRO 2"]["losses"]
     assert deep[0] == pytest.approx(flat[0], rel=1e-5)
     assert deep[-1] < deep[0] and deep[-1] != pytest.approx(flat[-1], rel=1e-4)
+
+
+@pytest.mark.parametrize("cached", ["", ", cached"])
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("patch", ["2d", "3d"])
+def test_the_shorter_ways_lead_to_the_same_steps(patch, stage, cached, heads):
+    long, short = heads[f"{patch}, long"], heads[f"{patch}, short, ZeRO {stage}{cached}"]
+    assert short["losses"] == pytest.approx(long["losses"], rel=5e-5)
+    assert short["norms"][:3] == pytest.approx(long["norms"][:3], rel=5e-5)
+    assert long["losses"][-1] < long["losses"][0]
 
 
 @pytest.mark.parametrize("stage", range(4))

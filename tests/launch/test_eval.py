@@ -1,6 +1,7 @@
 """`launch/eval.py`: the metrics of a run, from its ZeRO checkpoint of any stage and number of ranks."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -70,8 +71,11 @@ def test_an_evaluation_says_how_far_it_is(capsys, monkeypatch):
         progress.tell("videos", 5, 20)
         progress.tell("videos", 20, 20)
         progress.tell("captions", 7, 7)
-    first, *_, last = capsys.readouterr().err.splitlines()
-    assert first.startswith("5 of 20 videos encoded, ") and last.startswith("7 of 7 captions encoded, ")
+        progress.tell("texts", 7, 7)
+        progress.tell("pictures", 3, 3)
+    first, *_, captions, texts, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("5 of 20 videos encoded, ") and captions.startswith("7 of 7 captions encoded, ")
+    assert texts.startswith("7 of 7 texts ranked, ") and last.startswith("3 of 3 pictures made, ")
     assert progress.pace.startswith("20 videos in ") and progress.pace.endswith(" clips/s")
     with EvalReport(on=False) as progress:
         progress.tell("videos", 5, 20)
@@ -119,6 +123,18 @@ def test_help_and_refusals_import_nothing_heavy():
             [sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, timeout=60
         )
         assert done.stdout.splitlines()[-1] == f"{status} []", (words, done.stdout, done.stderr)
+
+
+def test_a_reader_that_leaves_before_the_end_of_what_was_found(runs, tmp_path):
+    """`--topk 5 | head -1`: the files are written, and the table is shown."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    files = ["--json", str(tmp_path / "out.json"), "--report", str(tmp_path / "report.html")]
+    command = [sys.executable, "launch/eval.py", "--ckpt", str(runs["1 rank"]), "--topk", "5", *files]
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writer)
+    assert done.returncode == 0 and "text to video" in done.stderr and "error" not in done.stderr, done.stderr
+    assert (tmp_path / "report.html").is_file() and metrics_of(tmp_path / "out.json") == validated(runs["1 rank"], 10)
 
 
 def test_standard_output_that_cannot_be_written(runs, tmp_path):

@@ -28,6 +28,9 @@ UNREASONABLE = {
     "an unknown device": (["--device", "gpu"], "--device gpu: must be cpu, cuda or cuda:N"),
     "a device that is not here": (["--device", "cuda:99"], "--device cuda:99: this machine has "),
     "a typo": (["data.num_frame=8"], "unknown key data.num_frame in the command line: did you mean data.num_frames?"),
+    "merging of a negative number": (["--merge", "-1"], "--merge -1: must be 0, which merges nothing, or more"),
+    "joins without merging": (["--merge-frames", "1"], "give --merge too"),
+    "joins that are no numbers": (["--merge", "1", "--merge-frames", "a"], "--merge-frames a: must be numbers of blocks"),
     "no such split": (["--data", "nowhere"], "there is no folder nowhere"),
 }  # fmt: skip
 
@@ -49,15 +52,15 @@ def test_settings_that_do_not_fit_are_refused_before_a_video_is_decoded(
     def decode(*_, **__):
         raise AssertionError("a video was decoded")
 
-    monkeypatch.setattr("c4c.retrieval.evaluate.EvalLoader", decode)
+    monkeypatch.setattr("c4c.retrieval.features.EvalLoader", decode)
     sequence = CLIP4Clip(model.spec, "seqTransf", segments=5)
-    export(sequence, tmp_path / "m.safetensors", official=False)
+    export(sequence, tmp_path / "m.safetensors")
     words = ["--ckpt", tmp_path / "m.safetensors", "--data", launcher.test]
     assert "data.num_frames=78 is more than the 77 frames that the head seqTransf has positions for" in refused(
         evaluate(*words, "data.num_frames=78")
     )
-    assert "takes pictures of 64: set data.image_size=64" in refused(
-        evaluate(*words, "data.image_size=32", "data.resize=0")
+    assert "patches of 16 pixels, and 40 is no multiple of that" in refused(
+        evaluate(*words, "data.image_size=40", "data.resize=0")
     )
     assert "data.max_words=78 is longer than the 77 tokens" in refused(evaluate(*words, "data.max_words=78"))
 
@@ -104,7 +107,7 @@ def test_an_export_that_does_not_fit_the_disk(runs, model, tmp_path, monkeypatch
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f"error: {to} could not be written (") and "is there room on the disk?" in line
         with pytest.raises(OSError, match=r"m\.bin could not be written .*is there room on the disk\?"):
-            export(CLIP4Clip(model.spec | {"quick_gelu": True}, segments=5), tmp_path / "m.bin", official=True)
+            export(CLIP4Clip(model.spec | {"quick_gelu": True}, segments=5), tmp_path / "m.bin", "official")
         assert list(tmp_path.iterdir()) == []
         (tmp_path / "m.json").write_text('{"R1": 1}')
         monkeypatch.setattr(

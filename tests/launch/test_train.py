@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from c4c.config import dump, load
+from c4c.models.backbone import settled
 from c4c.training.run_folder import read_config
 from c4c.zero import checkpoint
 from c4c.zero.checkpoint import latest, tags
@@ -111,6 +112,38 @@ def test_a_run_killed_twice_is_the_unbroken_one(launcher, runs):
     assert not run.with_name("killed.old1").exists()
 
 
+SEVERAL = [
+    "train.captions_per_video=2", "train.label_smoothing=0.1", "train.mask_equal_captions=true", "train.decorrelation=0.001",
+    "data.drop_duplicate_captions=true", "model.head=wti", "train.batch_size=24", "checkpoint.every_steps=4", "checkpoint.keep_last=9",
+]  # fmt: skip
+
+
+def test_several_captions_a_video_on_any_ranks_and_after_a_stop(launcher, forks):
+    """Groups of two of five captions: three rows a video, and 120 in an epoch."""
+    found = {}
+    for ranks in (0, 2):
+        run = launcher.folder / f"several{ranks}"
+        code, out, err = forks.run(["launch/train.py", *launcher.words(f"run.dir={run}", *SEVERAL)], ranks)
+        assert code == 0, out + err
+        assert "40 videos, 120 rows of a video and up to 2 captions; 10 steps of 24" in err
+        assert f"data.drop_duplicate_captions: 0 of 200 captions in {launcher.train} repeat" in err
+        found[ranks] = run
+    assert losses(found[2]) == pytest.approx(losses(found[0]), rel=5e-5)
+    whole, run = curve(found[0]), found[0]
+    assert len(whole) == 10 and losses(run)[-1] < losses(run)[0]
+    for path in (run / "done.json", run / "checkpoints" / "latest"):
+        path.unlink()
+    for tag in tags(run)[1:]:
+        shutil.rmtree(run / "checkpoints" / tag)
+    words = launcher.words(f"run.dir={run}", "run.resume=auto", *SEVERAL)
+    code, out, err = forks.run(["launch/train.py", *words])
+    assert code == 0, out + err
+    assert "continuing from step00000004" in err
+    assert curve(run) == whole
+    code, out, err = forks.run(["launch/train.py", *words, "train.captions_per_video=3"])
+    assert code == 1 and "made with other settings (train.captions_per_video was 2, is 3)" in err
+
+
 # ---- what cannot be done ----
 
 
@@ -125,7 +158,7 @@ def _other_settings(launcher) -> list[str]:
     (run / "checkpoints").mkdir(parents=True)
     (run / "checkpoints" / "latest").write_text("step00000001")
     before = load("demo.yaml", launcher.words("train.lr=0.5")[2:], [ROOT / "launch" / "cfg"])
-    (run / "config.yaml").write_text(dump(before))
+    (run / "config.yaml").write_text(dump(settled(before)))
     return [f"run.dir={run}", "run.resume=auto"]
 
 
@@ -134,7 +167,7 @@ MISTAKES = {
     "no such folder": (["data.train=nowhere"], f"there is no folder nowhere (looked in {ROOT}). Pack one with"),
     "no folder": (["data.test=''"], "data.test is not set: name the folder of a packed split"),
     "an incomplete split": (_incomplete_split, "is incomplete: 000000.parquet is missing"),
-    "another picture size": (["data.image_size=32"], "ViT-demo-16 takes pictures of 64: set data.image_size=64"),
+    "another picture size": (["data.image_size=60"], "data.image_size=60 does not suit ViT-demo-16: its image tower cuts pictures into patches of 16 pixels"),
     "too long captions": (["data.max_words=99"], "data.max_words=99 is longer than the 77 tokens"),
     "a contradiction": (["deepspeed.gradient_clipping=2"], "gradient_clipping=2 contradicts engine.clip_grad_norm"),
     "no weights": (["model.init_from=''"], "model.init_from is not set"),

@@ -32,7 +32,7 @@ NUMBERED = {
 EXTENSIONS = {"webm": "webm", "mpegts": "ts", "matroska": "mkv"}
 
 
-def pack_videos(folder: Path, files: dict[str, bytes], profile: str, captions=2, short_side: int = SIDE) -> Split:
+def pack_videos(folder: Path, files: dict[str, bytes], profile: str, captions=2, **size: int) -> Split:
     """Pack {file name: bytes}; each video gets `captions` captions that name it."""
     folder.mkdir()
     items = []
@@ -40,7 +40,7 @@ def pack_videos(folder: Path, files: dict[str, bytes], profile: str, captions=2,
         (folder / name).write_bytes(data)
         stem = name.split(".")[0]
         items.append(Item(stem, folder / name, tuple(Caption(f"caption {i} of {stem}") for i in range(captions))))
-    stored = Profile(name=profile, short_side=short_side)
+    stored = Profile(name=profile, **size or {"short_side": SIDE})
     pack(items, folder / "packed", dataset="tests", split="train", profile=stored, workers=1)
     return Split(folder / "packed")
 

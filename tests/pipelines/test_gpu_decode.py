@@ -316,7 +316,7 @@ def test_outputs_are_given_back_in_the_order_of_the_devices_own_stream(no_gpu, m
 
 @pytest.mark.parametrize(("cores", "threads"), [(16, 14), (4, 4), (1, 1)])
 def test_threads_beside_a_gpu_leave_two_cores(monkeypatch, cores, threads):
-    monkeypatch.setattr(lanes.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert lanes._threads(torch.device("cuda", 0)) == threads
     assert lanes._threads(torch.device("cpu")) == cores

@@ -33,6 +33,15 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "gpu_graphs.json"
 PLANS = [
     *(Plan(*parts) for parts in product(("jpegs", "pictures", "files"), *[(False, True)] * 3)),
     *(Plan("jpegs", False, augment=augment, roi=False) for augment in (False, True)),
+    *(
+        Plan(source, resize, augment=augment, fill=9)
+        for source, resize, augment in product(("jpegs", "pictures", "files"), *[(False, True)] * 2)
+    ),
+    *(
+        Plan(source, True, uncropped, interpolation="bilinear")
+        for source, uncropped in product(("jpegs", "pictures", "files"), (False, True))
+    ),
+    Plan("files", True, fill=0, interpolation="bilinear"),
 ]
 
 
@@ -139,15 +148,18 @@ def test_facts_that_the_graphs_rely_on():
 
 
 @pytest.mark.parametrize(
-    "config", [CLIP, replace(CLIP, image_size=SIDE // 2), AUGMENTED], ids=["same size", "resized", "augmented"]
-)
+    "config",
+    [CLIP, replace(CLIP, image_size=SIDE // 2), AUGMENTED, replace(CLIP, resize_mode="squash", interpolation="bilinear"),
+     replace(CLIP, resize_mode="longest"), replace(AUGMENTED, resize_mode="longest", fill=9)],
+    ids=["same size", "resized", "augmented", "squashed", "filled", "filled and augmented"],
+)  # fmt: skip
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("profile", ["intra", "copy"])
 def test_every_lane_of_a_gpu_defines_its_graphs(numbered, tmp_path, profile, cached, config):
     cache = CacheConfig(dir=str(tmp_path), max_gb=0.01) if cached else None
     lane = Lane(getattr(numbered, profile), config, torch.device("cuda", 0), 4, cache=cache, training=True)
     decoders = [lane._decoder, *([lane._augmenter] if lane._augmenter else [])]
-    assert len(decoders) == 1 + (cached and config is AUGMENTED)
+    assert len(decoders) == 1 + (cached and config.random_crop > 0)
     for decoder in decoders:
         assert decoder.make(decoder._plan)._pipeline.device_id == 0
     assert lane._decoder._plan.source == {"intra": "jpegs", "copy": "files"}[profile]

@@ -19,18 +19,20 @@ from pipelines.requests import ClipRequest
 from pipelines.stages.fetch import BadSample, Source
 from pipelines.stages.resize import resized
 from shards.split import Split
-from shards.video.picture import grid, scaled_size
+from shards.video.geometry import scaled_size
+from shards.video.picture import grid
 from tests.pipelines.conftest import NUMBERED, SIDE, pack_videos
 from tests.videos import encode_pictures, number_in
 
 pytestmark = pytest.mark.slow  # imports DALI
 
-CLIP = DataConfig(num_frames=8, image_size=SIDE)
+CLIP = DataConfig(num_frames=8, image_size=SIDE).filled()
 LANES = {"copy": "video", "intra": "intra"}
 
 
 def pixels(frames: torch.Tensor, config: DataConfig = CLIP) -> np.ndarray:
     """Normalised [..., 3, H, W] back to float levels [..., H, W, 3], 0 to 255."""
+    config = config.filled()
     levels = (frames.cpu().movedim(-3, -1) * torch.tensor(config.std) + torch.tensor(config.mean)) * 255
     return levels.numpy()
 
@@ -209,7 +211,7 @@ def test_frames_stored_at_the_recipes_size_are_not_resized(numbered, monkeypatch
 @pytest.mark.parametrize(("width", "height"), [(81, 60), (60, 107), (48, 48), (40, 30)])
 def test_pictures_are_resized_as_pil_does(width, height):
     pictures = list(np.random.default_rng(0).integers(0, 256, (2, height, width, 3), dtype=np.uint8))
-    config = DataConfig(image_size=48)
+    config = DataConfig(image_size=48).filled()
     size = scaled_size(width, height, 48)
     for picture, cut, whole in zip(
         pictures, resized(pictures, config, False), resized(pictures, config, True), strict=True
@@ -252,7 +254,7 @@ def test_the_crop_window_is_torchvisions_for_every_size(numbered):
 
 
 def test_normalisation(numbered):
-    config = DataConfig(num_frames=2, image_size=16)
+    config = DataConfig(num_frames=2, image_size=16).filled()
     lane = Lane(numbered.copy, config, torch.device("cpu"), 1)
     flat = [np.full((16, 16, 3), colour, np.uint8) for colour in ((255, 0, 100), (3, 128, 254))]
     video = replace(numbered.copy.video(0), width=16, height=16)

@@ -78,7 +78,7 @@ def test_what_a_batch_holds(numbered):
         n = len(b.keys)
         assert b.frames.shape == (5, 3, 3, 32, 32) and b.frames.dtype == torch.float32
         assert b.frame_mask.shape == b.frame_numbers.shape == (5, 3) and b.frame_mask.dtype == torch.bool
-        assert b.valid.tolist() == [True] * n + [False] * (5 - n)
+        assert b.valid.tolist() == b.caption_mask.flatten().tolist() == [True] * n + [False] * (5 - n)
         assert not b.frames[n:].any() and not b.frame_mask[n:].any() and not b.tokens[n:].any()
         assert (b.frame_numbers[n:] == -1).all()
         assert torch.equal(b.tokens[:n], tokenize(b.captions, 12))
@@ -249,10 +249,10 @@ def test_too_many_bad_videos_end_the_run(numbered, tmp_path):
 
 
 def test_an_error_in_the_thread_reaches_the_step(numbered, monkeypatch):
-    def broken(captions, max_words):
+    def broken(tokenizer, captions, max_words):
         raise KeyError("no such word")
 
-    monkeypatch.setattr("pipelines.loader.tokenize", broken)
+    monkeypatch.setattr("pipelines.tokens.Tokenizer.__call__", broken)
     with pytest.raises(KeyError, match="no such word"):
         run(numbered.intra, 3)
 
@@ -350,7 +350,7 @@ def test_a_healthy_run_warns_of_nothing(numbered, tmp_path):
         ({"lane": "fast"}, "data.lane must be one of auto, video, intra; got 'fast'"),
         ({"num_frames": 0}, "data.num_frames=0: must be at least 1"),
         ({"prefetch": 0}, "data.prefetch=0"),
-        ({"resize": 100}, "data.resize=100 is smaller than data.image_size=224"),
+        ({"resize": 100, "image_size": 224}, "data.resize=100 is smaller than data.image_size=224"),
         ({"max_words": 2}, "data.max_words=2"),
         ({"mean": (0.5, 0.5)}, "data.mean and data.std"),
     ],
@@ -358,7 +358,7 @@ def test_a_healthy_run_warns_of_nothing(numbered, tmp_path):
 def test_wrong_settings_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         DataConfig(**wrong)
-    assert DataConfig().short_side == 224 and DataConfig(resize=256).short_side == 256
+    assert DataConfig().filled().short_side == 224 and DataConfig(resize=256).short_side == 256
 
 
 def test_a_paragraph_is_one_pair_a_video(numbered):

@@ -9,12 +9,13 @@ import torch
 from pipelines.config import CacheConfig, ClipsConfig, DataConfig
 from pipelines.loader import Loader
 from pipelines.narration import Clip, clip_of_pair
-from pipelines.tokens import tokenize
+from pipelines.tokens import Tokenizer, tokenize
 from shards.annotations import Caption, Item
 from shards.concat import Concat
 from shards.packing.pack import pack
 from shards.split import Split
 from shards.video.profiles import Profile
+from tests import vocabularies
 from tests.pipelines.conftest import pack_videos
 from tests.videos import encode, number_in
 
@@ -92,9 +93,29 @@ def test_bags_hold_the_drawn_caption_and_those_nearest(splits, world):
         expected = torch.zeros(3, 12, dtype=torch.int64)
         expected[: len(texts)] = tokenize(list(texts), 12)
         assert torch.equal(b.tokens[i], expected)
+        assert b.caption_mask[i].tolist() == [k < len(texts) for k in range(3)]
         sizes.add(len(texts))
     assert sizes == {1, 3}, "captions without times stand alone"
     assert all(b.tokens.shape == (4 // world, 3, 12) for part in parts for b in part)
+
+
+@pytest.mark.parametrize("bag", [1, 3])
+def test_captions_go_through_the_tokenizer_that_is_given(splits, tmp_path, bag):
+    """One that pads with its end token, for a text tower that needs the full length."""
+    folder = vocabularies.sentencepiece(tmp_path, pads_with_end=True)
+    tokenizer = Tokenizer({"kind": "hf", "name": folder, "context_length": 40, "fixed_length": True})
+    split, clips = splits["intra"], replace(CLIPS, bag=bag)
+    with pytest.warns(UserWarning, match="batches hold 4 pairs instead of 5"):  # so that there is padding
+        batches = epoch(split, clips=clips, tokenizer=tokenizer, batch_size=5)
+    for b, i, video, caption in rows(batches):
+        texts = clip_of_pair(split.captions(video), caption, 12.0, clips).texts
+        expected = torch.stack([tokenizer.missing(12)] * bag)
+        expected[: len(texts)] = tokenizer(list(texts), 12)
+        assert torch.equal(b.tokens[i], expected if bag > 1 else expected[0]) and b.tokens.shape[-1] == 40
+        assert b.caption_mask[i].tolist() == [k < len(texts) for k in range(bag)]
+    padding = [b for b in batches if not b.valid.all()]
+    assert len(padding) == len(batches) and all((b.tokens[~b.valid] == tokenizer.missing(12)).all() for b in padding)
+    assert not any(b.caption_mask[~b.valid].any() for b in padding)
 
 
 def test_captions_in_any_order_are_a_track():
@@ -120,7 +141,8 @@ def test_sets_with_and_without_narration_mix(splits):
     silent = [(b, i) for b, i, v, c in rows(batches) if v < 2]
     assert silent and len(rows(batches)) > len(silent)
     for b, i in silent:
-        assert b.frame_numbers[i, 0] == 0 and not b.tokens[i, 1:].any()  # from its beginning; a bag of one
+        assert b.frame_numbers[i, 0] == 0  # from its beginning
+        assert b.caption_mask[i].tolist() == [True, False, False], "a bag of one"
 
 
 @pytest.mark.parametrize(

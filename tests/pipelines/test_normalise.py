@@ -26,7 +26,7 @@ def test_nothing_but_the_library_in_the_cache_stays(temporary, tmp_path, monkeyp
     cache = tmp_path / "cache"
     (cache.mkdir if writable else cache.touch)()
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    one = Normalise(DataConfig())
+    one = Normalise(DataConfig().filled())
     assert one._kernel is not None and not list(temporary.iterdir())
     kept = list(cache.rglob("*.*")) if writable else []
     assert [p.suffix for p in kept] == [".so"] * writable
@@ -42,5 +42,5 @@ def test_a_compiler_that_fails_leaves_nothing(temporary, tmp_path, monkeypatch, 
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.setenv("CC", "false")
     with pytest.warns(UserWarning, match="does not compile, torch normalises"):
-        assert Normalise(DataConfig())._kernel is None
+        assert Normalise(DataConfig().filled())._kernel is None
     assert not list(temporary.iterdir()) and not list(cache.rglob("*.*"))

@@ -14,8 +14,10 @@ import pytest
 from pipelines.config import DataConfig
 from pipelines.lengths import Lengths, token_count
 from pipelines.survey import lengths, notes
+from pipelines.tokens import Tokenizer, clips_tokenizer
 from shards.concat import open_splits
 from shards.split import Split
+from tests import vocabularies
 from tests.pipelines.conftest import SIDE
 from tests.pipelines.test_tokens import CAPTIONS
 
@@ -44,7 +46,7 @@ def test_captions_above_the_limit_are_counted(numbered):
     tokenizer = open_clip.tokenizer.SimpleTokenizer()
     tokens = [2 + len(tokenizer.encode(text)) for text in every]
     limit = sorted(tokens)[len(tokens) // 2]
-    assert lengths(split, replace(PLAIN, max_words=limit)) == Lengths(
+    assert lengths(split, replace(PLAIN, max_words=limit), clips_tokenizer()) == Lengths(
         limit, len(every), sum(n > limit for n in tokens), max(tokens)
     )
     cut = sum(n > limit for n in tokens)
@@ -53,13 +55,13 @@ def test_captions_above_the_limit_are_counted(numbered):
         f"end included; the longest has {max(tokens)})"
     ]
     assert notes(split, None, replace(PLAIN, max_words=max(tokens))) == []
-    assert lengths(split, replace(PLAIN, paragraph=True)).captions == len(split)
+    assert lengths(split, replace(PLAIN, paragraph=True), clips_tokenizer()).captions == len(split)
 
 
 @pytest.mark.slow
 def test_a_large_set_is_looked_at_for_a_second(numbered):
     ticks = count(step=0.4)
-    found = lengths(numbered.intra, replace(PLAIN, max_words=3), now=lambda: next(ticks))
+    found = lengths(numbered.intra, replace(PLAIN, max_words=3), clips_tokenizer(), now=lambda: next(ticks))
     assert found.captions == 6 and found.cut == 6
     assert len(numbered.intra) > 3
 
@@ -87,3 +89,15 @@ def test_a_test_set_that_is_trained_on_is_a_warning(numbered, tmp_path: Path, mi
     (note,) = notes(train, numbered.intra, PLAIN)
     assert note.startswith(f"data.test={numbered.intra.path} holds the same videos and captions as data.train: ")
     assert notes(train, numbered.copy, PLAIN) == [] or mixed
+
+
+def test_captions_are_counted_by_the_runs_own_tokenizer(numbered, tmp_path):
+    tokenizer = Tokenizer({"kind": "hf", "name": vocabularies.sentencepiece(tmp_path), "context_length": 8})
+    split = numbered.intra
+    tokens = [tokenizer.count(c["text"]) for v in range(len(split)) for c in split.captions(v)]
+    cut = sum(n > 8 for n in tokens)
+    assert cut > 0 and cut != sum(token_count(c["text"]) > 8 for v in range(len(split)) for c in split.captions(v))
+    assert notes(split, None, replace(PLAIN, max_words=8), tokenizer) == [
+        f"{split.path}: {cut} of {len(tokens)} captions are cut at data.max_words=8 tokens, all that the text tower takes "
+        f"({tmp_path}'s tokenizer, start and end included; the longest has {max(tokens)})"
+    ]

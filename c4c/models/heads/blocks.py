@@ -7,6 +7,8 @@ import torch
 from open_clip.transformer import LayerNorm, QuickGELU, ResidualAttentionBlock
 from torch import Tensor, nn
 
+from c4c.models.text_tower import text_start
+
 # Standard deviation of positions that start at random: that of what a random tower says of a frame. Blocks normalise the
 # sum of the two, so smaller positions drown, and order is not learned in any number of steps a small run has.
 POSITION_STD = 1.0
@@ -50,11 +52,14 @@ def too_long(what: str, length: int, limit: int) -> ValueError:
     return ValueError(f"{what} has {limit} positions and the clip needs {length}: lower data.num_frames")
 
 
-def copy_positions(table: nn.Parameter | nn.Embedding, clip: nn.Module) -> bool:
-    """Start a table of positions as CLIP's text positions; False if the sizes differ."""
-    weight = table.weight if isinstance(table, nn.Embedding) else table
-    if weight.shape != clip.positional_embedding.shape:
-        return False
+def start_as_text(blocks: nn.ModuleList, table: nn.Embedding, clip: nn.Module) -> str:
+    """Start blocks and a table of positions as the first blocks and the positions of a text tower; why that is not possible, or ''."""
+    start = text_start(clip, table.embedding_dim)
+    if isinstance(start, str):
+        return start
     with torch.no_grad():
-        weight.copy_(cast(Tensor, clip.positional_embedding))
-    return True
+        rows = min(len(start.positions), table.num_embeddings)
+        table.weight[:rows].copy_(start.positions[:rows])
+        for block, source in zip(blocks, start.blocks, strict=False):
+            block.load_state_dict(source.state_dict())
+    return ""

@@ -1,10 +1,11 @@
 """Parameter-free heads: the mean of the frames."""
 
+import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 from typing_extensions import override
 
-from c4c.models.heads import Head
+from c4c.models.heads import Compared, Head
 
 
 def masked_mean(frames: Tensor, mask: Tensor) -> Tensor:
@@ -16,6 +17,9 @@ def masked_mean(frames: Tensor, mask: Tensor) -> Tensor:
 class Cosine(Head):
     """Heads that end in one vector a video, compared with the text by cosine."""
 
+    late = False
+    compares_channels = True
+
     @override
     def text(self, features: Tensor) -> Tensor:
         return normalize(features.float(), dim=-1)
@@ -23,6 +27,11 @@ class Cosine(Head):
     @override
     def score(self, text: Tensor, video: Tensor) -> Tensor:
         return text @ video.T
+
+    @override
+    def compared(self, text: Tensor, video: Tensor) -> list[Compared]:
+        ones = torch.ones(len(text), device=text.device, dtype=text.dtype)
+        return [Compared(text, video, ones, ones.bool())]
 
 
 class MeanPooling(Cosine):

@@ -1,14 +1,12 @@
 """CLIP4Clip's sequential heads: the frames pass through an LSTM or a transformer before they are averaged."""
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from c4c.models.heads import copy_blocks
-from c4c.models.heads.blocks import POSITION_STD, TemporalTransformer, copy_positions, too_long
+from c4c.models.heads.blocks import POSITION_STD, TemporalTransformer, start_as_text, too_long
 from c4c.models.heads.mean import MeanPooling
+from c4c.models.text_tower import text_start
 
 
 class SeqTransf(MeanPooling):
@@ -32,9 +30,8 @@ class SeqTransf(MeanPooling):
         return self.frame_position_embeddings.num_embeddings
 
     @override
-    def start_from(self, clip: nn.Module) -> None:
-        if copy_positions(self.frame_position_embeddings, clip):
-            copy_blocks(self.transformerClip.resblocks, clip)
+    def start_from(self, clip: nn.Module) -> str:
+        return start_as_text(self.transformerClip.resblocks, self.frame_position_embeddings, clip)
 
     @override
     def video(self, frames: Tensor, mask: Tensor) -> Tensor:
@@ -75,10 +72,11 @@ class SeqLSTM(MeanPooling):
         self.frame_position_embeddings = _Unused(positions, width)
 
     @override
-    def start_from(self, clip: nn.Module) -> None:
-        source = cast(Tensor, clip.positional_embedding)
-        if self.frame_position_embeddings.weight.shape == source.shape:
-            self.frame_position_embeddings.weight.copy_(source.detach())
+    def start_from(self, clip: nn.Module) -> str:
+        start = text_start(clip, self.width)
+        if not isinstance(start, str) and start.positions.shape == self.frame_position_embeddings.weight.shape:
+            self.frame_position_embeddings.weight.copy_(start.positions.detach())
+        return ""  # the LSTM starts at random with every tower
 
     @override
     def video(self, frames: Tensor, mask: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
-from c4c.models.heads import Head, copy_blocks, present
-from c4c.models.heads.blocks import POSITION_STD, TemporalTransformer, copy_positions, too_long
+from c4c.models.heads import Head, present
+from c4c.models.heads.blocks import POSITION_STD, TemporalTransformer, start_as_text, too_long
 
 _PAIRS = 4096  # pairs that pass through the transformer at once; their activations are computed again for gradients
 
@@ -63,9 +63,8 @@ class TightTransf(Head):
         return self.cross.embeddings.position_embeddings.num_embeddings - 1  # the first is the text's
 
     @override
-    def start_from(self, clip: nn.Module) -> None:
-        if copy_positions(self.cross.embeddings.position_embeddings, clip):
-            copy_blocks(self.cross.transformer.resblocks, clip)
+    def start_from(self, clip: nn.Module) -> str:
+        return start_as_text(self.cross.transformer.resblocks, self.cross.embeddings.position_embeddings, clip)
 
     @override
     def video(self, frames: Tensor, mask: Tensor) -> Tensor:
@@ -77,15 +76,16 @@ class TightTransf(Head):
         rows = max(1, _PAIRS // max(1, len(video)))
         parts = [text[i : i + rows] for i in range(0, len(text), rows)]
         if torch.is_grad_enabled():
-            return torch.cat([checkpoint(self._score, part, video, use_reentrant=False) for part in parts])
-        return torch.cat([self._score(part, video) for part in parts])
+            return torch.cat([checkpoint(self.score_at_once, part, video, use_reentrant=False) for part in parts])
+        return torch.cat([self.score_at_once(part, video) for part in parts])
 
-    def _score(self, text: Tensor, video: Tensor) -> Tensor:
+    @override
+    def score_at_once(self, text: Tensor, video: Tensor) -> Tensor:
         return self.similarity_dense(self.pooled(text, video)).squeeze(-1).float()
 
     def pooled(self, text: Tensor, video: Tensor) -> Tensor:
         """Pooler output for every pair, [N, M, D]."""
-        n, (m, f, d) = len(text), video.shape
+        n, (m, f, d) = text.shape[0], video.shape
         table = self.cross.embeddings.position_embeddings
         if f + 1 > table.num_embeddings:
             raise too_long("tightTransf", f + 1, table.num_embeddings)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from typing_extensions import override
 
-from c4c.models.heads import Head, present
+from c4c.models.heads import Compared, Head, present
 
 _ROWS = 32  # texts whose token-by-frame products are held at once
 
@@ -18,6 +18,7 @@ class WeightedTokenInteraction(Head):
 
     name = "wti"
     tokens = True
+    compares_channels = True
 
     def __init__(self, width: int, **_):
         super().__init__(width)
@@ -33,15 +34,45 @@ class WeightedTokenInteraction(Head):
         return frames.float() * mask.unsqueeze(-1)
 
     @override
+    def text_vector(self, text: Tensor) -> Tensor:
+        """Words count as much as in the score."""
+        weights = _weights(self.text_weight_fc, text, present(text))
+        return normalize(torch.einsum("nl,nld->nd", weights, normalize(text, dim=-1)), dim=-1)
+
+    @override
     def score(self, text: Tensor, video: Tensor) -> Tensor:
         """[N, L, D], [M, F, D] -> [N, M]."""
+        return self._score(text, video, _ROWS)
+
+    @override
+    def score_at_once(self, text: Tensor, video: Tensor) -> Tensor:
+        return self._score(text, video, None)
+
+    @override
+    def compared(self, text: Tensor, video: Tensor) -> list[Compared]:
+        """Of each word with its best frame, by the word's weight, and of each frame with its best word, by the frame's."""
         seen_text, seen_video = present(text), present(video)
         a, b = _weights(self.text_weight_fc, text, seen_text), _weights(self.video_weight_fc, video, seen_video)
         words, frames = normalize(text, dim=-1), normalize(video, dim=-1)
-        rows = range(0, len(text), _ROWS)
+        cosine = torch.einsum("bld,bfd->blf", words, frames)
+        lowest = torch.finfo(cosine.dtype).min
+        best_frame = cosine.masked_fill(~seen_video[:, None], lowest).argmax(dim=2)  # [B, L]
+        best_word = cosine.masked_fill(~seen_text[:, :, None], lowest).argmax(dim=1)  # [B, F]
+        both = seen_text.any(dim=1, keepdim=True) & seen_video.any(dim=1, keepdim=True)
+        of_words = (words, _picked(frames, best_frame), a, seen_text & both)
+        of_frames = (_picked(words, best_word), frames, b, seen_video & both)
+        return [Compared(*(x.flatten(0, 1) for x in rows)) for rows in (of_words, of_frames)]
+
+    def _score(self, text: Tensor, video: Tensor, together: int | None) -> Tensor:
+        """together: texts at once; None: all."""
+        seen_text, seen_video = present(text), present(video)
+        a, b = _weights(self.text_weight_fc, text, seen_text), _weights(self.video_weight_fc, video, seen_video)
+        words, frames = normalize(text, dim=-1), normalize(video, dim=-1)
+        if together is None:
+            return self._tile(words, a, seen_text, frames, b, seen_video)
         parts = [
-            self._tile(words[i : i + _ROWS], a[i : i + _ROWS], seen_text[i : i + _ROWS], frames, b, seen_video)
-            for i in rows
+            self._tile(words[i : i + together], a[i : i + together], seen_text[i : i + together], frames, b, seen_video)
+            for i in range(0, len(text), together)
         ]
         return torch.cat(parts)
 
@@ -54,6 +85,12 @@ class WeightedTokenInteraction(Head):
         empty = ~seen_video.any(dim=1)  # a video without frames matches nothing
         score = (torch.einsum("nml,nl->nm", to_frame, a) + torch.einsum("nmf,mf->nm", to_word, b)) / 2
         return score.masked_fill(empty[None], 0.0)
+
+
+def _picked(rows: Tensor, which: Tensor) -> Tensor:
+    """Rows [B, R, D] and numbers of them [B, N] -> [B, N, D]. By a product, whose gradient has the same bits every time."""
+    chosen = which[..., None] == torch.arange(rows.shape[1], device=rows.device)
+    return chosen.to(rows.dtype) @ rows
 
 
 def _mlp(width: int) -> nn.Sequential:

@@ -12,6 +12,7 @@ from torch import Tensor
 from c4c.models.clip4clip import CLIP4Clip
 from c4c.training import step
 from c4c.training.step import Learner
+from tests.c4c.models.plain_engine import Engine
 
 pytestmark = pytest.mark.slow
 
@@ -40,7 +41,8 @@ def batch(rows: slice = slice(None)) -> SimpleNamespace:
     tokens[torch.arange(BAG) >= torch.tensor(SIZES)[:, None]] = 0
     valid = torch.tensor(SIZES) > 0
     mask = torch.ones(ROWS, FRAMES, dtype=torch.bool)
-    whole = SimpleNamespace(frames=frames, frame_mask=mask, tokens=tokens, valid=valid)
+    captions = torch.arange(BAG) < torch.tensor(SIZES)[:, None]
+    whole = SimpleNamespace(frames=frames, frame_mask=mask, tokens=tokens, caption_mask=captions, valid=valid)
     return SimpleNamespace(**{name: value[rows] for name, value in vars(whole).items()})
 
 
@@ -75,30 +77,11 @@ def expected(way: str, head: str) -> tuple[float, dict[str, Tensor]]:
     return loss.item(), {name: p.grad for name, p in one.named_parameters() if p.grad is not None}
 
 
-class Engine:
-    """As much of a DeepSpeed engine as a step asks for: gradients add up in the weights."""
-
-    optimizer = None
-
-    def __init__(self, module: Learner):
-        self.module = module
-
-    def __call__(self, *args) -> Tensor:
-        return self.module(*args)
-
-    def backward(self, loss: Tensor, scale_wrt_gas: bool = True) -> None:
-        loss.backward()
-
-    def step(self) -> None:
-        pass
-
-    def zero_optimization_stage(self) -> int:
-        return 1
-
-
-def took(way: str, head: str, rows: slice = slice(None)) -> tuple[Tensor, dict[str, Tensor]]:
+def took(
+    way: str, head: str, rows: slice = slice(None), one: SimpleNamespace | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
     module = learner(head)
-    inputs = step.inputs_of(batch(rows), "mil_nce")
+    inputs = step.inputs_of(one or batch(rows), "mil_nce")
     if way == "plain":
         loss = module(*inputs)
         loss.backward()
@@ -142,7 +125,26 @@ def _rank(rank: int, world: int, folder: str) -> None:
 
 def test_one_caption_a_clip_is_a_bag_of_one():
     one = batch()
-    one.tokens = one.tokens[:, 0]
+    one.tokens, one.caption_mask = one.tokens[:, 0], one.caption_mask[:, :1]
     _, _, tokens, valid = step.inputs_of(one, "mil_nce")
     assert tokens.shape == (ROWS, 1, 6) and valid.tolist() == [[True]] * 7 + [[False]]
     assert step.inputs_of(one, "cross_entropy")[3] is one.valid
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_stands_where_a_bag_has_no_caption_is_never_seen(way):
+    """Vocabularies differ in what begins a caption and in what fills it up: only the mask tells which are captions."""
+    whole = batch()
+    missing = ~whole.caption_mask
+    assert missing[whole.valid].any()
+    other = SimpleNamespace(**vars(whole) | {"tokens": whole.tokens.clone()})
+    other.tokens[missing] = whole.tokens[0, 0]
+    zero_first = SimpleNamespace(**vars(whole) | {"tokens": whole.tokens.clone()})
+    zero_first.tokens[:, :, 0] = 0  # in some vocabularies a word, or the start
+    found = [took(way, "meanP", one=one) for one in (whole, other, zero_first)]
+    (loss, gradients), (same, same_gradients), (different, _) = found
+    torch.testing.assert_close(same, loss)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(same_gradients[name], gradient, atol=1e-7, rtol=1e-4)
+    assert torch.isfinite(different) and (different - loss).abs() > 1e-6
+    assert step.inputs_of(zero_first, "mil_nce")[3].sum() == sum(SIZES)

@@ -10,7 +10,8 @@ from c4c.models import compiled
 from c4c.models.clip4clip import build
 from c4c.models.compiled import CompiledTowers, compile_towers
 from c4c.models.heads import HEADS
-from c4c.settings import ModelConfig
+from c4c.settings import ModelConfig, TrainConfig
+from c4c.training.param_groups import choose_trained
 
 pytestmark = pytest.mark.slow  # dynamo traces whole towers
 
@@ -54,6 +55,23 @@ def test_a_tower_is_one_graph(head, patch):
         args, kwargs = given[name]
         explained = torch._dynamo.explain(tower)(*args, **kwargs)
         assert (explained.graph_count, explained.graph_break_count) == (1, 0), (name, explained.break_reasons)
+
+
+@pytest.mark.parametrize("head", ["meanP", "tightTransf"])
+def test_a_tower_with_lora_is_one_graph_too(head):
+    model, towers = model_of(head), ("video", "text")
+    choose_trained(model, TrainConfig(lora=4, lora_on="all"))
+    expected = model(*batch_of_ones())
+    found = compile_towers(model, 1)
+    text, video = model(*batch_of_ones())
+    (text.sum() + video.sum()).backward()
+    assert found is not None and not found.problem and all(found.graphs[tower] == 1 for tower in towers)
+    torch.testing.assert_close((text, video), expected, rtol=1e-4, atol=1e-5)
+    assert all(p.grad is not None for n, p in model.named_parameters() if "lora" in n)
+
+
+def batch_of_ones() -> tuple:
+    return torch.ones(2, FRAMES, 3, 64, 64), torch.ones(2, FRAMES).bool(), torch.ones(2, WORDS).long()
 
 
 @WAYS

@@ -4,18 +4,22 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from c4c.models import flops, towers
+from c4c.models import backbone, flops
 from c4c.models.clip4clip import CLIP4Clip
 
 
 def test_of_a_pair_as_torch_counts_them():
-    spec = towers.named("ViT-demo-16")
+    spec = backbone.named("ViT-demo-16")
     model = CLIP4Clip(spec).train()  # in evaluation torch fuses attention, which it does not count
     frames, mask = torch.zeros(2, 3, 3, 64, 64), torch.ones(2, 3).bool()
     with FlopCounterMode(display=False) as counter:
         model.encode_video(frames, mask)
         model.encode_text(torch.ones(2, 20).long())
     assert 2 * flops.per_pair(spec, 3, 20) == pytest.approx(counter.get_total_flops(), rel=0.02)
+    with FlopCounterMode(display=False) as counter:
+        model.encode_video(frames, mask)
+        model.encode_text(torch.ones(5, 20).long())
+    assert 2 * flops.per_pair(spec, 3, 20, captions=2.5) == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 def test_a_known_gpus_peak(monkeypatch):

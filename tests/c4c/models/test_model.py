@@ -173,7 +173,9 @@ def test_scratch_is_random_and_seeded():
 
 def test_what_there_is_not_is_refused_by_name():
     assert refused(backbone="ViT-B-33").startswith("model.backbone=ViT-B-33: open_clip knows no such model")
-    assert refused(backbone="RN50").startswith("model.backbone=RN50: its towers are not a ViT")
+    assert refused(backbone="RN50", linear_patch="3d", init_from="scratch").startswith(
+        "model.linear_patch=3d is made for open_clip's own ViTs"
+    )
     assert refused(head="maxP").startswith("model.head must be one of ")
     assert refused(linear_patch="4d") == "model.linear_patch must be 2d or 3d; got '4d'"
 
@@ -198,7 +200,9 @@ def test_weights_that_cannot_be_fetched(monkeypatch):
     assert message.startswith(
         "model.init_from=openai: the weights of ViT-B-32 are not here and could not be fetched (OSError)."
     )
-    assert "Fetch http" in message
+    assert (
+        "hf download timm/vit_base_patch32_clip_224.openai." in message and "model.init_from=local-dir:DIR" in message
+    )
     assert "\n" not in message
 
 

@@ -18,7 +18,7 @@ SPEC = {
     "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 64, "layers": 2, "head_width": 64},
     "text_cfg": {"context_length": 77, "vocab_size": 1000, "width": 64, "heads": 1, "layers": 2},
 }
-ODD = DataConfig(mean=(0.1, 0.5, 0.9), std=(0.2, 0.3, 0.5))
+ODD = DataConfig(mean=(0.1, 0.5, 0.9), std=(0.2, 0.3, 0.5)).filled()
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def by_the_loader(frames: torch.Tensor, config: DataConfig) -> torch.Tensor:
     return out.view(2, 3, 3, 32, 32)
 
 
-@pytest.mark.parametrize("config", [DataConfig(), ODD], ids=["CLIP's", "others"])
+@pytest.mark.parametrize("config", [DataConfig().filled(), ODD], ids=["CLIP's", "others"])
 def test_the_numbers_are_the_loaders(frames, config):
     wanted = by_the_loader(frames, config)
     pixels = Pixels(config.mean, config.std)

@@ -15,41 +15,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from c4c.export import export, main
-from c4c.models import towers
+from c4c.config import Config
+from c4c.export import export
+from c4c.models import backbone, towers
 from c4c.models.clip4clip import CLIP4Clip, build
-from c4c.models.heads import HEADS
-from c4c.models.weights import read
+from c4c.models.weights import read, read_backbone
+from c4c.models.weights.openclip import how_to_fetch
 from c4c.settings import ModelConfig
 from c4c.training.run_folder import is_run
+from pipelines.preprocess import CLIP
+from tests.c4c.models.small import SPEC, clip_state, register, scores, tiny
 
 pytestmark = pytest.mark.slow
 
 GOLDEN = Path(__file__).parents[2] / "golden"
-SPEC = {
-    "embed_dim": 64,
-    "quick_gelu": True,
-    "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 64, "layers": 2, "head_width": 64},
-    "text_cfg": {"context_length": 77, "vocab_size": 1000, "width": 64, "heads": 1, "layers": 2},
-}
-
-
-def tiny(head: str = "meanP", patch: str = "2d", seed: int = 0) -> CLIP4Clip:
-    torch.manual_seed(seed)
-    return CLIP4Clip(SPEC, head, patch, blocks=2, segments=4).eval()
-
-
-def clip_state(seed: int = 0) -> dict[str, torch.Tensor]:
-    return {k: v.clone() for k, v in tiny(seed=seed).clip.state_dict().items()}
-
-
-def scores(model: CLIP4Clip) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1)
-    frames = torch.randn(3, 4, 3, 32, 32, generator=generator)
-    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]).bool()
-    tokens = torch.tensor([[998, 5, 999, 0], [998, 7, 8, 999], [998, 999, 0, 0]])
-    with torch.no_grad():
-        return model.similarity(model.encode_text(tokens), model.encode_video(frames, mask), mask)
 
 
 @pytest.mark.parametrize("name", ["meanP", "seqLSTM", "seqTransf", "tightTransf", "meanP_3d"])
@@ -110,77 +89,17 @@ def _with(clip) -> CLIP4Clip:
     return model
 
 
-def test_openai_and_open_clip_state_dicts(tmp_path):
-    state = clip_state()
+def test_an_openai_state_dict(tmp_path):
+    """The sizes of the model among the weights tell that OpenAI wrote them."""
     extras = {
         "input_resolution": torch.tensor(32),
         "context_length": torch.tensor(77),
         "vocab_size": torch.tensor(1000),
     }
-    torch.save(state | extras, tmp_path / "openai.pt")
-    torch.save(
-        {"epoch": 3, "name": "x", "state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "open_clip.pt"
-    )
-    text = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection")
-    custom = {f"text.{k}" if k.startswith(text) else k: v for k, v in state.items()}
-    torch.save({"state_dict": custom}, tmp_path / "custom.pt")
-    save_file(state, tmp_path / "hub.safetensors")
-    reference = scores(tiny())
-    assert torch.equal(scores(CLIP4Clip.from_checkpoint(tmp_path / "openai.pt")), reference)
-    assert torch.equal(scores(CLIP4Clip.from_checkpoint(tmp_path / "hub.safetensors")), reference)
-    for name in ("open_clip.pt", "custom.pt"):
-        assert not read(tmp_path / name).spec["quick_gelu"]
-        assert torch.equal(scores(CLIP4Clip.from_checkpoint(tmp_path / name, quick_gelu=True)), reference)
-        assert not torch.equal(
-            scores(CLIP4Clip.from_checkpoint(tmp_path / name)), reference
-        )  # GELU is another function
-
-
-@pytest.mark.parametrize("head", sorted(HEADS))
-def test_export_and_back(head, tmp_path):
-    model = tiny(head)
-    export(model, tmp_path / "m.safetensors", official=False)
-    export(model, tmp_path / "m.bin", official=True)
-    assert json.loads((tmp_path / "m.json").read_text())["head"] == head
-    assert torch.equal(scores(CLIP4Clip.from_checkpoint(tmp_path / "m.safetensors")), scores(model))
-    if head not in ("TransformerAdapter", "SimpleMeanAdapter"):  # which the official code does not know
-        assert torch.equal(scores(CLIP4Clip.from_checkpoint(tmp_path / "m.bin")), scores(model))
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"quick_gelu": False}, "the activation GELU:"),
-        ({"vision_cfg": SPEC["vision_cfg"] | {"head_width": 32}}, "image attention heads of width 32:"),
-        ({"text_cfg": SPEC["text_cfg"] | {"heads": 2}}, "text attention heads of width 32:"),
-    ],
-)
-def test_a_model_that_the_official_layout_would_change_is_refused(change, said, tmp_path):
-    with pytest.raises(ValueError, match=said):
-        export(CLIP4Clip(SPEC | change, segments=4), tmp_path / "m.bin", official=True)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("umask", [0o022, 0o027])
-def test_exported_files_have_the_usual_mode(umask, tmp_path):
-    before = os.umask(umask)
-    try:
-        export(tiny(), tmp_path / "m.safetensors", official=False)
-        export(tiny(), tmp_path / "m.bin", official=True)
-    finally:
-        os.umask(before)
-    assert {p.name: p.stat().st_mode & 0o777 for p in tmp_path.iterdir()} == dict.fromkeys(
-        ("m.safetensors", "m.json", "m.bin"), 0o666 & ~umask
-    )
-
-
-def test_a_missing_folder_is_refused_before_anything_is_read(tmp_path, monkeypatch, capsys):
-    to = tmp_path / "new" / "m.safetensors"
-    monkeypatch.setattr("sys.argv", ["export", "--ckpt", str(tmp_path / "gone"), "--to", str(to)])
-    assert main() == 1
-    err = f"error: --to {to}: there is no folder {to.parent}. Make it first, or name another\n"
-    assert capsys.readouterr().err == err
-    assert not to.parent.exists()
+    torch.save(clip_state() | extras, tmp_path / "openai.pt")
+    weights = read(tmp_path / "openai.pt")
+    assert (weights.kind, weights.spec["quick_gelu"]) == ("OpenAI", True)
+    assert torch.equal(scores(CLIP4Clip.from_weights(weights, "")), scores(tiny()))
 
 
 def test_what_does_not_fit_is_listed(tmp_path):
@@ -300,7 +219,7 @@ def test_what_is_no_file_of_weights_is_called_so(tmp_path):
         assert str(caught.value).startswith(str(path)) and "weights_only" not in str(caught.value)
         assert not is_run(str(path))
     save_file({"clip.logit_scale": torch.zeros(1)}, tmp_path / "odd.safetensors", {"c4c": "{"})
-    with pytest.raises(ValueError, match=r"odd\.safetensors is damaged: what it says of its model"):
+    with pytest.raises(ValueError, match=r"odd\.safetensors: the file is damaged: what it says of its model"):
         read(tmp_path / "odd.safetensors")
 
 
@@ -323,13 +242,13 @@ def test_a_folder_inside_a_run_names_the_run_and_the_checkpoint(tmp_path, monkey
 
 def test_heads_start_from_the_weights_towers(tmp_path, monkeypatch):
     """model.init_from with bare CLIP weights: the head is new and copies blocks; with a whole model, all is taken."""
-    monkeypatch.setattr(towers, "named", lambda name: SPEC)
+    register(monkeypatch, "tiny", SPEC)
     torch.save(clip_state(), tmp_path / "clip.pt")
     config = ModelConfig(backbone="tiny", head="seqTransf", head_layers=2, init_from=str(tmp_path / "clip.pt"))
-    model = build(config, num_frames=4)
+    model = build(config, 4)
     assert torch.equal(model.head.frame_position_embeddings.weight, model.clip.positional_embedding)
     trained = tiny("seqTransf", seed=3)
-    export(trained, tmp_path / "m.safetensors", official=False)
+    export(trained, tmp_path / "m.safetensors")
     again = build(
         ModelConfig(backbone="tiny", head="seqTransf", head_layers=2, init_from=str(tmp_path / "m.safetensors")), 4
     )
@@ -341,7 +260,7 @@ def test_heads_start_from_the_weights_towers(tmp_path, monkeypatch):
 
 
 def test_patches_3d_from_2d_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(towers, "named", lambda name: SPEC)
+    register(monkeypatch, "tiny", SPEC)
     torch.save(clip_state(), tmp_path / "clip.pt")
     flat = build(ModelConfig(backbone="tiny", init_from=str(tmp_path / "clip.pt")), 4).eval()
     deep = build(ModelConfig(backbone="tiny", linear_patch="3d", init_from=str(tmp_path / "clip.pt")), 4).eval()
@@ -353,22 +272,19 @@ def test_patches_3d_from_2d_weights(tmp_path, monkeypatch):
 
 def test_weights_that_are_not_there_name_the_file_to_fetch():
     with pytest.raises(ValueError, match=r"tags are .*openai"):
-        build(ModelConfig(backbone="ViT-B-32", init_from="nonsense"), 12)
+        build(ModelConfig(backbone="ViT-B-32", init_from="nonsense"), 4)
     with pytest.raises(ValueError, match="scratch"):
-        build(ModelConfig(backbone="ViT-B-32"), 12)
+        build(ModelConfig(backbone="ViT-B-32"), 4)
+    said = how_to_fetch("ViT-H-14-quickgelu", "dfn5b")
+    assert "hf download apple/DFN5B-CLIP-ViT-H-14." in said and "model.init_from=local-dir:DIR" in said
+    assert "QuickGELU, pixels of mean" in said and "squash, bicubic" in said
 
 
 @pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-L-14-336", "ViT-B-32-quickgelu", "ViT-H-14"])
 def test_backbones_by_name(name):
-    spec = towers.named(name)
+    spec = backbone.named(name)
     assert spec["quick_gelu"] == name.endswith("quickgelu")
     assert spec["vision_cfg"]["layers"] >= 12
-
-
-def test_backbones_without_plain_towers_are_refused():
-    for name in ("RN50", "coca_ViT-B-32", "ViT-B-16-SigLIP", "nonsense"):
-        with pytest.raises(ValueError, match=r"model\.backbone"):
-            towers.named(name)
 
 
 @pytest.mark.parametrize(
@@ -393,3 +309,27 @@ def test_a_damaged_description_of_towers_is_named(damage, reason, tmp_path):
     save_file({"clip.logit_scale": torch.zeros(1)}, path, {"c4c": json.dumps(about)})
     with pytest.raises(ValueError, match=rf"^model\.init_from={path}: the description of the towers is damaged"):
         build(ModelConfig(backbone="ViT-demo-16", init_from=str(path)), 4)
+
+
+def test_a_checkpoint_out_of_its_run_is_refused_with_a_backbone_too(tmp_path, monkeypatch):
+    register(monkeypatch, "tiny", SPEC)
+    state = tiny("seqTransf").state_dict()
+    save_file(state, tmp_path / "model.safetensors")
+    torch.save(state, tmp_path / "model.pt")
+    for file in sorted(tmp_path.iterdir()):
+        for opened in (
+            lambda path: read(path),
+            lambda path: read(path, "tiny"),
+            lambda path: read_backbone("tiny", str(path)),
+        ):
+            with pytest.raises(ValueError, match="taken out of its run folder"):
+                opened(file)
+
+
+def test_starting_from_a_run_takes_the_pixels_that_it_was_trained_with(tmp_path):
+    text = "data: {mean: [0.5, 0.5, 0.5], resize_mode: squash, interpolation: bilinear, fill: 9}\n"
+    (tmp_path / "config.yaml").write_text(text)
+    (tmp_path / "towers.json").write_text(json.dumps(SPEC))
+    data = backbone.settled(Config(model=ModelConfig(init_from=str(tmp_path)))).data
+    assert (data.mean, data.resize_mode, data.interpolation, data.fill) == ((0.5,) * 3, "squash", "bilinear", 9)
+    assert data.std == CLIP.std and data.image_size == 32

@@ -1,5 +1,6 @@
 """StepCounts on the meta device, against formulas, torch's own counter, real models and a real engine."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -69,18 +70,51 @@ def test_the_activation_is_that_of_the_weights():
         assert meta_model(msrvtt("model.backbone=ViT-B-32", f"model.init_from={source}")).spec["quick_gelu"] == quick
 
 
-@pytest.mark.parametrize("loss", ["cross_entropy", "mil_nce"])
+@pytest.mark.parametrize("loss", ["cross_entropy", "mil_nce", "sigmoid"])
 @pytest.mark.parametrize("head", sorted(HEADS))
 def test_every_head(head, loss):
     words = ["clips.bag=3", "clips.cut=true"] if loss == "mil_nce" else []
     config = demo(f"model.head={head}", f"train.loss={loss}", "data.num_frames=4", *words)
     alone, one_of_four = (count(config, encoded=8, scored=8, world=world) for world in (1, 4))
     assert alone.forward == one_of_four.forward and alone.backward == one_of_four.backward
+    if loss == "sigmoid":  # one way, and one rank's features at a time
+        assert one_of_four.scoring.flops == 4 * alone.scoring.flops
+        assert one_of_four.activations < 1.1 * alone.activations
     assert one_of_four.scoring.flops > 3 * alone.scoring.flops  # against four times as many, and both ways
     assert alone.scoring.flops > 0 and alone.activations > 0
     width = alone.spec["embed_dim"]
     texts = (3 if loss == "mil_nce" else 1) * (config.data.max_words if HEADS[head].tokens else 1)
     assert alone.features in (4 * width * (texts + 1), 4 * width * (texts + 4))  # a video is one row, or one a frame
+
+
+@pytest.mark.parametrize("head", ["meanP", "wti"])
+def test_several_captions_a_video(head):
+    words = [f"model.head={head}", "data.num_frames=4"]
+    options = ["train.label_smoothing=0.1", "train.mask_equal_captions=true", "train.decorrelation=0.001"]
+    one = count(demo(*words), encoded=8, scored=8)
+    for more in ([], options):
+        config = demo(*words, "train.captions_per_video=3", *more)
+        several, one_of_four = (count(config, encoded=8, scored=8, world=world) for world in (1, 4))
+        texts = several.forward.flops - one.forward.flops
+        spec, frames, length = several.spec, 4, config.data.max_words
+        added = 8 * (per_pair(spec, frames, length, 3) - per_pair(spec, frames, length))
+        assert texts == pytest.approx(added, rel=0.05)  # wti also projects each word
+        assert several.scoring.flops > 2 * one.scoring.flops and one_of_four.scoring.flops > 3 * one.scoring.flops
+        assert several.features > one.features
+
+
+def test_captions_that_are_padded_to_the_full_length_cost_it(tmp_path):
+    vision = {"image_size": 64, "patch_size": 16, "layers": 1, "width": 64}
+    found = {}
+    for name, text in (("causal", {}), ("both ways", {"no_causal_mask": True})):
+        (tmp_path / name).mkdir()
+        text |= {"context_length": 24, "vocab_size": 100, "width": 64, "heads": 1, "layers": 1}
+        about = {"model_cfg": {"embed_dim": 64, "vision_cfg": vision, "text_cfg": text, "custom_text": True}}
+        (tmp_path / name / "open_clip_config.json").write_text(json.dumps(about))
+        for words in (6, 24):
+            config = demo(f"model.backbone=local-dir:{tmp_path / name}", f"data.max_words={words}")
+            found[name, words] = count(config, encoded=4, scored=4).forward.flops
+    assert found["both ways", 6] == found["both ways", 24] == found["causal", 24] > found["causal", 6]
 
 
 def test_patches_over_three_frames():
@@ -145,9 +179,10 @@ def test_activations_are_what_a_real_backward_pass_is_kept_for(precision):
 
 
 @pytest.mark.parametrize(
-    ("precision", "stage", "kept"), [("fp32", 0, False), ("bf16", 1, False), ("bf16", 1, True), ("bf16", 2, True)]
+    ("precision", "stage", "kept", "ema"),
+    [("fp32", 0, False, 0), ("bf16", 1, False, 0), ("bf16", 1, True, 0), ("bf16", 2, True, 0), ("bf16", 2, True, 0.9)],
 )
-def test_weights_masters_and_moments_are_those_of_an_engine(precision, stage, kept):
+def test_weights_masters_and_moments_are_those_of_an_engine(precision, stage, kept, ema):
     """kept: ZeRO is asked for in DeepSpeed's own words, without which one rank runs without it."""
     from c4c.training.step import Learner
     from c4c.zero.distributed import start_distributed
@@ -159,13 +194,14 @@ def test_weights_masters_and_moments_are_those_of_an_engine(precision, stage, ke
         f"engine.zero_stage={stage}",
         "train.batch_size=2",
         "train.freeze_layers=1",
+        f"train.ema={ema}",
         *words,
     )
     start_distributed()
     model = build(config.model, 8)
-    from c4c.training.param_groups import freeze
+    from c4c.training.param_groups import choose_trained
 
-    freeze(model, 1)
+    choose_trained(model, config.train)
     engine = build_engine(Learner(model), config.engine, config.train, 1, config.deepspeed)
     found, shape = count(config, encoded=2, scored=2), shape_of(config, 1)
     assert shape.stage == engine.zero_optimization_stage() == (stage if kept else 0)
@@ -205,8 +241,10 @@ def test_an_h100_by_hand():
 
 
 def test_pictures_of_another_size_than_the_towers_take():
-    with pytest.raises(ValueError, match=r"data.image_size=96, but ViT-demo-16 takes pictures of 64"):
-        count(demo("data.image_size=96"), encoded=2, scored=2)
+    sizes = [count(demo(f"data.image_size={size}"), encoded=2, scored=2).forward.flops for size in (64, 96)]
+    assert sizes[1] > 2 * sizes[0]  # 36 patches instead of 16
+    with pytest.raises(ValueError, match=r"patches of 16 pixels, and 90 is no multiple"):
+        count(demo("data.image_size=90"), encoded=2, scored=2)
 
 
 def test_attention_is_torchs_own_again_afterwards():

@@ -11,12 +11,15 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
+from c4c.models import caption_rows, clip4clip
 from c4c.models.clip4clip import CLIP4Clip
 from c4c.models.heads import HEADS
+from c4c.objective import LossOptions
 from c4c.settings import TrainConfig
 from c4c.training.outcome import Outcome
 from c4c.training.step import Learner, train_step
 from c4c.zero.skipping import skip_bad_steps, was_applied
+from pipelines.stages.pixels import Pixels
 from tests.c4c.waits import Waits
 
 pytestmark = pytest.mark.slow
@@ -30,9 +33,11 @@ SPEC = {
 }
 
 
-def learner(head: str, patch: str, loss: str, dtype: torch.dtype, device: str = "cuda") -> Learner:
+def learner(
+    head: str, patch: str, loss: str, dtype: torch.dtype, device: str = "cuda", options: LossOptions | None = None
+) -> Learner:
     """As DeepSpeed has it: every weight in the precision of the engine."""
-    whole = Learner(CLIP4Clip(SPEC, head, patch, blocks=2, segments=FRAMES), loss)
+    whole = Learner(CLIP4Clip(SPEC, head, patch, blocks=2, segments=FRAMES), loss, options=options)
     for module in whole.modules():  # fake tensors do not stand Module.to
         for name, weight in module._parameters.items():
             if weight is not None:
@@ -44,8 +49,8 @@ def learner(head: str, patch: str, loss: str, dtype: torch.dtype, device: str = 
     return whole
 
 
-def inputs(loss: str, device: str = "cuda") -> tuple:
-    shape = (ROWS, BAG, WORDS) if loss == "mil_nce" else (ROWS, WORDS)
+def inputs(loss: str, device: str = "cuda", bags: bool = False) -> tuple:
+    shape = (ROWS, BAG, WORDS) if loss == "mil_nce" or bags else (ROWS, WORDS)
     with torch.device(device):
         frames, mask = torch.randn(ROWS, FRAMES, 3, 32, 32), torch.ones(ROWS, FRAMES, dtype=torch.bool)
         return frames, mask, torch.ones(shape, dtype=torch.long), torch.ones(shape[:-1], dtype=torch.bool)
@@ -56,6 +61,10 @@ WAYS = [(head, "2d", "cross_entropy") for head in sorted(HEADS)] + [
     ("meanP", "2d", "mil_nce"),
 ]
 
+
+# its forward pass holds backward passes, which fake tensors of a GPU do not run
+SIGMOID = [(head, "2d", "sigmoid") for head in ("meanP", "wti", "tightTransf")]
+MORE = [("wti", "2d", "mil_nce"), ("tightTransf", "2d", "mil_nce")]
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
 
@@ -73,7 +82,7 @@ def test_forward(head, patch, loss, dtype):
 
 
 @DTYPES
-@pytest.mark.parametrize(("head", "patch", "loss"), WAYS)
+@pytest.mark.parametrize(("head", "patch", "loss"), [*WAYS, *SIGMOID])
 def test_forward_and_backward(head, patch, loss, dtype, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)  # the branch that a GPU takes
     module = learner(head, patch, loss, dtype, "meta")
@@ -84,8 +93,27 @@ def test_forward_and_backward(head, patch, loss, dtype, monkeypatch):
             assert (weight.grad.dtype, weight.grad.shape) == (dtype, weight.shape), name
 
 
+@DTYPES
+@pytest.mark.parametrize("bags", [False, True], ids=["pairs", "several captions"])
+@pytest.mark.parametrize("head", ["meanP", "wti"])
+def test_the_settings_of_the_loss_wait_for_nothing(head, bags, dtype, monkeypatch):
+    options = LossOptions(label_smoothing=0.1, mask_equal_captions=True, decorrelation=0.01)
+    with FakeTensorMode(), torch.backends.cudnn.flags(enabled=False):
+        module, given = learner(head, "2d", "cross_entropy", dtype, options=options), inputs("cross_entropy", bags=bags)
+        with Waits() as waits:
+            value = module(*given)
+        assert value.device.type == "cuda" and value.dtype == torch.float32 and value.numel() == 1
+        assert waits.seen == []
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    module = learner(head, "2d", "cross_entropy", dtype, "meta", options)
+    module(*inputs("cross_entropy", "meta", bags)).backward()
+    assert all(weight.grad is not None for weight in module.parameters())
+
+
 class Engine:
     """What a step asks of DeepSpeed's engine, on tensors without values."""
+
+    average = None
 
     def __init__(self, module: Learner):
         self.module, self.updates = module, 0
@@ -107,13 +135,21 @@ class Engine:
         return 0
 
 
-def whole_step(head: str, patch: str, loss: str, train: dict) -> tuple[list[str], Engine]:
-    """What the host waits for in one step on the meta device, but for what DeepSpeed does in its own."""
+def whole_step(head: str, patch: str, loss: str, train: dict, short: bool = False) -> tuple[list[str], Engine]:
+    """What the host waits for in one step on the meta device, but for what DeepSpeed does in its own. short: by the shorter ways."""
     engine = Engine(learner(head, patch, loss, torch.bfloat16, "meta"))
     frames, mask, tokens, valid = inputs(loss, "meta")
     batch = SimpleNamespace(
-        frames=frames, frame_mask=mask, tokens=tokens, valid=valid.flatten(1).any(1) if valid.dim() > 1 else valid
+        frames=frames,
+        frame_mask=mask,
+        tokens=tokens,
+        caption_mask=valid if valid.dim() > 1 else valid[:, None],
+        valid=valid.flatten(1).any(1) if valid.dim() > 1 else valid,
+        tokens_on_host=torch.ones(tokens.shape, dtype=torch.long),
     )
+    if short:
+        batch.frames = torch.zeros(ROWS, FRAMES, 32, 32, 3, dtype=torch.uint8, device="meta")
+        assert not engine.module.model.use_shortcuts(fold_pixels=True, trim_captions=True, share_captions=True)
     config = TrainConfig(batch_size=ROWS, loss=loss, **train)
     with Waits() as waits:
         value = train_step(engine, batch, 1.0, config)
@@ -129,7 +165,7 @@ STEPS = pytest.mark.parametrize(
 
 
 @STEPS
-@pytest.mark.parametrize(("head", "patch", "loss"), [*WAYS, ("wti", "2d", "mil_nce"), ("tightTransf", "2d", "mil_nce")])
+@pytest.mark.parametrize(("head", "patch", "loss"), [*WAYS, *MORE, *SIGMOID])
 def test_a_whole_step_waits_for_nothing(head, patch, loss, train, passes, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)  # the branch that a GPU takes
     waits, engine = whole_step(head, patch, loss, train)
@@ -138,6 +174,22 @@ def test_a_whole_step_waits_for_nothing(head, patch, loss, train, passes, monkey
     for name, weight in engine.module.named_parameters():
         if weight.requires_grad and (engine.module.model.head.scaled or name != "model.clip.logit_scale"):
             assert weight.grad is not None and weight.grad.is_meta, name
+
+
+@STEPS
+@pytest.mark.parametrize(("head", "patch"), [("meanP", "2d"), ("wti", "3d")])
+def test_the_shorter_ways_wait_for_nothing_either(head, patch, train, passes, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(caption_rows, "MULTIPLE", 1)  # all captions are equal, and one token long
+    shapes = []
+    encode = CLIP4Clip.encode_text
+    monkeypatch.setattr(CLIP4Clip, "encode_text", lambda self, t: shapes.append(tuple(t.shape)) or encode(self, t))
+    pixels = Pixels((0.5,) * 3, (0.5,) * 3)
+    pixels._on[torch.device("meta")] = (torch.ones(3, device="meta"),) * 2  # as from the first step on
+    monkeypatch.setattr(clip4clip, "Pixels", lambda *_: pixels)
+    waits, engine = whole_step(head, patch, "cross_entropy", train, short=True)
+    assert waits == [] and engine.updates == passes and set(shapes) == {(1, 1)}
+    assert all(w.grad is not None for n, w in engine.module.named_parameters() if w.requires_grad)
 
 
 DELIBERATE = {
@@ -156,9 +208,9 @@ def with_a_wait(monkeypatch, wait) -> None:
     """As if someone put that into the step's loss."""
     plain = Learner._loss
 
-    def loss(self, text, video, valid):
+    def loss(self, text, video, valid, tokens):
         wait(text, valid)
-        return plain(self, text, video, valid)
+        return plain(self, text, video, valid, tokens)
 
     monkeypatch.setattr(Learner, "_loss", loss)
 
@@ -253,10 +305,14 @@ def test_what_a_step_came_to_is_read_when_it_is_asked_for():
     numbers = [torch.tensor(v) for v in (3.0, 7.0, 14.25, 0.1)]
     outcome = Outcome(*numbers, world=2, lr=0.5, applied=True, answers=(True, False))
     assert (outcome.loss, outcome.pairs, outcome.logit_scale, outcome.lr) == (1.5, 7, 14.25, 0.5)
+    assert outcome.logit_bias is None
     assert outcome.grad_norm == numbers[3].item()
     for bad in (False, True):  # the device alone knew
         outcome = Outcome(*numbers, world=1, lr=0.5, applied=~torch.tensor(bad), answers=())
         assert outcome.applied is not bad and outcome.grad_norm == numbers[3].item()
+        bias = {"applied": ~torch.tensor(bad), "logit_bias": torch.tensor([-9.5])}
+        outcome = Outcome(*numbers, world=1, lr=0.5, answers=(), **bias)
+        assert (outcome.applied, outcome.logit_bias, outcome.logit_scale) == (not bad, -9.5, 14.25)
         outcome = Outcome(*numbers[:3], None, world=1, lr=0.5, applied=~torch.tensor(bad), answers=())
         assert outcome.applied is not bad and outcome.grad_norm == 0.0
     for norm, shown in ((None, 0.0), (0.25, 0.25), (0.0, 0.0)):

@@ -46,6 +46,20 @@ def test_metrics_go_to_jsonl_and_tensorboard(tmp_path):
     assert [(e.step, e.value) for e in board.Scalars("val/t2v_R1_pct")] == [(2, 10.0)]
 
 
+def test_order_pairs_are_logged_with_their_number(tmp_path):
+    metrics = Metrics(tmp_path, 0)
+    metrics.validation(2, RESULT | {"pairs": {"R1": 5.0, "own_first": 60.0, "n_texts": 4, "n_pairs": 1}})
+    metrics.close()
+    (validation,) = lines(tmp_path / "eval.jsonl")
+    expected = {
+        "val/pairs_R1_pct": 5.0,
+        "val/pairs_own_first_pct": 60.0,
+        "val/pairs_n_texts": 4,
+        "val/pairs_n_pairs": 1,
+    }
+    assert validation.items() >= expected.items()
+
+
 def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path):
     for name in ("metrics.jsonl", "eval.jsonl"):
         whole = "".join(json.dumps({"step": step}) + "\n" for step in range(1, 6))

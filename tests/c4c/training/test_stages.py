@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from c4c.config import dump, load
+from c4c.models.backbone import settled
 from c4c.training import stages
 from c4c.training.run_folder import mark_done
 from c4c.training.stages import StageError, read
@@ -46,7 +47,7 @@ def called(monkeypatch, tmp_path):
         elif "train.lr=7" not in command:
             run.mkdir(exist_ok=True)
             words = [w for w in command if "=" in w]
-            (run / "config.yaml").write_text(dump(load("demo.yaml", words, [CFG])))
+            (run / "config.yaml").write_text(dump(settled(load("demo.yaml", words, [CFG]))))
             mark_done(run, 5, "step00000005")
         else:
             return 3

@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from c4c.config import Config, load
-from c4c.models import towers
+from c4c.models import backbone, towers
+from c4c.models.clip4clip import CLIP4Clip, build
+from c4c.models.export import files
+from c4c.settings import ModelConfig
 from c4c.training.replay import replay
 from c4c.training.trainer import Trainer, train
 from c4c.zero import checkpoint
@@ -150,6 +153,45 @@ def test_a_step_is_repeated_bit_for_bit(step, run, settings, capsys):
     assert "the same, bit for bit\n" in err
 
 
+def test_a_replay_from_the_start_wants_the_frozen_weights_of_then(settings, tmp_path):
+    base, run = tmp_path / "base.safetensors", tmp_path / "run"
+    model = build(ModelConfig(backbone="ViT-demo-16", init_from="scratch"), 2)
+    files.write(model, None, base, official=False)
+    config = settings(f"model.init_from={base}", "train.lora=4", f"run.dir={run}", "train.max_steps=2")
+    train(config)
+    assert replay(config, 1)
+    model.clip.ln_final.weight.data[3] += 1e-6
+    files.write(model, None, base, official=False)
+    with pytest.raises(
+        ValueError, match=r"model\.init_from=.* gives other frozen weights than the run was trained with"
+    ):
+        replay(config, 1)
+
+
+def test_the_sigmoid_loss_trains_stops_and_goes_on_with_its_bias(settings, tmp_path, capsys):
+    whole, stopped = (tmp_path / name for name in ("whole", "stopped"))
+    train(settings("train.loss=sigmoid", "train.logit_bias=-5", f"run.dir={whole}"))
+    note = "the weights have no logit_bias: train.loss=sigmoid starts it at -5 (train.logit_bias)"
+    assert note in capsys.readouterr().err
+    biases = [row["train/logit_bias"] for row in lines(whole / "metrics.jsonl")]
+    assert len(set(biases)) == STEPS and all(-6 < bias < -4 for bias in biases)
+    shutil.copytree(whole, stopped)
+    shutil.rmtree(stopped / "checkpoints" / "step00000005")
+    (stopped / "done.json").unlink()
+    checkpoint.point(stopped, "step00000003")
+    config = settings("train.loss=sigmoid", "train.logit_bias=-5", f"run.dir={stopped}", "run.resume=auto")
+    train(config)
+    assert note not in capsys.readouterr().err
+    assert lines(stopped / "metrics.jsonl")[-1]["train/logit_bias"] == biases[-1]
+    assert losses(stopped) == losses(whole)
+    assert replay(config, 4)
+    model = CLIP4Clip.from_checkpoint(whole)
+    assert model.bias().item() == pytest.approx(biases[-1]) and model.spec["init_logit_bias"] == -5
+    after = settings(f"model.init_from={whole}", f"run.dir={tmp_path / 'after'}", "train.max_steps=1")
+    train(after)  # by another loss, which keeps it
+    assert CLIP4Clip.from_checkpoint(tmp_path / "after").bias().item() == model.bias().item()
+
+
 def test_the_start_line_says_where_the_weights_come_from(run, tmp_path):
     (tmp_path / "w.pt").touch()
     origins = {
@@ -159,7 +201,7 @@ def test_the_start_line_says_where_the_weights_come_from(run, tmp_path):
         str(run): str(run / "checkpoints" / "step00000005"),
     }
     for source, said in origins.items():
-        model = SimpleNamespace(init_from=source, init_tag="", backbone="ViT-B-32")
+        model = SimpleNamespace(init_from=source, init_tag="", init_ema=True, backbone="ViT-B-32")
         config = SimpleNamespace(model=model, run=SimpleNamespace(seed=42))
         trainer = SimpleNamespace(config=config, session=SimpleNamespace(tag=None), folder=tmp_path)
         assert Trainer._origin(trainer) == said
@@ -167,7 +209,7 @@ def test_the_start_line_says_where_the_weights_come_from(run, tmp_path):
 
 def test_weights_of_another_size_name_the_backbone_to_set(launcher, settings):
     file = launcher.folder / "small.pt"
-    torch.save(towers.build(towers.named("ViT-S-16")).state_dict(), file)
+    torch.save(towers.build(backbone.named("ViT-S-16")).state_dict(), file)
     with pytest.raises(ValueError) as caught:
         train(settings(f"model.init_from={file}", "run.dir=nowhere", "model.backbone=ViT-B-32"))
     assert str(caught.value) == (

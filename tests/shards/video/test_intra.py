@@ -15,6 +15,7 @@ from PIL import Image
 from shards.schema import FrameTable
 from shards.video.encode import Grid
 from shards.video.encode import to_intra as encode_intra
+from shards.video.geometry import Geometry
 from shards.video.picture import grid
 from shards.video.source import SourceVideo, scan
 from tests.shards.video.stored import rotated
@@ -22,7 +23,7 @@ from tests.videos import encode, encode_pictures, number_in
 
 
 def to_intra(data: bytes, rate: int, short_side: int, **settings) -> tuple[SourceVideo, bytes, FrameTable]:
-    source, written = encode_intra(io.BytesIO(data), Grid(rate, short_side), **settings)
+    source, written = encode_intra(io.BytesIO(data), Grid(rate, Geometry("shortest", short_side)), **settings)
     return source, written.file.read(), written.frames
 
 

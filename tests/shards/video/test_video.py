@@ -15,7 +15,9 @@ from PIL import Image
 
 from shards import VideoError
 from shards.video.decode import WAYS
-from shards.video.picture import grid, scaled_size, upright
+from shards.video.geometry import scaled_size
+from shards.video.picture import grid, upright
+from shards.video.probe import open_video
 from shards.video.random_access import pick_frames
 from shards.video.source import SourceVideo, scan
 from tests.videos import encode, number_in, picture
@@ -157,6 +159,24 @@ def test_unusable_files_say_why() -> None:
     ):
         with pytest.raises(VideoError, match=words):
             scan(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.txt", "any text " * 100, "it is text"),  # libav would draw it
+        ("a.m3u8", "#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n{}\n#EXT-X-ENDLIST\n", "not a readable video"),
+        ("a.mp4", "ffconcat version 1.0\nfile other.mp4\n", "not a readable video"),
+    ],
+)
+def test_text_and_lists_of_files_are_no_videos(name: str, text: str, words: str, tmp_path: Path) -> None:
+    """Nobody meant the files that a list names to be read."""
+    other = tmp_path / "other.mp4"
+    other.write_bytes(encode(20))
+    path = tmp_path / name
+    path.write_text(text.format(other))
+    with open(path, "rb") as file, pytest.raises(VideoError, match=words):
+        open_video(file)
 
 
 def test_a_file_cut_short_behind_its_header_is_refused(tmp_path: Path) -> None:

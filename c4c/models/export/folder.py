@@ -1,0 +1,51 @@
+"""A folder of files that appears whole, or not at all."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from c4c.files import with_usual_mode
+
+
+@contextmanager
+def written(folder: Path) -> Iterator[Path]:
+    """Gives a folder beside; what is written into it becomes `folder`, or replaces files of the same names in it.
+
+    Raises OSError that names the folder.
+    """
+    beside = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        beside.mkdir()
+        yield beside
+        for file in beside.iterdir():
+            with_usual_mode(file)
+        if folder.exists():
+            for file in sorted(beside.iterdir()):
+                os.replace(file, folder / file.name)
+        else:
+            os.replace(beside, folder)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and "write" not in str(error) and "space" not in str(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise OSError(f"{folder} could not be written ({reason}): is there room on the disk?") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def save_tensors(state: dict[str, Tensor], path: Path) -> None:
+    """As safetensors; tensors that share memory are copied."""
+    save_file({k: v.detach().cpu().clone().contiguous() for k, v in state.items()}, path, metadata={"format": "pt"})
+
+
+def save_json(about: dict, path: Path) -> None:
+    """With an indent, for people."""
+    path.write_text(json.dumps(about, indent=2) + "\n")

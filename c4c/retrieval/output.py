@@ -1,0 +1,191 @@
+"""Files that an evaluation writes: scores for other programs, what was found for each text, and each text's rank."""
+
+import json
+import os
+import pickle
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from torch import Tensor
+
+from c4c.files import discard
+from c4c.launched import seen_enough
+from c4c.retrieval.evaluation import Evaluation
+from pipelines.captions import texts_of
+from pipelines.config import DataConfig
+from shards import count
+from shards.split import Split
+
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # of members of an .npz: the same scores give the same file
+
+
+def require_dump(path: Path, split: Split, config: DataConfig, vectors: bool) -> None:
+    """Raise ValueError if scores of the split cannot be written to `path`. vectors: whether the head gives one vector a text and
+    a video."""
+    texts = [len(texts_of(split, index, config)) for index in range(len(split))]
+    if path.suffix in (".pkl", ".pickle"):
+        kinds = "write .npz or .parquet, which hold the scores"
+        if not vectors:
+            raise ValueError(
+                f"--dump {path}: mmaction2's layout holds a vector of each text and each video, and this head compares frames one by "
+                f"one: {kinds}"
+            )
+        if (several := next((i for i, n in enumerate(texts) if n != 1), None)) is not None:
+            raise ValueError(
+                f"--dump {path}: mmaction2's metric takes one text a video, and {split.video(several).id} in {split.path} has "
+                f"{texts[several]}: {kinds}, or set data.paragraph=true"
+            )
+        return
+    size, free = 4 * sum(texts) * len(split), shutil.disk_usage(path.absolute().parent).free
+    if size > free:
+        raise ValueError(
+            f"--dump {path}: scores of {count(sum(texts), 'text')} and {count(len(split), 'video')} take {size / 1e9:.1f} GB, and "
+            f"{free / 1e9:.1f} GB are free there"
+        )
+
+
+def write_dump(path: Path, found: Evaluation) -> None:
+    """Write the scores as the file's suffix says: .npz, .parquet, or .pkl in mmaction2's layout. Raises OSError that names the file.
+
+    .npz: similarity float32 [texts, videos], texts, keys (the videos' ids), video_of_text int64 [texts]. .parquet: a row a text
+    with text, video, video_of_text and similarity, a list of all videos' scores; their ids are the schema's metadata `keys`, as JSON.
+
+    .pkl: what mmaction2's `tools/test.py --dump` writes with its RetrievalMetric: a list with a dict for each pair, whose
+    features.video_feature and features.text_feature are float32 tensors [D] of unit length, and img_shape and video_id say what it is of.
+    (mmengine/evaluator/metric.py DumpResults, mmaction/models/similarity/clip_similarity.py.)
+    """
+    write = {".npz": _npz, ".parquet": _parquet}.get(path.suffix, _pickle)
+    with _beside(path) as file:
+        write(file, found)
+
+
+def _npz(file: BinaryIO, found: Evaluation) -> None:
+    shape = len(found.texts), len(found.keys)
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        with _member(archive, "similarity") as member:  # row by row: the whole need not fit in memory
+            header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(member, header)
+            for _, scores in found.tiles():
+                member.write(np.ascontiguousarray(scores.cpu().numpy(), "<f4").tobytes())
+        others = {"texts": found.texts, "keys": found.keys, "video_of_text": found.video_of_text.cpu().numpy()}
+        for name, values in others.items():
+            with _member(archive, name) as member:
+                np.lib.format.write_array(member, np.array(values), allow_pickle=False)
+
+
+@contextmanager
+def _member(archive: zipfile.ZipFile, name: str) -> Iterator[BinaryIO]:
+    with archive.open(zipfile.ZipInfo(f"{name}.npy", _EPOCH), "w", force_zip64=True) as member:
+        yield member  # type: ignore[misc]  # it can do all that numpy asks of it
+
+
+def _parquet(file: BinaryIO, found: Evaluation) -> None:
+    schema = pa.schema(
+        [
+            ("text", pa.string()),
+            ("video", pa.string()),
+            ("video_of_text", pa.int64()),
+            ("similarity", pa.list_(pa.float32(), len(found.keys))),
+        ],
+        {"keys": json.dumps(found.keys, ensure_ascii=False)},
+    )
+    owner = found.video_of_text.cpu().numpy()
+    with pq.ParquetWriter(file, schema) as writer:
+        for texts, scores in found.tiles():
+            flat = pa.array(scores.cpu().numpy().ravel())
+            columns = [
+                pa.array(found.texts[texts]),
+                pa.array([found.keys[v] for v in owner[texts]]),
+                pa.array(owner[texts]),
+                pa.FixedSizeListArray.from_arrays(flat, len(found.keys)),
+            ]
+            writer.write_batch(pa.record_batch(columns, schema=schema))
+
+
+def _pickle(file: BinaryIO, found: Evaluation) -> None:
+    texts, videos = found.text_features.cpu(), found.video_features.cpu()
+    side = found.data.image_size
+    rows = [
+        {
+            # of a copy: pickle would write all that a view's memory holds
+            "features": {"video_feature": videos[v].clone(), "text_feature": texts[t].clone()},
+            "img_shape": (side, side),
+            "video_id": found.keys[v],
+        }
+        for t, v in enumerate(found.video_of_text.tolist())
+    ]
+    pickle.dump(rows, file)
+
+
+def write_top(to: Path | None, found: Evaluation, k: int) -> None:
+    """For each text one JSON object a line: its text, its video, the video's rank, from 1, and the k best videos with their scores;
+    null for a score that is not a number.
+
+    to: None for standard output. Raises OSError.
+    """
+    places, scores = found.top(k)
+    owner, ranks = found.video_of_text.tolist(), found.by_text.tolist()
+    lines = []
+    for i, text in enumerate(found.texts):
+        best = zip(places[i].tolist(), scores[i].tolist(), strict=True)
+        row = {
+            "text": text,
+            "video": found.keys[owner[i]],
+            "rank": ranks[i] + 1,
+            "found": [{"video": found.keys[v], "score": _number(score)} for v, score in best],
+        }
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    _write_lines(to, lines)
+
+
+def _number(score: float) -> float | None:
+    return round(score, 6) if abs(score) < float("inf") else None  # which JSON has not
+
+
+def write_ranks(path: Path, split: Split, config: DataConfig, by_text: Tensor, meta: bool = True) -> None:
+    """One JSON object a text: the text, its video's id and meta, and the video's rank, from 1. meta: False leaves it out, which reads
+    no JSON members. Raises OSError."""
+    ranks_of_texts = iter(by_text.tolist())
+    lines = []
+    for index in range(len(split)):
+        video = split.video(index)
+        more = {"meta": split.json(video).get("meta", {})} if meta else {}
+        for text in texts_of(split, index, config):
+            row = {"rank": next(ranks_of_texts) + 1, "video": video.id, "text": text, **more}
+            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    _write_lines(path, lines)
+
+
+def _write_lines(to: Path | None, lines: list[str]) -> None:
+    if to is None:
+        try:
+            with seen_enough():
+                print(end="".join(lines), flush=True)
+        except OSError as error:
+            raise OSError(f"what was found cannot be printed ({error.strerror}); --topk-to FILE writes it") from error
+        return
+    with _beside(to) as file:
+        file.write("".join(lines).encode())
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` once all is written: a kill or a full disk leaves the old one. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, f"{path} could not be written: {error.strerror or error}") from error
+    finally:
+        discard(temporary)

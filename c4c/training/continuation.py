@@ -1,0 +1,27 @@
+"""Whether settings go on with a run that exists."""
+
+from pathlib import Path
+
+from c4c.config import Config, to_dict
+from c4c.models.backbone import settled
+from c4c.training.run_folder import check_continuation
+from c4c.zero import checkpoint
+from pipelines.config import DataConfig
+
+
+def require_continues(run: Path, config: Config, digest: str | None = None) -> None:
+    """Raise ValueError, naming every difference, if `config` would not continue `run`.
+
+    digest: of the training data, which may be at another place by now.
+    """
+    about = checkpoint.newest_state(run)
+    if checkpoint.AVERAGE in about:
+        raise ValueError(
+            f"run.resume=auto: {run} is an average of checkpoints, without the state that a run goes on from. Start a new run from its "
+            f"weights: model.init_from={run} run.dir=NEW"
+        )
+    free = ["data.train"] if digest and about.get("data") == digest else []
+    if checkpoint.FROZEN in about:  # a digest decides
+        free += ["model.init_from", "model.init_tag", "model.init_ema"]
+    before = Config(data=DataConfig().filled())  # of settings that the run had no key for: it was made as for CLIP
+    check_continuation(run, to_dict(settled(config)), to_dict(before), tuple(free))

@@ -1,0 +1,176 @@
+"""The settings of the loss in a training step: plain, with gradient caching and accumulated, on one rank and on two."""
+
+import multiprocessing
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from c4c.decorrelation import decorrelation
+from c4c.models.clip4clip import CLIP4Clip
+from c4c.objective import LossOptions
+from c4c.settings import TrainConfig
+from c4c.training import step
+from c4c.training.step import Learner
+from tests.c4c.models.plain_engine import Engine
+
+pytestmark = pytest.mark.slow
+
+SPEC = {
+    "embed_dim": 16,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 32, "layers": 1, "head_width": 32},
+    "text_cfg": {"context_length": 77, "vocab_size": 100, "width": 32, "heads": 1, "layers": 1},
+}
+ROWS, CAPTIONS, FRAMES = 8, 3, 2
+SIZES = [3, 1, 2, 3, 1, 3, 2, 0]  # captions of each video; the last row is padding
+WAYS = {"plain": 0, "cached": 3, "accumulated": 2}
+SMOOTH, EQUAL, ALONE = {"label_smoothing": 0.1}, {"mask_equal_captions": True}, {"decorrelation": 0.02}
+# name: (loss, captions a row, options, heads)
+CASES = {
+    "captions": ("cross_entropy", CAPTIONS, {}, ["meanP", "wti", "tightTransf"]),
+    "captions, all": ("cross_entropy", CAPTIONS, SMOOTH | EQUAL | ALONE, ["seqTransf", "wti"]),
+    "smooth": ("cross_entropy", 1, SMOOTH, ["meanP"]),
+    "equal": ("cross_entropy", 1, EQUAL, ["wti"]),
+    "decorrelated": ("cross_entropy", 1, ALONE, ["meanP", "wti"]),
+    "sigmoid": ("sigmoid", 1, EQUAL | ALONE, ["meanP", "wti"]),
+}
+RUNS = [(name, head, way) for name, case in CASES.items() for head in case[3] for way in WAYS]
+
+
+def learner(name: str, head: str) -> Learner:
+    torch.manual_seed(5)
+    model = CLIP4Clip(SPEC, head, "2d", blocks=1, segments=FRAMES)
+    for weight in model.head.parameters():  # so that they matter
+        torch.nn.init.normal_(weight, std=0.3)
+    return Learner(model, CASES[name][0], -3.0, LossOptions(**CASES[name][2]))
+
+
+def batch(captions: int, rows: slice = slice(None)) -> SimpleNamespace:
+    """Some captions of different videos are the same, on one rank and on two."""
+    random = torch.Generator().manual_seed(1)
+    frames = torch.randn(ROWS, FRAMES, 3, 32, 32, generator=random)
+    tokens = torch.randint(1, 98, (ROWS, CAPTIONS, 6), generator=random)
+    tokens[2, 0], tokens[4, 0], tokens[6, 0], tokens[5, 0] = tokens[0, 0], tokens[0, 0], tokens[3, 0], tokens[6, 1]
+    tokens[..., 5] = 99
+    present = torch.arange(CAPTIONS) < torch.tensor(SIZES)[:, None]
+    valid = present[:, 0]
+    mask = torch.ones(ROWS, FRAMES, dtype=torch.bool)
+    tokens = tokens if captions > 1 else tokens[:, 0]
+    whole = SimpleNamespace(frames=frames, frame_mask=mask, tokens=tokens, caption_mask=present, valid=valid)
+    return SimpleNamespace(**{name: value[rows] for name, value in vars(whole).items()})
+
+
+def formula(one: Learner, whole: SimpleNamespace, rows: list[int]) -> Tensor:
+    """Over these rows, from a matrix of all captions and videos."""
+    model, options, several = one.model, one.options, whole.tokens.dim() == 3
+    text, video = model(whole.frames[rows], whole.frame_mask[rows], whole.tokens[rows])
+    present = whole.caption_mask[rows] if several else whole.valid[rows][:, None]
+    text, tokens = (x if several else x[:, None] for x in (text, whole.tokens[rows]))
+    owner = torch.arange(len(rows))[:, None].expand(present.shape)[present]
+    text, tokens = text[present], tokens[present]
+    logits = (model.scale() * model.head.score(text, video)).double()
+    own = torch.nn.functional.one_hot(owner, len(rows)).bool()  # [T, V]
+    apart = torch.zeros_like(own)
+    if options.mask_equal_captions:
+        same = (tokens[:, None] == tokens[None]).all(dim=2)
+        apart = (same.double() @ own.double() > 0) & ~own
+    if one.loss == "sigmoid":
+        signed = torch.where(own, 1, -1) * (logits + model.clip.logit_bias)
+        loss = -logsigmoid(signed)[~apart].sum() / len(rows)
+    else:
+        loss = (
+            soft(logits, own, apart, options.label_smoothing) + soft(logits.T, own.T, apart.T, options.label_smoothing)
+        ) / 2
+    if options.decorrelation:
+        compared = model.head.compared(text, video[owner])
+        loss = loss + options.decorrelation * decorrelation(compared, options.decorrelation_off_diagonal)
+    return loss
+
+
+def soft(logits: Tensor, own: Tensor, apart: Tensor, smoothing: float) -> Tensor:
+    """Cross-entropy with soft targets, by row."""
+    target = (1 - smoothing) * own / own.sum(1, keepdim=True) + smoothing * ~apart / (~apart).sum(1, keepdim=True)
+    logits = logits.masked_fill(apart, -1e4)
+    return -(target * logits.log_softmax(dim=1)).sum(1).mean()
+
+
+def expected(name: str, head: str, way: str) -> tuple[float, dict[str, Tensor]]:
+    """The loss, and the gradient of every weight."""
+    one, whole = learner(name, head), batch(CASES[name][1])
+    valid = list(range(ROWS - 1))
+    if way == "accumulated":  # each half of a rank's rows has only its own negatives; halves count by their rows
+        parts = [[i for i in valid if i % 2 == k] for k in range(2)]
+        loss = sum(formula(one, whole, part) * len(part) for part in parts) / len(valid)
+    else:
+        loss = formula(one, whole, valid)
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in one.named_parameters() if p.grad is not None}
+
+
+def took(name: str, head: str, way: str, rows: slice = slice(None)) -> tuple[Tensor, dict[str, Tensor]]:
+    loss_name, captions, _, _ = CASES[name]
+    module, inputs = learner(name, head), step.inputs_of(batch(captions, rows), loss_name)
+    if way == "plain":
+        loss = module(*inputs)
+        loss.backward()
+    elif way == "cached":
+        loss = step._cached_step(Engine(module), inputs, WAYS[way])
+    else:
+        loss = step._accumulated_step(Engine(module), inputs, WAYS[way])
+    return loss.detach(), {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+
+
+def same(found: tuple, wanted: tuple) -> None:
+    assert float(found[0]) == pytest.approx(wanted[0], rel=1e-5)
+    assert found[1].keys() == wanted[1].keys()
+    for name, grad in wanted[1].items():
+        torch.testing.assert_close(found[1][name], grad, rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(("name", "head", "way"), RUNS)
+def test_a_step_has_the_formulas_gradient(name, head, way):
+    same(took(name, head, way), expected(name, head, way))
+
+
+def test_every_option_matters():
+    one = batch(CAPTIONS)
+    plain = formula(learner("captions", "wti"), one, list(range(7)))
+    for options in (SMOOTH, EQUAL, ALONE):
+        other = learner("captions", "wti")
+        other.options = LossOptions(**options)
+        assert formula(other, one, list(range(7))).item() != pytest.approx(plain.item(), rel=1e-3)
+
+
+def test_without_options_nothing_is_other_than_before():
+    """Bit for bit: the loss is the one that it was, called in the same way."""
+    from c4c.losses import contrastive_loss
+
+    module = learner("smooth", "meanP")
+    module.options = LossOptions.of(TrainConfig())
+    given = step.inputs_of(batch(1), "cross_entropy")
+    text, video = module.model(*given[:3])
+    assert torch.equal(
+        module(*given), contrastive_loss(text, video, given[3], module.model.scale(), module.model.head.score)
+    )
+
+
+def test_two_ranks(tmp_path):
+    multiprocessing.set_forkserver_preload([__name__])
+    mp.start_processes(_rank, (2, str(tmp_path)), nprocs=2, start_method="forkserver")
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for run in RUNS:
+        (loss_a, a), (loss_b, b) = ranks[0][run], ranks[1][run]
+        same(((loss_a + loss_b) / 2, {name: (a[name] + b[name]) / 2 for name in a}), expected(*run))
+
+
+def _rank(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    share = ROWS // world
+    torch.save({run: took(*run, slice(rank * share, (rank + 1) * share)) for run in RUNS}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
