@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from c4c.settings import EngineConfig, TrainConfig
-from c4c.zero import patches
+from c4c.zero import compiling
 from c4c.zero.config import TORCH_ADAM, at, require_bias_correction
 
 # what torch's own headers for CUDA include: the toolkit has them all, nvcc alone has only the first
@@ -60,7 +60,7 @@ def missing_to_compile() -> str:
         packages = [folder for folder in _package_folders() if any((folder / name).is_file() for name in absent)]
         if absent := _absent([*_header_folders(home), *packages]):
             return f"nvcc is there, but the CUDA headers {', '.join(absent)} are not"
-        patches.show_headers(packages)
+        compiling.show_headers(packages)
     return ""
 
 

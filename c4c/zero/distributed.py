@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from c4c.launched import free_port, quick_imports
-from c4c.zero import patches
+from c4c.zero import compiling, patches
 from c4c.zero.adam import missing_to_compile
 from pipelines.cores import cores
 
@@ -26,7 +26,7 @@ def start_distributed(timeout_s: float = 1800.0) -> tuple[int, int, torch.device
         import deepspeed
         from deepspeed.accelerator import get_accelerator
 
-    patches.find_ninja()
+    compiling.prepare()
     _name_ranks(os.environ)
     if "SLURM_GPUS_PER_TASK" in os.environ and torch.cuda.device_count() == 1:
         os.environ["LOCAL_RANK"] = "0"  # each task is shown its own GPU alone
@@ -150,7 +150,7 @@ def compile_ops() -> None:
     patches.quiet_libraries()
     from deepspeed.accelerator import get_accelerator
 
-    patches.find_ninja()
+    compiling.prepare()
     if get_accelerator().device_name() == "cuda" and (lacks := missing_to_compile()):
         print(f"DeepSpeed's fused Adam cannot be compiled here ({lacks}): torch's fused AdamW will be used")
         return

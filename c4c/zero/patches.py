@@ -1,6 +1,6 @@
 """Every workaround for DeepSpeed: what it lacks, gets wrong or prints too much of, and what c4c does about it.
 
-No other file but c4c.zero.skipping changes DeepSpeed, sets its environment or uses its private attributes. All of it was seen with DeepSpeed
+No other files but c4c.zero.skipping and c4c.zero.compiling change DeepSpeed, set its environment or use its private attributes. All of it was seen with DeepSpeed
 0.19.8 and torch 2.15. Where an issue or pull request of deepspeedai/DeepSpeed describes it, its number stands with the workaround.
 tests/c4c/zero/test_patches.py shows each defect without its workaround. A test there that fails says that DeepSpeed no longer has the defect and
 the workaround can go.
@@ -8,15 +8,13 @@ the workaround can go.
 
 import logging
 import os
-import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from c4c.zero import compiling
 from c4c.zero.skipping import skip_bad_steps
 
 # ---- before DeepSpeed is imported, and at its start ----
@@ -27,39 +25,8 @@ def quiet_libraries() -> None:
     if not torch.cuda.is_available():
         # the same choice that DeepSpeed makes, without its warning that it found no GPU
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if "TORCH_EXTENSIONS_DIR" not in os.environ and (folder := _extensions_folder()):
-        os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    compiling.choose_folder()
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns where there is no nvcc
-
-
-def _extensions_folder() -> Path | None:
-    """A folder for compiled optimizers that can be written to; None for torch's own choice, ~/.cache/torch_extensions.
-
-    By default all environments share that one, and each compiles them again. An environment of an image may be read-only, and
-    so may a home.
-    """
-    own = Path(sys.prefix) / "torch_extensions"
-    if sys.prefix != sys.base_prefix and os.access(own if own.exists() else sys.prefix, os.W_OK):
-        return own
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    above = next(folder for folder in (cache, *cache.parents) if folder.exists())
-    if os.access(above, os.W_OK):
-        return None
-    # what lies there is executed, so nobody else may have made it
-    folder = Path(tempfile.gettempdir()) / f"c4c-torch-extensions-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    return folder if folder.stat().st_uid == os.getuid() else Path(tempfile.mkdtemp(prefix=f"{folder.name}-"))
-
-
-def show_headers(folders: list[Path]) -> None:
-    """Let compilers look into these folders too, after those they know. torch.utils.cpp_extension shows them CUDA_HOME's alone."""
-    known = [part for part in os.environ.get("CPATH", "").split(os.pathsep) if part]
-    os.environ["CPATH"] = os.pathsep.join([*known, *(str(folder) for folder in folders if str(folder) not in known)])
-
-
-def find_ninja() -> None:
-    """DeepSpeed compiles with the `ninja` on PATH; an environment that is not activated has it beside its python."""
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
 def without_shared_memory() -> None:

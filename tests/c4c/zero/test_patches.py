@@ -93,54 +93,6 @@ def test_it_warns_that_there_is_no_gpu(monkeypatch):
     assert not again()
 
 
-def test_compiled_optimizers_are_shared_by_all_environments(monkeypatch, tmp_path):
-    from torch.utils import cpp_extension
-
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "")  # so that what is set below is taken back
-    monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
-    assert not Path(cpp_extension.get_default_build_root()).is_relative_to(sys.prefix)
-    monkeypatch.setattr(sys, "prefix", str(tmp_path))
-    patches.quiet_libraries()
-    assert os.environ["TORCH_EXTENSIONS_DIR"] == f"{tmp_path}/torch_extensions"
-
-
-@pytest.mark.parametrize("home", ["writable", "read-only"])
-def test_an_environment_that_is_read_only_compiles_elsewhere(home, monkeypatch, tmp_path):
-    own, temporary = tmp_path / "venv", tmp_path / "tmp"
-    for folder in (own, temporary):
-        folder.mkdir()
-    read_only = [own] + ([tmp_path / "home"] if home == "read-only" else [])
-    (tmp_path / "home").mkdir()
-    monkeypatch.setattr(
-        os, "access", lambda path, _: not any(Path(path).is_relative_to(folder) for folder in read_only)
-    )
-    monkeypatch.setattr(sys, "prefix", str(own))
-    monkeypatch.setattr("tempfile.tempdir", str(temporary))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home" / "cache"))
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "")
-    monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
-    patches.quiet_libraries()
-    if home == "writable":  # torch's own choice
-        assert "TORCH_EXTENSIONS_DIR" not in os.environ
-        return
-    chosen = Path(os.environ["TORCH_EXTENSIONS_DIR"])
-    assert chosen.parent == temporary and chosen.stat().st_mode & 0o777 == 0o700
-    monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
-    monkeypatch.setattr(os, "getuid", lambda: chosen.stat().st_uid + 1)
-    (temporary / f"c4c-torch-extensions-{os.getuid()}").mkdir()  # which another user, the one of before, made
-    patches.quiet_libraries()
-    assert Path(os.environ["TORCH_EXTENSIONS_DIR"]).name.startswith(f"c4c-torch-extensions-{os.getuid()}-")
-
-
-def test_ninja_is_looked_for_on_path_alone(monkeypatch):
-    from torch.utils import cpp_extension
-
-    monkeypatch.setenv("PATH", "/nowhere")
-    assert not cpp_extension.is_ninja_available()
-    patches.find_ninja()
-    assert cpp_extension.is_ninja_available()
-
-
 def test_an_exchange_in_shared_memory_is_loaded_though_only_inference_uses_it(monkeypatch):
     import deepspeed.comm.torch
 
