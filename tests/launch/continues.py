@@ -1,6 +1,6 @@
 """Ways to train, to stop in the middle, and to go on from the checkpoint of another way. See engines.py.
 
-Every number of ranks takes `COMMON`'s; two ranks those of `TWO` as well. `saved` ways write a checkpoint in the middle
+Two ranks take `COMMON`'s and `TWO`'s, one and four some of `COMMON`'s (`SOME`); one rank also `ONE`'s. `saved` ways write a checkpoint in the middle
 and go on; `AGAIN` says which ways of which number of ranks go on from whose checkpoint.
 """
 
@@ -45,6 +45,14 @@ COMMON |= {
     for stage, kind, more in (
         (0, "", {}), (1, ", cached", {"passes": 2}), (2, "", {}), (3, "", {}), (3, ", cached", {"passes": 2, "activation_checkpointing": True})
     )
+}  # fmt: skip
+# what one rank takes: what others are compared with, and the ends of the scale; what four take: each kind once at least
+SOME = {
+    1: ["ZeRO 0", "ZeRO 1", "ZeRO 3", "ZeRO 2, cached", "ZeRO 0, accumulated", "ZeRO 0, sigmoid", "ZeRO 3, sigmoid", "ZeRO 0, options",
+        "ZeRO 3, cached, options", "ZeRO 0, merging", "ZeRO 3, merging"],
+    2: list(COMMON),
+    4: ["ZeRO 0", "ZeRO 1", "ZeRO 3", "ZeRO 1, cached", "ZeRO 3, cached", "ZeRO 2, accumulated", "ZeRO 3, sigmoid", "ZeRO 2, cached, sigmoid",
+        "ZeRO 2, options", "ZeRO 3, cached, options", "ZeRO 3, cached, merging"],
 }  # fmt: skip
 BF16 = {f"ZeRO {stage}, bf16": {"zero_stage": stage, "precision": "bf16"} for stage in range(4)}
 FP16 = {f"ZeRO {stage}, fp16": {"zero_stage": stage, "precision": "fp16", "scale": 4} for stage in range(4)}
@@ -130,7 +138,7 @@ AGAIN: dict[int, dict[str, tuple[int, str, str]]] = {
 
 
 def ways(world: int) -> dict[str, dict]:
-    return COMMON | {1: ONE, 2: TWO}.get(world, {})
+    return {name: COMMON[name] for name in SOME[world]} | {1: ONE, 2: TWO}.get(world, {})
 
 
 def engine_of(way: dict, world: int):
@@ -220,7 +228,7 @@ def results(folder: Path, rank: int, world: int) -> dict[str, list]:
         engine.destroy()
     dist.barrier()
     for name, (ranks, source, way) in AGAIN[world].items():
-        engine, train = engine_of((ways(2) | ways(1))[way], world)
+        engine, train = engine_of((COMMON | TWO | ONE)[way], world)
         torch.manual_seed(99)
         state = restore(engine, folder / f"{ranks} {source}")
         found[name] = go(engine, train, rank, world, state["step"], STEPS)

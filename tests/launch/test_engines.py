@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from c4c.models.heads import HEADS
-from tests.launch.continues import AGAIN, BF16, CHEAP, COMMON, FP16, HALF, ONE, SAVED, TWO
+from tests.launch.continues import AGAIN, BF16, CHEAP, FP16, HALF, ONE, SAVED, SOME, TWO
 
 pytestmark = [
     pytest.mark.launch,
@@ -34,8 +34,7 @@ def assert_same(found: list, expected: list, half: bool = False) -> None:
     assert np.array(found) == pytest.approx(np.array(expected), **rounding)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("way", COMMON)
+@pytest.mark.parametrize(("ranks", "way"), [(ranks, way) for ranks in SOME for way in SOME[ranks]])
 def test_the_losses_and_gradients_of_one_rank_without_zero(way, ranks, found):
     alone = ONE_RANK + next(
         (kind for kind in (", accumulated", ", sigmoid", ", options", ", merging") if kind in way), ""
