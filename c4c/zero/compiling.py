@@ -1,13 +1,15 @@
-"""What DeepSpeed's compiling of its fused Adam needs around it: a folder, headers, ninja, a lock that does not outlive its owner, and
-GPUs named as DeepSpeed reads them. All of it was seen with DeepSpeed 0.19.8 and torch 2.15."""
+"""What DeepSpeed's compiling of its fused Adam needs around it: a folder, headers, ninja, a lock that does not outlive its owner, GPUs
+named as DeepSpeed reads them, and what the processor can do. All of it was seen with DeepSpeed 0.19.8 and torch 2.15."""
 
 import fcntl
 import os
+import platform
 import re
 import sys
 import tempfile
 from pathlib import Path
 
+import cpuinfo
 from torch.utils import file_baton
 
 ARCHITECTURES = "TORCH_CUDA_ARCH_LIST"
@@ -52,9 +54,19 @@ def prepare() -> None:
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     if named := os.environ.get(ARCHITECTURES):
         os.environ[ARCHITECTURES] = plain_architectures(named)
-    file_baton.FileBaton = Baton
+    if processor():
+        cpuinfo.get_cpu_info = processor
+    file_baton.FileBaton = Baton  # type: ignore[misc]
     if cpp_extension := sys.modules.get("torch.utils.cpp_extension"):
-        cpp_extension.FileBaton = Baton
+        cpp_extension.FileBaton = Baton  # type: ignore[attr-defined]
+
+
+def processor() -> dict:
+    """What DeepSpeed asks py-cpuinfo, which starts a process for a second at each of the two calls; {} where it is to be asked itself."""
+    if platform.machine() != "x86_64" or not (file := Path("/proc/cpuinfo")).is_file():
+        return {}
+    flags = re.search(r"^flags\s*:(.*)$", file.read_text(), re.MULTILINE)
+    return {"arch": "X86_64", "flags": flags[1].split()} if flags else {}
 
 
 def plain_architectures(named: str) -> str:
@@ -76,6 +88,8 @@ class Baton(file_baton.FileBaton):
     also locks the file, which ends with the process. A file that nobody has locked is left over, and taken.
     """
 
+    _held: int | None = None
+
     def try_acquire(self) -> bool:
         """Whether this process has it now."""
         while True:
@@ -89,7 +103,7 @@ class Baton(file_baton.FileBaton):
                 os.close(fd)
                 return bool(super().try_acquire())
             if _is_at(fd, self.lock_file_path):
-                self.fd = fd
+                self._held = fd
                 return True
             os.close(fd)  # its owner was done with it in the meantime, and has removed it
 
@@ -108,9 +122,12 @@ class Baton(file_baton.FileBaton):
 
     def release(self) -> None:
         """Remove the file, for those who only look whether it is there, and then let go of it."""
+        if self._held is None:
+            super().release()
+            return
         os.remove(self.lock_file_path)
-        if self.fd is not None:
-            os.close(self.fd)
+        os.close(self._held)
+        self._held = None
 
 
 def _is_at(fd: int, path: str) -> bool:

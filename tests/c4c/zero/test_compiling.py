@@ -110,6 +110,24 @@ def test_a_lock_ends_with_its_owner(owner):
     again.release()
 
 
+def test_what_the_processor_can_do_is_known_without_a_process(monkeypatch):
+    import cpuinfo
+
+    builder, asked = (
+        FusedAdamBuilder(),
+        cpuinfo.get_cpu_info(),
+    )  # by the package, or already by what is put in its place
+    expected = [builder.cpu_arch(), builder.simd_width()]
+    monkeypatch.setattr(cpuinfo, "get_cpu_info", lambda: asked)
+    monkeypatch.setenv("PATH", os.environ["PATH"])
+    monkeypatch.setattr(subprocess, "Popen", None)
+    compiling.prepare()
+    known = cpuinfo.get_cpu_info()
+    if compiling.processor():
+        assert known is not asked and known["arch"] == "X86_64" and {"sse2", "fpu"} <= set(known["flags"])
+    assert [builder.cpu_arch(), builder.simd_width()] == expected
+
+
 def test_compiling_takes_that_lock(tmp_path, monkeypatch):
     from torch.utils import cpp_extension
 
