@@ -16,6 +16,7 @@ from shards.packing.pack import pack
 from shards.split import Split
 from shards.video.profiles import Profile
 from tests.launch.evaluations import metrics_of, validated, without_progress
+from tests.launch.runs import lines
 from tests.launch.runs import ROOT, lines
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(1200)]
@@ -29,7 +30,10 @@ def test_every_stage_and_number_of_ranks_gives_the_runs_own_metrics(way, runs, e
     assert (code, err) == (0, "")
     result, run = json.loads(file.read_text()), runs[way]
     assert metrics_of(file) == validated(run, 10)
-    assert list(result) == ["t2v", "v2t", "n_texts", "n_videos", "checkpoint", "split", "split_digest"]
+    assert list(result) == ["t2v", "v2t", "n_texts", "n_videos", "pairs", "checkpoint", "split", "split_digest"]
+    last = next(line for line in lines(run / "eval.jsonl") if line["step"] == 10)
+    names = {"R1": "R1_pct", "own_first": "own_first_pct", "n_texts": "n_texts", "n_pairs": "n_pairs"}
+    assert result["pairs"] == {name: last[f"val/pairs_{key}"] for name, key in names.items()}
     assert (result["checkpoint"], result["split"]) == (str(run / "checkpoints" / "step00000010"), str(launcher.test))
     assert result["split_digest"] == Split(launcher.test).digest
     assert f"checkpoint  {run / 'checkpoints' / 'step00000010'}" in out and f"split       {launcher.test}" in out
