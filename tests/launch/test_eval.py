@@ -16,7 +16,6 @@ from shards.packing.pack import pack
 from shards.split import Split
 from shards.video.profiles import Profile
 from tests.launch.evaluations import metrics_of, validated, without_progress
-from tests.launch.runs import lines
 from tests.launch.runs import ROOT, lines
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(1200)]
