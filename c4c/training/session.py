@@ -149,18 +149,15 @@ class Session:
     def _read_teacher(self, resume: Path | None) -> Teacher | None:
         """The same on every rank, and the one that the run in `resume` has learned from."""
         config = self.config
-        with self._memory(
-            "the model of train.teacher is in memory beside the one that is trained", "a smaller teacher"
-        ):
+        with self._memory("the model of train.teacher is in memory beside the one that is trained", "a smaller one"):
             teacher = load_teacher(config.train, config.data, self.model.spec, self.device, config.engine.precision)
         if teacher is None:
             return None
         agree({"contents of train.teacher": teacher.digest}, self.world)
         if resume:
-            state = resume / checkpoint.FOLDER / self.tag if self.tag else None
-            teacher.require_same(
-                (checkpoint.read_state(state) if state else checkpoint.newest_state(resume)).get(TEACHER)
-            )
+            folder = resume / checkpoint.FOLDER
+            about = checkpoint.read_state(folder / self.tag) if self.tag else checkpoint.newest_state(resume)
+            teacher.require_same(about.get(TEACHER))
         return teacher
 
     def warnings(self) -> list[str]:
