@@ -43,7 +43,9 @@ def caption_loss(
     scores, scores_of_videos = both_ways(text.flatten(0, 1), video, scale, score)
     t2v = _costs(scores, belongs, belongs | ~to_video, smoothing)
     v2t = _costs(scores_of_videos, positive, positive | ~to_text & ~belongs_all, smoothing)
-    return (_mean(t2v, present.flatten(), all_present) + _mean(v2t, present.any(1), all_present.any(1))) / 2
+    return (
+        mean_over_ranks(t2v, present.flatten(), all_present) + mean_over_ranks(v2t, present.any(1), all_present.any(1))
+    ) / 2
 
 
 def _same(tokens: Tensor, present: Tensor, all_present: Tensor) -> Tensor:
@@ -60,6 +62,6 @@ def _costs(scores: Tensor, positive: Tensor, candidate: Tensor, smoothing: float
     return scores.masked_fill(~candidate, float("-inf")).logsumexp(dim=1) - mean
 
 
-def _mean(costs: Tensor, counted: Tensor, all_counted: Tensor) -> Tensor:
+def mean_over_ranks(costs: Tensor, counted: Tensor, all_counted: Tensor) -> Tensor:
     """This rank's part of the mean over what counts on all ranks, times their number."""
     return torch.where(counted, costs, 0.0).sum() * world_size() / all_counted.sum().clamp(min=1)

@@ -85,6 +85,7 @@ def require(config: Config) -> None:
             "random weights"
         )
     _require_kept_source(config)
+    _require_other_teacher(config)
     require_wandb(config.run.wandb)
 
 
@@ -104,6 +105,16 @@ def _require_kept_source(config: Config) -> None:
         raise ConfigError(
             f"{key}={name} is in run.dir={config.run.dir}, and {why}: with train.lora or train.freeze, checkpoints leave out the "
             "frozen weights, which are read from there again. Choose another run.dir, or store all weights with checkpoint.whole=true"
+        )
+
+
+def _require_other_teacher(config: Config) -> None:
+    """Raise ConfigError for a teacher that lies in the run's own folder."""
+    teacher, run = Path(config.train.teacher), Path(config.run.dir)
+    if config.train.teacher and teacher.exists() and teacher.resolve().is_relative_to(run.resolve()):
+        raise ConfigError(
+            f"train.teacher={config.train.teacher} is in run.dir={config.run.dir}: a run cannot be its own teacher, and run.resume=never "
+            "moves that folder aside. Choose another run.dir"
         )
 
 

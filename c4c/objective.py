@@ -7,6 +7,7 @@ from torch import Tensor
 
 from c4c.caption_loss import caption_loss
 from c4c.decorrelation import decorrelation
+from c4c.distillation import TeacherScores, distillation_loss
 from c4c.losses import bag_loss, contrastive_loss, sigmoid_loss
 from c4c.settings import TrainConfig
 
@@ -22,6 +23,8 @@ class LossOptions:
     mask_equal_captions: bool = False
     decorrelation: float = 0.0
     decorrelation_off_diagonal: float = 0.06
+    teacher_weight: float = 1.0
+    teacher_temperature: float = 1.0
 
     @classmethod
     def of(cls, train: TrainConfig) -> "LossOptions":
@@ -42,13 +45,13 @@ _PLAIN = LossOptions()
 
 def loss_of(
     name: str, model: "CLIP4Clip", text: Tensor, video: Tensor, valid: Tensor, gradient_scale: float = 1.0,
-    options: LossOptions = _PLAIN, tokens: Tensor | None = None,
+    options: LossOptions = _PLAIN, tokens: Tensor | None = None, teacher: TeacherScores | None = None,
 ) -> Tensor:  # fmt: skip
     """The loss that train.loss calls `name`, of the features that `model` gave; a scalar (see c4c.losses for ranks).
 
     valid: bool [B] rows that are not padding; or bool [B, N] captions, where text is [B, N, ...] and video [B, ...].
     gradient_scale: see `sigmoid_loss`; the other losses need none. tokens int64 [B, L] or [B, N, L]: of the texts, which only
-    `options.mask_equal_captions` needs.
+    `options.mask_equal_captions` needs. teacher: what a teacher says of the same batch, to learn from as well.
     """
     tokens = tokens if options.mask_equal_captions else None
     if name == "sigmoid":
@@ -59,6 +62,11 @@ def loss_of(
         loss = _softmax_loss(name, model, text, video, valid, options.label_smoothing, tokens)
     if options.decorrelation:
         loss = loss + options.decorrelation * _decorrelation(model, text, video, valid, options)
+    if teacher is not None:
+        rows, present = (text, valid) if valid.dim() == 2 else (text[:, None], valid[:, None])
+        scale, score, temperature = model.scale(), model.head.score, options.teacher_temperature
+        distilled = distillation_loss(rows, video, present, scale, score, teacher, temperature)
+        loss = loss + options.teacher_weight * distilled
     return loss
 
 

@@ -20,12 +20,14 @@ _CANNOT = {  # loss: {setting: why not}
     "sigmoid": {
         "captions_per_video": "it judges pairs of one caption and one video",
         "label_smoothing": "it judges each pair by itself, so there is no row of candidates to spread a target over",
+        "teacher": "it judges each pair by itself, and a teacher's choices are among all candidates of a row",
     },
     "mil_nce": {
         "captions_per_video": "its bags are the captions said around a clip (clips.bag)",
         "label_smoothing": "it has no target of its own for each caption of a bag",
         "mask_equal_captions": "its bags are matched as a whole, and some of their captions are expected not to fit",
         "decorrelation": "some captions of a bag are expected not to fit their clip, so their channels should not agree",
+        "teacher": "its bags are matched as a whole, and a teacher scores each of their captions",
     },
 }
 LORA_ON = ("attention", "mlp", "all")
@@ -85,6 +87,10 @@ class TrainConfig:
     decorrelation_off_diagonal: float = (
         0.06  # in it, weight of channels that correlate with others; of those that match: 1
     )
+    # a run folder or weights, as launch/eval.py --ckpt takes them: a frozen model whose scores of each batch are learned from as well
+    teacher: str = ""
+    teacher_weight: float = 1.0  # with teacher: weight of that beside the loss. 0: off
+    teacher_temperature: float = 1.0  # with teacher: both models' scaled scores are divided by it
     batch_size: int = 128  # pairs a step, over all ranks
     micro_batch_size: int = (
         0  # pairs a rank encodes at once; fewer than its share: gradient caching. 0: its whole share
@@ -138,6 +144,7 @@ class TrainConfig:
             **dict.fromkeys(("batch_size", "accumulate", "max_bad_steps"), (1, COUNT)), "layer_decay": (0, 1),
             "lora": (0, COUNT), "lora_alpha": (0, math.inf), "ema": (0, 1), "captions_per_video": (1, 1000),
             "label_smoothing": (0, 1), **dict.fromkeys(("decorrelation", "decorrelation_off_diagonal"), (0, math.inf)),
+            **dict.fromkeys(("teacher_weight", "teacher_temperature"), (0, math.inf)),
         })  # fmt: skip
         if self.ema == 1:
             raise ValueError("train.ema=1 would keep the weights of the start: set it below 1, for example 0.999")
@@ -169,6 +176,10 @@ class TrainConfig:
     def _check_loss(self) -> None:
         if self.label_smoothing == 1:
             raise ValueError("train.label_smoothing=1 leaves nothing of the matches: it must be below 1")
+        if not self.teacher_temperature:
+            raise ValueError(
+                "train.teacher_temperature=0: scores are divided by it, so it must be above 0; 1 leaves them as they are"
+            )
         reasons = _CANNOT.get(self.loss, {})
         for name, reason in reasons.items():
             if getattr(self, name) != type(self).__dataclass_fields__[name].default:

@@ -165,7 +165,8 @@ def _encode(model: CLIP4Clip, frames: Tensor, mask: Tensor, tokens: Tensor) -> t
 def _loss(
     model: CLIP4Clip, text: Tensor, video: Tensor, tokens: Tensor, bag: tuple[int, ...], train: TrainConfig, world: int
 ) -> Tensor:
-    """The loss of a rank. With several ranks, c4c.losses without its masks and exchanges, and without train.decorrelation."""
+    """The loss of a rank. With several ranks, c4c.losses without its masks and exchanges, and without train.decorrelation.
+    A teacher (train.teacher) is not counted."""
     options = LossOptions.of(train)
     if train.loss == "sigmoid" or world == 1:
         valid = torch.ones(text.shape[: 1 + len(bag)], dtype=torch.bool)

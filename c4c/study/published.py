@@ -31,7 +31,7 @@ _CHECKED = {"model.head", "model.linear_patch", "model.backbone", "model.init_fr
 # what no source has: settings that must be as this project leaves them
 _PLAIN = ("data.frame_order", "data.crop", "data.random_crop", "data.flip", "data.colour", "data.drop_duplicate_captions", "data.weights",
           "data.mean", "data.std", "data.interpolation", "data.resize_mode", "clips.", "model.init_tag", "model.head_layers",
-          "train.captions_per_video", "train.label_smoothing", "train.mask_equal_captions", "train.decorrelation", "train.ema",
+          "train.captions_per_video", "train.label_smoothing", "train.mask_equal_captions", "train.decorrelation", "train.teacher", "train.ema",
           "train.layer_decay", "train.lr_", "train.freeze_text_epochs", "train.freeze_video_epochs", "train.patience")  # fmt: skip
 _FEWEST_WORDS = 32  # tokens a caption: the paper's
 

@@ -129,6 +129,8 @@ def _describe(say, config: Config, session: Session, steps: list[float], folder:
     say(f"reads:  {f'{chr(10)}        '.join([*sets, config.data.test])}")
     if config.model.init_from not in ("", "scratch"):
         say(f"        {config.model.init_from} (weights to start from)")
+    if config.train.teacher and config.train.teacher_weight:
+        say(f"        {config.train.teacher} (weights of the teacher)")
     moves = config.run.resume == "never" and (folder / "config.yaml").exists()
     say(f"writes: {folder}{' (the earlier run there would be moved aside)' if moves else ''}")
     names = "config.yaml towers.json versions.json metrics.jsonl eval.jsonl tensorboard/ checkpoints/"

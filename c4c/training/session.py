@@ -28,8 +28,9 @@ from c4c.training.outcome import Outcome
 from c4c.training.param_groups import choose_trained
 from c4c.training.run_folder import read_towers
 from c4c.training.step import Learner, train_step
+from c4c.training.teacher import Teacher, load_teacher
 from c4c.zero import checkpoint, state
-from c4c.zero.checkpoint import FROZEN
+from c4c.zero.checkpoint import FROZEN, TEACHER
 from c4c.zero.engine import build_engine
 from c4c.zero.skipping import was_applied
 from c4c.zero.snapshot import restore
@@ -75,13 +76,15 @@ class Session:
         self.tokenizer = Tokenizer(kept.get("tokenizer"))
         self.tokenizer.length(config.data.max_words)  # refuses now what it would refuse after minutes
         self.model.set_pixels(config.data)
+        self._teacher = self._read_teacher(resume)
         size = sum(p.numel() for p in self.model.parameters()) / 1e6
         with self._memory(f"the model has {size:.1f} M weights, beside which optimizers keep masters and moments",
                           "engine.offload=optimizer, or engine.zero_stage=3 on several ranks"):  # fmt: skip
             learner = Learner(self.model, config.train.loss, config.train.logit_bias, LossOptions.of(config.train))
-            learner.left_out = left_out
+            learner.left_out, learner.teacher = left_out, self._teacher
             if self.tag:
                 learner.notes.clear()  # on weights that the checkpoint replaces
+            learner.notes += [self._teacher.about] if self._teacher else []
             self.engine = build_engine(learner, config.engine, config.train, world, config.deepspeed)
         about = restore(self.engine, resume, self.tag) if resume and self.tag else {}
         self.done = int(about.get("step", 0))  # steps
@@ -142,6 +145,20 @@ class Session:
         ):  # whole checkpoints stay so: what the source holds now counts no more
             self._frozen = {}
         return names if self._frozen else frozenset()
+
+    def _read_teacher(self, resume: Path | None) -> Teacher | None:
+        """The same on every rank, and the one that the run in `resume` has learned from."""
+        config = self.config
+        with self._memory("the model of train.teacher is in memory beside the one that is trained", "a smaller one"):
+            teacher = load_teacher(config.train, config.data, self.model.spec, self.device, config.engine.precision)
+        if teacher is None:
+            return None
+        agree({"contents of train.teacher": teacher.digest}, self.world)
+        if resume:
+            folder = resume / checkpoint.FOLDER
+            about = checkpoint.read_state(folder / self.tag) if self.tag else checkpoint.newest_state(resume)
+            teacher.require_same(about.get(TEACHER))
+        return teacher
 
     def warnings(self) -> list[str]:
         """What a person should know before the steps begin. Reads captions for a second."""
@@ -221,7 +238,8 @@ class Session:
         """What a checkpoint says beside the step, for people and to recognise the data."""
         epoch, step = divmod(self.done, self.per_epoch)
         frozen = {FROZEN: self._frozen} if self._frozen else {}
-        return {"epoch": epoch, "step_of_epoch": step, "data": self.split.digest} | frozen
+        teacher = {TEACHER: self._teacher.digest} if self._teacher else {}
+        return {"epoch": epoch, "step_of_epoch": step, "data": self.split.digest} | frozen | teacher
 
     @contextmanager
     def _memory(self, doing: str, remedies: str) -> Iterator[None]:

@@ -1,7 +1,7 @@
 """One update of the weights: forward, backward and the optimizer, with accumulation or gradient caching."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from c4c.distillation import TeacherScores
 from c4c.losses import world_size
 from c4c.models.clip4clip import LOGIT_BIAS, MAX_SCALE, CLIP4Clip
 from c4c.objective import LossOptions, loss_of
@@ -17,6 +18,7 @@ from c4c.zero import patches, state
 
 if TYPE_CHECKING:
     from c4c.models.compiled import CompiledTowers
+    from c4c.training.teacher import Teacher
 
 MAX_LOGIT = math.log(MAX_SCALE)
 SIGLIP_SCALE = 10.0  # which LOGIT_BIAS goes with (section 3.2 of the paper)
@@ -26,11 +28,11 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # frames, mask, tokens, and what
 @dataclass(frozen=True)
 class Pull:
     """Gradient caching: the loss's gradient at a micro-batch's features; in one of them also all that the loss takes: features of
-    texts and videos, `valid` and tokens."""
+    texts and videos, `valid`, tokens, and what the teacher says of them, if there is one."""
 
     text: Tensor | None
     video: Tensor | None
-    all_features: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+    all_features: tuple[Tensor, Tensor, Tensor, Tensor, TeacherScores | None] | None = None
 
 
 class Learner(nn.Module):
@@ -44,7 +46,7 @@ class Learner(nn.Module):
     c4c.training.param_groups). compiled: the towers, where they are compiled. exact_buffers: stored buffers by name, as they were
     before they were rounded to the engine's precision. They are set by c4c.zero.engine.build_engine, which has notes of its own.
     gradient_scale: see c4c.losses.sigmoid_loss. left_out: names of the model's weights that checkpoints do not hold (see
-    c4c.models.origin).
+    c4c.models.origin). teacher: of train.teacher; it is no part of this module.
     """
 
     peak_lrs: list[float]
@@ -53,6 +55,7 @@ class Learner(nn.Module):
     compiled: "CompiledTowers | None" = None
     gradient_scale = 1.0
     left_out: frozenset[str] = frozenset()
+    teacher: "Teacher | None" = None
 
     def __init__(
         self, model: CLIP4Clip, loss: str = "cross_entropy", logit_bias: float = LOGIT_BIAS,
@@ -97,12 +100,18 @@ class Learner(nn.Module):
         if valid is None:
             return text, video
         if pull is None:
-            return self._loss(text, video, valid, tokens)
+            return self._loss(text, video, valid, tokens, self.taught([(frames, frame_mask, tokens)]))
         pulled = (text * pull.text).sum() + (video * pull.video).sum()
         return pulled if pull.all_features is None else pulled + self._loss(*pull.all_features)
 
-    def _loss(self, text: Tensor, video: Tensor, valid: Tensor, tokens: Tensor | None) -> Tensor:
-        return loss_of(self.loss, self.model, text, video, valid, self.gradient_scale, self.options, tokens)
+    def taught(self, parts: Sequence[tuple]) -> TeacherScores | None:
+        """What the teacher says of a rank's rows, in parts of (frames, mask, tokens); None without a teacher. Called on every rank."""
+        return None if self.teacher is None else self.teacher.scores(parts)
+
+    def _loss(
+        self, text: Tensor, video: Tensor, valid: Tensor, tokens: Tensor | None, teacher: TeacherScores | None
+    ) -> Tensor:
+        return loss_of(self.loss, self.model, text, video, valid, self.gradient_scale, self.options, tokens, teacher)
 
 
 def inputs_of(batch, loss: str) -> Inputs:
@@ -168,7 +177,7 @@ def _cached_step(engine, inputs: Inputs, micro: int, on_host: Tensor | None = No
     """Gradient caching (https://arxiv.org/abs/2101.06983): the whole global batch's negatives with the memory of `micro`.
 
     Encode everything without graphs; take the loss's gradient at the features; encode each micro-batch again and pull
-    that gradient through. The head's own weights and the temperature get theirs in one of these passes: the last, when ZeRO
+    that gradient through. A teacher is asked once. The head's own weights and the temperature get theirs in one of these passes: the last, when ZeRO
     exchanges gradients; under stage 3 the first, which alone overwrites what its buffers hold from the step before.
     """
     *encoded, valid = inputs
@@ -179,9 +188,10 @@ def _cached_step(engine, inputs: Inputs, micro: int, on_host: Tensor | None = No
         features = [learner(*part, None, None, _rows(on_host, rows)) for part, rows in zip(parts, pieces, strict=True)]
         texts, videos = (torch.cat(kind) for kind in zip(*features, strict=True))
     texts.requires_grad_(), videos.requires_grad_()
-    loss = learner(None, None, None, pull=Pull(None, None, (texts, videos, valid, encoded[2])))
+    taught = learner.taught(parts)
+    loss = learner(None, None, None, pull=Pull(None, None, (texts, videos, valid, encoded[2], taught)))
     text_grad, video_grad = torch.autograd.grad(loss, (texts, videos))
-    all_features = (texts.detach(), videos.detach(), valid, encoded[2])
+    all_features = (texts.detach(), videos.detach(), valid, encoded[2], taught)
     scoring = 0 if engine.zero_optimization_stage() == 3 else len(parts) - 1
     for i, (part, rows) in enumerate(zip(parts, pieces, strict=True)):
         pull = Pull(text_grad[rows], video_grad[rows], all_features if i == scoring else None)

@@ -34,6 +34,7 @@ FOLDER = "checkpoints"
 STATE = "state.json"
 MODEL, OPTIMIZER, EMA = "model.safetensors", "optimizer.safetensors", "ema.safetensors"
 FROZEN = "frozen"  # the key of state.json for weights that are left out
+TEACHER = "teacher"  # its key for the digest of the weights of train.teacher
 AVERAGE = "average"  # its key, in what python -m c4c.average wrote, for the checkpoints that are averaged
 
 

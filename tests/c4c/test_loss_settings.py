@@ -20,6 +20,8 @@ def refused_words(*words: str) -> str:
         ("mil_nce", "captions_per_video=2", r"its bags are the captions said around a clip \(clips\.bag\)"),
         ("mil_nce", "label_smoothing=0.1", "it has no target of its own"),
         ("mil_nce", "mask_equal_captions=true", "its bags are matched as a whole"),
+        ("sigmoid", "teacher=runs/t", "a teacher's choices are among all candidates of a row"),
+        ("mil_nce", "teacher=runs/t", "a teacher scores each of their captions"),
         ("mil_nce", "decorrelation=0.001", "some captions of a bag are expected not to fit"),
     ],
 )
@@ -36,10 +38,12 @@ def test_what_losses_can_do_is_not_refused():
         "train.captions_per_video=4",
         "train.mask_equal_captions=true",
         "train.decorrelation=0.001",
+        "train.teacher=runs/t",
     ]
     assert load("demo.yaml", words, [SHIPPED]).train.row == "video"
-    assert load("demo.yaml", ["train.loss=sigmoid", *words[2:]], [SHIPPED]).train.row == "pair"
+    assert load("demo.yaml", ["train.loss=sigmoid", *words[2:4]], [SHIPPED]).train.row == "pair"
     assert "leaves nothing of the matches" in refused_words("train.label_smoothing=1")
+    assert "must be above 0" in refused_words("train.teacher_temperature=0")
 
 
 def test_captions_that_are_no_captions_of_a_whole_video_are_not_grouped():

@@ -19,6 +19,7 @@ from c4c.objective import LossOptions
 from c4c.settings import EngineConfig, TrainConfig
 from c4c.training.run_folder import save_description
 from c4c.training.step import MAX_LOGIT, Learner, train_step
+from c4c.training.teacher import Teacher
 from c4c.zero.engine import build_engine
 from c4c.zero.snapshot import save
 
@@ -78,9 +79,11 @@ def train(way: dict, folder: Path, rank: int, world: int) -> dict:
         **way.get("train", {}),
     )
     config = EngineConfig(precision="fp32", zero_stage=way["stage"], **way.get("engine", {}))
-    engine = build_engine(
-        Learner(model, loss, -4.0, LossOptions.of(settings)), config, settings, world, way.get("deepspeed", {})
-    )
+    learner = Learner(model, loss, -4.0, LossOptions.of(settings))
+    if "teacher" in way:
+        teacher = Teacher(way["teacher"], CLIP4Clip(SPEC, way["teacher"], blocks=2, segments=FRAMES))
+        learner.teacher = teacher.to(get_accelerator().current_device_name(), torch.float32)
+    engine = build_engine(learner, config, settings, world, way.get("deepspeed", {}))
     data, losses, norms = batch(rank, world, settings.captions_per_video), [], []
     data = with_bytes(data) if way.get("bytes") else data
     for _ in range(STEPS):
@@ -141,6 +144,9 @@ def results(folder: Path, rank: int, world: int) -> dict[str, dict]:
                 "micro": micro,
                 "train": options,
             }
+    for stage, micro in ((0, 0), (1, 3), (2, 0), (3, 0), (3, 3)):
+        way = {"head": "meanP", "stage": stage, "micro": micro, "teacher": "wti"}
+        ways[f"meanP, ZeRO {stage}, taught{', cached' * bool(micro)}"] = way
     short = dict.fromkeys(("fold_pixels", "trim_captions", "share_captions"), True)
     for kind in ("2d", "3d"):
         plain = {"head": "wti", "patch": kind, "bytes": True, "train": options}

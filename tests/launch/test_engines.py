@@ -156,6 +156,16 @@ def test_several_captions_and_decorrelation_at_every_stage(stage, cached, heads)
     assert first["losses"][-1] < first["losses"][0]
 
 
+def test_a_teacher_at_every_stage(heads):
+    ways = {name: way for name, way in heads.items() if "taught" in name}
+    first = ways["meanP, ZeRO 0, taught"]
+    for way in ways.values():
+        assert way["losses"] == pytest.approx(first["losses"], rel=5e-5)
+        assert way["norms"] == pytest.approx(first["norms"], rel=5e-5)
+    assert len(ways) == 5
+    assert first["losses"][-1] < first["losses"][0] != pytest.approx(heads["meanP, ZeRO 0"]["losses"][0], rel=1e-3)
+
+
 @pytest.mark.parametrize("head", ["tightTransf", "wti"])
 def test_the_sigmoid_loss_of_heads_whose_weights_score(head, heads):
     ways = {name: way for name, way in heads.items() if name.startswith(head) and "sigmoid" in name}

@@ -16,6 +16,7 @@ from c4c.objective import LossOptions
 from c4c.settings import TrainConfig
 from c4c.training import step
 from c4c.training.step import Learner
+from c4c.training.teacher import Teacher
 from tests.c4c.models.plain_engine import Engine
 
 pytestmark = pytest.mark.slow
@@ -30,6 +31,10 @@ ROWS, CAPTIONS, FRAMES = 8, 3, 2
 SIZES = [3, 1, 2, 3, 1, 3, 2, 0]  # captions of each video; the last row is padding
 WAYS = {"plain": 0, "cached": 3, "accumulated": 2}
 SMOOTH, EQUAL, ALONE = {"label_smoothing": 0.1}, {"mask_equal_captions": True}, {"decorrelation": 0.02}
+TAUGHT = {
+    "teacher_weight": 0.7,
+    "teacher_temperature": 2.0,
+}  # of cases whose name begins with it: by a teacher with the head wti
 # name: (loss, captions a row, options, heads)
 CASES = {
     "captions": ("cross_entropy", CAPTIONS, {}, ["meanP", "wti", "tightTransf"]),
@@ -38,16 +43,24 @@ CASES = {
     "equal": ("cross_entropy", 1, EQUAL, ["wti"]),
     "decorrelated": ("cross_entropy", 1, ALONE, ["meanP", "wti"]),
     "sigmoid": ("sigmoid", 1, EQUAL | ALONE, ["meanP", "wti"]),
+    "taught": ("cross_entropy", 1, TAUGHT, ["meanP", "wti"]),
+    "taught, captions, all": ("cross_entropy", CAPTIONS, TAUGHT | SMOOTH | EQUAL | ALONE, ["meanP"]),
 }
 RUNS = [(name, head, way) for name, case in CASES.items() for head in case[3] for way in WAYS]
 
 
 def learner(name: str, head: str) -> Learner:
-    torch.manual_seed(5)
+    one = Learner(drawn(head, 5), CASES[name][0], -3.0, LossOptions(**CASES[name][2]))
+    one.teacher = Teacher("wti", drawn("wti", 6)) if name.startswith("taught") else None
+    return one
+
+
+def drawn(head: str, seed: int) -> CLIP4Clip:
+    torch.manual_seed(seed)
     model = CLIP4Clip(SPEC, head, "2d", blocks=1, segments=FRAMES)
     for weight in model.head.parameters():  # so that they matter
         torch.nn.init.normal_(weight, std=0.3)
-    return Learner(model, CASES[name][0], -3.0, LossOptions(**CASES[name][2]))
+    return model
 
 
 def batch(captions: int, rows: slice = slice(None)) -> SimpleNamespace:
@@ -71,6 +84,7 @@ def formula(one: Learner, whole: SimpleNamespace, rows: list[int]) -> Tensor:
     text, video = model(whole.frames[rows], whole.frame_mask[rows], whole.tokens[rows])
     present = whole.caption_mask[rows] if several else whole.valid[rows][:, None]
     text, tokens = (x if several else x[:, None] for x in (text, whole.tokens[rows]))
+    taught = one.teacher and one.teacher.model(whole.frames[rows], whole.frame_mask[rows], tokens)
     owner = torch.arange(len(rows))[:, None].expand(present.shape)[present]
     text, tokens = text[present], tokens[present]
     logits = (model.scale() * model.head.score(text, video)).double()
@@ -89,7 +103,19 @@ def formula(one: Learner, whole: SimpleNamespace, rows: list[int]) -> Tensor:
     if options.decorrelation:
         compared = model.head.compared(text, video[owner])
         loss = loss + options.decorrelation * decorrelation(compared, options.decorrelation_off_diagonal)
+    if taught:
+        teacher = one.teacher.model
+        wanted = (teacher.scale() * teacher.head.score(taught[0][present], taught[1])).detach().double()
+        t = options.teacher_temperature
+        both = [kl(x / t, y / t) for x, y in ((wanted, logits), (wanted.T, logits.T))]
+        loss = loss + options.teacher_weight * t**2 * sum(both) / 2
     return loss
+
+
+def kl(teacher: Tensor, model: Tensor) -> Tensor:
+    """Of the softmax of each row, the mean."""
+    p, q = teacher.exp() / teacher.exp().sum(1, keepdim=True), model.exp() / model.exp().sum(1, keepdim=True)
+    return (p * (p / q).log()).sum(1).mean()
 
 
 def soft(logits: Tensor, own: Tensor, apart: Tensor, smoothing: float) -> Tensor:
@@ -157,6 +183,31 @@ def test_without_options_nothing_is_other_than_before():
     assert torch.equal(
         module(*given), contrastive_loss(text, video, given[3], module.model.scale(), module.model.head.score)
     )
+
+
+def test_a_teacher_is_asked_once_a_batch_and_is_no_part_of_what_is_trained(monkeypatch):
+    module, asked = learner("taught", "meanP"), []
+    plain = learner("smooth", "meanP")
+    assert list(module.state_dict()) == list(plain.state_dict())
+    assert [name for name, _ in module.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    module.train()
+    assert not module.teacher.model.training
+    before, forward = module.teacher.digest, module.teacher.model.forward
+    monkeypatch.setattr(module.teacher.model, "forward", lambda *part: asked.append(len(part[0])) or forward(*part))
+    step._cached_step(Engine(module), step.inputs_of(batch(1), "cross_entropy"), 3)
+    assert asked == [3, 3, 2]
+    assert Teacher("again", module.teacher.model).digest == before
+    assert all(weight.grad is None for weight in module.teacher.model.parameters())
+
+
+def test_a_model_that_scores_as_its_teacher_has_nothing_to_learn_from_it():
+    module = learner("taught", "meanP")
+    given = step.inputs_of(batch(1), "cross_entropy")
+    taught, module.teacher = module(*given), None
+    plain = module(*given)
+    assert taught.item() > plain.item() + 1e-3
+    module.teacher = Teacher("itself", drawn("meanP", 5))
+    assert module(*given).item() == pytest.approx(plain.item(), rel=1e-5)
 
 
 def test_two_ranks(tmp_path):

@@ -7,13 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from c4c.config import Config, load
 from c4c.models import backbone, towers
 from c4c.models.clip4clip import CLIP4Clip, build
 from c4c.models.export import files
+from c4c.models.pretrained import open_checkpoint
 from c4c.settings import ModelConfig
 from c4c.training.replay import replay
+from c4c.training.teacher import load_teacher
 from c4c.training.trainer import Trainer, train
 from c4c.zero import checkpoint
 from tests.launch.runs import ROOT, Launcher, lines, losses, make_splits
@@ -190,6 +193,93 @@ def test_the_sigmoid_loss_trains_stops_and_goes_on_with_its_bias(settings, tmp_p
     after = settings(f"model.init_from={whole}", f"run.dir={tmp_path / 'after'}", "train.max_steps=1")
     train(after)  # by another loss, which keeps it
     assert CLIP4Clip.from_checkpoint(tmp_path / "after").bias().item() == model.bias().item()
+
+
+@pytest.fixture(scope="module")
+def teacher(launcher, settings) -> Path:
+    """A run of two steps with the head wti."""
+    folder = launcher.folder / "teacher"
+    train(settings("model.head=wti", "train.max_steps=2", f"run.dir={folder}"))
+    return folder
+
+
+def taught_digest(folder: Path, tag: str = "step00000005") -> str | None:
+    return checkpoint.read_state(folder / "checkpoints" / tag).get("teacher")
+
+
+def test_a_teacher_is_learned_from_and_left_out_of_the_run(teacher, run, settings, tmp_path, capsys):
+    whole, stopped, alone = (tmp_path / name for name in ("whole", "stopped", "alone"))
+    words = [f"train.teacher={teacher}", "train.teacher_temperature=2", "train.ema=0.9"]
+    train(settings(*words, f"run.dir={whole}"))
+    said = capsys.readouterr().err
+    assert f"train.teacher={teacher}: wti, " in said and "which are not trained and take" in said
+    assert losses(whole)[0] > losses(run)[0]  # by the term that is added to the loss
+    shutil.copytree(whole, stopped)
+    shutil.rmtree(stopped / "checkpoints" / "step00000005")
+    (stopped / "done.json").unlink()
+    checkpoint.point(stopped, "step00000003")
+    config = settings(*words, f"run.dir={stopped}", "run.resume=auto")
+    train(config)
+    assert losses(stopped) == losses(whole)
+    assert replay(config, 4)
+    files = [folder / "checkpoints" / "step00000005" / "model.safetensors" for folder in (stopped, whole, run)]
+    assert files[0].read_bytes() == files[1].read_bytes() != files[2].read_bytes()
+    assert [load_file(file).keys() for file in files[:2]] == [load_file(files[2]).keys()] * 2
+    assert taught_digest(whole) and taught_digest(run) is None
+    train(settings(f"train.teacher={teacher}", "train.teacher_weight=0", f"run.dir={alone}"))
+    assert losses(alone) == losses(run) and taught_digest(alone) is None
+    moved = shutil.move(teacher, tmp_path / "elsewhere")  # only training needs it
+    try:
+        assert CLIP4Clip.from_checkpoint(whole).head.name == "meanP"
+    finally:
+        shutil.move(moved, teacher)
+
+
+def test_a_run_goes_on_with_the_teacher_that_it_began_with_only(teacher, settings, tmp_path):
+    own, folder = tmp_path / "teacher.safetensors", tmp_path / "run"
+    model, data = open_checkpoint(str(teacher))
+    files.write(model, data, own, official=False)
+    train(settings(f"train.teacher={own}", f"run.dir={folder}", "train.max_steps=1"))
+    (folder / "done.json").unlink()
+    again = ["train.max_steps=1", f"run.dir={folder}", "run.resume=auto"]
+    with pytest.raises(ValueError, match=rf"train\.teacher was {own}, is {teacher}"):
+        train(settings(f"train.teacher={teacher}", *again))
+    model.clip.ln_final.weight.data[3] += 1e-3
+    files.write(model, data, own, official=False)
+    with pytest.raises(
+        ValueError, match=r"other weights than those that the run has learned from \(digest \w+, was \w+\)"
+    ):
+        train(settings(f"train.teacher={own}", *again))
+    own.unlink()
+    with pytest.raises(ValueError, match=r"train\.teacher=.* cannot be read"):
+        train(settings(f"train.teacher={own}", *again))
+
+
+def test_a_teacher_of_other_pictures_or_captions_is_refused(teacher, settings, tmp_path):
+    nowhere = f"run.dir={tmp_path / 'nowhere'}"
+    with pytest.raises(
+        ValueError, match=r"other ones than data\.num_frames=3: set data\.num_frames=2, or take a teacher"
+    ):
+        train(settings(f"train.teacher={teacher}", "data.num_frames=3", nowhere))
+    with pytest.raises(ValueError, match=r"data\.max_words=20: set data\.max_words=24"):
+        train(settings(f"train.teacher={teacher}", "data.max_words=20", nowhere))
+    with pytest.raises(ValueError, match="a run cannot be its own teacher"):
+        train(settings(f"train.teacher={teacher}", f"run.dir={teacher}", "run.resume=auto"))
+    asked = backbone.settled(settings(f"train.teacher={teacher}"))
+    about = {
+        "kind": "hf",
+        "name": "other/words",
+        "kwargs": {},
+        "mode": None,
+        "context_length": 77,
+        "fixed_length": False,
+    }
+    with pytest.raises(
+        ValueError,
+        match=r"another tokenizer than model\.backbone \(kind is 'clip', here 'hf', name is '', here 'other/words'\)",
+    ):
+        load_teacher(asked.train, asked.data, {"tokenizer": about}, torch.device("cpu"), "fp32")
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_the_start_line_says_where_the_weights_come_from(run, tmp_path):
