@@ -91,7 +91,7 @@ def require(config: Config) -> None:
 
 def _require_kept_source(config: Config) -> None:
     """Raise ConfigError if frozen weights, which checkpoints leave out, would not be where they came from once the run has begun."""
-    partial = (config.train.lora or config.train.freeze) and not config.checkpoint.whole
+    partial = config.train.partial and not config.checkpoint.whole
     name = config.model.init_from or config.model.backbone
     path, run = Path(name.removeprefix("local-dir:")), Path(config.run.dir)
     if not partial or name == "scratch" or not path.exists():
@@ -103,7 +103,7 @@ def _require_kept_source(config: Config) -> None:
         why = "run.resume=never moves that folder aside" if moved else "a run cannot start from itself"
         key = "model.init_from" if config.model.init_from else "model.backbone"
         raise ConfigError(
-            f"{key}={name} is in run.dir={config.run.dir}, and {why}: with train.lora or train.freeze, checkpoints leave out the "
+            f"{key}={name} is in run.dir={config.run.dir}, and {why}: with train.lora, train.prompts or train.freeze, checkpoints leave out the "
             "frozen weights, which are read from there again. Choose another run.dir, or store all weights with checkpoint.whole=true"
         )
 

@@ -128,6 +128,8 @@ class TrainConfig:
     lora_on: str = "attention"  # which matrices of the towers' blocks: attention, mlp, or all
     # what is trained beside LoRA, in the words of train.freeze: [ln_*, clip.visual.proj]
     lora_also: str | tuple[str, ...] = ()
+    # vectors that learn in each block of both towers, of open_clip's own kind, which are frozen. 0: none
+    prompts: int = 0
     eval_every: int = 1  # epochs between validations; 0: only at the end
     eval_every_steps: int = 0  # steps between further validations, each with a checkpoint; 0: none
     patience: int = 0  # the run ends after so many validations in a row without a better t2v R@1; 0: never
@@ -142,7 +144,7 @@ class TrainConfig:
         check_values("train", self, {
             **counts, **rates, **shares, **dict.fromkeys(epochs, (0, 1_000_000)), "freeze_layers": (-1, COUNT),
             **dict.fromkeys(("batch_size", "accumulate", "max_bad_steps"), (1, COUNT)), "layer_decay": (0, 1),
-            "lora": (0, COUNT), "lora_alpha": (0, math.inf), "ema": (0, 1), "captions_per_video": (1, 1000),
+            "lora": (0, COUNT), "prompts": (0, 1000), "lora_alpha": (0, math.inf), "ema": (0, 1), "captions_per_video": (1, 1000),
             "label_smoothing": (0, 1), **dict.fromkeys(("decorrelation", "decorrelation_off_diagonal"), (0, math.inf)),
             **dict.fromkeys(("teacher_weight", "teacher_temperature"), (0, math.inf)),
         })  # fmt: skip
@@ -172,6 +174,10 @@ class TrainConfig:
             raise ValueError(f"train.{key}=0 would train nothing: it must be above 0")
         if self.lora_also and not self.lora:
             raise ValueError("train.lora_also names what is trained beside LoRA: set train.lora to a rank as well")
+        if self.prompts and self.freeze_layers >= 0:
+            raise ValueError(
+                f"train.prompts={self.prompts} freezes both towers already: leave train.freeze_layers={self.freeze_layers} out"
+            )
 
     def _check_loss(self) -> None:
         if self.label_smoothing == 1:
@@ -187,6 +193,11 @@ class TrainConfig:
                     f"train.{name}={getattr(self, name)} and train.loss={self.loss} cannot be used together: {reason}. Leave train.{name} "
                     "out, or set train.loss=cross_entropy"
                 )
+
+    @property
+    def partial(self) -> bool:
+        """Whether weights are frozen that checkpoints leave out, and read from `model.init_from` again."""
+        return bool(self.lora or self.prompts or self.freeze)
 
     @property
     def row(self) -> str:
@@ -263,7 +274,7 @@ class CheckpointConfig:
     every_minutes: float = 0.0  # 0: never by the clock
     keep_last: int = 2  # newest checkpoints
     keep_best: int = 1  # checkpoints with the best validated text-to-video R@1, in addition
-    # hold frozen weights too, which with train.lora or train.freeze are left out and read from model.init_from again
+    # hold frozen weights too, which with train.lora, prompts or freeze are left out and read from model.init_from again
     whole: bool = False
 
     def __post_init__(self):

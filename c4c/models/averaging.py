@@ -25,6 +25,7 @@ from c4c.models.clip4clip import CLIP4Clip
 from c4c.models.lora import A, B, merged
 from c4c.models.origin import frozen_weights
 from c4c.models.pretrained import kept
+from c4c.models.prompts import prompts_in
 from c4c.models.tokenizer_spec import FILES, with_files
 from c4c.models.weights.base import Weights
 from c4c.training.run_folder import located, read_config, save_description
@@ -219,7 +220,7 @@ def _write_file(out: Path, state: dict[str, Tensor], first: CheckpointWeights) -
     model = config.model
     weights = Weights(
         state, spec, model.head, model.linear_patch, model.head_layers, config.data.num_frames, "c4c run",
-        merging=model.merging,
+        merging=model.merging, prompts=prompts_in(state),
     )  # fmt: skip
     data = config.data.filled(preprocess_of(spec))
     built = CLIP4Clip.from_weights(weights, first.folder)

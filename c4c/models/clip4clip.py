@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from c4c.merging import NO_MERGING, Merging
 from c4c.models import backbone, caption_rows, patch_embedding, towers
 from c4c.models.heads import HEADS
+from c4c.models.prompts import add_prompts
 from c4c.models.text_tower import caption_features, inside_captions
 from c4c.models.token_merging import merge_tokens
 from c4c.models.weights import Weights, read, read_backbone
@@ -82,6 +83,7 @@ class CLIP4Clip(nn.Module):
             reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
             raise ValueError(f"{source}: its description of the towers is damaged ({reason})") from error
         model.start_head()  # what `allow` lets be missing stays so
+        add_prompts(model.clip, weights.prompts)
         if any(name.startswith("head.") for name in weights.state):
             model.notes = [note for note in model.notes if "starts at random" not in note]
         load_strictly(model, weights.state, source, allow)
@@ -325,6 +327,7 @@ def _start(config: ModelConfig, weights: Weights, num_frames: int) -> CLIP4Clip:
     with suppress(backbone.UnknownBackbone):  # of a run's on a machine without its folder or a network
         _same_size(config.backbone, backbone.named(config.backbone), weights, source)
     model = CLIP4Clip(weights.spec, config.head, config.linear_patch, config.head_layers, num_frames, config.merging)
+    add_prompts(model.clip, weights.prompts)
     clip = {k: v for k, v in weights.state.items() if k.startswith("clip.")}
     if config.linear_patch == "3d" and "clip.visual.conv2.weight" not in clip:
         kernel = clip["clip.visual.conv1.weight"]

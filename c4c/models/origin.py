@@ -31,9 +31,9 @@ _reading: ContextVar[tuple[tuple[Path, str], ...]] = ContextVar("reading", defau
 
 
 def left_out(model: nn.Module, config: Config) -> frozenset[str]:
-    """Names of the weights and buffers that checkpoints need not hold: frozen by `train.lora` or `train.freeze`, and the source's own."""
-    train = config.train
-    if not (train.lora or train.freeze) or config.model.init_from == "scratch":
+    """Names of the weights and buffers that checkpoints need not hold: frozen by `train.lora`, `train.prompts` or
+    `train.freeze`, and the source's own."""
+    if not config.train.partial or config.model.init_from == "scratch":
         return frozenset()
     weights = model.named_parameters(remove_duplicate=False)  # a weight may have two names
     trained = {name for name, weight in weights if weight.requires_grad}

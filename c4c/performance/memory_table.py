@@ -85,8 +85,8 @@ def _most(free_gib: float, per_pair: float, scores: float) -> int:
 
 def _ways(config: Config) -> Iterator[Way]:
     train = config.train
-    full = replace(train, lora=0, lora_also=(), freeze=())
-    lora = replace(train, lora=train.lora or _LORA)
+    full = replace(train, lora=0, lora_also=(), prompts=0, freeze=())
+    lora = replace(train, lora=train.lora or _LORA, prompts=train.prompts if train.lora else 0)
     named: list[tuple[str, list[TrainConfig]]] = [
         ("full", [full]),
         (f"LoRA, rank {lora.lora}", [replace(lora, lora_on=on) for on in (train.lora_on, *LORA_ON)]),

@@ -154,7 +154,7 @@ def _is_the_papers(config: Config, frames: int) -> bool:
     stated = (
         model.backbone in _BACKBONES, model.init_from == "openai", model.linear_patch == "2d", not model.merge, data.num_frames == frames,
         data.sampling == "segment" or data.fps == 1, train.batch_size == 128, train.epochs == 5, not train.max_steps,
-        train.freeze_layers <= 0, not train.freeze, not train.lora, train.loss == "cross_entropy", train.accumulate == 1,
+        train.freeze_layers <= 0, not train.partial, train.loss == "cross_entropy", train.accumulate == 1,
     )  # fmt: skip
     return all(stated)
 

@@ -17,24 +17,29 @@ _FINER = re.compile(r"(text|video)\.(?:embeddings|blocks\.(\d+)(?:-(\d+))?)")
 
 
 def choose_trained(model: "nn.Module", train: TrainConfig) -> None:
-    """Freeze what `train.freeze` and `train.freeze_layers` name and, with `train.lora`, the towers, in place: it gets no gradient.
+    """Freeze what `train.freeze` and `train.freeze_layers` name and, with `train.lora` or `train.prompts`, the towers, in place: it gets
+    no gradient.
 
-    model: a CLIP4Clip as it was built. Raises ValueError for a word that names nothing, a tower that has no blocks to count or no
-    matrices for LoRA, and if nothing is left to be trained.
+    model: a CLIP4Clip as it was built. Raises ValueError for a word that names nothing, a tower that has no blocks to count, no
+    matrices for LoRA or no place for prompts, and if nothing is left to be trained.
     """
     from c4c.models.depth import towers_in
 
-    if not (train.freeze or train.lora or train.freeze_layers >= 0):
+    _require_its_prompts(model, train)
+    if not (train.partial or train.freeze_layers >= 0):
         return
     towers = towers_in(model)
     frozen = _named(model, towers, train.freeze, "train.freeze")
     if train.freeze_layers >= 0:
         frozen |= _below(model, towers, train.freeze_layers)
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad} - frozen
-    if train.lora:
+    if train.lora or train.prompts:
         beside = _named(model, towers, train.lora_also, "train.lora_also") - frozen
         trained = {name for name in trained if part_of(name) not in towers} | beside
+    if train.lora:
         trained |= _add_lora(model, towers, frozen, train)
+    if train.prompts:
+        trained |= _add_prompts(model, frozen, train)
     for name, weight in model.named_parameters():
         weight.requires_grad_(name in trained)
     if not trained:
@@ -106,6 +111,35 @@ def _add_lora(model: "nn.Module", towers: dict[str, "Tower"], frozen: set[str], 
             f"{_listed(train.freeze)}, train.freeze_layers={train.freeze_layers}): leave some out"
         )
     return new
+
+
+def _require_its_prompts(model: "nn.Module", train: TrainConfig) -> None:
+    """Raise ValueError if the weights that the model started from have prompts, and the run is to have another number."""
+    from c4c.models.prompts import prompts_of
+
+    number = prompts_of(model)
+    if number and number != train.prompts:
+        raise ValueError(
+            f"train.prompts={train.prompts}, but the weights of model.init_from were trained with prompt vectors, and do not mean the same "
+            f"without them: set train.prompts={number}, or start from other weights"
+        )
+
+
+def _add_prompts(model: "nn.Module", frozen: set[str], train: TrainConfig) -> set[str]:
+    """Give prompts to the blocks of both towers, unless they came with some; returns the names of these weights."""
+    from c4c.models.prompts import PROMPTS, add_prompts, in_words, prompts_of
+
+    if part := next((part for name in sorted(frozen) if (part := part_of(name)) in ("text", "video")), ""):
+        raise ValueError(
+            f"train.prompts={train.prompts} freezes both towers already, and its vectors learn in both: leave what is of the {part} tower "
+            f"out of train.freeze={_listed(train.freeze)}"
+        )
+    if not prompts_of(model):
+        add_prompts(model.get_submodule("clip"), train.prompts)
+    weights = {name: weight for name, weight in model.named_parameters() if name.endswith(f".{PROMPTS}")}
+    notes: list[str] = getattr(model, "notes")  # noqa: B009  # of a CLIP4Clip
+    notes.append(in_words(train.prompts, list(weights.values())))
+    return set(weights)
 
 
 def _require_blocks(part: str, tower: "Tower", setting: str) -> None:

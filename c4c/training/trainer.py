@@ -269,7 +269,7 @@ class Trainer:
 
     def _introduce(self, moved: Path | None) -> None:
         config, session = self.config, self.session
-        cheap = bool(config.train.lora or config.train.freeze)
+        cheap = config.train.partial
         trained = f", {session.trained / 1e6:.2f} M trained" if cheap else ""
         # nobody has counted the operations of a step that leaves gradients out
         self._peak = None if cheap else peak(self.device, config.engine.precision)

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder:
 
-    model.safetensors       fp32 master weights under CLIP4Clip's names; with train.lora or train.freeze only those that
+    model.safetensors       fp32 master weights under CLIP4Clip's names; with train.lora, prompts or freeze only those that
                             model.init_from does not give again (see c4c.models.origin)
     ema.safetensors         only with train.ema: the moving averages of the trained weights, fp32, under the same names
     optimizer.safetensors   NAME/exp_avg and NAME/exp_avg_sq of every trained weight; random.N.cpu, random.N.cuda of rank N

@@ -64,6 +64,7 @@ TORCHS = {
     "torch's, ZeRO 2, bf16": {"zero_stage": 2, "precision": "bf16", "torchs": True},
 }
 LORA = {"lora": 4, "lora_on": "all", "freeze": ("video.blocks.0",)}
+PROMPTS = {"prompts": 3}
 CHEAP = {  # checkpoints without what is frozen
     **{f"LoRA, ZeRO {stage}": {"zero_stage": stage, "train": LORA} for stage in range(4)},
     "LoRA, ZeRO 1, bf16": {"zero_stage": 1, "train": LORA, "precision": "bf16"},
@@ -72,6 +73,10 @@ CHEAP = {  # checkpoints without what is frozen
     "LoRA, ZeRO 3, checkpointing": {"zero_stage": 3, "train": LORA, "activation_checkpointing": True},
     "LoRA, ZeRO 3, bf16": {"zero_stage": 3, "train": LORA, "precision": "bf16"},
     "LoRA, ZeRO 2, fp16": {"zero_stage": 2, "train": LORA, "precision": "fp16", "scale": 4},
+    **{f"prompts, ZeRO {stage}": {"zero_stage": stage, "train": PROMPTS} for stage in range(4)},
+    "prompts, ZeRO 2, cached": {"zero_stage": 2, "train": PROMPTS, "passes": 2},
+    "prompts, ZeRO 3, checkpointing": {"zero_stage": 3, "train": PROMPTS, "activation_checkpointing": True},
+    "prompts, ZeRO 1, bf16": {"zero_stage": 1, "train": PROMPTS, "precision": "bf16"},
     "text frozen, ZeRO 0": {"zero_stage": 0, "train": {"freeze": "text"}},
     "text frozen, ZeRO 3": {"zero_stage": 3, "train": {"freeze": "text"}},
     "by layer, ZeRO 0": {"zero_stage": 0, "train": {"layer_decay": 0.5}},
@@ -103,7 +108,7 @@ TWO = BF16 | FP16 | TORCHS | CHEAP | {
 SAVED = {
     1: ["ZeRO 1", "alone, bf16", "alone, bf16, torch's", "alone, tightTransf"],
     2: [*(f"ZeRO {stage}" for stage in range(4)), *BF16, *FP16, *TORCHS, "offload", "offload all", "frozen", "ZeRO 1, cached",
-        "ZeRO 2, accumulated", "LoRA, ZeRO 0", "LoRA, ZeRO 3", "LoRA, ZeRO 1, bf16", "text frozen, ZeRO 3", "by layer, ZeRO 1",
+        "ZeRO 2, accumulated", "LoRA, ZeRO 0", "LoRA, ZeRO 3", "LoRA, ZeRO 1, bf16", "prompts, ZeRO 3", "text frozen, ZeRO 3", "by layer, ZeRO 1",
         "ZeRO 1, sigmoid", "ZeRO 3, sigmoid", "unused bias", "ZeRO 2, options", "ZeRO 3, merging"],
     4: [],
 }  # fmt: skip
@@ -122,7 +127,7 @@ AGAIN: dict[int, dict[str, tuple[int, str, str]]] = {
         f"{a} -> {b}": (2, a, b)
         for a, b in (("ZeRO 1", "ZeRO 3"), ("ZeRO 3", "ZeRO 0"), ("ZeRO 0", "ZeRO 2"), ("ZeRO 2", "offload"),
                      ("ZeRO 1, bf16", "ZeRO 0, bf16"), ("ZeRO 1, bf16", "torch's, ZeRO 1, bf16"),
-                     ("LoRA, ZeRO 0", "LoRA, ZeRO 3"), ("LoRA, ZeRO 3", "LoRA, ZeRO 1"), ("text frozen, ZeRO 3", "text frozen, ZeRO 0"),
+                     ("LoRA, ZeRO 0", "LoRA, ZeRO 3"), ("LoRA, ZeRO 3", "LoRA, ZeRO 1"), ("prompts, ZeRO 3", "prompts, ZeRO 0"), ("text frozen, ZeRO 3", "text frozen, ZeRO 0"),
                      ("torch's, ZeRO 2, bf16", "ZeRO 2, bf16"), ("torch's, ZeRO 3", "ZeRO 0"), ("ZeRO 0", "torch's, ZeRO 3"),
                      ("ZeRO 1, sigmoid", "ZeRO 3, sigmoid"))
     },
@@ -156,7 +161,7 @@ def engine_of(way: dict, world: int):
     train = TrainConfig(batch_size=ROWS, micro_batch_size=micro, lr=1e-3, **more)
     choose_trained(model, train)
     learner = Learner(model, train.loss, options=LossOptions.of(train))
-    if train.lora or train.freeze:
+    if train.partial:
         trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
         learner.left_out = frozenset(model.state_dict()) - trained
     own = (

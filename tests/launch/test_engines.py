@@ -123,6 +123,7 @@ def test_what_is_frozen_is_not_stored(source, engines):
     kind = source.partition(",")[0]
     assert ("clip.transformer.resblocks.0.mlp.c_fc.weight" in names) == (kind == "by layer")
     assert ("clip.visual.transformer.resblocks.1.attn.lora_b" in names) == (kind == "LoRA")
+    assert ("clip.transformer.resblocks.1.prompts" in names) == (kind == "prompts")
     assert not any("visual.transformer.resblocks.0." in name and "lora" in name for name in names)  # train.freeze
     assert "clip.logit_scale" in names
 

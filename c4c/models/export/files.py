@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 
 from c4c.files import discard, replace_text, with_usual_mode
 from c4c.models.clip4clip import CLIP4Clip
-from c4c.models.export.towers_only import pictures, without_merging
+from c4c.models.export.towers_only import pictures, refuse_prompts, without_merging
 from c4c.models.pretrained import kept
+from c4c.models.prompts import prompts_of
 from c4c.models.tokenizer_spec import without_files
 from c4c.models.weights.clip4clip import to_official, unsaid_pictures
 from pipelines.config import DataConfig
@@ -29,7 +30,8 @@ def describe(model: CLIP4Clip, data: DataConfig | None) -> dict:
         "segments": model.segments,
     }
     merging = {"merging": {"tokens": model.merging.tokens, "joins": list(model.merging.joins)}} if model.merging else {}
-    return about | merging | ({"data": kept(data)} if data else {})
+    prompts = {"prompts": number} if (number := prompts_of(model)) else {}
+    return about | merging | prompts | ({"data": kept(data)} if data else {})
 
 
 def unsaid(model: CLIP4Clip, data: DataConfig | None) -> list[str]:
@@ -47,6 +49,8 @@ def write(model: CLIP4Clip, data: DataConfig | None, path: Path, official: bool)
 
     The files of a tokenizer that is not CLIP's are written beside c4c's own layout, where they can be had.
     """
+    if official:
+        refuse_prompts(model, "the official CLIP4Clip's layout")
     state = {k: v.detach().contiguous().cpu() for k, v in model.state_dict().items()}
     beside = path.with_name(f".{path.name}.tmp")
     try:

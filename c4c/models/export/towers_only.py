@@ -2,6 +2,7 @@
 
 from c4c.models.backbone import preprocess_of
 from c4c.models.clip4clip import CLIP4Clip
+from c4c.models.prompts import prompts_of
 from pipelines.config import DataConfig
 
 _WITHOUT_WEIGHTS = {
@@ -16,12 +17,22 @@ def refuse_more(model: CLIP4Clip, layout: str) -> str:
         raise ValueError(
             f"{layout} has no place for patches that span three frames (model.linear_patch=3d): use --format c4c or onnx"
         )
+    refuse_prompts(model, layout)
     if model.head.name not in _WITHOUT_WEIGHTS:
         raise ValueError(
             f"{layout} holds the two towers only, and the weights of the head {model.head.name} would be lost: use --format "
             "c4c, official or onnx"
         )
     return f"{model.head.name}: {_WITHOUT_WEIGHTS[model.head.name]}"
+
+
+def refuse_prompts(model: CLIP4Clip, layout: str) -> None:
+    """Raise ValueError if the towers have prompt vectors, which other programs' towers do not: without them features are others."""
+    if number := prompts_of(model):
+        raise ValueError(
+            f"{layout} has no place for the {number} prompt vectors in each block of the towers (train.prompts), and without them "
+            "features are others: use --format c4c or onnx"
+        )
 
 
 def without_merging(model: CLIP4Clip) -> list[str]:

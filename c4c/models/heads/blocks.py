@@ -7,6 +7,7 @@ import torch
 from open_clip.transformer import LayerNorm, QuickGELU, ResidualAttentionBlock
 from torch import Tensor, nn
 
+from c4c.models.prompts import PROMPTS
 from c4c.models.text_tower import text_start
 
 # Standard deviation of positions that start at random: that of what a random tower says of a frame. Blocks normalise the
@@ -61,5 +62,6 @@ def start_as_text(blocks: nn.ModuleList, table: nn.Embedding, clip: nn.Module) -
         rows = min(len(start.positions), table.num_embeddings)
         table.weight[:rows].copy_(start.positions[:rows])
         for block, source in zip(blocks, start.blocks, strict=False):
-            block.load_state_dict(source.state_dict())
+            copied = {name: weight for name, weight in source.state_dict().items() if name != PROMPTS}
+            block.load_state_dict(copied)
     return ""

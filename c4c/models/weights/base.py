@@ -23,6 +23,7 @@ class Weights:
     kind: str = ""  # what the file was recognised as
     data: dict = field(default_factory=dict)  # settings of the data that go with it, where it says them
     merging: Merging = NO_MERGING  # of tokens in the image tower
+    prompts: int = 0  # vectors in each block of both towers; see c4c.models.prompts
 
 
 @dataclass(frozen=True)

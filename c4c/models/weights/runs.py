@@ -12,6 +12,7 @@ from c4c.merging import Merging
 from c4c.models import towers
 from c4c.models.backbone import named, preprocess_of
 from c4c.models.origin import whole
+from c4c.models.prompts import prompts_in
 from c4c.models.tokenizer_spec import FILES, with_files
 from c4c.models.weights.base import Content, Unsaid, Weights, floats
 from c4c.training.run_folder import read_config
@@ -27,7 +28,7 @@ def from_run(folder: Path, tag: str | None, ema: bool = True) -> Weights:
     spec = with_files(read_json_object(about) if about.is_file() else named(model.backbone), folder / FILES)
     return Weights(
         state, spec, model.head, model.linear_patch, model.head_layers, config.data.num_frames, "c4c run",
-        merging=model.merging,
+        merging=model.merging, prompts=prompts_in(state),
     )  # fmt: skip
 
 
