@@ -176,7 +176,8 @@ class TrainConfig:
             raise ValueError("train.lora_also names what is trained beside LoRA: set train.lora to a rank as well")
         if self.prompts and self.freeze_layers >= 0:
             raise ValueError(
-                f"train.prompts={self.prompts} freezes both towers already: leave train.freeze_layers={self.freeze_layers} out"
+                f"train.prompts={self.prompts} freezes both towers already, and train.freeze_layers is {self.freeze_layers}: set "
+                "train.freeze_layers=-1"
             )
 
     def _check_loss(self) -> None:

@@ -173,7 +173,7 @@ def test_other_towers_are_refused(spec, said):
 
 
 def test_what_does_not_go_together_is_refused():
-    with pytest.raises(ValueError, match=r"leave train.freeze_layers=2 out"):
+    with pytest.raises(ValueError, match=r"freeze_layers is 2: set train.freeze_layers=-1"):
         TrainConfig(prompts=2, freeze_layers=2)
     with pytest.raises(ValueError, match=r"train.prompts=-1"):
         TrainConfig(prompts=-1)

@@ -69,13 +69,13 @@ def test_msrvtt_has_the_numbers_of_the_evaluation_report(packed):
 
 @pytest.mark.parametrize(
     "word",
-    ["model.head=wti", "model.head=seqLSTM", "model.linear_patch=3d", "data.num_frames=6", "model.backbone=ViT-B-16", "train.lora=8", "train.prompts=4",
+    ["model.head=wti", "model.head=seqLSTM", "model.linear_patch=3d", "data.num_frames=6", "model.backbone=ViT-B-16", "train.lora=8", "train.prompts=4 train.freeze_layers=-1",
      "model.init_from=laion2b_s34b_b79k", "train.batch_size=64", "train.epochs=1", "train.max_steps=10", "train.freeze_layers=9",
      "data.sampling=head", "train.loss=sigmoid", "data.frame_order=reverse", "data.max_words=8", "data.flip=0.5", "train.ema=0.99",
      "train.label_smoothing=0.1", "train.teacher=runs/t", "train.lr_text=0", "data.image_size=128"],
 )  # fmt: skip
 def test_other_settings_have_none(packed, word):
-    assert of([*packed("msrvtt", IDS, 1000), word]) == ()
+    assert of([*packed("msrvtt", IDS, 1000), *word.split()]) == ()
 
 
 @pytest.mark.parametrize(
