@@ -3,7 +3,7 @@ VENV ?= .venv
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 # without bytecode on disk, each of the many processes would compile torch and open_clip again, for 20 s
 unexport PYTHONDONTWRITEBYTECODE
-.PHONY: demo demo-two-stage test test-quick kills lint
+.PHONY: demo demo-two-stage test test-all test-quick kills lint
 # tests run in as many processes as there are cores, up to 4; each takes whole files, so that fixtures are made once
 CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 PROCESSES := $(shell echo $$(( $(CORES) > 4 ? 4 : $(CORES) )))
@@ -22,6 +22,9 @@ study: $(VENV)/ready
 	python -c 'from c4c.zero.distributed import compile_ops; compile_ops()' & python -m c4c.shard demo --out data/demo && python -m c4c.shard demo-narrated --out data/narrated && wait && python -m c4c.study --cfg study_demo.yaml
 
 test: $(VENV)/compiled
+	$(TESTS) -n $(PROCESSES) -m 'not nightly'
+
+test-all: $(VENV)/compiled
 	$(TESTS) -n $(PROCESSES)
 
 # one process more: these wait for disks and pipes now and then

@@ -66,6 +66,7 @@ def test_look_into_a_split(work, environment, monkeypatch):
     assert any("image/png" in output.get("data", {}) for output in outputs), "the strip of frames"
 
 
+@pytest.mark.nightly
 def test_search_your_videos(work, environment, monkeypatch):
     """With a model of random weights: what it finds is tests/launch/test_search.py's business."""
     backbone = "ViT-demo-16-small"

@@ -8,7 +8,7 @@ import pytest
 from tests import tiny_backbones
 from tests.launch.every_backbone import STEPS, WAYS
 
-pytestmark = [pytest.mark.launch, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.launch, pytest.mark.nightly, pytest.mark.timeout(900)]
 BEFORE_LAST = f"step{STEPS - 1:08d}"
 
 

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from tests.launch.kills import curve, validations
 from tests.launch.runs import losses
 
-pytestmark = [pytest.mark.launch, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.launch, pytest.mark.nightly, pytest.mark.timeout(1200)]
 LORA = ["train.lora=4", "train.lora_on=all", "train.layer_decay=0.9", "train.lr=3e-3", "checkpoint.keep_last=9"]
 
 

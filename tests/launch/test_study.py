@@ -12,7 +12,7 @@ import yaml
 
 from tests.launch.runs import ROOT, SETTINGS, lines, own_environment
 
-pytestmark = [pytest.mark.launch, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.launch, pytest.mark.nightly, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

@@ -276,6 +276,7 @@ def test_batch_norms_keep_their_statistics():
 LARGE = {"PE-Core-bigG-14-448", "ViTamin-XL-384", "EVA02-E-14-plus", "RN50x64", "coca_ViT-L-14", "ViT-H-14-worldwide"}
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(900)
 def test_no_name_of_open_clip_ends_in_a_traceback(monkeypatch):
     """Every fourth and some large ones, on the meta device: each can be used, or the reason is said."""

@@ -208,9 +208,9 @@ def with_a_wait(monkeypatch, wait) -> None:
     """As if someone put that into the step's loss."""
     plain = Learner._loss
 
-    def loss(self, text, video, valid, tokens):
+    def loss(self, text, video, valid, tokens, teacher):
         wait(text, valid)
-        return plain(self, text, video, valid, tokens)
+        return plain(self, text, video, valid, tokens, teacher)
 
     monkeypatch.setattr(Learner, "_loss", loss)
 
