@@ -216,7 +216,7 @@ def _graph(model: CLIP4Clip, digest: str, int8: bool) -> Path:
     exact = _made(cache / digest, lambda file: onnx.write_image_tower(model, file))
     if not int8:
         return exact
-    return _made(cache / f"{digest}-int8-{platform.machine()}", lambda file: onnx.round_to_int8(exact, file))
+    return _made(cache / f"{digest}-int8-7bit-{platform.machine()}", lambda file: onnx.round_to_int8(exact, file))
 
 
 def _made(folder: Path, write: Callable[[Path], None]) -> Path:

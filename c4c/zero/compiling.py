@@ -93,24 +93,33 @@ class Baton(file_baton.FileBaton):
     def try_acquire(self) -> bool:
         """Whether this process has it now."""
         while True:
-            fd = os.open(self.lock_file_path, os.O_CREAT | os.O_RDWR, 0o600)
+            try:
+                fd, made = os.open(self.lock_file_path, os.O_CREAT | os.O_EXCL, 0o644), True
+            except FileExistsError:
+                try:
+                    fd, made = os.open(self.lock_file_path, os.O_RDONLY), False
+                except FileNotFoundError:  # its owner was done with it in the meantime
+                    continue
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 os.close(fd)
                 return False
-            except OSError:  # a file system without locks
-                os.close(fd)
-                return bool(super().try_acquire())
-            if _is_at(fd, self.lock_file_path):
-                self._held = fd
-                return True
-            os.close(fd)  # its owner was done with it in the meantime, and has removed it
+            except OSError:  # a file system without locks: it is held by who made it, as torch's is
+                if not made:
+                    os.close(fd)
+                    return False
+            else:
+                if not _is_at(fd, self.lock_file_path):  # it was removed in the meantime
+                    os.close(fd)
+                    continue
+            self._held = fd
+            return True
 
     def wait(self) -> None:
         """Until its owner is done or gone."""
         try:
-            fd = os.open(self.lock_file_path, os.O_RDWR)
+            fd = os.open(self.lock_file_path, os.O_RDONLY)
         except FileNotFoundError:
             return
         try:

@@ -1,5 +1,6 @@
 """Compiling DeepSpeed's optimizer: where, with what, and what a killed run leaves behind."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -108,6 +109,21 @@ def test_a_lock_ends_with_its_owner(owner):
     again = compiling.Baton(str(lock))
     assert again.try_acquire()
     again.release()
+
+
+def test_a_file_system_without_locks_has_torchs_lock(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    lock = tmp_path / "lock"
+    first, second = (compiling.Baton(str(lock)) for _ in range(2))
+    assert first.try_acquire() and not second.try_acquire()
+    first.release()
+    second.wait()
+    assert second.try_acquire()
+    second.release()
+    assert not lock.exists()
 
 
 def test_what_the_processor_can_do_is_known_without_a_process(monkeypatch):
