@@ -1,0 +1,301 @@
+"""What each option beyond CLIP4Clip's recipe gives and costs on the demo set, beside the same run without it.
+
+    python bench/options.py [--only NAME ...] [--seeds 42 43 44] [--jobs 2] [--json bench/results/options.json] [key=value ...]
+
+Each row of ROWS is a training with every seed, on one core each, `--jobs` at a time; a run in runs/options that is done is only read, so
+an interrupted benchmark goes on. Rows of one group differ in the option alone. R@1 is that of the last step, never of the best. Of
+order-only pairs, two videos that show the same frames in opposite order, the share of texts that score their own video above its twin
+stands beside it: chance is 50 %. Speed in training is the median over a run's steps but the first tenth, over that of the plain
+run with the same seed; at inference it is that of the towers and the head on random clips, on one core, all rows in turn. Memory is the most that
+the process held. key=value words are settings of all runs.
+
+Needs data/demo and data/narrated (python -m c4c.shard demo --out data/demo; python -m c4c.shard demo-narrated --out data/narrated).
+Writes the JSON after every run, and beside it a table in Markdown.
+"""
+
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from bench import harness
+from bench.harness import ROOT
+from c4c.study.outcomes import measured, speed_of
+from c4c.study.statistics import compare, estimate
+from c4c.training.run_folder import read_done
+
+RUNS = ROOT / "runs/options"
+BASE = (
+    "run.deterministic=true", "data.num_frames=4", "data.sampling=segment", "model.backbone=ViT-demo-16-small", "train.lr=3.0e-3",
+    "train.batch_size=128", "train.max_steps=240", "train.warmup_epochs=0.5", "train.eval_every=0", "checkpoint.keep_best=0",
+    "checkpoint.keep_last=3",
+)  # fmt: skip
+STAGE_ONE = "stage one"
+KEYS = {"R1": "t2v_R1", "R5": "t2v_R5", "v2t_R1": "v2t_R1", "pairs_R1": "pairs_R1", "own_first": "pairs_own_first"}
+HEADS = ["", "R@1 %", "difference (95 %)", "own video above its twin %", "training, clips/s", "inference, clips/s", "bytes a video",
+         "memory, GiB", "trained, M"]  # fmt: skip
+CLIPS = 32  # at once, where inference is timed
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table.
+
+    settings: of the training, beside BASE. start, teacher: names of rows whose runs it starts from, or learns from. of: evaluate that row's
+    run instead of training, with the words `flags`; average: of how many of its checkpoints. beside: the row it is compared with.
+    published: what its source reports, and the source.
+    """
+
+    name: str
+    settings: tuple[str, ...] = ()
+    cfg: str = "demo.yaml"
+    start: str = ""
+    teacher: str = ""
+    of: str = ""
+    flags: tuple[str, ...] = ()
+    average: int = 0
+    beside: str = "plain"
+    published: str = ""
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Rows whose runs must be there."""
+        return tuple(filter(None, (self.start, self.teacher, self.of, self.beside)))
+
+    @property
+    def depth(self) -> int:
+        """How many others have to run before it."""
+        before = [row.depth for row in ROWS if row.name in (self.start, self.teacher, self.of)]
+        return 1 + max(before) if before else 0
+
+
+def folder_of(name: str, seed: int) -> Path:
+    """Where a row's run is."""
+    return RUNS / f"{re.sub('[^a-z0-9.]+', '-', name.lower()).strip('-')}-{seed}"
+
+
+ROWS = (
+    Row("plain"),
+    Row("wti", ("model.head=wti",), published="DRL, MSR-VTT, B/32: 44.8 with equal weights, 46.6"),
+    Row("wti, decorrelated", ("model.head=wti", "train.decorrelation=0.001"), beside="wti", published="DRL: 46.6 to 47.6"),
+    Row("seqTransf", ("model.head=seqTransf",), published="CLIP4Clip, MSR-VTT, B/32: 43.1 to 44.5"),
+    Row("seqWTI, decorrelated", ("model.head=seqWTI", "train.decorrelation=0.001"), published="DRL, MSR-VTT, B/32: 47.6"),
+    Row("merged", ("model.merge=2",), published="TempMe: full fine-tuning 1.6 times as fast"),
+    Row("merged, across frames", ("model.merge=2", "model.merge_frames=[1]"), published="TempMe: half the operations"),
+    Row("merged in evaluation only", of="plain", flags=("--merge", "2")),
+    Row("taught by wti", teacher="wti", published="TeachCLIP: above its CLIP4Clip at the same cost of a search"),
+    Row("5 captions a video", ("train.captions_per_video=5",)),
+    Row("duplicates dropped", ("data.drop_duplicate_captions=true",)),
+    Row("equal captions masked", ("train.mask_equal_captions=true",)),
+    Row("label smoothing 0.1", ("train.label_smoothing=0.1",)),
+    Row("averaged weights (EMA)", ("train.ema=0.98",)),
+    Row("average of 3 checkpoints", of="plain", average=3),
+    Row("three shortcuts", ("engine.fold_pixels=true", "engine.trim_captions=true", "engine.share_captions=true")),
+    Row(STAGE_ONE, cfg="demo_narrated.yaml", beside=""),
+    Row("from stage one, all weights", start=STAGE_ONE, beside=""),
+    Row("from stage one, LoRA", ("train.lora=8", "train.lora_on=all"), start=STAGE_ONE, beside="from stage one, all weights"),
+    Row("from stage one, prompts", ("train.prompts=4",), start=STAGE_ONE, beside="from stage one, all weights"),
+)  # fmt: skip
+
+
+def main() -> int:
+    parser = harness.parser(__doc__, "options", only=True)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="trainings at a time, each on one core (default: %(default)s)"
+    )
+    parser.add_argument("--rounds", type=int, default=7, help="turns that speed at inference is measured in")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_intermixed_args()
+    rows = chosen(args.only)
+    cells = [Cell(row, seed, tuple(args.overrides)) for seed in args.seeds for row in rows]
+    for wave in (0, 1, 2):  # what starts from another run, or evaluates one, comes after it
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(Cell.run, [cell for cell in cells if cell.row.depth == wave]))
+    speeds = inference([cell for cell in cells if cell.seed == args.seeds[0]], args.rounds)
+    found = [told(row, [cell for cell in cells if cell.row is row], speeds) for row in rows]
+    beside_baseline(found)
+    about = harness.machine() | harness.versions("torch", "deepspeed", "open_clip_torch", "nvidia-dali-cuda130")
+    settings = [*BASE, *args.overrides]
+    harness.save(
+        args.json, {"machine": about, "seeds": args.seeds, "jobs": args.jobs, "settings": settings, "rows": found}
+    )
+    show(found, args.json and args.json.with_suffix(".md"))
+    return 0
+
+
+def chosen(only: Sequence[str]) -> list[Row]:
+    """The rows that `--only` names pieces of, with those that they need or are compared with, in the order of ROWS."""
+    by_name = {row.name: row for row in ROWS}
+    wanted = [row for row in ROWS if harness.is_chosen(only, row.name)]
+    names: set[str] = set()
+    while wanted:
+        row = wanted.pop()
+        names.add(row.name)
+        wanted += [by_name[name] for name in row.needs if name not in names]
+    return [row for row in ROWS if row.name in names]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A row with one seed."""
+
+    row: Row
+    seed: int
+    overrides: tuple[str, ...]
+
+    @property
+    def folder(self) -> Path:
+        return folder_of(self.row.name, self.seed)
+
+    def run(self) -> None:
+        """Train or evaluate, unless that is done. Raises subprocess.CalledProcessError."""
+        row, folder = self.row, self.folder
+        if not row.of:
+            words = [] if row.cfg != "demo.yaml" else [*BASE, *self.overrides]
+            words += [*row.settings, f"run.seed={self.seed}", f"run.dir={folder.relative_to(ROOT)}", "run.resume=auto"]
+            words += [f"model.init_from={folder_of(row.start, self.seed).relative_to(ROOT)}"] if row.start else []
+            words += [f"train.teacher={folder_of(row.teacher, self.seed).relative_to(ROOT)}"] if row.teacher else []
+            return None if read_done(folder) else start("launch/train.py", "--cfg", row.cfg, *words, log=folder)
+        if (folder / "eval.json").exists():
+            return None
+        source = folder_of(row.of, self.seed)
+        if row.average:
+            start("-m", "c4c.average", source, "--last", row.average, "--out", folder / "average", log=folder)
+            source = folder / "average"
+        return start("launch/eval.py", "--ckpt", source, *row.flags, "--json", folder / "eval.json", log=folder)
+
+
+def start(*words: object, log: Path) -> None:
+    """Run Python with these words on one core, and print what the row is once it has ended. Raises subprocess.CalledProcessError."""
+    log.mkdir(parents=True, exist_ok=True)
+    began = time.time()
+    with open(log / "output.log", "ab") as file:
+        command, environment = [sys.executable, *map(str, words)], harness.environment(OMP_NUM_THREADS="1")
+        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    print(f"{log.name}: {time.time() - began:.0f} s, exit {done.returncode}", flush=True)
+    if done.returncode:
+        print((log / "output.log").read_text(errors="replace")[-2000:], file=sys.stderr)
+        done.check_returncode()
+
+
+def inference(cells: Iterable[Cell], rounds: int) -> dict[str, tuple[float, int]]:
+    """By row: clips per second of the image tower and the head on one core, the median over rounds in which all rows have a turn, and the
+    bytes that stand for a video."""
+    import torch
+
+    from c4c.merging import Merging
+    from c4c.models.pretrained import open_checkpoint
+
+    torch.set_num_threads(1)
+    ways: dict[str, Callable[[], tuple[float, int]]] = {}
+    for cell in cells:
+        row = cell.row
+        merging = Merging(tokens=int(row.flags[1])) if "--merge" in row.flags else None
+        source = cell.folder / "average" if row.average else folder_of(row.of or row.name, cell.seed)
+        model, data = open_checkpoint(str(source), merging=merging)
+        draw = torch.Generator().manual_seed(0)
+        frames = torch.randn(CLIPS, data.num_frames, 3, data.image_size, data.image_size, generator=draw)
+        mask = torch.ones(CLIPS, data.num_frames, dtype=torch.bool)
+
+        def encode(model=model, frames=frames, mask=mask) -> tuple[float, int]:
+            mark = time.perf_counter()
+            with torch.inference_mode():
+                made = model.head.video(model.encode_video(frames, mask), mask)
+            return CLIPS / (time.perf_counter() - mark), made.nbytes // CLIPS
+
+        encode()
+        ways[row.name] = encode
+    found = harness.in_turn(ways, rounds)
+    return {name: (statistics.median(speed for speed, _ in each), each[0][1]) for name, each in found.items()}
+
+
+def told(row: Row, cells: Sequence[Cell], speeds: dict[str, tuple[float, int]]) -> dict:
+    """What the runs of a row came to."""
+    from c4c.config import from_dict
+    from c4c.performance.counts import meta_model
+    from c4c.training.run_folder import read_config
+
+    metrics = [measured(cell.folder, not row.of).metrics for cell in cells]
+    clips_per_s, stored = speeds[row.name]
+    out: dict = {"row": row.name, "beside": row.beside, "published": row.published}
+    out |= {"settings": row.settings, "flags": row.flags, "inference_clips_per_s": clips_per_s, "bytes_a_video": stored}
+    out |= {key: [each.get(name) for each in metrics] for key, name in KEYS.items()}
+    if row.of:
+        return out
+    speed = [speed_of(cell.folder) for cell in cells]
+    model = meta_model(from_dict(read_config(cells[0].folder)))
+    return out | {
+        "train_clips_per_s": [each[0] for each in speed],
+        "memory_gib": [each[1] for each in speed],
+        "weights": sum(p.numel() for p in model.parameters()),
+        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
+
+
+def beside_baseline(found: list[dict]) -> None:
+    """Add to each row what it is compared with: the difference in R@1 by seed, and the ratios of its speeds."""
+    by_name = {row["row"]: row for row in found}
+    for row in found:
+        base = by_name.get(row["beside"])
+        if base is None or base is row:
+            continue
+        difference = compare([a - b for a, b in zip(row["R1"], base["R1"], strict=True)])
+        row["R1_difference"] = asdict(difference) if difference else None
+        row["inference_ratio"] = row["inference_clips_per_s"] / base["inference_clips_per_s"]
+        if "train_clips_per_s" in row and "train_clips_per_s" in base:
+            pairs = zip(row["train_clips_per_s"], base["train_clips_per_s"], strict=True)
+            row["train_ratio"] = statistics.median(a / b for a, b in pairs)
+
+
+def cells_of(row: dict) -> list[str]:
+    """A line of the table."""
+    difference = row.get("R1_difference")
+    change = "" if not difference else f"{difference['mean']:+.1f}"
+    if difference and difference["low"] is not None:
+        change += f" ({difference['low']:+.1f} to {difference['high']:+.1f})"
+    return [
+        row["row"], _spread(row["R1"]), change, _spread(row["own_first"]), _times(row, "train"), _times(row, "inference"),
+        harness.number(row["bytes_a_video"], ".0f"), _most(row.get("memory_gib"), ".2f"), harness.number(row.get("trained"), ".2f", 1e6),
+    ]  # fmt: skip
+
+
+def show(found: list[dict], markdown: Path | None) -> None:
+    rows = [cells_of(row) for row in found]
+    harness.show(HEADS, rows, width=180)
+    if markdown:
+        lines = [HEADS, ["---"] * len(HEADS), *rows]
+        markdown.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
+
+
+def _spread(values: Sequence[float | None]) -> str:
+    known = estimate([value for value in values if value is not None])
+    if known is None:
+        return "-"
+    return f"{known.mean:.1f}" + ("" if known.sd is None else f" ± {known.sd:.1f}")
+
+
+def _times(row: dict, name: str) -> str:
+    """Clips per second, and how many times the baseline's that is."""
+    speed = row.get(f"{name}_clips_per_s")
+    if speed is None:
+        return "-"
+    ratio = row.get(f"{name}_ratio")
+    return f"{statistics.median(speed) if isinstance(speed, list) else speed:.0f}" + (
+        f" ({ratio:.2f} ×)" if ratio else ""
+    )
+
+
+def _most(values: Sequence[float] | None, form: str) -> str:
+    return harness.number(max(values) if values else None, form)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

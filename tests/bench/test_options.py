@@ -1,0 +1,82 @@
+"""bench/options.py without training: which runs it starts, in which order, and what its table says of them."""
+
+import json
+
+import pytest
+
+from bench import options
+from c4c.config import load
+from c4c.training.run_folder import mark_done
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(options, "RUNS", tmp_path)
+    monkeypatch.setattr(options, "ROOT", tmp_path.parent)
+    return tmp_path
+
+
+def test_rows_have_names_of_their_own_and_settings_that_exist():
+    names = [row.name for row in options.ROWS]
+    assert len({options.folder_of(name, 1) for name in names}) == len(names)
+    for row in options.ROWS:
+        assert all(need in names for need in row.needs)
+        load(row.cfg, [*options.BASE, *row.settings], [options.ROOT / "launch/cfg"])
+
+
+def test_a_row_brings_what_it_needs_and_comes_after_it():
+    chosen = options.chosen(["LoRA", "taught", "average of"])
+    assert [row.name for row in chosen] == [
+        "plain", "wti", "taught by wti", "average of 3 checkpoints", "stage one", "from stage one, all weights", "from stage one, LoRA",
+    ]  # fmt: skip
+    assert [row.depth for row in chosen] == [0, 0, 1, 1, 0, 1, 1]
+    assert options.chosen([]) == list(options.ROWS)
+
+
+def test_what_is_started(runs, monkeypatch):
+    started = []
+    monkeypatch.setattr(options, "start", lambda *words, log: started.append([str(word) for word in words]))
+    by_name = {row.name: row for row in options.ROWS}
+    for name in ("taught by wti", "from stage one, LoRA", "average of 3 checkpoints", "merged in evaluation only"):
+        options.Cell(by_name[name], 7, ("train.max_steps=3",)).run()
+    taught, lora, average, averaged, merged = started
+    assert f"train.teacher={runs.name}/wti-7" in taught and taught[-3:-1] != [] and "run.seed=7" in taught
+    assert taught.index("train.max_steps=3") > taught.index(options.BASE[0])
+    assert f"model.init_from={runs.name}/stage-one-7" in lora and "train.lora=8" in lora
+    assert average[:3] == ["-m", "c4c.average", str(runs / "plain-7")] and average[3:5] == ["--last", "3"]
+    assert averaged[2] == str(runs / "average-of-3-checkpoints-7/average") and merged[3:5] == ["--merge", "2"]
+    (runs / "wti-7").mkdir()
+    mark_done(runs / "wti-7", 1, "")
+    options.Cell(by_name["wti"], 7, ()).run()
+    assert len(started) == 5  # what is done is not run again
+
+
+def test_a_run_that_fails_is_told(runs, capsys):
+    (runs / "bad").mkdir()
+    with pytest.raises(options.subprocess.CalledProcessError):
+        options.start("-c", "import sys; print('what was wrong'); sys.exit(3)", log=runs / "bad")
+    told = capsys.readouterr()
+    assert "bad: 0 s, exit 3" in told.out and "what was wrong" in told.err
+
+
+def test_the_table(tmp_path, capsys):
+    plain = {"row": "plain", "beside": "plain", "R1": [10.0, 12.0, 14.0], "own_first": [50.0, 50.0, 53.0]}
+    other = {"row": "other", "beside": "plain", "R1": [15.0, 18.0, 18.0], "own_first": [None, None, None]}
+    plain |= {"train_clips_per_s": [100.0, 200.0, 100.0], "inference_clips_per_s": 50.0, "bytes_a_video": 256}
+    other |= {"train_clips_per_s": [150.0, 200.0, 300.0], "inference_clips_per_s": 25.0, "bytes_a_video": 1024}
+    plain |= {"memory_gib": [1.0, 1.25, 1.0], "trained": 3_400_000}
+    evaluated = {key: other[key] for key in ("beside", "R1", "own_first", "inference_clips_per_s", "bytes_a_video")}
+    found = [plain, other, evaluated | {"row": "evaluated"}]
+    options.beside_baseline(found)
+    assert "R1_difference" not in plain and found[1]["train_ratio"] == 1.5 and found[1]["inference_ratio"] == 0.5
+    assert found[1]["R1_difference"]["mean"] == 5
+    first, second, third = (options.cells_of(row) for row in found)
+    assert first == ["plain", "12.0 ± 2.0", "", "51.0 ± 1.7", "100", "50", "256", "1.25", "3.40"]
+    # paired differences 5, 6, 4: 5 ± t(0.975, 2) / sqrt(3), which is 4.3027 / 1.7321 = 2.484
+    assert second[2] == "+5.0 (+2.5 to +7.5)" and second[3:6] == ["-", "200 (1.50 ×)", "25 (0.50 ×)"]
+    assert third[4] == "-" and third[7:] == ["-", "-"]
+    options.show(found, tmp_path / "table.md")
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert len(lines) == 5 and lines[1].startswith("| --- |") and all(line.count("|") == 10 for line in lines)
+    assert "own video" in capsys.readouterr().out
+    json.dumps(found)
