@@ -188,7 +188,9 @@ class TrainConfig:
             raise ValueError(
                 "train.teacher_temperature=0: scores are divided by it, so it must be above 0; 1 leaves them as they are"
             )
-        changed = {name for name, field in type(self).__dataclass_fields__.items() if getattr(self, name) != field.default}
+        changed = {
+            name for name, field in type(self).__dataclass_fields__.items() if getattr(self, name) != field.default
+        }
         for name, other in _WITH.items():
             if name in changed and not getattr(self, other):
                 raise ValueError(
