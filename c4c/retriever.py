@@ -97,7 +97,7 @@ class Retriever:
     def embed_text(self, texts: str | Sequence[str]) -> np.ndarray:
         """Unit vectors float32 [N, D] of sentences; of one sentence that is no list, [D].
 
-        For a head that compares frames or words (wti, tightTransf) they are a first choice only: `similarity` has its scores.
+        For a head that compares frames or words (wti, seqWTI, tightTransf) they are a first choice only: `similarity` has its scores.
         """
         encoder = self._text
         vectors = encoder.vectors(encoder.texts([texts] if isinstance(texts, str) else list(texts))).cpu().numpy()

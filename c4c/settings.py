@@ -30,6 +30,7 @@ _CANNOT = {  # loss: {setting: why not}
         "teacher": "its bags are matched as a whole, and a teacher scores each of their captions",
     },
 }
+_WITH = {"decorrelation_off_diagonal": "decorrelation", "teacher_weight": "teacher", "teacher_temperature": "teacher"}
 LORA_ON = ("attention", "mlp", "all")
 DECAYS = ("mmaction2", "official")
 
@@ -187,9 +188,18 @@ class TrainConfig:
             raise ValueError(
                 "train.teacher_temperature=0: scores are divided by it, so it must be above 0; 1 leaves them as they are"
             )
+        changed = {
+            name for name, field in type(self).__dataclass_fields__.items() if getattr(self, name) != field.default
+        }
+        for name, other in _WITH.items():
+            if name in changed and not getattr(self, other):
+                raise ValueError(
+                    f"train.{name}={getattr(self, name):g} has no effect without train.{other}: set train.{other} too, or leave "
+                    f"train.{name} out"
+                )
         reasons = _CANNOT.get(self.loss, {})
         for name, reason in reasons.items():
-            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+            if name in changed:
                 raise ValueError(
                     f"train.{name}={getattr(self, name)} and train.loss={self.loss} cannot be used together: {reason}. Leave train.{name} "
                     "out, or set train.loss=cross_entropy"

@@ -41,7 +41,7 @@ def main() -> int:
         "--ann", action="store_true", help="by the index's ANN: quicker in millions of segments, and may miss some"
     )
     parser.add_argument("--candidates", type=int, default=200, metavar="N", help="segments that a head which compares frames (wti, "
-                        "tightTransf) scores one by one (default: 200)")  # fmt: skip
+                        "seqWTI, tightTransf) scores one by one (default: 200)")  # fmt: skip
     parser.add_argument(
         "--json", nargs="?", const="-", metavar="FILE",
         help='write {"query", "results": [{"video", "start", "end", "score", "path", "id"}]}, a line a query, to FILE or standard '

@@ -46,6 +46,21 @@ def test_what_losses_can_do_is_not_refused():
     assert "must be above 0" in refused_words("train.teacher_temperature=0")
 
 
+@pytest.mark.parametrize(
+    ("word", "other"),
+    [
+        ("decorrelation_off_diagonal=0", "decorrelation=0.00011"),
+        ("teacher_weight=0.5", "teacher=runs/t"),
+        ("teacher_temperature=2", "teacher=runs/t"),
+    ],
+)
+def test_a_setting_of_a_term_that_is_not_there_is_refused(word, other):
+    name = other.partition("=")[0]
+    message = refused_words(f"train.{word}")
+    assert message.startswith(f"train.{word} has no effect without train.{name}: set train.{name} too, or leave")
+    load("demo.yaml", [f"train.{word}", f"train.{other}"], [SHIPPED])
+
+
 def test_captions_that_are_no_captions_of_a_whole_video_are_not_grouped():
     several, drop = "train.captions_per_video=2", "data.drop_duplicate_captions=true"
     assert "with data.paragraph a video's captions are one text" in refused_words(several, "data.paragraph=true")

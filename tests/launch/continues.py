@@ -39,6 +39,10 @@ COMMON |= {
     f"ZeRO {stage}{kind}, options": {"zero_stage": stage, "train": OPTIONS} | more
     for stage, kind, more in ((0, "", {}), (1, ", cached", {"passes": 2}), (2, "", {}), (3, ", cached", {"passes": 2}))
 }
+COMMON |= {
+    f"ZeRO {stage}, seqWTI": {"zero_stage": stage, "head": "seqWTI", "train": OPTIONS} | more
+    for stage, more in ((0, {}), (3, {"passes": 2}))
+}
 MERGING = Merging(tokens=1, joins=(1,))
 COMMON |= {
     f"ZeRO {stage}{kind}, merging": {"zero_stage": stage, "merging": MERGING} | more
@@ -49,7 +53,7 @@ COMMON |= {
 # what one rank takes: what others are compared with, and the ends of the scale; what four take: each kind once at least
 SOME = {
     1: ["ZeRO 0", "ZeRO 1", "ZeRO 3", "ZeRO 2, cached", "ZeRO 0, accumulated", "ZeRO 0, sigmoid", "ZeRO 3, sigmoid", "ZeRO 0, options",
-        "ZeRO 3, cached, options", "ZeRO 0, merging", "ZeRO 3, merging"],
+        "ZeRO 3, cached, options", "ZeRO 0, merging", "ZeRO 3, merging", "ZeRO 0, seqWTI"],
     2: list(COMMON),
     4: ["ZeRO 0", "ZeRO 1", "ZeRO 3", "ZeRO 1, cached", "ZeRO 3, cached", "ZeRO 2, accumulated", "ZeRO 3, sigmoid", "ZeRO 2, cached, sigmoid",
         "ZeRO 2, options", "ZeRO 3, cached, options", "ZeRO 3, cached, merging"],
@@ -109,7 +113,7 @@ SAVED = {
     1: ["ZeRO 1", "alone, bf16", "alone, bf16, torch's", "alone, tightTransf"],
     2: [*(f"ZeRO {stage}" for stage in range(4)), *BF16, *FP16, *TORCHS, "offload", "offload all", "frozen", "ZeRO 1, cached",
         "ZeRO 2, accumulated", "LoRA, ZeRO 0", "LoRA, ZeRO 3", "LoRA, ZeRO 1, bf16", "prompts, ZeRO 3", "text frozen, ZeRO 3", "by layer, ZeRO 1",
-        "ZeRO 1, sigmoid", "ZeRO 3, sigmoid", "unused bias", "ZeRO 2, options", "ZeRO 3, merging"],
+        "ZeRO 1, sigmoid", "ZeRO 3, sigmoid", "unused bias", "ZeRO 2, options", "ZeRO 3, merging", "ZeRO 3, seqWTI"],
     4: [],
 }  # fmt: skip
 # ranks: {name: (ranks of the checkpoint, its way, the way to go on)}

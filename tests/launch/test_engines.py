@@ -37,7 +37,7 @@ def assert_same(found: list, expected: list, half: bool = False) -> None:
 @pytest.mark.parametrize(("ranks", "way"), [(ranks, way) for ranks in SOME for way in SOME[ranks]])
 def test_the_losses_and_gradients_of_one_rank_without_zero(way, ranks, found):
     alone = ONE_RANK + next(
-        (kind for kind in (", accumulated", ", sigmoid", ", options", ", merging") if kind in way), ""
+        (kind for kind in (", accumulated", ", sigmoid", ", options", ", merging", ", seqWTI") if kind in way), ""
     )
     assert_same(found[ranks][way], found[1][alone])
 
@@ -49,6 +49,8 @@ def test_they_are_losses_of_something_that_learns(found):
     assert np.array(found[1][f"{ONE_RANK}, sigmoid"])[:, 0] != pytest.approx(whole, rel=0.01)
     options = np.array(found[1][f"{ONE_RANK}, options"])[:, 0]
     assert options[-1] < options[0]
+    seq_wti = np.array(found[1][f"{ONE_RANK}, seqWTI"])[:, 0]
+    assert seq_wti[-1] < seq_wti[0] and seq_wti != pytest.approx(options, rel=0.01)
     merging = np.array(found[1][f"{ONE_RANK}, merging"])[:, 0]
     assert merging[-1] < 0.9 * merging[0]
     assert merging != pytest.approx(whole, rel=1e-4)

@@ -19,6 +19,9 @@ from c4c.models.weights.clip4clip import to_official, unsaid_pictures
 from pipelines.config import DataConfig
 from pipelines.tokens import Tokenizer
 
+_OFFICIAL_HEADS = ("meanP", "seqLSTM", "seqTransf", "tightTransf")
+_DRL = {"wti": "None", "seqWTI": "seqTransf"}  # heads of DRL's code, which writes CLIP4Clip's layout: its --agg_module
+
 
 def describe(model: CLIP4Clip, data: DataConfig | None) -> dict:
     """What `c4c.models.weights.read` needs to build the model again; data: how clips and captions are made for it."""
@@ -40,6 +43,11 @@ def unsaid(model: CLIP4Clip, data: DataConfig | None) -> list[str]:
     if model.clip.logit_bias is not None:
         notes.append(
             "the official layout has no logit_bias, which is left out: scores rank the same, but are no probabilities"
+        )
+    if (head := model.head.name) not in _OFFICIAL_HEADS:
+        readers = f"; DRL's code reads it with --agg_module {_DRL[head]} --interaction wti" if head in _DRL else ""
+        notes.append(
+            f"the official CLIP4Clip has no head {head}: it would ignore the head's weights and score otherwise{readers}"
         )
     return notes
 

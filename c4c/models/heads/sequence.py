@@ -4,18 +4,18 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from c4c.models.heads import Head
 from c4c.models.heads.blocks import POSITION_STD, TemporalTransformer, start_as_text, too_long
 from c4c.models.heads.mean import MeanPooling
 from c4c.models.text_tower import text_start
 
 
-class SeqTransf(MeanPooling):
-    """seqTransf: add positions, 4 transformer blocks, add the input back, then meanP.
+class FrameTransformer(Head):
+    """What heads with CLIP4Clip's temporal transformer share: add positions, 4 transformer blocks, add the input back.
 
-    Positions and blocks start as CLIP's text positions and first text blocks. LayerNorm eps is 1e-12.
+    Named before the head that takes the frames from there. Positions and blocks start as CLIP's text positions and first text
+    blocks. LayerNorm eps is 1e-12.
     """
-
-    name = "seqTransf"
 
     def __init__(self, width: int, *, blocks: int = 4, attention_heads: int = 1, positions: int = 77, **_):
         super().__init__(width)
@@ -38,13 +38,19 @@ class SeqTransf(MeanPooling):
         return super().video(self.frames(frames, mask), mask)
 
     def frames(self, frames: Tensor, mask: Tensor) -> Tensor:
-        """Frame features after the transformer, residual included, [M, F, D]."""
+        """Frame features after the transformer, residual included, [M, F, D]. Raises ValueError for more than `most_frames`."""
         length, limit = frames.shape[1], self.frame_position_embeddings.num_embeddings
         if length > limit:
-            raise too_long("seqTransf", length, limit)
+            raise too_long(self.name, length, limit)
         positions = self.frame_position_embeddings(torch.arange(length, device=frames.device))
         x = frames.to(positions.dtype)
         return self.transformerClip(x + positions, mask).float() + frames.float()
+
+
+class SeqTransf(FrameTransformer, MeanPooling):
+    """seqTransf: the temporal transformer, then meanP."""
+
+    name = "seqTransf"
 
 
 class _Unused(nn.Module):

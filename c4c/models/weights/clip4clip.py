@@ -16,7 +16,9 @@ _VISION = {"image_size", "patch_size", "width", "layers", "head_width", "mlp_rat
            "timm_model_pretrained", "timm_pool", "timm_proj", "timm_proj_bias", "timm_drop", "timm_drop_path"}  # fmt: skip
 _TEXT = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "output_tokens", "hf_tokenizer_name",
          "tokenizer_kwargs", "tokenizer_mode", "hf_model_pretrained", "hf_proj_type", "hf_pooler_type"}  # fmt: skip
-_MARKS = {"lstm_visual.": "seqLSTM", "transformerClip.": "seqTransf", "cross.": "tightTransf", "text_weight_fc.": "wti"}
+# beginnings of names that a head's weights have, the first head with all of its own; wti's are those of DRL's code
+_MARKS = {"seqWTI": ("transformerClip.", "text_weight_fc."), "seqLSTM": ("lstm_visual.",), "seqTransf": ("transformerClip.",),
+          "tightTransf": ("cross.",), "wti": ("text_weight_fc.",)}  # fmt: skip
 
 
 def matches(content: Content) -> bool:
@@ -39,7 +41,8 @@ def read(content: Content, spec: dict | None) -> Weights:
         head = "TransformerAdapter" if "positional_embedding" in rest else "SimpleMeanAdapter"
         stack, segments = "transformer.resblocks.", len(rest.get("positional_embedding", range(12)))
     else:
-        head = next((name for mark, name in _MARKS.items() if any(k.startswith(mark) for k in rest)), "meanP")
+        heads = (name for name, marks in _MARKS.items() if all(any(k.startswith(mark) for k in rest) for mark in marks))
+        head = next(heads, "meanP")
         stack, segments = {"tightTransf": "cross.transformer.resblocks."}.get(head, "transformerClip.resblocks."), 12
     spec = openai.family_spec(openai.measured(clip), spec, "mmaction2" if mmaction2 else "the official CLIP4Clip")
     ours = {f"clip.{k}": v for k, v in clip.items()} | {f"head.{k}": v for k, v in rest.items()}

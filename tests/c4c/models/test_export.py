@@ -28,7 +28,9 @@ UNOFFICIAL = ("TransformerAdapter", "SimpleMeanAdapter")  # which the official c
 def test_one_file_and_back(head, tmp_path):
     model = tiny(head)
     export(model, tmp_path / "m.safetensors")
-    export(model, tmp_path / "m.bin", "official")
+    notes = export(model, tmp_path / "m.bin", "official")
+    assert any(f"no head {head}:" in note for note in notes) == (head in (*UNOFFICIAL, "wti", "seqWTI"))
+    assert any("--agg_module seqTransf --interaction wti" in note for note in notes) == (head == "seqWTI")
     assert json.loads((tmp_path / "m.json").read_text())["head"] == head
     assert torch.equal(scores(CLIP4Clip.from_checkpoint(tmp_path / "m.safetensors")), scores(model))
     if head not in UNOFFICIAL:

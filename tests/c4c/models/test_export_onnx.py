@@ -24,7 +24,7 @@ SMALL = spec(embed_dim=32, vision_cfg={"image_size": 32, "patch_size": 16, "widt
 # each head and most kinds of towers once: an export takes seconds
 PAIRS = {
     "meanP": "tiny-pe", "SimpleMeanAdapter": "tiny-resnet", "seqLSTM": "tiny-convnext", "seqTransf": "tiny-vit", "wti": "tiny-sigmoid",
-    "tightTransf": "tiny-coca", "TransformerAdapter": "tiny-vit of 3d patches",
+    "seqWTI": "tiny-vit", "tightTransf": "tiny-coca", "TransformerAdapter": "tiny-vit of 3d patches",
 }  # fmt: skip
 
 

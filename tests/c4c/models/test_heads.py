@@ -92,12 +92,12 @@ def test_only_some_heads_see_order():
     mask = torch.ones(2, 4, dtype=torch.bool)
     text = torch.randn(1, 64)
     gap = {}
-    for name in ("meanP", "SimpleMeanAdapter", "seqLSTM", "seqTransf", "tightTransf", "TransformerAdapter"):
+    for name in ("meanP", "SimpleMeanAdapter", "seqLSTM", "seqTransf", "seqWTI", "tightTransf", "TransformerAdapter"):
         head = tiny(name).head
-        a, b = head.score(head.text(text), head.video(both, mask))[0]
+        a, b = head.score(head.text(text[:, None] if head.tokens else text), head.video(both, mask))[0]
         gap[name] = (a - b).abs().item()
     assert gap["meanP"] < 1e-6 and gap["SimpleMeanAdapter"] < 1e-6
-    assert min(gap[n] for n in ("seqLSTM", "seqTransf", "TransformerAdapter")) > 1e-5
+    assert min(gap[n] for n in ("seqLSTM", "seqTransf", "seqWTI", "TransformerAdapter")) > 1e-5
 
 
 @pytest.mark.slow
@@ -125,17 +125,90 @@ def test_seq_transf_learns_what_mean_pooling_cannot():
 
 def test_wti_is_its_formula():
     head = tiny("wti").head
-    torch.manual_seed(2)
-    text, video = torch.randn(2, 4, 64), torch.randn(3, 5, 64)
-    text[0, 2:], video[1, 3:] = 0, 0
+    text, video, _ = _tokens_and_frames()
     with torch.no_grad():
         got = head.score(head.text(text), video)
         for i, t in enumerate((text[0, :2], text[1])):
             for j, v in enumerate((video[0], video[1, :3], video[2])):
-                s = torch.nn.functional.normalize(t, dim=-1) @ torch.nn.functional.normalize(v, dim=-1).T
-                a, b = head.text_weight_fc(t).softmax(0)[:, 0], head.video_weight_fc(v).softmax(0)[:, 0]
-                direct = ((a * s.amax(1)).sum() + (b * s.amax(0)).sum()) / 2
-                torch.testing.assert_close(got[i, j], direct, rtol=1e-5, atol=1e-6)
+                torch.testing.assert_close(got[i, j], _interaction(head, t, v), rtol=1e-5, atol=1e-6)
+
+
+def _tokens_and_frames():
+    """Of two texts and three videos, zeros at padding, and the mask of the frames."""
+    torch.manual_seed(2)
+    text, video = torch.randn(2, 4, 64), torch.randn(3, 5, 64)
+    text[0, 2:], video[1, 3:] = 0, 0
+    return text, video, (video != 0).any(dim=2)
+
+
+def _interaction(head, t: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """DRL's formula for a text [L, D] and a video [F, D] without padding."""
+    s = torch.nn.functional.normalize(t, dim=-1) @ torch.nn.functional.normalize(v, dim=-1).T
+    a, b = head.text_weight_fc(t).softmax(0)[:, 0], head.video_weight_fc(v).softmax(0)[:, 0]
+    return ((a * s.amax(1)).sum() + (b * s.amax(0)).sum()) / 2
+
+
+def _transformed(head, v: torch.Tensor) -> torch.Tensor:
+    """Frames [F, D] without padding through seqTransf's transformer, one attention head: with positions, and added at the end."""
+    norm = torch.nn.functional.layer_norm
+    x = v + head.frame_position_embeddings.weight[: len(v)]
+    for block in head.transformerClip.resblocks:
+        width, attention, mlp = v.shape[1], block.attn, block.mlp
+        y = norm(x, (width,), block.ln_1.weight, block.ln_1.bias, 1e-12)
+        q, k, values = (y @ attention.in_proj_weight.T + attention.in_proj_bias).chunk(3, dim=1)
+        mixed = (q @ k.T / width**0.5).softmax(dim=1) @ values
+        x = x + attention.out_proj(mixed)
+        y = mlp.c_fc(norm(x, (width,), block.ln_2.weight, block.ln_2.bias, 1e-12))
+        x = x + mlp.c_proj(y * (1.702 * y).sigmoid())
+    return x + v
+
+
+def test_seq_wti_is_seq_transf_before_wti():
+    """By the formulas, and by the two heads that have its weights."""
+    head = tiny("seqWTI").head
+    text, video, mask = _tokens_and_frames()
+    with torch.no_grad():
+        for weight in head.parameters():  # so that biases matter too
+            weight.add_(0.1 * torch.randn_like(weight))
+        stands = head.video(video, mask)
+        assert torch.equal((stands != 0).any(dim=2), mask)
+        got = head.score(head.text(text), stands)
+        inside = [_transformed(head, v[seen]) for v, seen in zip(video, mask, strict=True)]
+        for i, t in enumerate((text[0, :2], text[1])):
+            for j, v in enumerate(inside):
+                torch.testing.assert_close(got[i, j], _interaction(head, t, v), rtol=1e-4, atol=1e-5)
+        first, second = tiny("seqTransf").head, tiny("wti").head
+        parts = {**first.state_dict(), **second.state_dict()}
+        assert parts.keys() == head.state_dict().keys()
+        first.load_state_dict({name: head.state_dict()[name] for name in first.state_dict()})
+        second.load_state_dict({name: head.state_dict()[name] for name in second.state_dict()})
+        assert torch.equal(got, second.score(second.text(text), second.video(first.frames(video, mask), mask)))
+        torch.testing.assert_close(head.score_at_once(head.text(text), stands), got)
+    assert head.late and head.tokens and head.scaled and head.compares_channels
+    assert head.most_frames == first.most_frames == 77
+
+
+def test_seq_wti_starts_as_seq_transf_does():
+    model, other = (CLIP4Clip(SPEC, name, blocks=2, segments=5) for name in ("seqWTI", "seqTransf"))
+    other.clip.load_state_dict(model.clip.state_dict())
+    for one in (model, other):
+        one.start_head()
+        assert not one.notes
+    ours = model.head.state_dict()
+    for name, value in other.head.state_dict().items():
+        assert torch.equal(ours[name], value), name
+    assert torch.equal(ours["frame_position_embeddings.weight"], model.clip.positional_embedding)
+
+
+def test_half_precision_is_finite_without_frames():
+    for dtype in (torch.bfloat16, torch.float16):
+        head = tiny("seqWTI").head.to(dtype)
+        text, video, mask = _tokens_and_frames()
+        mask[2] = False
+        score = head.score(head.text(text), head.video(video * mask[..., None], mask))
+        score.sum().backward()
+        assert score.isfinite().all() and not score[:, 2].any()
+        assert all(weight.grad.isfinite().all() for weight in head.parameters())
 
 
 def test_too_many_frames_is_an_error():
@@ -144,7 +217,7 @@ def test_too_many_frames_is_an_error():
         CLIP4Clip(SPEC, "TransformerAdapter", blocks=1, segments=5).head.video(frames, mask)
 
 
-@pytest.mark.parametrize("name", ["seqTransf", "tightTransf"])
+@pytest.mark.parametrize("name", ["seqTransf", "seqWTI", "tightTransf"])
 def test_positions_that_start_at_random_are_not_drowned_by_the_frames(name):
     torch.manual_seed(0)
     model = build(ModelConfig(backbone="ViT-demo-16", head=name, init_from="scratch"), 4).eval()

@@ -38,7 +38,7 @@ TAUGHT = {
 # name: (loss, captions a row, options, heads)
 CASES = {
     "captions": ("cross_entropy", CAPTIONS, {}, ["meanP", "wti", "tightTransf"]),
-    "captions, all": ("cross_entropy", CAPTIONS, SMOOTH | EQUAL | ALONE, ["seqTransf", "wti"]),
+    "captions, all": ("cross_entropy", CAPTIONS, SMOOTH | EQUAL | ALONE, ["seqTransf", "wti", "seqWTI"]),
     "smooth": ("cross_entropy", 1, SMOOTH, ["meanP"]),
     "equal": ("cross_entropy", 1, EQUAL, ["wti"]),
     "decorrelated": ("cross_entropy", 1, ALONE, ["meanP", "wti"]),

@@ -150,7 +150,7 @@ def test_features_are_float32_whatever_the_weights_are(frames, tokens):
 def test_sizes(model):
     assert (model.image_size, model.context_length) == (64, 77)
     adapters = {"TransformerAdapter", "SimpleMeanAdapter"}
-    assert set(HEADS) == {"meanP", "seqLSTM", "seqTransf", "tightTransf", "wti"} | adapters
+    assert set(HEADS) == {"meanP", "seqLSTM", "seqTransf", "seqWTI", "tightTransf", "wti"} | adapters
 
 
 # ---- weights ----

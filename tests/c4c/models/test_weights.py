@@ -42,6 +42,22 @@ def test_official_checkpoints(name, tmp_path):
     assert CLIP4Clip.from_checkpoint(tmp_path / "pytorch_model.bin.4").image_size == 64
 
 
+def test_checkpoints_of_drl(tmp_path):
+    """Which has CLIP4Clip's names and wti's. What its --agg_module seqLSTM would add to wti is no head here, and is refused."""
+    model, other = tiny("seqWTI"), tiny("seqLSTM")
+    official = {name.removeprefix("head."): weight for name, weight in model.state_dict().items()}
+    torch.save(official, tmp_path / "pytorch_model.bin.4")
+    weights = read(tmp_path / "pytorch_model.bin.4")
+    assert (weights.kind, weights.head, weights.blocks) == ("official", "seqWTI", 2)
+    assert torch.equal(scores(CLIP4Clip.from_checkpoint(tmp_path / "pytorch_model.bin.4")), scores(model))
+    kept = {name: weight for name, weight in official.items() if not name.startswith(("transformerClip.", "frame_"))}
+    torch.save(kept, tmp_path / "wti.bin")
+    assert read(tmp_path / "wti.bin").head == "wti"
+    torch.save(kept | other.head.state_dict(), tmp_path / "lstm.bin")
+    with pytest.raises(ValueError, match=r"unexpected head\.text_weight_fc\.0\.bias"):
+        CLIP4Clip.from_checkpoint(tmp_path / "lstm.bin")
+
+
 def test_mmaction2_checkpoints(tmp_path):
     model = tiny("TransformerAdapter")
     state = {f"clip.{k}": v for k, v in model.clip.state_dict().items()}

@@ -58,7 +58,7 @@ def different(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> list[int]
     return [i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if not torch.equal(a, b)]
 
 
-@pytest.mark.parametrize("head", ["meanP", "seqLSTM", "tightTransf", "wti", "TransformerAdapter 3d"])
+@pytest.mark.parametrize("head", ["meanP", "seqLSTM", "tightTransf", "seqWTI", "TransformerAdapter 3d"])
 def test_batches_and_threads_change_no_bit(split, head):
     model = model_of(*head.split())
     first = found(model, split, eval_batch_size=32)

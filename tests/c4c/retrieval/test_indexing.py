@@ -62,7 +62,7 @@ def alone(model, path):
         yield number, model.video_vectors(video)[0].cpu().numpy(), video[0].half().float().cpu().numpy()
 
 
-@pytest.mark.parametrize(("head", "patch"), [("meanP", "2d"), ("wti", "2d"), ("seqTransf", "3d"), ("wti", "3d")])
+@pytest.mark.parametrize(("head", "patch"), [("meanP", "2d"), ("seqWTI", "2d"), ("seqTransf", "3d"), ("wti", "3d")])
 def test_a_segment_has_the_vector_of_its_clip_alone(head, patch, videos, tmp_path):
     folder, _ = videos
     model = encoder(tmp_path / "model.safetensors", head, patch=patch)
