@@ -31,7 +31,11 @@ def _parser() -> argparse.ArgumentParser:
         epilog=(__doc__ or "").partition("\n\n")[2], formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add = parser.add_argument
-    add("--ckpt", required=True, help="a run folder; weights of any kind that c4c reads; or TAG:BACKBONE, openai:ViT-B-32")
+    add(
+        "--ckpt",
+        required=True,
+        help="a run folder; weights of any kind that c4c reads; or TAG:BACKBONE, openai:ViT-B-32",
+    )
     add("--tag", help="a checkpoint of the run: its name, or best (default: the latest)")
     add("--no-ema", action="store_true", help=NO_EMA)
     add("--backbone", help="what a file's weights are of, where it does not say: one of open_clip's names")
@@ -64,7 +68,10 @@ def _checked(args: argparse.Namespace) -> "Request":
     named = [word for words in args.data or [] for word in words]
     words = [*args.overrides, *filter(SETTING.match, named)]  # an option takes all words after it
     places = [word for word in named if not SETTING.match(word)]
-    for option, value in (*((name, getattr(args, name)) for name in ("ckpt", "tag", "backbone", "device")), *(("data", p) for p in places)):
+    for option, value in (
+        *((name, getattr(args, name)) for name in ("ckpt", "tag", "backbone", "device")),
+        *(("data", p) for p in places),
+    ):
         if value == "":
             raise ValueError(f"--{option} is empty: is a variable of the shell not set?")
     if args.device and not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):

@@ -291,7 +291,8 @@ def head_sizes(spec: dict) -> dict[str, int]:
         return {"attention_heads": heads, "positions": towers.context_length(spec)}
     if not heads or text.get("width", 512) != width:
         heads = max(1, width // towers.HEAD_WIDTH)
-    return {"attention_heads": heads, "positions": max(towers.context_length(spec), 77)}  # a short context is no reason for short videos
+    positions = max(towers.context_length(spec), 77)  # a short context is no reason for short videos
+    return {"attention_heads": heads, "positions": positions}
 
 
 def build(config: ModelConfig, num_frames: int, image_size: int = 0) -> CLIP4Clip:

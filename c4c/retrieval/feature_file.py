@@ -147,7 +147,9 @@ class FeatureFile:
                     f"videos {list(self.videos.shape)} and texts {list(self.texts.shape)} must be vectors [n, D] of one width D"
                 )
             return MeanPooling(self.videos.shape[1])
-        state = {name[5:]: torch.from_numpy(value.copy()) for name, value in self._arrays.items() if name.startswith("head.")}
+        state = {
+            name[5:]: torch.from_numpy(value.copy()) for name, value in self._arrays.items() if name.startswith("head.")
+        }
         try:
             with torch.random.fork_rng(devices=[]):  # the run draws what it would without
                 head = HEADS[self.head_name](**_plain(self._about, "sizes", {}))
@@ -283,9 +285,13 @@ def write_features(
         "caption_crc32": np.array(header.captions, np.uint32),
     }
     if header.head.late:
-        arrays |= {f"head.{name}": value.detach().float().cpu().numpy() for name, value in header.head.state_dict().items()}
+        arrays |= {
+            f"head.{name}": value.detach().float().cpu().numpy() for name, value in header.head.state_dict().items()
+        }
     arrays["videos"] = videos.cpu().numpy()
-    written = {name: array.dtype.str for name, array in arrays.items()} | dict.fromkeys(("videos", "texts"), np.dtype(dtype).str)
+    written = {name: array.dtype.str for name, array in arrays.items()} | dict.fromkeys(
+        ("videos", "texts"), np.dtype(dtype).str
+    )
     written |= {"ids": ids.dtype.str}
     shapes = {name: array.shape for name, array in arrays.items()}
     shapes |= {"texts": (len(header.captions), *part.shape[1:]), "ids": ids.shape}

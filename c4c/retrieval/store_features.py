@@ -36,24 +36,27 @@ def store_features(request: Request, path: Path, half: bool = False) -> None:
     Raises ValueError for what cannot be done, ShardError for a video that cannot be decoded, and OSError.
     """
     quiet_libraries()
-    rank, world, place = join_ranks(request.device)
+    rank, _, place = join_ranks(request.device)
     try:
         opened = open_request(request)
         split: Dataset = Concat(request.splits) if len(request.splits) > 1 else request.splits[0]
         texts, owners = captions_of(split, opened.data)
+        counts = np.bincount(owners, minlength=len(split))
+        if not counts.all():
+            raise ValueError(
+                f"{split.path}: the video {split.video(int(counts.argmin())).id!r} has no caption, so no training can use it: pack the split "
+                "without it"
+            )
         dtype = np.float16 if half else np.float32
         _require_room(path, opened, len(split), len(texts), np.dtype(dtype).itemsize)
         for note in notes(split, None, opened.data, opened.tokenizer) if rank == 0 else ():
             print(f"warning: {note}", file=sys.stderr)
         model, work = opened.model.to(place), EvalWork(place)
         with EvalReport(on=rank == 0) as progress, work, aligned(model), torch.no_grad():
-            (videos,), _ = encode_videos(
-                model, split, opened.data, work, progress.tell, tokenizer=opened.tokenizer
-            )
+            (videos,), _ = encode_videos(model, split, opened.data, work, progress.tell, tokenizer=opened.tokenizer)
             parts = _encoded_in_parts(model, texts, opened, work, progress.tell)
             if rank == 0:
-                counts = np.bincount(owners, minlength=len(split)).tolist()
-                write_features(path, _header(opened, split, counts, texts), videos, parts, dtype)
+                write_features(path, _header(opened, split, counts.tolist(), texts), videos, parts, dtype)
             else:
                 for _ in parts:
                     pass
@@ -103,7 +106,11 @@ def _require_room(path: Path, opened: OpenedCheckpoint, videos: int, texts: int,
     rows += texts * (opened.tokenizer.length(data.max_words) if head.tokens else 1)
     size, free = itemsize * rows * head.width, shutil.disk_usage(path.absolute().parent).free
     if size > free:
-        what = f", of which the head {head.name} keeps every frame{' and word' if head.tokens else ''}" if head.late else ""
+        what = (
+            f", of which the head {head.name} keeps every frame{' and word' if head.tokens else ''}"
+            if head.late
+            else ""
+        )
         half = "" if itemsize == 2 else " --float16 halves them."
         raise ValueError(
             f"--out {path}: features of {count(videos, 'video')} and {count(texts, 'caption')}{what}, take {size / 1e9:.1f} GB, and "

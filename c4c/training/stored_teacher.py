@@ -42,7 +42,11 @@ class StoredTeacher:
         file = self._file
         settings = ("num_frames", "sampling", "image_size", "max_words")
         seen = ", ".join(f"data.{key}={file.data[key]}" for key in settings if key in file.data)
-        checked = "" if file.splits or file.captions is not None else "; it has no caption_crc32, so that the order of captions is not checked"
+        checked = (
+            ""
+            if file.splits or file.captions is not None
+            else "; it has no caption_crc32, so that the order of captions is not checked"
+        )
         return (
             f"train.teacher={self.name}: features of {count(len(file.ids), 'video')} and {count(len(file.texts), 'caption')} by "
             f"{file.checkpoint} ({file.head_name}, scale {file.scale:.4g}), which does not run"
