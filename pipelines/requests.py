@@ -140,9 +140,10 @@ class TrainingRequests:
         draw = (self._seed, epoch, int(pair[0]), int(pair[1]))
         drawn = draws(config.sampling) or config.frame_order == "random"
         random = generator(*draw) if drawn else None
+        numbers: tuple[int, ...] = ()
         if self._clips.cut:
             clip = clip_of_pair(self._split.captions(video.index), int(pair[1]), video.duration, self._clips)
-            between, texts, numbers = stored_between(video, clip.start, clip.end), clip.texts, ()
+            between, texts = stored_between(video, clip.start, clip.end), clip.texts
         else:
             own = self.order.own_epoch(video.index, epoch, step)
             between, (numbers, texts) = None, self._captions.numbered(video.index, int(pair[1]), own)

@@ -16,6 +16,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
@@ -208,7 +209,7 @@ def _mapped(path: str, header: dict, start: int) -> dict[str, np.ndarray]:
 def _metadata(header: dict) -> dict[str, str]:
     about = header.get("__metadata__")
     found = about.get("format") if isinstance(about, dict) else None
-    if found != FORMAT:
+    if not isinstance(about, dict) or found != FORMAT:
         raise ValueError(f"the format in its metadata must be {FORMAT}, and is {found}: {_HOW}")
     return about
 
@@ -278,9 +279,9 @@ def write_features(
     path: Path, header: FeatureHeader, videos: Tensor, texts: Iterator[Tensor], dtype: np.dtype | type = np.float32
 ) -> None:
     """Write a file. texts: in parts, [n, ...] each, so that they need not fit in memory together. Raises OSError that names the file."""
-    part = next(texts).cpu()
+    first = next(texts)
     ids = np.frombuffer(json.dumps(header.ids).encode(), np.uint8)
-    arrays = {  # wide numbers first, so that all are aligned
+    arrays: dict[str, np.ndarray] = {  # wide numbers first, so that all are aligned
         "caption_counts": np.array(header.counts, np.int64),
         "caption_crc32": np.array(header.captions, np.uint32),
     }
@@ -289,12 +290,11 @@ def write_features(
             f"head.{name}": value.detach().float().cpu().numpy() for name, value in header.head.state_dict().items()
         }
     arrays["videos"] = videos.cpu().numpy()
-    written = {name: array.dtype.str for name, array in arrays.items()} | dict.fromkeys(
-        ("videos", "texts"), np.dtype(dtype).str
-    )
-    written |= {"ids": ids.dtype.str}
-    shapes = {name: array.shape for name, array in arrays.items()}
-    shapes |= {"texts": (len(header.captions), *part.shape[1:]), "ids": ids.shape}
+    half_or_full = np.dtype(dtype).str
+    written = {name: array.dtype.str for name, array in arrays.items()}
+    written |= {"videos": half_or_full, "texts": half_or_full, "ids": ids.dtype.str}
+    shapes: dict[str, tuple[int, ...]] = {name: array.shape for name, array in arrays.items()}
+    shapes |= {"texts": (len(header.captions), *first.shape[1:]), "ids": ids.shape}
     crcs = dict.fromkeys(shapes, 0)
     with beside(path) as file:
         file.write(_header(header, shapes, written, crcs))
@@ -302,18 +302,19 @@ def write_features(
             values = np.ascontiguousarray(array, written[name]).tobytes()
             crcs[name] = crc32c(values)
             file.write(values)
-        while part is not None:
-            values = np.ascontiguousarray(part.numpy(), written["texts"]).tobytes()
+        for part in chain([first], texts):
+            values = np.ascontiguousarray(part.cpu().numpy(), written["texts"]).tobytes()
             crcs["texts"] = crc32c(values, crcs["texts"])
             file.write(values)
-            part = following.cpu() if (following := next(texts, None)) is not None else None
         crcs["ids"] = crc32c(ids.tobytes())
         file.write(ids.tobytes())
         file.seek(0)
         file.write(_header(header, shapes, written, crcs))  # as long as before: checksums have 8 digits
 
 
-def _header(header: FeatureHeader, shapes: dict[str, tuple], dtypes: dict[str, str], crcs: dict[str, int]) -> bytes:
+def _header(
+    header: FeatureHeader, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, str], crcs: dict[str, int]
+) -> bytes:
     codes = {np.dtype(code).str: name for name, code in _DTYPES.items()}
     about = {"format": FORMAT, "scale": repr(header.scale), "head": header.head.name}
     more = header.about | {"sizes": header.sizes, "crc32c": {name: f"{crc:08x}" for name, crc in crcs.items()}}
