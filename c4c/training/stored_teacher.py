@@ -93,7 +93,7 @@ def _require_whole_videos(file: FeatureFile, config: Config) -> None:
             f"{name} holds features of pictures as they are, and {' and '.join(keys)} changes those of the run: set "
             f"{' '.join(f'{key}=0' for key in keys)}, or take a checkpoint as the teacher, which sees the same pictures"
         )
-    order = file.data.get("frame_order", "forward")
+    order = "reverse" if file.data.get("frame_order") == "reverse" else "forward"  # as random is in evaluation
     if data.frame_order != order:
         raise ValueError(
             f"{name} holds features of frames in the order {order}, and the run shows them with data.frame_order={data.frame_order}: set "

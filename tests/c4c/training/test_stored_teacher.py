@@ -186,6 +186,15 @@ def test_settings_that_show_something_else_are_refused(name, tmp_path):
         teacher(path, **settings)
 
 
+def test_the_order_of_frames_is_that_of_evaluation(tmp_path):
+    """Which shuffles nothing, whatever data.frame_order of the teacher's run."""
+    for order, own in (("reverse", "reverse"), ("random", "forward")):
+        path = by_hand(tmp_path / f"{order}.safetensors", about={"data": json.dumps({"frame_order": order})})
+        teacher(path, frame_order=own)
+        with pytest.raises(ValueError, match=rf"in the order {own}, and .* with data\.frame_order=random: set"):
+            teacher(path, frame_order="random")
+
+
 def test_paragraphs_go_with_paragraphs(tmp_path):
     joined = {name: [" ".join(texts)] for name, texts in TEXTS.items()}
     path = written(tmp_path / "f.safetensors", [PretendSplit(joined, "1")], paragraph=True)
