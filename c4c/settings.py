@@ -88,7 +88,8 @@ class TrainConfig:
     decorrelation_off_diagonal: float = (
         0.06  # in it, weight of channels that correlate with others; of those that match: 1
     )
-    # a run folder or weights, as launch/eval.py --ckpt takes them: a frozen model whose scores of each batch are learned from as well
+    # a run folder or weights, as launch/eval.py --ckpt takes them: a frozen model whose scores of each batch are learned from as well.
+    # Or a file that python -m c4c.features wrote: what such a model made of the videos and captions of data.train
     teacher: str = ""
     teacher_weight: float = 1.0  # with teacher: weight of that beside the loss. 0: off
     teacher_temperature: float = 1.0  # with teacher: both models' scaled scores are divided by it

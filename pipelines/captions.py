@@ -72,15 +72,17 @@ class CaptionGroups:
 
     def texts(self, video: int, number: int, epoch: int) -> tuple[str, ...]:
         """The captions of group `number` of a video in an epoch of its set (see PairOrder.own_epoch)."""
+        return self.numbered(video, number, epoch)[1]
+
+    def numbered(self, video: int, number: int, epoch: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """As `texts`, and before them the number of each among all texts of the video (`texts_of`), from 0."""
         texts = texts_of(self._split, video, self._config)
-        if (kept := self._kept.get(video)) is not None:
-            texts = [texts[i] for i in kept]
-        if self.size == 1:
-            return (texts[number],)
-        groups = -(-len(texts) // self.size)
-        if groups == 1:
-            return tuple(texts)
-        # the third number keeps it apart from Order's draws
-        order = permutation(len(texts), stream(self._seed, epoch, video, 1))
-        low, high = (part * len(texts) // groups for part in (number, number + 1))
-        return tuple(texts[i] for i in order[low:high])
+        kept = self._kept.get(video, np.arange(len(texts)))
+        numbers = kept if self.size > 1 else kept[[number]]
+        groups = -(-len(numbers) // self.size)
+        if groups > 1:
+            # the third number keeps it apart from Order's draws
+            order = permutation(len(kept), stream(self._seed, epoch, video, 1))
+            low, high = (part * len(kept) // groups for part in (number, number + 1))
+            numbers = kept[order[low:high]]
+        return tuple(numbers.tolist()), tuple(texts[i] for i in numbers)

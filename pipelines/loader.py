@@ -44,6 +44,8 @@ class Batch:
     valid         bool [B]; False: the row is padding
     pairs         int64 [clips, 2]: (video, caption), or with captions_per_video above 1 (video, group of captions); `captions` holds
                   the first caption of each
+    caption_numbers  int64 [B, bag] or [B, captions_per_video]: which of all texts of its video each caption is, from 0; -1: no caption, or
+                  with clips.cut, whose captions may be joined ones
     frame_numbers int32 [B, num_frames], numbers of the source video's frames; -1: empty
     wait_s        seconds the step waited for this batch
     stats         what it cost
@@ -55,6 +57,7 @@ class Batch:
     frame_mask: torch.Tensor
     tokens: torch.Tensor
     caption_mask: torch.Tensor
+    caption_numbers: np.ndarray
     valid: torch.Tensor
     frame_numbers: np.ndarray
     pairs: np.ndarray
@@ -218,9 +221,11 @@ class _Batching:
         cost.count([sample.source for sample in clips], [sample.request.positions for sample in clips])
         epoch, step = divmod(plan.place, self._steps_per_epoch)
         numbers = np.full((rows, self._config.num_frames), -1, np.int32)
+        captions = np.full((rows, self._captions.of_a_row), -1, np.int64)
         for row, sample in enumerate(clips):
             positions = sample.request.positions
             numbers[row, : len(positions)] = sample.request.video.frames.number[positions]
+            captions[row, : len(sample.request.captions)] = sample.request.captions
         tokens, caption_mask = self._captions([sample.request.texts for sample in clips], rows)
         return Batch(
             epoch=epoch,
@@ -229,6 +234,7 @@ class _Batching:
             frame_mask=self._lane.mask(clips, rows),
             tokens=to_device(tokens, frames.device),
             caption_mask=to_device(caption_mask, frames.device),
+            caption_numbers=captions,
             valid=to_device(torch.arange(rows) < len(clips), frames.device),
             frame_numbers=numbers,
             pairs=np.array([sample.pair for sample in clips], np.int64).reshape(-1, 2),
@@ -247,14 +253,14 @@ class _Captions:
     """
 
     def __init__(self, tokenizer: Tokenizer, max_words: int, bag: int):
-        self._tokenizer, self._max_words, self._bag = tokenizer, max_words, bag
+        self._tokenizer, self._max_words, self.of_a_row = tokenizer, max_words, bag
         self._missing = tokenizer.missing(max_words)
 
     def __call__(self, texts: list[tuple[str, ...]], rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """`tokens` and `caption_mask` of a batch of `rows`; texts: a bag a clip, of the first rows."""
         sizes = torch.zeros(rows, dtype=torch.int64)
         sizes[: len(texts)] = torch.tensor([len(bag) for bag in texts], dtype=torch.int64)
-        mask = torch.arange(self._bag) < sizes[:, None]  # [rows, bag]
-        tokens = self._missing.repeat(rows, self._bag, 1)
+        mask = torch.arange(self.of_a_row) < sizes[:, None]  # [rows, bag]
+        tokens = self._missing.repeat(rows, self.of_a_row, 1)
         tokens[mask] = self._tokenizer([text for bag in texts for text in bag], self._max_words)
-        return (tokens[:, 0] if self._bag == 1 else tokens), mask
+        return (tokens[:, 0] if self.of_a_row == 1 else tokens), mask

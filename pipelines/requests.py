@@ -25,12 +25,14 @@ class ClipRequest:
     """The frames of one clip: positions in the video's frame table, int64 [frames], in clip order, any of them twice.
 
     `draw`, (seed, epoch, video, caption), decides its view where training augments; without it the clip looks as the
-    recipe says. `texts`: the captions that describe it, in training."""
+    recipe says. `texts`: the captions that describe it, in training; `captions`: the number of each among all texts of the video, from 0;
+    of a part of a video (clips.cut) not said."""
 
     video: Video
     positions: np.ndarray
     draw: tuple[int, int, int, int] | None = None
     texts: tuple[str, ...] = ()
+    captions: tuple[int, ...] = ()
 
 
 @dataclass(eq=False)
@@ -138,15 +140,16 @@ class TrainingRequests:
         draw = (self._seed, epoch, int(pair[0]), int(pair[1]))
         drawn = draws(config.sampling) or config.frame_order == "random"
         random = generator(*draw) if drawn else None
+        numbers: tuple[int, ...] = ()
         if self._clips.cut:
             clip = clip_of_pair(self._split.captions(video.index), int(pair[1]), video.duration, self._clips)
             between, texts = stored_between(video, clip.start, clip.end), clip.texts
         else:
             own = self.order.own_epoch(video.index, epoch, step)
-            between, texts = None, self._captions.texts(video.index, int(pair[1]), own)
+            between, (numbers, texts) = None, self._captions.numbered(video.index, int(pair[1]), own)
         among = candidates(video, self._pool) if self._pool and draws(config.sampling) else None
         positions = choose(video, config.sampling, config.num_frames, config.fps, random, among, between)
-        return ClipRequest(video, ordered(positions, config.frame_order, random), draw, texts)
+        return ClipRequest(video, ordered(positions, config.frame_order, random), draw, texts, numbers)
 
     def spares(self, sample: Sample) -> Iterator[np.ndarray]:
         """Pairs that may take a sample's row: of the batches after its own, with videos that are not in it.

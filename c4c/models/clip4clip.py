@@ -50,10 +50,7 @@ class CLIP4Clip(nn.Module):
         if linear_patch == "3d":
             towers.to_3d(self.clip.visual)
         merge_tokens(self.clip.visual, merging)
-        attention_heads, positions = _head_sizes(spec)
-        self.head = HEADS[head](
-            spec["embed_dim"], blocks=blocks, segments=segments, attention_heads=attention_heads, positions=positions
-        )
+        self.head = HEADS[head](spec["embed_dim"], blocks=blocks, segments=segments, **head_sizes(spec))
         if self.head.tokens:
             self.spec = backbone.with_padding(spec)
             if hasattr(self.clip, "text"):
@@ -286,15 +283,16 @@ class CLIP4Clip(nn.Module):
         return text.unflatten(0, tokens.shape[:-1]), self.head.video(video, mask).float()
 
 
-def _head_sizes(spec: dict) -> tuple[int, int]:
-    """(attention heads, positions) of a head's transformer: those of CLIP's text tower where there is one."""
+def head_sizes(spec: dict) -> dict[str, int]:
+    """`attention_heads` and `positions` of a head's transformer: those of CLIP's text tower where there is one."""
     text, width = spec["text_cfg"], spec["embed_dim"]
     heads = 0 if "hf_model_name" in text else text.get("heads", 8)
     if not towers.is_custom(spec):
-        return heads, towers.context_length(spec)
+        return {"attention_heads": heads, "positions": towers.context_length(spec)}
     if not heads or text.get("width", 512) != width:
         heads = max(1, width // towers.HEAD_WIDTH)
-    return heads, max(towers.context_length(spec), 77)  # a short context is no reason for short videos
+    positions = max(towers.context_length(spec), 77)  # a short context is no reason for short videos
+    return {"attention_heads": heads, "positions": positions}
 
 
 def build(config: ModelConfig, num_frames: int, image_size: int = 0) -> CLIP4Clip:

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -119,26 +120,47 @@ def rerank_by_bank(
     }
 
 
+@dataclass(frozen=True)
+class OpenedCheckpoint:
+    """What a request names, read. data: filled; name, tag, ema: as c4c.training.run_folder.located gives them, tag resolved. what, kind: the
+    checkpoint and which of its weights, for people."""
+
+    model: CLIP4Clip
+    data: DataConfig
+    tokenizer: Tokenizer
+    name: str
+    tag: str | None
+    what: str
+    kind: str
+
+
+def open_request(request: Request) -> OpenedCheckpoint:
+    """The checkpoint of a request, with the request's settings. Raises ValueError for what cannot be done."""
+    check_names(request.ckpt, request.tag, request.backbone, request.ema)
+    name, tag, ema = located(request.ckpt, request.tag, request.ema)
+    if is_run(name):
+        tag = checkpoint.resolve(Path(name), tag)
+    model, data = open_checkpoint(name, tag, request.backbone, ema, request.merging)
+    data = override_data(data, list(request.words)).filled(preprocess_of(model.spec))
+    model.resize_pictures(data.image_size)
+    model.check_data(data, name)
+    tokenizer = Tokenizer(model.spec.get("tokenizer"))
+    tokenizer.length(data.max_words)
+    model.set_pixels(data)
+    what = str(Path(name) / checkpoint.FOLDER / tag) if tag else name
+    return OpenedCheckpoint(model, data, tokenizer, name, tag, what, weights_taken(name, tag, ema))
+
+
 def evaluate_checkpoint(request: Request) -> list[Evaluation]:
     """What `launch/eval.py` does, on every rank that a launcher started. Raises ValueError for what cannot be done."""
     quiet_libraries()
     rank, world, place = join_ranks(request.device)
     try:
-        check_names(request.ckpt, request.tag, request.backbone, request.ema)
-        name, tag, ema = located(request.ckpt, request.tag, request.ema)
-        if is_run(name):
-            tag = checkpoint.resolve(Path(name), tag)
-        model, data = open_checkpoint(name, tag, request.backbone, ema, request.merging)
-        data = override_data(data, list(request.words)).filled(preprocess_of(model.spec))
-        model.resize_pictures(data.image_size)
-        model.check_data(data, name)
-        tokenizer = Tokenizer(model.spec.get("tokenizer"))
-        tokenizer.length(data.max_words)
-        model.set_pixels(data)
-        _check(request, model, data)
-        what = str(Path(name) / checkpoint.FOLDER / tag) if tag else name
-        kind = weights_taken(name, tag, ema)
-        model, made, results = model.to(place), [], {}
+        opened = open_request(request)
+        data, tokenizer, name, tag = opened.data, opened.tokenizer, opened.name, opened.tag
+        what, kind = opened.what, opened.kind
+        _check(request, opened.model, data)
+        model, made, results = opened.model.to(place), [], {}
         where = f"{world} x {place.type}" if world > 1 else str(place)
         for split in request.splits:
             for note in notes(None, split, data, tokenizer) if rank == 0 else ():

@@ -62,7 +62,7 @@ def write_dump(path: Path, found: Evaluation) -> None:
     (mmengine/evaluator/metric.py DumpResults, mmaction/models/similarity/clip_similarity.py.)
     """
     write = {".npz": _npz, ".parquet": _parquet}.get(path.suffix, _pickle)
-    with _beside(path) as file:
+    with beside(path) as file:
         write(file, found)
 
 
@@ -171,12 +171,12 @@ def _write_lines(to: Path | None, lines: list[str]) -> None:
         except OSError as error:
             raise OSError(f"what was found cannot be printed ({error.strerror}); --topk-to FILE writes it") from error
         return
-    with _beside(to) as file:
+    with beside(to) as file:
         file.write("".join(lines).encode())
 
 
 @contextmanager
-def _beside(path: Path) -> Iterator[BinaryIO]:
+def beside(path: Path) -> Iterator[BinaryIO]:
     """A file that takes the place of `path` once all is written: a kill or a full disk leaves the old one. Raises OSError."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:

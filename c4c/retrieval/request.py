@@ -17,7 +17,7 @@ from shards.storage import is_remote, place
 RERANK = ("dsl", "qbnorm")
 DUMPS = (".pkl", ".pickle", ".parquet", ".npz")
 _WORDS = ("ckpt", "tag", "backbone", "device", "bank")  # options that take a word
-_SETTING = re.compile(r"[a-z_]+\.[a-z_]+=")
+SETTING = re.compile(r"[a-z_]+\.[a-z_]+=")
 # first bytes of files that an option may replace
 _OURS = {
     "json": lambda start: b'"t2v"' in start,
@@ -66,7 +66,7 @@ def checked(args) -> Request:
         raise ValueError(f"--device {args.device}: must be cpu, cuda or cuda:N")
     words, places, methods = list(args.overrides), _own(args.data or []), _own([args.rerank or []])
     for taken in [*(args.data or []), args.rerank or []]:  # an option takes all words after it
-        words += [word for word in taken if _SETTING.match(word)]
+        words += [word for word in taken if SETTING.match(word)]
     for option, value in (*((name, getattr(args, name)) for name in _WORDS), *(("data", p) for p in places)):
         if value == "":
             raise ValueError(f"--{option} is empty: is a variable of the shell not set?")
@@ -74,9 +74,7 @@ def checked(args) -> Request:
         raise ValueError("--data is not given: name the folder of a packed split")
     _check_files(args)
     _check_numbers(args, methods)
-    run, *_ = located(args.ckpt, args.tag, not args.no_ema)
-    named = from_dict(read_config(Path(run))).data if is_run(run) else DataConfig()
-    asked = override_data(named, words)
+    asked = data_of(args.ckpt, args.tag, not args.no_ema, words)
     tests = places or ([asked.test] if asked.test else [])
     if not tests:
         raise ValueError("--data is not given: name the folder of a packed split")
@@ -90,9 +88,15 @@ def checked(args) -> Request:
     )  # fmt: skip
 
 
+def data_of(ckpt: str, tag: str | None, ema: bool, words: list[str]) -> DataConfig:
+    """The data settings of a run with `words` over them; of weights that are no run's, only those. Raises ValueError."""
+    run, *_ = located(ckpt, tag, ema)
+    return override_data(from_dict(read_config(Path(run))).data if is_run(run) else DataConfig(), words)
+
+
 def _own(taken: list[list[str]]) -> list[str]:
     """The words that are an option's, without settings that followed them."""
-    return [word for words in taken for word in words if not _SETTING.match(word)]
+    return [word for words in taken for word in words if not SETTING.match(word)]
 
 
 def _merging(args) -> Merging | None:

@@ -130,7 +130,7 @@ def _describe(say, config: Config, session: Session, steps: list[float], folder:
     if config.model.init_from not in ("", "scratch"):
         say(f"        {config.model.init_from} (weights to start from)")
     if config.train.teacher and config.train.teacher_weight:
-        say(f"        {config.train.teacher} (weights of the teacher)")
+        say(f"        {config.train.teacher} (the teacher)")
     moves = config.run.resume == "never" and (folder / "config.yaml").exists()
     say(f"writes: {folder}{' (the earlier run there would be moved aside)' if moves else ''}")
     names = "config.yaml towers.json versions.json metrics.jsonl eval.jsonl tensorboard/ checkpoints/"

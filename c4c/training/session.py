@@ -19,6 +19,7 @@ from c4c.models.tokenizer_spec import FILES, with_files
 from c4c.objective import LossOptions
 from c4c.retrieval.evaluate import evaluate
 from c4c.retrieval.evaluation import Evaluation
+from c4c.retrieval.feature_file import FeatureFile, is_feature_file
 from c4c.retrieval.features import block_sizes
 from c4c.retrieval.work import EvalWork
 from c4c.training.agreement import agree, any_rank, on_first_rank
@@ -28,6 +29,7 @@ from c4c.training.outcome import Outcome
 from c4c.training.param_groups import choose_trained
 from c4c.training.run_folder import read_towers
 from c4c.training.step import Learner, train_step
+from c4c.training.stored_teacher import StoredTeacher
 from c4c.training.teacher import Teacher, load_teacher
 from c4c.zero import checkpoint, state
 from c4c.zero.checkpoint import FROZEN, TEACHER
@@ -146,11 +148,17 @@ class Session:
             self._frozen = {}
         return names if self._frozen else frozenset()
 
-    def _read_teacher(self, resume: Path | None) -> Teacher | None:
+    def _read_teacher(self, resume: Path | None) -> Teacher | StoredTeacher | None:
         """The same on every rank, and the one that the run in `resume` has learned from."""
-        config = self.config
-        with self._memory("the model of train.teacher is in memory beside the one that is trained", "a smaller one"):
-            teacher = load_teacher(config.train, config.data, self.model.spec, self.device, config.engine.precision)
+        config, train = self.config, self.config.train
+        teacher: Teacher | StoredTeacher | None
+        if train.teacher_weight and is_feature_file(train.teacher):
+            teacher = StoredTeacher(FeatureFile(train.teacher), self.split, config, self.device)
+        else:
+            with self._memory(
+                "the model of train.teacher is in memory beside the one that is trained", "a smaller one"
+            ):
+                teacher = load_teacher(train, config.data, self.model.spec, self.device, config.engine.precision)
         if teacher is None:
             return None
         agree({"contents of train.teacher": teacher.digest}, self.world)

@@ -18,6 +18,7 @@ from c4c.zero import patches, state
 
 if TYPE_CHECKING:
     from c4c.models.compiled import CompiledTowers
+    from c4c.training.stored_teacher import StoredTeacher
     from c4c.training.teacher import Teacher
 
 MAX_LOGIT = math.log(MAX_SCALE)
@@ -55,7 +56,7 @@ class Learner(nn.Module):
     compiled: "CompiledTowers | None" = None
     gradient_scale = 1.0
     left_out: frozenset[str] = frozenset()
-    teacher: "Teacher | None" = None
+    teacher: "Teacher | StoredTeacher | None" = None
 
     def __init__(
         self, model: CLIP4Clip, loss: str = "cross_entropy", logit_bias: float = LOGIT_BIAS,
@@ -86,12 +87,13 @@ class Learner(nn.Module):
         valid: Tensor | None = None,
         pull: Pull | None = None,
         tokens_on_host: Tensor | None = None,
+        teacher_rows: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """With `valid`, as `inputs_of` gives it: this rank's loss (see c4c.losses). Without: what stands for texts and
         videos, for evaluation.
 
         With `pull`, a micro-batch of gradient caching: a number whose gradient is the loss's (see `_cached_step`); without
-        frames, the loss of `pull.all_features`. tokens_on_host: see CLIP4Clip.forward.
+        frames, the loss of `pull.all_features`. tokens_on_host: see CLIP4Clip.forward. teacher_rows: see `taught`.
         """
         if frames is None:
             assert pull is not None and pull.all_features is not None
@@ -100,13 +102,14 @@ class Learner(nn.Module):
         if valid is None:
             return text, video
         if pull is None:
-            return self._loss(text, video, valid, tokens, self.taught([(frames, frame_mask, tokens)]))
+            return self._loss(text, video, valid, tokens, self.taught([(frames, frame_mask, tokens)], teacher_rows))
         pulled = (text * pull.text).sum() + (video * pull.video).sum()
         return pulled if pull.all_features is None else pulled + self._loss(*pull.all_features)
 
-    def taught(self, parts: Sequence[tuple]) -> TeacherScores | None:
-        """What the teacher says of a rank's rows, in parts of (frames, mask, tokens); None without a teacher. Called on every rank."""
-        return None if self.teacher is None else self.teacher.scores(parts)
+    def taught(self, parts: Sequence[tuple], rows: Tensor | None) -> TeacherScores | None:
+        """What the teacher says of a rank's rows, in parts of (frames, mask, tokens), and as its `rows_of` gives them; None without a
+        teacher. Called on every rank."""
+        return None if self.teacher is None else self.teacher.scores(parts, rows)
 
     def _loss(
         self, text: Tensor, video: Tensor, valid: Tensor, tokens: Tensor | None, teacher: TeacherScores | None
@@ -134,13 +137,14 @@ def train_step(engine, batch, factor: float, train: TrainConfig, frozen: Collect
         group["lr"] = 0.0 if part in frozen else lr * factor
     inputs = inputs_of(batch, train.loss)
     on_host = batch.tokens_on_host if engine.module.model.shortens_captions else None
+    rows = None if engine.module.teacher is None else engine.module.teacher.rows_of(batch)
     engine.module.gradient_scale = patches.loss_scaler(engine).get("cur_scale", 1.0)
     if train.accumulate > 1:
-        loss = _accumulated_step(engine, inputs, train.accumulate, on_host)
+        loss = _accumulated_step(engine, inputs, train.accumulate, on_host, rows)
     elif train.micro_batch_size and train.micro_batch_size < len(batch.valid):
-        loss = _cached_step(engine, inputs, train.micro_batch_size, on_host)
+        loss = _cached_step(engine, inputs, train.micro_batch_size, on_host, rows)
     else:
-        loss = engine(*inputs, None, on_host)
+        loss = engine(*inputs, None, on_host, rows)
         patches.backward(engine, loss)
         engine.step()
     model = engine.module.model
@@ -151,7 +155,9 @@ def train_step(engine, batch, factor: float, train: TrainConfig, frozen: Collect
     return loss.detach()
 
 
-def _accumulated_step(engine, inputs: Inputs, parts: int, on_host: Tensor | None = None) -> Tensor:
+def _accumulated_step(
+    engine, inputs: Inputs, parts: int, on_host: Tensor | None = None, taught_rows: Tensor | None = None
+) -> Tensor:
     """Plain accumulation: `parts` smaller global batches, each with only its own negatives; one update with their mean."""
     rows = [
         slice(i, None, parts) for i in range(parts)
@@ -162,18 +168,20 @@ def _accumulated_step(engine, inputs: Inputs, parts: int, on_host: Tensor | None
         dist.all_reduce(counts)
     losses = []
     for r, share in zip(rows, counts / counts.sum(), strict=True):
-        loss = engine(*(t[r] for t in inputs), None, _rows(on_host, r)) * share
+        loss = engine(*(t[r] for t in inputs), None, _rows(on_host, r), _rows(taught_rows, r)) * share
         patches.backward(engine, loss)
         engine.step()  # updates at the last one only
         losses.append(loss.detach())
     return sum(losses[1:], losses[0])
 
 
-def _rows(on_host: Tensor | None, rows: slice) -> Tensor | None:
-    return None if on_host is None else on_host[rows]
+def _rows(of_all: Tensor | None, rows: slice) -> Tensor | None:
+    return None if of_all is None else of_all[rows]
 
 
-def _cached_step(engine, inputs: Inputs, micro: int, on_host: Tensor | None = None) -> Tensor:
+def _cached_step(
+    engine, inputs: Inputs, micro: int, on_host: Tensor | None = None, taught_rows: Tensor | None = None
+) -> Tensor:
     """Gradient caching (https://arxiv.org/abs/2101.06983): the whole global batch's negatives with the memory of `micro`.
 
     Encode everything without graphs; take the loss's gradient at the features; encode each micro-batch again and pull
@@ -188,7 +196,7 @@ def _cached_step(engine, inputs: Inputs, micro: int, on_host: Tensor | None = No
         features = [learner(*part, None, None, _rows(on_host, rows)) for part, rows in zip(parts, pieces, strict=True)]
         texts, videos = (torch.cat(kind) for kind in zip(*features, strict=True))
     texts.requires_grad_(), videos.requires_grad_()
-    taught = learner.taught(parts)
+    taught = learner.taught(parts, taught_rows)
     loss = learner(None, None, None, pull=Pull(None, None, (texts, videos, valid, encoded[2], taught)))
     text_grad, video_grad = torch.autograd.grad(loss, (texts, videos))
     all_features = (texts.detach(), videos.detach(), valid, encoded[2], taught)

@@ -12,6 +12,7 @@ from c4c.models.clip4clip import CLIP4Clip
 from c4c.models.pretrained import open_checkpoint
 from c4c.settings import TrainConfig
 from pipelines.config import DataConfig
+from pipelines.loader import Batch
 from pipelines.tokens import CLIPS
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -56,9 +57,12 @@ class Teacher:
                 f"{self.digest[:12]}, was {str(before)[:12]}). Put those back, or start anew with run.resume=never"
             )
 
+    def rows_of(self, batch: Batch) -> None:
+        """Nothing has to be looked up for a batch: see `c4c.training.stored_teacher.StoredTeacher`, which has the same methods."""
+
     @torch.no_grad()
-    def scores(self, parts: Sequence[tuple[Tensor, ...]]) -> TeacherScores:
-        """Of a rank's rows, in parts of (frames, mask, tokens) as `CLIP4Clip.forward` takes them; called on every rank."""
+    def scores(self, parts: Sequence[tuple[Tensor, ...]], rows: Tensor | None = None) -> TeacherScores:
+        """Of a rank's rows, in parts of (frames, mask, tokens) as `CLIP4Clip.forward` takes them; called on every rank. rows: not needed."""
         encoded = [self.model(*part) for part in parts]
         texts, videos = (torch.cat(kind) for kind in zip(*encoded, strict=True))
         texts = texts.flatten(0, 1) if parts[0][2].dim() == 3 else texts

@@ -12,6 +12,7 @@ import torch
 
 from c4c.export import export
 from c4c.models.clip4clip import CLIP4Clip
+from c4c.retrieval.feature_file import FeatureFile
 from c4c.retrieval.views import Views
 from shards.split import Split
 from tests.launch.evaluations import metrics_of, refused, validated
@@ -63,6 +64,25 @@ def test_heads_that_compare_frames_give_the_same_bits_on_any_number_of_ranks(mod
         assert code == 0, err
     for name in ("json", "npz"):
         assert (tmp_path / f"1.{name}").read_bytes() == (tmp_path / f"3.{name}").read_bytes()
+
+
+def test_features_are_the_same_bytes_from_any_number_of_ranks(model, launcher, forks, tmp_path):
+    """Of two splits, whose 217 captions a rank writes in parts."""
+    export(model, tmp_path / "w.safetensors")
+    files = [tmp_path / f"{ranks}.safetensors" for ranks in (1, 2)]
+    for ranks, file in enumerate(files, 1):
+        words = ["--ckpt", tmp_path / "w.safetensors", "--data", launcher.train, launcher.test, "--out", file]
+        code, said, err = forks.run(["c4c/features.py", *map(str, words), "--device", launcher.device], ranks)
+        assert code == 0, err
+        assert said.startswith(
+            f"{file}: features of 57 videos and 217 captions by {tmp_path / 'w.safetensors'}, meanP, "
+        )
+    assert files[0].read_bytes() == files[1].read_bytes()
+    made = FeatureFile(str(files[0]))
+    assert [(one.videos, one.digest) for one in made.splits] == [
+        (len(split), split.digest) for split in map(Split, (launcher.train, launcher.test))
+    ]
+    assert made.ids[40] == Split(launcher.test).video(0).id and made.scale == pytest.approx(model.scale().item())
 
 
 def by_mmaction2(rows: list[dict]) -> dict[str, float]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.captions import CaptionGroups, groups_of
+from pipelines.captions import CaptionGroups, groups_of, texts_of
 from pipelines.config import DataConfig
 from pipelines.loader import Loader
 from pipelines.mixture import order_of
@@ -82,6 +82,27 @@ def test_an_epoch_shows_every_caption_once(split, config, left, size):
     rows = [len(left.get(v, range(n))) for v, n in enumerate(COUNTS)]
     assert loader.pairs == sum(-(-n // size) for n in rows)
     assert loader.captions_a_row == pytest.approx(sum(rows) / loader.pairs)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("config", [SMALL, DROP, replace(SMALL, paragraph=True)], ids=["all", "dropped", "joined"])
+def test_a_batch_says_which_caption_each_is(split, size, config):
+    """Of all captions of its video, those that are left out counted too."""
+    with Loader(split, config, batch_size=3, seed=4, captions_per_video=size) as loader:
+        batches = list(loader.batches(count=2 * loader.steps_per_epoch))
+    for batch in batches:
+        assert batch.caption_numbers.shape == (3, size)
+        assert np.array_equal(batch.caption_numbers >= 0, batch.caption_mask.numpy())
+        for row, (video, _) in enumerate(batch.pairs):
+            texts = [
+                texts_of(split, int(video), config)[number] for number in batch.caption_numbers[row] if number >= 0
+            ]
+            tokens = batch.tokens.reshape(3, size, -1)[row][batch.caption_mask[row]]
+            assert tokens.tolist() == tokenize(texts, config.max_words).tolist()
+            assert batch.captions[row] == texts[0]
+    rows = [len(LEFT.get(v, range(n))) if config is DROP else n for v, n in enumerate(COUNTS)]
+    shown = sum(int((batch.caption_numbers >= 0).sum()) for batch in batches)
+    assert shown == 2 * (len(COUNTS) if config.paragraph else sum(rows))
 
 
 def test_groups_are_even_and_others_each_epoch(split):

@@ -69,6 +69,10 @@ def test_clips_that_the_graph_rejects_are_found_and_replaced(numbered, monkeypat
         for row, key in enumerate(before.keys):
             if key not in bad and row < len(after.keys) and after.keys[row] == key:
                 assert torch.equal(after.frames[row], before.frames[row])
+        for row, (video, _) in enumerate(after.pairs.tolist()):  # what replaced a clip says what it is
+            assert after.keys[row] == numbered.intra.video(video).id
+            caption = numbered.intra.captions(video)[after.caption_numbers[row, 0]]
+            assert after.captions[row] == caption["text"]
 
 
 @pytest.mark.parametrize("at_once", [1, 3, 12])

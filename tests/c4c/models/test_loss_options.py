@@ -1,6 +1,9 @@
 """The settings of the loss in a training step: plain, with gradient caching and accumulated, on one rank and on two."""
 
 import multiprocessing
+import tempfile
+import zlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,14 +13,18 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from c4c.config import Config
 from c4c.decorrelation import decorrelation
 from c4c.models.clip4clip import CLIP4Clip
 from c4c.objective import LossOptions
+from c4c.retrieval.feature_file import FeatureFile, FeatureHeader, write_features
 from c4c.settings import TrainConfig
 from c4c.training import step
 from c4c.training.step import Learner
+from c4c.training.stored_teacher import StoredTeacher
 from c4c.training.teacher import Teacher
 from tests.c4c.models.plain_engine import Engine
+from tests.c4c.pretend_split import PretendSplit
 
 pytestmark = pytest.mark.slow
 
@@ -45,14 +52,38 @@ CASES = {
     "sigmoid": ("sigmoid", 1, EQUAL | ALONE, ["meanP", "wti"]),
     "taught": ("cross_entropy", 1, TAUGHT, ["meanP", "wti"]),
     "taught, captions, all": ("cross_entropy", CAPTIONS, TAUGHT | SMOOTH | EQUAL | ALONE, ["meanP"]),
+    "taught from a file": ("cross_entropy", 1, TAUGHT, ["meanP"]),
+    "taught from a file, captions": ("cross_entropy", CAPTIONS, TAUGHT, ["meanP"]),
 }
 RUNS = [(name, head, way) for name, case in CASES.items() for head in case[3] for way in WAYS]
 
 
 def learner(name: str, head: str) -> Learner:
     one = Learner(drawn(head, 5), CASES[name][0], -3.0, LossOptions(**CASES[name][2]))
-    one.teacher = Teacher("wti", drawn("wti", 6)) if name.startswith("taught") else None
+    if name.startswith("taught from a file"):
+        one.teacher = stored(drawn("wti", 6))
+    elif name.startswith("taught"):
+        one.teacher = Teacher("wti", drawn("wti", 6))
     return one
+
+
+def stored(model: CLIP4Clip) -> StoredTeacher:
+    """The videos of `batch` in a file, the last one first, and the captions of each: the row says nothing by itself."""
+    whole = batch(CAPTIONS)
+    videos = range(ROWS - 1)
+    with torch.no_grad():
+        text, video = model(whole.frames, whole.frame_mask, whole.tokens)
+    texts = torch.cat([text[v, : SIZES[v]] for v in reversed(videos)])
+    captions = {f"v{v}": [f"{i} of v{v}" for i in range(SIZES[v])] for v in videos}
+    crcs = [zlib.crc32(caption.encode()) for name in reversed(captions) for caption in captions[name]]
+    counts = [len(captions[name]) for name in reversed(captions)]
+    header = FeatureHeader(
+        list(reversed(captions)), counts, crcs, model.scale().item(), model.head, {"width": model.head.width}, {}
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        write_features(Path(folder) / "f.safetensors", header, video[: ROWS - 1].flip(0), iter([texts[:2], texts[2:]]))
+        file = FeatureFile(f"{folder}/f.safetensors")  # which stays mapped
+    return StoredTeacher(file, PretendSplit(captions), Config(), torch.device("cpu"))
 
 
 def drawn(head: str, seed: int) -> CLIP4Clip:
@@ -74,8 +105,12 @@ def batch(captions: int, rows: slice = slice(None)) -> SimpleNamespace:
     valid = present[:, 0]
     mask = torch.ones(ROWS, FRAMES, dtype=torch.bool)
     tokens = tokens if captions > 1 else tokens[:, 0]
-    whole = SimpleNamespace(frames=frames, frame_mask=mask, tokens=tokens, caption_mask=present, valid=valid)
-    return SimpleNamespace(**{name: value[rows] for name, value in vars(whole).items()})
+    numbers = torch.arange(CAPTIONS).where(present, -1)[:, :captions].numpy()
+    whole = SimpleNamespace(
+        frames=frames, frame_mask=mask, tokens=tokens, caption_mask=present, valid=valid, caption_numbers=numbers
+    )
+    pairs = torch.arange(ROWS)[rows][valid[rows]].numpy()[:, None].repeat(2, axis=1)
+    return SimpleNamespace(pairs=pairs, **{name: value[rows] for name, value in vars(whole).items()})
 
 
 def formula(one: Learner, whole: SimpleNamespace, rows: list[int]) -> Tensor:
@@ -84,7 +119,8 @@ def formula(one: Learner, whole: SimpleNamespace, rows: list[int]) -> Tensor:
     text, video = model(whole.frames[rows], whole.frame_mask[rows], whole.tokens[rows])
     present = whole.caption_mask[rows] if several else whole.valid[rows][:, None]
     text, tokens = (x if several else x[:, None] for x in (text, whole.tokens[rows]))
-    taught = one.teacher and one.teacher.model(whole.frames[rows], whole.frame_mask[rows], tokens)
+    teacher = one.teacher and drawn("wti", 6)
+    taught = teacher and teacher(whole.frames[rows], whole.frame_mask[rows], tokens)
     owner = torch.arange(len(rows))[:, None].expand(present.shape)[present]
     text, tokens = text[present], tokens[present]
     logits = (model.scale() * model.head.score(text, video)).double()
@@ -104,7 +140,6 @@ def formula(one: Learner, whole: SimpleNamespace, rows: list[int]) -> Tensor:
         compared = model.head.compared(text, video[owner])
         loss = loss + options.decorrelation * decorrelation(compared, options.decorrelation_off_diagonal)
     if taught:
-        teacher = one.teacher.model
         wanted = (teacher.scale() * teacher.head.score(taught[0][present], taught[1])).detach().double()
         t = options.teacher_temperature
         both = [kl(x / t, y / t) for x, y in ((wanted, logits), (wanted.T, logits.T))]
@@ -140,14 +175,15 @@ def expected(name: str, head: str, way: str) -> tuple[float, dict[str, Tensor]]:
 
 def took(name: str, head: str, way: str, rows: slice = slice(None)) -> tuple[Tensor, dict[str, Tensor]]:
     loss_name, captions, _, _ = CASES[name]
-    module, inputs = learner(name, head), step.inputs_of(batch(captions, rows), loss_name)
+    module, given = learner(name, head), batch(captions, rows)
+    inputs, looked_up = step.inputs_of(given, loss_name), module.teacher and module.teacher.rows_of(given)
     if way == "plain":
-        loss = module(*inputs)
+        loss = module(*inputs, teacher_rows=looked_up)
         loss.backward()
     elif way == "cached":
-        loss = step._cached_step(Engine(module), inputs, WAYS[way])
+        loss = step._cached_step(Engine(module), inputs, WAYS[way], taught_rows=looked_up)
     else:
-        loss = step._accumulated_step(Engine(module), inputs, WAYS[way])
+        loss = step._accumulated_step(Engine(module), inputs, WAYS[way], taught_rows=looked_up)
     return loss.detach(), {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
 
 

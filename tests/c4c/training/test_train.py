@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from c4c import features
 from c4c.config import Config, load
 from c4c.models import backbone, towers
 from c4c.models.clip4clip import CLIP4Clip, build
@@ -279,6 +280,59 @@ def test_a_teacher_of_other_pictures_or_captions_is_refused(teacher, settings, t
         match=r"another tokenizer than model\.backbone \(kind is 'clip', here 'hf', name is '', here 'other/words'\)",
     ):
         load_teacher(asked.train, asked.data, {"tokenizer": about}, torch.device("cpu"), "fp32")
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.fixture(scope="module")
+def stored(launcher, teacher):
+    """stored(split, file, *words) -> file, with what the teacher makes of that split."""
+
+    def made(split: Path, file: Path, *words: str) -> Path:
+        with pytest.MonkeyPatch.context() as patch:
+            named = ["--ckpt", teacher, "--data", split, *words, "--out", file, "--device", launcher.device]
+            patch.setattr("sys.argv", ["c4c.features", *map(str, named)])
+            assert features.main() == 0
+        return file
+
+    return made
+
+
+def test_a_teacher_in_a_file_teaches_as_one_that_runs(teacher, stored, launcher, settings, tmp_path, capsys):
+    """Validation's frames are training's: data.sampling=uniform draws nothing."""
+    file = stored(launcher.train, tmp_path / "teacher.safetensors")
+    assert f"{file}: features of 40 videos and 200 captions by {teacher}" in capsys.readouterr().out
+    running, whole, stopped = (tmp_path / name for name in ("running", "whole", "stopped"))
+    words = [
+        "train.captions_per_video=2",
+        "train.batch_size=20",
+        "train.micro_batch_size=8",
+        "checkpoint.every_steps=3",
+    ]
+    for teaching, run in ((teacher, running), (file, whole)):
+        train(settings(*words, f"train.teacher={teaching}", f"run.dir={run}", "train.max_steps=4"))
+    assert f"train.teacher={file}: features of 40 videos" in capsys.readouterr().err
+    assert losses(whole) == pytest.approx(losses(running), rel=1e-5)
+    assert taught_digest(whole, "step00000004") not in (None, taught_digest(running, "step00000004"))
+    shutil.copytree(whole, stopped)
+    shutil.rmtree(stopped / "checkpoints" / "step00000004")
+    (stopped / "done.json").unlink()
+    checkpoint.point(stopped, "step00000003")
+    again = settings(*words, f"train.teacher={file}", f"run.dir={stopped}", "train.max_steps=4", "run.resume=auto")
+    file = file.rename(tmp_path / "kept")
+    stored(launcher.train, tmp_path / "teacher.safetensors", "--float16")
+    with pytest.raises(ValueError, match=r"other features than those that the run has learned from \(digest \w+, was"):
+        train(again)
+    file.rename(tmp_path / "teacher.safetensors")
+    train(again)
+    assert losses(stopped) == losses(whole)
+
+
+def test_a_file_of_other_videos_is_refused_before_the_first_step(stored, launcher, settings, tmp_path):
+    file = stored(launcher.test, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=rf"train\.teacher={file} has no features of the video '.*' and 39 others of"):
+        train(settings(f"train.teacher={file}", f"run.dir={tmp_path / 'nowhere'}"))
+    with pytest.raises(ValueError, match=r"data\.flip changes those of the run: set data\.flip=0"):
+        train(settings(f"train.teacher={file}", f"run.dir={tmp_path / 'nowhere'}", "data.flip=0.5"))
     assert not (tmp_path / "nowhere").exists()
 
 
