@@ -34,7 +34,7 @@ from c4c.training.run_folder import read_done
 RUNS = ROOT / "runs/options"
 BASE = (
     "run.deterministic=true", "data.num_frames=2", "data.sampling=segment", "model.backbone=ViT-demo-16-small", "train.lr=2.0e-3",
-    "train.batch_size=64", "train.max_steps=240", "train.warmup_epochs=0.5", "train.eval_every=0", "checkpoint.keep_best=0",
+    "train.batch_size=64", "train.max_steps=180", "train.warmup_epochs=0.5", "train.eval_every=0", "checkpoint.keep_best=0",
     "checkpoint.keep_last=3",
 )  # fmt: skip
 SHORTCUTS = ("engine.fold_pixels=true", "engine.trim_captions=true", "engine.share_captions=true")
