@@ -62,10 +62,22 @@ def test_a_run_that_fails_is_told(runs, capsys):
 def test_the_table(tmp_path, capsys):
     plain = {"row": "plain", "beside": "plain", "R1": [10.0, 12.0, 14.0], "own_first": [50.0, 50.0, 53.0]}
     other = {"row": "other", "beside": "plain", "R1": [15.0, 18.0, 18.0], "own_first": [None, None, None]}
-    plain |= {"train_clips_per_s": [100.0, 200.0, 100.0], "inference_clips_per_s": 50.0, "bytes_a_video": 256}
-    other |= {"train_clips_per_s": [150.0, 200.0, 300.0], "inference_clips_per_s": 25.0, "bytes_a_video": 1024}
+    plain |= {
+        "train_clips_per_s": [100.0, 200.0, 100.0],
+        "inference_clips_per_s": 50.0,
+        "bytes_a_video": 256,
+        "published": "",
+    }
+    other |= {
+        "published": "43.1",
+        "train_clips_per_s": [150.0, 200.0, 300.0],
+        "inference_clips_per_s": 25.0,
+        "bytes_a_video": 1024,
+    }
     plain |= {"memory_gib": [1.0, 1.25, 1.0], "trained": 3_400_000}
-    evaluated = {key: other[key] for key in ("beside", "R1", "own_first", "inference_clips_per_s", "bytes_a_video")}
+    evaluated = {
+        key: other[key] for key in ("beside", "published", "R1", "own_first", "inference_clips_per_s", "bytes_a_video")
+    }
     found = [plain, other, evaluated | {"row": "evaluated"}]
     options.beside_baseline(found)
     assert "R1_difference" not in plain and found[1]["train_ratio"] == 1.5 and found[1]["inference_ratio"] == 0.5
@@ -77,6 +89,6 @@ def test_the_table(tmp_path, capsys):
     assert third[4] == "-" and third[7:] == ["-", "-"]
     options.show(found, tmp_path / "table.md")
     lines = (tmp_path / "table.md").read_text().splitlines()
-    assert len(lines) == 5 and lines[1].startswith("| --- |") and all(line.count("|") == 10 for line in lines)
+    assert len(lines) == 5 and lines[1].startswith("| --- |") and all(line.count("|") == 11 for line in lines)
     assert "own video" in capsys.readouterr().out
     json.dumps(found)
