@@ -188,9 +188,11 @@ def _mapped(path: str, header: dict, start: int) -> dict[str, np.ndarray]:
         if name == "__metadata__":
             continue
         try:
-            dtype, shape, (begin, end) = row["dtype"], tuple(map(int, row["shape"])), row["data_offsets"]
+            dtype, shape, (begin, end) = str(row["dtype"]), tuple(row["shape"]), row["data_offsets"]
         except (TypeError, KeyError, ValueError) as error:
             raise ValueError(f"its header is damaged at {name}") from error
+        if not all(type(number) is int for number in (*shape, begin, end)):
+            raise ValueError(f"its header is damaged at {name}")
         if dtype not in _DTYPES:
             raise ValueError(f"{name} is {dtype}; write float16 or float32, and integers for counts")
         known = np.dtype(_DTYPES[dtype])
@@ -211,6 +213,8 @@ def _metadata(header: dict) -> dict[str, str]:
     found = about.get("format") if isinstance(about, dict) else None
     if not isinstance(about, dict) or found != FORMAT:
         raise ValueError(f"the format in its metadata must be {FORMAT}, and is {found}: {_HOW}")
+    if wrong := [key for key, value in about.items() if not isinstance(value, str)]:
+        raise ValueError(f"its metadata is damaged at {wrong[0]}: it must be text, as safetensors writes it")
     return about
 
 

@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 
 from c4c.config import Config
 from c4c.models.heads import HEADS
+from c4c.models.pretrained import open_checkpoint
 from c4c.retrieval.feature_file import (
     FORMAT,
     FeatureFile,
@@ -151,7 +152,7 @@ def test_splits_that_have_the_same_names_are_told_apart_by_their_digests(tmp_pat
 UNLIKE = {
     "a video less": (
         {"texts": TEXTS | {"z": ["x"], "y": ["x"]}},
-        r"has no features of the video 'z' and 1 others of train: write it with python -m c4c\.features --ckpt TEACHER --data train --out FILE",
+        r"has no features of the video 'z' and 1 other of train: write it with python -m c4c\.features --ckpt TEACHER --data train --out FILE",
     ),
     "a caption less": ({"texts": TEXTS | {"b": ["three", "x"]}}, "has 1 caption of the video 'b', and train has 2: write"),
     "another caption": ({"texts": TEXTS | {"c": ["four", "six", "five"]}}, r"another caption 1 of the video 'c' than train has \('six'\)"),
@@ -244,6 +245,27 @@ def test_a_file_that_cannot_be_a_teachers_is_refused(name, tmp_path):
     assert is_feature_file(path)
     with pytest.raises(ValueError, match=f"^{path}: .*{said}"):
         FeatureFile(path)
+
+
+@pytest.mark.parametrize("place", ["scale", "data", "head", "dtype", "shape", "data_offsets"])
+def test_a_header_of_other_types_is_refused(place, tmp_path):
+    """What safetensors does not write: a number or a list where text belongs, and text where numbers belong."""
+    path = Path(by_hand(tmp_path / "f.safetensors"))
+    whole = path.read_bytes()
+    size = int.from_bytes(whole[:8], "little")
+    for wrong in ({"a": 1}, [None, "x"], [0.5, 1.5]):
+        header = json.loads(whole[8 : 8 + size])
+        header["videos" if place in header["videos"] else "__metadata__"][place] = wrong
+        text = json.dumps(header).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + whole[8 + size :])
+        with pytest.raises(ValueError, match=f"^{path}: .*(is damaged at (videos|{place})|videos is )"):
+            FeatureFile(str(path))
+
+
+def test_features_are_not_taken_for_weights(tmp_path):
+    path = by_hand(tmp_path / "f.safetensors")
+    with pytest.raises(ValueError, match=rf"^{path}: it holds features .*, and no weights: name it as train\.teacher"):
+        open_checkpoint(path)
 
 
 def test_a_damaged_file_is_refused(tmp_path):
