@@ -99,9 +99,9 @@ class FeatureFile:
         self.videos, self.texts = arrays["videos"], arrays["texts"]
         self.ids = _ids(arrays["ids"])
         self.counts = arrays["caption_counts"].astype(np.int64)
-        self.starts = np.cumsum(self.counts) - self.counts
         self.captions = arrays.get("caption_crc32")
         self._check_shapes()
+        self.starts = np.cumsum(self.counts) - self.counts
         self.scale = _number(about.get("scale"))
         self.head_name = about.get("head", MeanPooling.name)
         self.head = self._head()
@@ -122,7 +122,9 @@ class FeatureFile:
             raise ValueError(
                 f"ids names {count(len(self.ids), 'video')}, videos has {len(videos)} rows, and caption_counts {len(counts)}"
             )
-        if counts.ndim != 1 or counts.min() < 1 or counts.sum() != len(texts):
+        if counts.ndim != 1:
+            raise ValueError(f"caption_counts must be [{len(videos)}], a number for each video; it is {list(counts.shape)}")
+        if counts.min() < 1 or counts.sum() != len(texts):
             raise ValueError(
                 f"caption_counts must be 1 or more for each video and sum to the {len(texts)} rows of texts; it sums to {counts.sum()}"
             )
@@ -261,7 +263,8 @@ def _check_rows(name: str, first: int, rows: np.ndarray, unit: bool) -> None:
         if len(wrong := np.flatnonzero(abs(lengths - 1) > _UNIT)):
             row = int(wrong[0])
             raise ValueError(
-                f"row {first + row} of {name} has length {lengths[row]:.4g}: rows must be unit vectors; divide each by its length"
+                f"row {first + row} of {name} has length {lengths[row]:.4g}: rows must be unit vectors; divide each by its "
+                "length, and write arrays that are contiguous (np.ascontiguousarray)"
             )
 
 

@@ -227,6 +227,8 @@ WRONG = {
     "no ids": ({"ids": None}, "it has no ids"),
     "ids of another kind": ({"ids": np.arange(3)}, "ids must be the bytes of a list of strings in JSON"),
     "too few videos": ({"videos": unit(2, 1)}, "ids names 3 videos, videos has 2 rows, and caption_counts 3"),
+    "counts in a table": ({"caption_counts": np.full((3, 2), 1)}, r"caption_counts must be \[3\], .*; it is \[3, 2\]"),
+    "a transposed array": ({"videos": np.asfortranarray(unit(3, 1))}, r"of videos has length .*contiguous \(np\.ascontiguousarray\)"),
     "too few texts": ({"texts": unit(5, 1)}, "sum to the 5 rows of texts; it sums to 6"),
     "too few checksums": ({"caption_crc32": np.zeros(5, np.uint32)}, r"caption_crc32 must be uint32 \[6\]"),
     "another width": ({"texts": np.eye(6, dtype=np.float32)}, r"must be vectors \[n, D\] of one width D"),
