@@ -235,7 +235,7 @@ WRONG = {
     "whole numbers": ({"videos": np.eye(3, 4, dtype=np.int64)}, "videos must be float16 or float32"),
     "doubles": ({"videos": np.eye(3, 4)}, "videos is F64; write float16 or float32"),
     "no unit vectors": ({"videos": long(unit(3, 1))}, "row 1 of videos has length 2: rows must be unit vectors"),
-    "no number": ({"texts": holed(unit(6, 1))}, "row 2 of texts holds what is no number"),
+    "no number": ({"texts": holed(unit(6, 1))}, "row 2 of texts holds NaN, or numbers too large for float32"),
     "wrong splits": ({"about": {"splits": '[{"digest": "1", "videos": 2, "paragraph": false}]'}}, "damaged at splits"),
 }  # fmt: skip
 
@@ -285,6 +285,20 @@ def test_a_damaged_file_is_refused(tmp_path):
         FeatureFile(str(other))
     other.write_bytes(whole[:20])
     assert not is_feature_file(str(other)) and not is_feature_file(str(tmp_path)) and not is_feature_file("")
+
+
+def test_features_that_are_no_numbers_are_not_written(tmp_path):
+    path = written(tmp_path / "f.safetensors", [SPLIT])
+    before = Path(path).read_bytes()
+    header = FeatureHeader(
+        ids=list(TEXTS), counts=[2, 1, 3], captions=[0] * 6, scale=50.0, head=HEADS["wti"](WIDTH), sizes={"width": WIDTH}, about={}
+    )  # fmt: skip
+    for wrong, dtype in ((torch.nan, np.float32), (1e5, np.float16)):
+        videos, texts = torch.ones(3, 2, WIDTH), torch.ones(6, 2, WIDTH)
+        texts[5, 1, 0] = wrong
+        with pytest.raises(ValueError, match=rf"{path} is not written: row 5 of texts holds NaN, or numbers too large"):
+            write_features(Path(path), header, videos, iter(texts.split(4)), dtype)
+    assert Path(path).read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["f.safetensors"]
 
 
 def test_a_digest_tells_all_that_scores_depend_on(tmp_path):
