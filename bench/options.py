@@ -3,16 +3,18 @@
     python bench/options.py [--only NAME ...] [--seeds 42 43 44] [--jobs 2] [--json bench/results/options.json] [key=value ...]
 
 Each row of ROWS is a training with every seed, on one core each, `--jobs` at a time; a run in runs/options that is done is only read, so
-an interrupted benchmark goes on. Rows of one group differ in the option alone. R@1 is that of the last step, never of the best. Of
+an interrupted benchmark goes on. A run that was made with other settings than asked for now, or that is older than a run it was made from,
+is an error. Rows of one group differ in the option alone. R@1 is that of the last step, never of the best. Of
 order-only pairs, two videos that show the same frames in opposite order, the share of texts that score their own video above its twin
-stands beside it: chance is 50 %. Speed in training is the median over a run's steps but the first tenth, over that of the plain
-run with the same seed; at inference it is that of the towers and the head on random clips, on one core, all rows in turn. Memory is the most that
-the process held. key=value words are settings of all runs.
+stands beside it: chance is 50 %. Speed in training is the median over a run's steps but the first tenth, over that of the run
+with the same seed that the row is compared with; at inference it is that of the towers and the head on random clips, on one core, all rows in turn. Memory is the most that
+the process held. key=value words are settings of all runs but those of stage one.
 
 Needs data/demo and data/narrated (python -m c4c.shard demo --out data/demo; python -m c4c.shard demo-narrated --out data/narrated).
-Writes the JSON after every run, and beside it a table in Markdown.
+Writes the JSON at the end, and beside it a table in Markdown.
 """
 
+import contextlib
 import re
 import statistics
 import subprocess
@@ -29,9 +31,9 @@ from bench import harness
 from bench.harness import ROOT
 from c4c.study.outcomes import measured, speed_of
 from c4c.study.statistics import compare, estimate
-from c4c.training.run_folder import read_done
+from c4c.training.run_folder import DONE, read_done
 
-RUNS = ROOT / "runs/options"
+RUNS, RECIPES = ROOT / "runs/options", ROOT / "launch/cfg"
 BASE = (
     "run.deterministic=true", "data.num_frames=2", "data.sampling=segment", "model.backbone=ViT-demo-16-small", "train.lr=2.0e-3",
     "train.batch_size=64", "train.max_steps=180", "train.warmup_epochs=0.5", "train.eval_every=0", "checkpoint.keep_best=0",
@@ -118,6 +120,9 @@ def main() -> int:
     args = parser.parse_intermixed_args()
     rows = chosen(args.only)
     cells = [Cell(row, seed, tuple(args.overrides)) for seed in args.seeds for row in rows]
+    with contextlib.chdir(ROOT):  # where paths in settings begin
+        for cell in cells:
+            cell.require_current()
     for wave in (0, 1, 2):  # what starts from another run, or evaluates one, comes after it
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(Cell.run, [cell for cell in cells if cell.row.depth == wave]))
@@ -157,15 +162,38 @@ class Cell:
     def folder(self) -> Path:
         return folder_of(self.row.name, self.seed)
 
+    @property
+    def words(self) -> list[str]:
+        """The settings of a training."""
+        row = self.row
+        words = [] if row.cfg != "demo.yaml" else [*BASE, *self.overrides]
+        words += [*row.settings, f"run.seed={self.seed}", f"run.dir={self.folder.relative_to(ROOT)}", "run.resume=auto"]
+        words += [f"model.init_from={folder_of(row.start, self.seed).relative_to(ROOT)}"] if row.start else []
+        return words + ([f"train.teacher={folder_of(row.teacher, self.seed).relative_to(ROOT)}"] if row.teacher else [])
+
+    def require_current(self) -> None:
+        """End with a message if what is done was made with other settings, or from runs that have been made again since."""
+        from c4c.config import load
+        from c4c.training.continuation import require_continues
+
+        done = self.folder / ("eval.json" if self.row.of else DONE)
+        if not done.exists():
+            return
+        for name in filter(None, (self.row.start, self.row.teacher, self.row.of)):
+            source = folder_of(name, self.seed) / DONE
+            if not source.exists() or source.stat().st_mtime > done.stat().st_mtime:
+                sys.exit(f"error: {self.folder} was made from another {source.parent} than there is now. Delete it")
+        if not self.row.of:
+            try:
+                require_continues(self.folder, load(self.row.cfg, self.words, [RECIPES]))
+            except ValueError as error:
+                sys.exit(f"error: delete {self.folder}, or set its settings back: {error}")
+
     def run(self) -> None:
         """Train or evaluate, unless that is done. Raises subprocess.CalledProcessError."""
         row, folder = self.row, self.folder
         if not row.of:
-            words = [] if row.cfg != "demo.yaml" else [*BASE, *self.overrides]
-            words += [*row.settings, f"run.seed={self.seed}", f"run.dir={folder.relative_to(ROOT)}", "run.resume=auto"]
-            words += [f"model.init_from={folder_of(row.start, self.seed).relative_to(ROOT)}"] if row.start else []
-            words += [f"train.teacher={folder_of(row.teacher, self.seed).relative_to(ROOT)}"] if row.teacher else []
-            return None if read_done(folder) else start("launch/train.py", "--cfg", row.cfg, *words, log=folder)
+            return None if read_done(folder) else start("launch/train.py", "--cfg", row.cfg, *self.words, log=folder)
         if (folder / "eval.json").exists():
             return None
         source = folder_of(row.of, self.seed)

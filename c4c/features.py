@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--backbone", help="what a file's weights are of, where it does not say: one of open_clip's names")
     add("--data", nargs="+", action="append", metavar="SPLIT", help="packed splits (default: the run's own data.train)")
     add("--out", required=True, type=Path, metavar="FILE.safetensors", help="the file to write")
-    add("--float16", action="store_true", help="half the size; scores change by less than a thousandth of a cosine")
+    add("--float16", action="store_true", help="half the size; cosines change by less than 0.001")
     add("--device", help="cuda or cpu (default: cuda where there is one)")
     add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # launchers pass it
     add("overrides", nargs="*", metavar="data.key=value", help="data settings other than the checkpoint's")

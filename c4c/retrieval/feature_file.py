@@ -99,9 +99,9 @@ class FeatureFile:
         self.videos, self.texts = arrays["videos"], arrays["texts"]
         self.ids = _ids(arrays["ids"])
         self.counts = arrays["caption_counts"].astype(np.int64)
-        self.starts = np.cumsum(self.counts) - self.counts
         self.captions = arrays.get("caption_crc32")
         self._check_shapes()
+        self.starts = np.cumsum(self.counts) - self.counts
         self.scale = _number(about.get("scale"))
         self.head_name = about.get("head", MeanPooling.name)
         self.head = self._head()
@@ -122,7 +122,11 @@ class FeatureFile:
             raise ValueError(
                 f"ids names {count(len(self.ids), 'video')}, videos has {len(videos)} rows, and caption_counts {len(counts)}"
             )
-        if counts.ndim != 1 or counts.min() < 1 or counts.sum() != len(texts):
+        if counts.ndim != 1:
+            raise ValueError(
+                f"caption_counts must be [{len(videos)}], a number for each video; it is {list(counts.shape)}"
+            )
+        if counts.min() < 1 or counts.sum() != len(texts):
             raise ValueError(
                 f"caption_counts must be 1 or more for each video and sum to the {len(texts)} rows of texts; it sums to {counts.sum()}"
             )
@@ -188,9 +192,11 @@ def _mapped(path: str, header: dict, start: int) -> dict[str, np.ndarray]:
         if name == "__metadata__":
             continue
         try:
-            dtype, shape, (begin, end) = row["dtype"], tuple(map(int, row["shape"])), row["data_offsets"]
+            dtype, shape, (begin, end) = str(row["dtype"]), tuple(row["shape"]), row["data_offsets"]
         except (TypeError, KeyError, ValueError) as error:
             raise ValueError(f"its header is damaged at {name}") from error
+        if not all(type(number) is int for number in (*shape, begin, end)):
+            raise ValueError(f"its header is damaged at {name}")
         if dtype not in _DTYPES:
             raise ValueError(f"{name} is {dtype}; write float16 or float32, and integers for counts")
         known = np.dtype(_DTYPES[dtype])
@@ -211,6 +217,8 @@ def _metadata(header: dict) -> dict[str, str]:
     found = about.get("format") if isinstance(about, dict) else None
     if not isinstance(about, dict) or found != FORMAT:
         raise ValueError(f"the format in its metadata must be {FORMAT}, and is {found}: {_HOW}")
+    if wrong := [key for key, value in about.items() if not isinstance(value, str)]:
+        raise ValueError(f"its metadata is damaged at {wrong[0]}: it must be text, as safetensors writes it")
     return about
 
 
@@ -251,13 +259,14 @@ def _check_rows(name: str, first: int, rows: np.ndarray, unit: bool) -> None:
     values = rows.astype(np.float32)
     if not np.isfinite(values).all():
         row = int(np.flatnonzero(~np.isfinite(values.reshape(len(rows), -1)).all(axis=1))[0])
-        raise ValueError(f"row {first + row} of {name} holds what is no number")
+        raise ValueError(f"row {first + row} of {name} holds NaN, or numbers too large for {rows.dtype}")
     if unit:
         lengths = np.linalg.norm(values, axis=1)
         if len(wrong := np.flatnonzero(abs(lengths - 1) > _UNIT)):
             row = int(wrong[0])
             raise ValueError(
-                f"row {first + row} of {name} has length {lengths[row]:.4g}: rows must be unit vectors; divide each by its length"
+                f"row {first + row} of {name} has length {lengths[row]:.4g}: rows must be unit vectors; divide each by its "
+                "length, and write arrays that are contiguous (np.ascontiguousarray)"
             )
 
 
@@ -278,7 +287,8 @@ class FeatureHeader:
 def write_features(
     path: Path, header: FeatureHeader, videos: Tensor, texts: Iterator[Tensor], dtype: np.dtype | type = np.float32
 ) -> None:
-    """Write a file. texts: in parts, [n, ...] each, so that they need not fit in memory together. Raises OSError that names the file."""
+    """Write a file. texts: in parts, [n, ...] each, so that they need not fit in memory together. Raises OSError that names the file, and
+    ValueError for features that are no numbers; both leave an earlier file as it was."""
     first = next(texts)
     ids = np.frombuffer(json.dumps(header.ids).encode(), np.uint8)
     arrays: dict[str, np.ndarray] = {  # wide numbers first, so that all are aligned
@@ -299,17 +309,29 @@ def write_features(
     with beside(path) as file:
         file.write(_header(header, shapes, written, crcs))
         for name, array in arrays.items():
-            values = np.ascontiguousarray(array, written[name]).tobytes()
+            values = _checked_bytes(path, name, 0, array, written[name])
             crcs[name] = crc32c(values)
             file.write(values)
+        row = 0
         for part in chain([first], texts):
-            values = np.ascontiguousarray(part.cpu().numpy(), written["texts"]).tobytes()
+            values, row = _checked_bytes(path, "texts", row, part.cpu().numpy(), half_or_full), row + len(part)
             crcs["texts"] = crc32c(values, crcs["texts"])
             file.write(values)
         crcs["ids"] = crc32c(ids.tobytes())
         file.write(ids.tobytes())
         file.seek(0)
         file.write(_header(header, shapes, written, crcs))  # as long as before: checksums have 8 digits
+
+
+def _checked_bytes(path: Path, name: str, first: int, rows: np.ndarray, dtype: str) -> bytes:
+    with np.errstate(over="ignore"):  # said below
+        values = np.ascontiguousarray(rows, dtype)
+    if name in ("videos", "texts"):
+        try:
+            _check_rows(name, first, values, unit=False)
+        except ValueError as error:
+            raise ValueError(f"{path} is not written: {error}") from error
+    return values.tobytes()
 
 
 def _header(

@@ -136,7 +136,7 @@ def _rows_by_id(file: FeatureFile, part: Split, data: DataConfig) -> np.ndarray:
             twice.add(name)
     ids = [part.video(i).id for i in range(len(part))]
     if missing := [name for name in ids if name not in places]:
-        more = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
+        more = f" and {count(len(missing) - 1, 'other')}" if len(missing) > 1 else ""
         raise ValueError(
             f"train.teacher={file.path} has no features of the video {missing[0]!r}{more} of {part.path}: write it with "
             f"{_command(data.train)}"

@@ -1,11 +1,13 @@
 """bench/options.py without training: which runs it starts, in which order, and what its table says of them."""
 
 import json
+import os
 
 import pytest
 
 from bench import options
-from c4c.config import load
+from c4c.config import dump, load
+from c4c.models.backbone import settled
 from c4c.training.run_folder import mark_done
 
 
@@ -21,7 +23,7 @@ def test_rows_have_names_of_their_own_and_settings_that_exist():
     assert len({options.folder_of(name, 1) for name in names}) == len(names)
     for row in options.ROWS:
         assert all(need in names for need in row.needs)
-        load(row.cfg, [*options.BASE, *row.settings], [options.ROOT / "launch/cfg"])
+        load(row.cfg, [*options.BASE, *row.settings], [options.RECIPES])
 
 
 def test_a_row_brings_what_it_needs_and_comes_after_it():
@@ -49,6 +51,32 @@ def test_what_is_started(runs, monkeypatch):
     mark_done(runs / "wti-7", 1, "")
     options.Cell(by_name["wti"], 7, ()).run()
     assert len(started) == 5  # what is done is not run again
+
+
+def test_runs_with_other_settings_or_sources_are_not_read(runs):
+    by_name, at = {row.name: row for row in options.ROWS}, 0
+
+    def done(name: str, *words: str) -> options.Cell:
+        nonlocal at
+        cell, at = options.Cell(by_name[name], 7, words), at + 100
+        cell.folder.mkdir(exist_ok=True)
+        file = cell.folder / ("eval.json" if cell.row.of else "done.json")
+        file.write_text("{}")
+        os.utime(file, (at, at))
+        if not cell.row.of:
+            config = settled(load(cell.row.cfg, cell.words, [options.RECIPES]))
+            (cell.folder / "config.yaml").write_text(dump(config))
+        return cell
+
+    plain, wti, taught, merged = map(done, ("plain", "wti", "taught by wti", "merged in evaluation only"))
+    for cell in (plain, wti, taught, merged):
+        cell.require_current()
+    with pytest.raises(SystemExit, match=r"delete .*plain-7, .*train\.max_steps was \d+, is 3"):
+        options.Cell(plain.row, 7, ("train.max_steps=3",)).require_current()
+    done("wti"), done("plain")
+    for cell, source in ((taught, wti), (merged, plain)):
+        with pytest.raises(SystemExit, match=f"{cell.folder} was made from another {source.folder} than there is now"):
+            cell.require_current()
 
 
 def test_a_run_that_fails_is_told(runs, capsys):

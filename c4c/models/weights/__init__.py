@@ -26,6 +26,7 @@ from pipelines.hub import mind_the_network
 # in this order: names of transformers' and OpenAI's files are also those of files without their marks
 _FAMILIES: tuple[ModuleType, ...] = (runs, clip4clip, huggingface, openai, openclip)
 _SCHEMAS = ("hf-hub:", "local-dir:")
+_FEATURES = {"caption_counts", "videos", "texts"}  # arrays of a file of features (c4c/retrieval/feature_file.py)
 
 
 def read(path: str | Path, backbone: str | dict | None = None, tag: str | None = None, ema: bool = True) -> Weights:
@@ -89,6 +90,10 @@ def recognise(raw: dict, backbone: str | dict | None = None) -> Weights:
 
 def _recognised(file: Content, spec: dict | None) -> Weights:
     try:
+        if file.state.keys() >= _FEATURES:
+            raise ValueError(
+                "it holds features of videos and captions, as `python -m c4c.features` writes them, and no weights: name it as train.teacher"
+            )
         if not runs.matches(file) and runs.is_stray(file):
             runs.refuse_stray()
         for family in _FAMILIES:

@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 
 from c4c.config import Config
 from c4c.models.heads import HEADS
+from c4c.models.pretrained import open_checkpoint
 from c4c.retrieval.feature_file import (
     FORMAT,
     FeatureFile,
@@ -151,7 +152,7 @@ def test_splits_that_have_the_same_names_are_told_apart_by_their_digests(tmp_pat
 UNLIKE = {
     "a video less": (
         {"texts": TEXTS | {"z": ["x"], "y": ["x"]}},
-        r"has no features of the video 'z' and 1 others of train: write it with python -m c4c\.features --ckpt TEACHER --data train --out FILE",
+        r"has no features of the video 'z' and 1 other of train: write it with python -m c4c\.features --ckpt TEACHER --data train --out FILE",
     ),
     "a caption less": ({"texts": TEXTS | {"b": ["three", "x"]}}, "has 1 caption of the video 'b', and train has 2: write"),
     "another caption": ({"texts": TEXTS | {"c": ["four", "six", "five"]}}, r"another caption 1 of the video 'c' than train has \('six'\)"),
@@ -226,13 +227,15 @@ WRONG = {
     "no ids": ({"ids": None}, "it has no ids"),
     "ids of another kind": ({"ids": np.arange(3)}, "ids must be the bytes of a list of strings in JSON"),
     "too few videos": ({"videos": unit(2, 1)}, "ids names 3 videos, videos has 2 rows, and caption_counts 3"),
+    "counts in a table": ({"caption_counts": np.full((3, 2), 1)}, r"caption_counts must be \[3\], .*; it is \[3, 2\]"),
+    "a transposed array": ({"videos": np.asfortranarray(unit(3, 1))}, r"of videos has length .*contiguous \(np\.ascontiguousarray\)"),
     "too few texts": ({"texts": unit(5, 1)}, "sum to the 5 rows of texts; it sums to 6"),
     "too few checksums": ({"caption_crc32": np.zeros(5, np.uint32)}, r"caption_crc32 must be uint32 \[6\]"),
     "another width": ({"texts": np.eye(6, dtype=np.float32)}, r"must be vectors \[n, D\] of one width D"),
     "whole numbers": ({"videos": np.eye(3, 4, dtype=np.int64)}, "videos must be float16 or float32"),
     "doubles": ({"videos": np.eye(3, 4)}, "videos is F64; write float16 or float32"),
     "no unit vectors": ({"videos": long(unit(3, 1))}, "row 1 of videos has length 2: rows must be unit vectors"),
-    "no number": ({"texts": holed(unit(6, 1))}, "row 2 of texts holds what is no number"),
+    "no number": ({"texts": holed(unit(6, 1))}, "row 2 of texts holds NaN, or numbers too large for float32"),
     "wrong splits": ({"about": {"splits": '[{"digest": "1", "videos": 2, "paragraph": false}]'}}, "damaged at splits"),
 }  # fmt: skip
 
@@ -244,6 +247,27 @@ def test_a_file_that_cannot_be_a_teachers_is_refused(name, tmp_path):
     assert is_feature_file(path)
     with pytest.raises(ValueError, match=f"^{path}: .*{said}"):
         FeatureFile(path)
+
+
+@pytest.mark.parametrize("place", ["scale", "data", "head", "dtype", "shape", "data_offsets"])
+def test_a_header_of_other_types_is_refused(place, tmp_path):
+    """What safetensors does not write: a number or a list where text belongs, and text where numbers belong."""
+    path = Path(by_hand(tmp_path / "f.safetensors"))
+    whole = path.read_bytes()
+    size = int.from_bytes(whole[:8], "little")
+    for wrong in ({"a": 1}, [None, "x"], [0.5, 1.5]):
+        header = json.loads(whole[8 : 8 + size])
+        header["videos" if place in header["videos"] else "__metadata__"][place] = wrong
+        text = json.dumps(header).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + whole[8 + size :])
+        with pytest.raises(ValueError, match=f"^{path}: .*(is damaged at (videos|{place})|videos is )"):
+            FeatureFile(str(path))
+
+
+def test_features_are_not_taken_for_weights(tmp_path):
+    path = by_hand(tmp_path / "f.safetensors")
+    with pytest.raises(ValueError, match=rf"^{path}: it holds features .*, and no weights: name it as train\.teacher"):
+        open_checkpoint(path)
 
 
 def test_a_damaged_file_is_refused(tmp_path):
@@ -261,6 +285,20 @@ def test_a_damaged_file_is_refused(tmp_path):
         FeatureFile(str(other))
     other.write_bytes(whole[:20])
     assert not is_feature_file(str(other)) and not is_feature_file(str(tmp_path)) and not is_feature_file("")
+
+
+def test_features_that_are_no_numbers_are_not_written(tmp_path):
+    path = written(tmp_path / "f.safetensors", [SPLIT])
+    before = Path(path).read_bytes()
+    header = FeatureHeader(
+        ids=list(TEXTS), counts=[2, 1, 3], captions=[0] * 6, scale=50.0, head=HEADS["wti"](WIDTH), sizes={"width": WIDTH}, about={}
+    )  # fmt: skip
+    for wrong, dtype in ((torch.nan, np.float32), (1e5, np.float16)):
+        videos, texts = torch.ones(3, 2, WIDTH), torch.ones(6, 2, WIDTH)
+        texts[5, 1, 0] = wrong
+        with pytest.raises(ValueError, match=rf"{path} is not written: row 5 of texts holds NaN, or numbers too large"):
+            write_features(Path(path), header, videos, iter(texts.split(4)), dtype)
+    assert Path(path).read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["f.safetensors"]
 
 
 def test_a_digest_tells_all_that_scores_depend_on(tmp_path):
