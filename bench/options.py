@@ -42,7 +42,7 @@ BASE = (
 SHORTCUTS = ("engine.fold_pixels=true", "engine.trim_captions=true", "engine.share_captions=true")
 STAGE_ONE = "stage one"
 KEYS = {"R1": "t2v_R1", "R5": "t2v_R5", "v2t_R1": "v2t_R1", "pairs_R1": "pairs_R1", "own_first": "pairs_own_first"}
-HEADS = ["", "R@1 %", "difference (95 %)", "own video above its twin %", "training, clips/s", "inference, clips/s", "bytes a video",
+HEADS = ["", "R@1 %", "difference (95 %)", "own video above its twin %", "training, clips/s", "inference, clips/s", "MFLOP a video", "bytes a video",
          "memory, GiB", "trained, M"]  # fmt: skip
 CLIPS = 32  # at once, where inference is timed
 
@@ -52,7 +52,7 @@ class Row:
     """A row of the table.
 
     settings: of the training, beside BASE. start, teacher: names of rows whose runs it starts from, or learns from. of: evaluate that row's
-    run instead of training, with the words `flags`; average: of how many of its checkpoints. beside: the row it is compared with.
+    run instead of training, with the words `flags`; average: of how many of its checkpoints. once: with the first seed only. beside: the row it is compared with.
     published: what its source reports, and the source.
     """
 
@@ -64,6 +64,7 @@ class Row:
     of: str = ""
     flags: tuple[str, ...] = ()
     average: int = 0
+    once: bool = False
     beside: str = "plain"
     published: str = ""
 
@@ -101,7 +102,7 @@ ROWS = (
     Row("average of 3 checkpoints", of="plain", average=3),
     Row("three shortcuts", SHORTCUTS),
     Row("together", ("model.head=seqTransf", "train.label_smoothing=0.1", "train.ema=0.98", *SHORTCUTS)),
-    Row(STAGE_ONE, cfg="demo_narrated.yaml", beside=""),
+    Row(STAGE_ONE, cfg="demo_narrated.yaml", once=True, beside=""),
     Row("from stage one, all weights", start=STAGE_ONE, beside="plain"),
     Row("from stage one, LoRA", ("train.lora=8", "train.lora_on=all"), start=STAGE_ONE, beside="from stage one, all weights"),
     Row("from stage one, prompts", ("train.prompts=4",), start=STAGE_ONE, beside="from stage one, all weights",
@@ -119,7 +120,13 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
     rows = chosen(args.only)
-    cells = [Cell(row, seed, tuple(args.overrides)) for seed in args.seeds for row in rows]
+    first = args.seeds[0]
+    cells = [
+        Cell(row, seed, tuple(args.overrides), first)
+        for seed in args.seeds
+        for row in rows
+        if seed == first or not row.once
+    ]
     with contextlib.chdir(ROOT):  # where paths in settings begin
         for cell in cells:
             cell.require_current()
@@ -157,10 +164,16 @@ class Cell:
     row: Row
     seed: int
     overrides: tuple[str, ...]
+    first: int  # of the seeds
 
     @property
     def folder(self) -> Path:
         return folder_of(self.row.name, self.seed)
+
+    def source(self, name: str) -> Path:
+        """The run of the row `name` that goes with this one."""
+        once = next(row for row in ROWS if row.name == name).once
+        return folder_of(name, self.first if once else self.seed)
 
     @property
     def words(self) -> list[str]:
@@ -168,8 +181,8 @@ class Cell:
         row = self.row
         words = [] if row.cfg != "demo.yaml" else [*BASE, *self.overrides]
         words += [*row.settings, f"run.seed={self.seed}", f"run.dir={self.folder.relative_to(ROOT)}", "run.resume=auto"]
-        words += [f"model.init_from={folder_of(row.start, self.seed).relative_to(ROOT)}"] if row.start else []
-        return words + ([f"train.teacher={folder_of(row.teacher, self.seed).relative_to(ROOT)}"] if row.teacher else [])
+        words += [f"model.init_from={self.source(row.start).relative_to(ROOT)}"] if row.start else []
+        return words + ([f"train.teacher={self.source(row.teacher).relative_to(ROOT)}"] if row.teacher else [])
 
     def require_current(self) -> None:
         """End with a message if what is done was made with other settings, or from runs that have been made again since."""
@@ -180,7 +193,7 @@ class Cell:
         if not done.exists():
             return
         for name in filter(None, (self.row.start, self.row.teacher, self.row.of)):
-            source = folder_of(name, self.seed) / DONE
+            source = self.source(name) / DONE
             if not source.exists() or source.stat().st_mtime > done.stat().st_mtime:
                 sys.exit(f"error: {self.folder} was made from another {source.parent} than there is now. Delete it")
         if not self.row.of:
@@ -196,7 +209,7 @@ class Cell:
             return None if read_done(folder) else start("launch/train.py", "--cfg", row.cfg, *self.words, log=folder)
         if (folder / "eval.json").exists():
             return None
-        source = folder_of(row.of, self.seed)
+        source = self.source(row.of)
         if row.average:
             start("-m", "c4c.average", source, "--last", row.average, "--out", folder / "average", log=folder)
             source = folder / "average"
@@ -216,20 +229,22 @@ def start(*words: object, log: Path) -> None:
         done.check_returncode()
 
 
-def inference(cells: Iterable[Cell], rounds: int) -> dict[str, tuple[float, int]]:
-    """By row: clips per second of the image tower and the head on one core, the median over rounds in which all rows have a turn, and the
-    bytes that stand for a video."""
+def inference(cells: Iterable[Cell], rounds: int) -> dict[str, dict]:
+    """By row: clips per second of the image tower and the head on one core, the median over rounds in which all rows have a turn; bytes that
+    stand for a video; operations of the image tower for one."""
     import torch
 
     from c4c.merging import Merging
+    from c4c.models.flops import per_pair
     from c4c.models.pretrained import open_checkpoint
 
     torch.set_num_threads(1)
     ways: dict[str, Callable[[], tuple[float, int]]] = {}
+    operations: dict[str, float] = {}
     for cell in cells:
         row = cell.row
         merging = Merging(tokens=int(row.flags[1])) if "--merge" in row.flags else None
-        source = cell.folder / "average" if row.average else folder_of(row.of or row.name, cell.seed)
+        source = cell.folder / "average" if row.average else cell.source(row.of or row.name)
         model, data = open_checkpoint(str(source), merging=merging)
         draw = torch.Generator().manual_seed(0)
         frames = torch.randn(CLIPS, data.num_frames, 3, data.image_size, data.image_size, generator=draw)
@@ -243,20 +258,27 @@ def inference(cells: Iterable[Cell], rounds: int) -> dict[str, tuple[float, int]
 
         encode()
         ways[row.name] = encode
+        operations[row.name] = per_pair(model.spec, data.num_frames, data.max_words, captions=0, merging=model.merging)
     found = harness.in_turn(ways, rounds)
-    return {name: (statistics.median(speed for speed, _ in each), each[0][1]) for name, each in found.items()}
+    return {
+        name: {
+            "inference_clips_per_s": statistics.median(speed for speed, _ in each),
+            "bytes_a_video": each[0][1],
+            "flop_a_video": operations[name],
+        }
+        for name, each in found.items()
+    }
 
 
-def told(row: Row, cells: Sequence[Cell], speeds: dict[str, tuple[float, int]]) -> dict:
+def told(row: Row, cells: Sequence[Cell], speeds: dict[str, dict]) -> dict:
     """What the runs of a row came to."""
     from c4c.config import from_dict
     from c4c.performance.counts import meta_model
     from c4c.training.run_folder import read_config
 
     metrics = [measured(cell.folder, not row.of).metrics for cell in cells]
-    clips_per_s, stored = speeds[row.name]
     out: dict = {"row": row.name, "beside": row.beside, "published": row.published}
-    out |= {"settings": row.settings, "flags": row.flags, "inference_clips_per_s": clips_per_s, "bytes_a_video": stored}
+    out |= {"settings": row.settings, "flags": row.flags} | speeds[row.name]
     out |= {key: [each.get(name) for each in metrics] for key, name in KEYS.items()}
     if row.of:
         return out
@@ -293,7 +315,7 @@ def cells_of(row: dict) -> list[str]:
         change += f" ({difference['low']:+.1f} to {difference['high']:+.1f})"
     return [
         row["row"], _spread(row["R1"]), change, _spread(row["own_first"]), _times(row, "train"), _times(row, "inference"),
-        harness.number(row["bytes_a_video"], ".0f"), _most(row.get("memory_gib"), ".2f"), harness.number(row.get("trained"), ".2f", 1e6),
+        harness.number(row["flop_a_video"], ".0f", 1e6), harness.number(row["bytes_a_video"], ".0f"), _most(row.get("memory_gib"), ".2f"), harness.number(row.get("trained"), ".2f", 1e6),
     ]  # fmt: skip
 
 

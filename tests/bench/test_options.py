@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import pytest
 
@@ -40,16 +41,16 @@ def test_what_is_started(runs, monkeypatch):
     monkeypatch.setattr(options, "start", lambda *words, log: started.append([str(word) for word in words]))
     by_name = {row.name: row for row in options.ROWS}
     for name in ("taught by wti", "from stage one, LoRA", "average of 3 checkpoints", "merged in evaluation only"):
-        options.Cell(by_name[name], 7, ("train.max_steps=3",)).run()
+        options.Cell(by_name[name], 7, ("train.max_steps=3",), 5).run()
     taught, lora, average, averaged, merged = started
     assert f"train.teacher={runs.name}/wti-7" in taught and taught[-3:-1] != [] and "run.seed=7" in taught
     assert taught.index("train.max_steps=3") > taught.index(options.BASE[0])
-    assert f"model.init_from={runs.name}/stage-one-7" in lora and "train.lora=8" in lora
+    assert f"model.init_from={runs.name}/stage-one-5" in lora and "train.lora=8" in lora
     assert average[:3] == ["-m", "c4c.average", str(runs / "plain-7")] and average[3:5] == ["--last", "3"]
     assert averaged[2] == str(runs / "average-of-3-checkpoints-7/average") and merged[3:5] == ["--merge", "2"]
     (runs / "wti-7").mkdir()
     mark_done(runs / "wti-7", 1, "")
-    options.Cell(by_name["wti"], 7, ()).run()
+    options.Cell(by_name["wti"], 7, (), 5).run()
     assert len(started) == 5  # what is done is not run again
 
 
@@ -58,7 +59,7 @@ def test_runs_with_other_settings_or_sources_are_not_read(runs):
 
     def done(name: str, *words: str) -> options.Cell:
         nonlocal at
-        cell, at = options.Cell(by_name[name], 7, words), at + 100
+        cell, at = options.Cell(by_name[name], 7, words, 5), at + 100
         cell.folder.mkdir(exist_ok=True)
         file = cell.folder / ("eval.json" if cell.row.of else "done.json")
         file.write_text("{}")
@@ -72,7 +73,7 @@ def test_runs_with_other_settings_or_sources_are_not_read(runs):
     for cell in (plain, wti, taught, merged):
         cell.require_current()
     with pytest.raises(SystemExit, match=r"delete .*plain-7, .*train\.max_steps was \d+, is 3"):
-        options.Cell(plain.row, 7, ("train.max_steps=3",)).require_current()
+        options.Cell(plain.row, 7, ("train.max_steps=3",), 5).require_current()
     done("wti"), done("plain")
     for cell, source in ((taught, wti), (merged, plain)):
         with pytest.raises(SystemExit, match=f"{cell.folder} was made from another {source.folder} than there is now"):
@@ -84,7 +85,7 @@ def test_a_run_that_fails_is_told(runs, capsys):
     with pytest.raises(options.subprocess.CalledProcessError):
         options.start("-c", "import sys; print('what was wrong'); sys.exit(3)", log=runs / "bad")
     told = capsys.readouterr()
-    assert "bad: 0 s, exit 3" in told.out and "what was wrong" in told.err
+    assert re.fullmatch(r"bad: \d+ s, exit 3\n", told.out) and "what was wrong" in told.err
 
 
 def test_the_table(tmp_path, capsys):
@@ -94,29 +95,32 @@ def test_the_table(tmp_path, capsys):
         "train_clips_per_s": [100.0, 200.0, 100.0],
         "inference_clips_per_s": 50.0,
         "bytes_a_video": 256,
+        "flop_a_video": 2e6,
         "published": "",
     }
     other |= {
         "published": "43.1",
         "train_clips_per_s": [150.0, 200.0, 300.0],
         "inference_clips_per_s": 25.0,
+        "flop_a_video": 1.4e6,
         "bytes_a_video": 1024,
     }
     plain |= {"memory_gib": [1.0, 1.25, 1.0], "trained": 3_400_000}
     evaluated = {
-        key: other[key] for key in ("beside", "published", "R1", "own_first", "inference_clips_per_s", "bytes_a_video")
+        key: other[key]
+        for key in ("beside", "published", "R1", "own_first", "inference_clips_per_s", "flop_a_video", "bytes_a_video")
     }
     found = [plain, other, evaluated | {"row": "evaluated"}]
     options.beside_baseline(found)
     assert "R1_difference" not in plain and found[1]["train_ratio"] == 1.5 and found[1]["inference_ratio"] == 0.5
     assert found[1]["R1_difference"]["mean"] == 5
     first, second, third = (options.cells_of(row) for row in found)
-    assert first == ["plain", "12.0 ± 2.0", "", "51.0 ± 1.7", "100", "50", "256", "1.25", "3.40"]
+    assert first == ["plain", "12.0 ± 2.0", "", "51.0 ± 1.7", "100", "50", "2", "256", "1.25", "3.40"]
     # paired differences 5, 6, 4: 5 ± t(0.975, 2) / sqrt(3), which is 4.3027 / 1.7321 = 2.484
     assert second[2] == "+5.0 (+2.5 to +7.5)" and second[3:6] == ["-", "200 (1.50 ×)", "25 (0.50 ×)"]
-    assert third[4] == "-" and third[7:] == ["-", "-"]
+    assert third[4] == "-" and third[6:] == ["1", "1024", "-", "-"]
     options.show(found, tmp_path / "table.md")
     lines = (tmp_path / "table.md").read_text().splitlines()
-    assert len(lines) == 5 and lines[1].startswith("| --- |") and all(line.count("|") == 11 for line in lines)
+    assert len(lines) == 5 and lines[1].startswith("| --- |") and all(line.count("|") == 12 for line in lines)
     assert "own video" in capsys.readouterr().out
     json.dumps(found)
