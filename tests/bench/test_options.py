@@ -88,6 +88,14 @@ def test_a_run_that_fails_is_told(runs, capsys):
     assert re.fullmatch(r"bad: \d+ s, exit 3\n", told.out) and "what was wrong" in told.err
 
 
+def test_the_speed_of_the_fastest_tenth(tmp_path):
+    rows = [
+        json.dumps({"step": step, "clips_per_s": float(speed)}) for step, speed in enumerate([5, 90, *range(10, 28)])
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+    assert options.clips_per_s(tmp_path) == 27.0
+
+
 def test_the_table(tmp_path, capsys):
     plain = {"row": "plain", "beside": "plain", "R1": [10.0, 12.0, 14.0], "own_first": [50.0, 50.0, 53.0]}
     other = {"row": "other", "beside": "plain", "R1": [15.0, 18.0, 18.0], "own_first": [None, None, None]}
@@ -115,9 +123,9 @@ def test_the_table(tmp_path, capsys):
     assert "R1_difference" not in plain and found[1]["train_ratio"] == 1.5 and found[1]["inference_ratio"] == 0.5
     assert found[1]["R1_difference"]["mean"] == 5
     first, second, third = (options.cells_of(row) for row in found)
-    assert first == ["plain", "12.0 ± 2.0", "", "51.0 ± 1.7", "100", "50", "2", "256", "1.25", "3.40"]
+    assert first == ["plain", "12.0 ± 2.0", "", "51.0 ± 1.7", "200", "50", "2", "256", "1.25", "3.40"]
     # paired differences 5, 6, 4: 5 ± t(0.975, 2) / sqrt(3), which is 4.3027 / 1.7321 = 2.484
-    assert second[2] == "+5.0 (+2.5 to +7.5)" and second[3:6] == ["-", "200 (1.50 ×)", "25 (0.50 ×)"]
+    assert second[2] == "+5.0 (+2.5 to +7.5)" and second[3:6] == ["-", "300 (1.50 ×)", "25 (0.50 ×)"]
     assert third[4] == "-" and third[6:] == ["1", "1024", "-", "-"]
     options.show(found, tmp_path / "table.md")
     lines = (tmp_path / "table.md").read_text().splitlines()
