@@ -6,9 +6,9 @@ Each row of ROWS is a training with every seed, on one core each, `--jobs` at a 
 an interrupted benchmark goes on. A run that was made with other settings than asked for now, or that is older than a run it was made from,
 is an error. Rows of one group differ in the option alone. R@1 is that of the last step, never of the best. Of
 order-only pairs, two videos that show the same frames in opposite order, the share of texts that score their own video above its twin
-stands beside it: chance is 50 %. Speed in training is that of the fastest tenth of a run's steps, and of the fastest run of a row, since other work on the
-machine only slows; at inference it is that of the image tower and the head on random clips, on one core, the median over rounds in which all
-rows have a turn. Memory is the most that the process held. key=value words are settings of all runs but those of stage one.
+stands beside it: chance is 50 %. Speed in training is that of 25 further steps of each row at the end, `--jobs` rows at a time, and of the fastest tenth of them,
+since other work on the machine only slows; at inference it is that of the image tower and the head on random clips, on one core, the median over
+rounds in which all rows have a turn. Memory is the most that the process held. key=value words are settings of all runs but those of stage one.
 
 Needs data/demo and data/narrated (python -m c4c.shard demo --out data/demo; python -m c4c.shard demo-narrated --out data/narrated).
 Writes the JSON at the end, and beside it a table in Markdown.
@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -46,6 +46,7 @@ KEYS = {"R1": "t2v_R1", "R5": "t2v_R5", "v2t_R1": "v2t_R1", "pairs_R1": "pairs_R
 HEADS = ["", "R@1 %", "difference (95 %)", "own video above its twin %", "training, clips/s", "inference, clips/s", "MFLOP a video", "bytes a video",
          "memory, GiB", "trained, M"]  # fmt: skip
 CLIPS = 32  # at once, where inference is timed
+BRIEF = ("train.max_steps=25", "checkpoint.keep_last=1")  # where training is timed
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,10 @@ def main() -> int:
     for wave in (0, 1, 2):  # what starts from another run, or evaluates one, comes after it
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(Cell.run, [cell for cell in cells if cell.row.depth == wave]))
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(
+            pool.map(lambda cell: replace(cell, brief=True).run(), [c for c in cells if c.seed == first and c.is_timed])
+        )
     speeds = inference([cell for cell in cells if cell.seed == args.seeds[0]], args.rounds)
     found = [told(row, [cell for cell in cells if cell.row is row], speeds) for row in rows]
     beside_baseline(found)
@@ -166,10 +171,16 @@ class Cell:
     seed: int
     overrides: tuple[str, ...]
     first: int  # of the seeds
+    brief: bool = False  # only to be timed
 
     @property
     def folder(self) -> Path:
-        return folder_of(self.row.name, self.seed)
+        return folder_of(f"timed {self.row.name}" if self.brief else self.row.name, self.seed)
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether it is a training that stands beside others."""
+        return not self.row.of and bool(self.row.beside)
 
     def source(self, name: str) -> Path:
         """The run of the row `name` that goes with this one."""
@@ -181,6 +192,7 @@ class Cell:
         """The settings of a training."""
         row = self.row
         words = [] if row.cfg != "demo.yaml" else [*BASE, *self.overrides]
+        words += BRIEF if self.brief else ()
         words += [*row.settings, f"run.seed={self.seed}", f"run.dir={self.folder.relative_to(ROOT)}", "run.resume=auto"]
         words += [f"model.init_from={self.source(row.start).relative_to(ROOT)}"] if row.start else []
         return words + ([f"train.teacher={self.source(row.teacher).relative_to(ROOT)}"] if row.teacher else [])
@@ -285,7 +297,7 @@ def told(row: Row, cells: Sequence[Cell], speeds: dict[str, dict]) -> dict:
         return out
     model = meta_model(from_dict(read_config(cells[0].folder)))
     return out | {
-        "train_clips_per_s": [clips_per_s(cell.folder) for cell in cells],
+        "train_clips_per_s": clips_per_s(replace(cells[0], brief=cells[0].is_timed).folder),
         "memory_gib": [speed_of(cell.folder)[1] for cell in cells],
         "weights": sum(p.numel() for p in model.parameters()),
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -309,7 +321,7 @@ def beside_baseline(found: list[dict]) -> None:
         row["R1_difference"] = asdict(difference) if difference else None
         row["inference_ratio"] = row["inference_clips_per_s"] / base["inference_clips_per_s"]
         if "train_clips_per_s" in row and "train_clips_per_s" in base:
-            row["train_ratio"] = max(row["train_clips_per_s"]) / max(base["train_clips_per_s"])
+            row["train_ratio"] = row["train_clips_per_s"] / base["train_clips_per_s"]
 
 
 def cells_of(row: dict) -> list[str]:
@@ -320,7 +332,7 @@ def cells_of(row: dict) -> list[str]:
         change += f" ({difference['low']:+.1f} to {difference['high']:+.1f})"
     return [
         row["row"], _spread(row["R1"]), change, _spread(row["own_first"]), _times(row, "train"), _times(row, "inference"),
-        harness.number(row["flop_a_video"], ".0f", 1e6), harness.number(row["bytes_a_video"], ".0f"), _most(row.get("memory_gib"), ".2f"), harness.number(row.get("trained"), ".2f", 1e6),
+        harness.number(row["flop_a_video"], ".0f", 1e6), harness.number(row["bytes_a_video"], ".0f"), _most(row.get("memory_gib"), ".2f"), harness.number(row.get("trained"), ".3f", 1e6),
     ]  # fmt: skip
 
 
@@ -346,7 +358,7 @@ def _times(row: dict, name: str) -> str:
     if speed is None:
         return "-"
     ratio = row.get(f"{name}_ratio")
-    return f"{max(speed) if isinstance(speed, list) else speed:.0f}" + (f" ({ratio:.2f} ×)" if ratio else "")
+    return f"{speed:.0f}" + (f" ({ratio:.2f} ×)" if ratio else "")
 
 
 def _most(values: Sequence[float] | None, form: str) -> str:

@@ -100,7 +100,7 @@ def test_the_table(tmp_path, capsys):
     plain = {"row": "plain", "beside": "plain", "R1": [10.0, 12.0, 14.0], "own_first": [50.0, 50.0, 53.0]}
     other = {"row": "other", "beside": "plain", "R1": [15.0, 18.0, 18.0], "own_first": [None, None, None]}
     plain |= {
-        "train_clips_per_s": [100.0, 200.0, 100.0],
+        "train_clips_per_s": 200.0,
         "inference_clips_per_s": 50.0,
         "bytes_a_video": 256,
         "flop_a_video": 2e6,
@@ -108,7 +108,7 @@ def test_the_table(tmp_path, capsys):
     }
     other |= {
         "published": "43.1",
-        "train_clips_per_s": [150.0, 200.0, 300.0],
+        "train_clips_per_s": 300.0,
         "inference_clips_per_s": 25.0,
         "flop_a_video": 1.4e6,
         "bytes_a_video": 1024,
@@ -123,7 +123,7 @@ def test_the_table(tmp_path, capsys):
     assert "R1_difference" not in plain and found[1]["train_ratio"] == 1.5 and found[1]["inference_ratio"] == 0.5
     assert found[1]["R1_difference"]["mean"] == 5
     first, second, third = (options.cells_of(row) for row in found)
-    assert first == ["plain", "12.0 ± 2.0", "", "51.0 ± 1.7", "200", "50", "2", "256", "1.25", "3.40"]
+    assert first == ["plain", "12.0 ± 2.0", "", "51.0 ± 1.7", "200", "50", "2", "256", "1.25", "3.400"]
     # paired differences 5, 6, 4: 5 ± t(0.975, 2) / sqrt(3), which is 4.3027 / 1.7321 = 2.484
     assert second[2] == "+5.0 (+2.5 to +7.5)" and second[3:6] == ["-", "300 (1.50 ×)", "25 (0.50 ×)"]
     assert third[4] == "-" and third[6:] == ["1", "1024", "-", "-"]
