@@ -129,17 +129,17 @@ def main() -> int:
         for row in rows
         if seed == first or not row.once
     ]
+    timed = [replace(cell, brief=True) for cell in cells if cell.seed == first and cell.is_timed]
     with contextlib.chdir(ROOT):  # where paths in settings begin
-        for cell in cells:
+        require_data(rows)
+        for cell in [*cells, *timed]:
             cell.require_current()
     for wave in (0, 1, 2):  # what starts from another run, or evaluates one, comes after it
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(Cell.run, [cell for cell in cells if cell.row.depth == wave]))
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(
-            pool.map(lambda cell: replace(cell, brief=True).run(), [c for c in cells if c.seed == first and c.is_timed])
-        )
-    speeds = inference([cell for cell in cells if cell.seed == args.seeds[0]], args.rounds)
+        list(pool.map(Cell.run, timed))
+    speeds = inference([cell for cell in cells if cell.seed == first], args.rounds)
     found = [told(row, [cell for cell in cells if cell.row is row], speeds) for row in rows]
     beside_baseline(found)
     about = harness.machine() | harness.versions("torch", "deepspeed", "open_clip_torch", "nvidia-dali-cuda130")
@@ -149,6 +149,16 @@ def main() -> int:
     )
     show(found, args.json and args.json.with_suffix(".md"))
     return 0
+
+
+def require_data(rows: Sequence[Row]) -> None:
+    """End with a message, before anything is trained, if a data set is not there."""
+    needed = {"data/demo": "demo"} | (
+        {"data/narrated": "demo-narrated"} if any(row.cfg != "demo.yaml" for row in rows) else {}
+    )
+    for folder, name in needed.items():
+        if not Path(folder).is_dir():
+            sys.exit(f"error: there is no {folder}: make it with python -m c4c.shard {name} --out {folder}")
 
 
 def chosen(only: Sequence[str]) -> list[Row]:
