@@ -1,6 +1,6 @@
 """Engines with train.ema, at every stage: the averages beside a direct evaluation in float64, and what stops and validations leave of them.
 
-See engines.py. `AGAIN` says which ways of which number of ranks go on from whose checkpoint.
+See engines.py. `AGAIN` says which ways of which number of ranks go on from whose checkpoint. `OFTEN` is as in continues.py.
 """
 
 from pathlib import Path
@@ -34,6 +34,12 @@ AGAIN: dict[int, dict[str, tuple[int, str, str]]] = {
         for a, b in (("ZeRO 1", "ZeRO 3"), ("ZeRO 3", "ZeRO 0"), ("ZeRO 0", "offload"), ("LoRA, ZeRO 0", "LoRA, ZeRO 3"))
     },
     4: {"2 -> 4, ZeRO 3 -> ZeRO 2": (2, "ZeRO 3", "ZeRO 2"), "1 -> 4, ZeRO 0 -> ZeRO 1": (1, "ZeRO 0", "ZeRO 1")},
+}  # fmt: skip
+OFTEN = {
+    1: {"alone, bf16", "alone, bf16, torch's", "bad, alone, bf16", "again, alone, bf16", "2 -> 1, ZeRO 3 -> ZeRO 0"},
+    2: {"ZeRO 0", "ZeRO 1", "ZeRO 3", "ZeRO 1, bf16", "ZeRO 2, fp16", "torch's, ZeRO 1, bf16", "offload all", "LoRA, ZeRO 3", "bad, ZeRO 3", "bad, ZeRO 1",
+        "again, ZeRO 3", "again, ZeRO 2, fp16", "again, torch's, ZeRO 1, bf16", "again, offload all", "ZeRO 1 -> ZeRO 3", "ZeRO 3 -> ZeRO 0"},
+    4: {"2 -> 4, ZeRO 3 -> ZeRO 2"},
 }  # fmt: skip
 
 
@@ -139,10 +145,12 @@ def tried(engine) -> dict[str, float | bool]:
     }
 
 
-def results(folder: Path, rank: int, world: int) -> dict[str, dict]:
-    """By way; called on every rank."""
+def results(folder: Path, rank: int, world: int, whole: bool) -> dict[str, dict]:
+    """By way; called on every rank. whole: not only what is run often."""
     found: dict[str, dict] = {}
     for name in WAYS[world]:
+        if not (whole or name in OFTEN[world]):
+            continue
         engine, train, way = averaging(name, world)
         direct, bad, steps = Direct(engine), way.get("bad", False), 3 if way.get("bad") else STEPS
         losses = go(engine, train, rank, world, range(HALF), direct, bad)
@@ -162,6 +170,8 @@ def results(folder: Path, rank: int, world: int) -> dict[str, dict]:
         engine.destroy()
     dist.barrier()
     for name, (ranks, source, own) in AGAIN[world].items():
+        if not (whole or name in OFTEN[world]):
+            continue
         engine, train, _ = averaging(own, world)
         run = folder / f"averages {ranks} {source}"
         at = restore(engine, run)["step"]

@@ -69,12 +69,14 @@ def runs(launcher, forks, shared) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def engines(forks, shared) -> Path:
+def engines(forks, shared, request) -> Path:
     """What tests/launch/engines.py wrote: 2.json, 1.json, 4.json, one for each number of ranks."""
+    nightly = any(i.get_closest_marker("nightly") for i in request.session.items if "engines" in i.fixturenames)
 
     def make(folder: Path) -> None:
         for ranks in (2, 1, 4):  # the later ones go on from checkpoints of the earlier
-            code, out, err = forks.run(["tests/launch/engines.py", str(folder)], ranks)
+            words = ["tests/launch/engines.py", str(folder), *(["--whole"] if nightly else [])]
+            code, out, err = forks.run(words, ranks)
             assert code == 0, out[-3000:] + err[-3000:]
 
     return shared("engines", make)

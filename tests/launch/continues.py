@@ -1,7 +1,7 @@
 """Ways to train, to stop in the middle, and to go on from the checkpoint of another way. See engines.py.
 
 Two ranks take `COMMON`'s and `TWO`'s, one and four some of `COMMON`'s (`SOME`); one rank also `ONE`'s. `saved` ways write a checkpoint in the middle
-and go on; `AGAIN` says which ways of which number of ranks go on from whose checkpoint.
+and go on; `AGAIN` says which ways of which number of ranks go on from whose checkpoint. `OFTEN` has what is not left to the nightly tests.
 """
 
 from pathlib import Path
@@ -144,6 +144,20 @@ AGAIN: dict[int, dict[str, tuple[int, str, str]]] = {
         "2 -> 4, sigmoid": (2, "ZeRO 3, sigmoid", "ZeRO 1, sigmoid"),
     },
 }  # fmt: skip
+# by ranks, ways and what goes on: every kind at least once, where it differs most from the others; whole, it is every kind at every stage
+OFTEN = {
+    1: {"ZeRO 0", "ZeRO 1", "ZeRO 3", "ZeRO 0, accumulated", "ZeRO 0, sigmoid", "ZeRO 0, options", "ZeRO 0, merging", "ZeRO 0, seqWTI", *ONE,
+        "2 -> 1, ZeRO 3", "2 -> 1, LoRA, ZeRO 3", "2 -> alone, bf16", "again, alone, bf16", "alone, bf16 -> torch's"},
+    2: {*(f"ZeRO {stage}" for stage in range(4)), "ZeRO 3, cached", "ZeRO 1, cached", "ZeRO 2, accumulated", "ZeRO 3, sigmoid", "ZeRO 2, cached, sigmoid",
+        "ZeRO 1, sigmoid", "ZeRO 2, options", "ZeRO 3, cached, options", "ZeRO 3, seqWTI", "ZeRO 1, cached, merging", "ZeRO 3, merging",
+        "ZeRO 1, bf16", "ZeRO 3, bf16", "ZeRO 2, fp16", "torch's, ZeRO 3", "torch's, ZeRO 1, bf16", "LoRA, ZeRO 0", "LoRA, ZeRO 3", "LoRA, ZeRO 1, bf16",
+        "prompts, ZeRO 0", "prompts, ZeRO 3", "text frozen, ZeRO 0", "text frozen, ZeRO 3", "by layer, ZeRO 0", "by layer, ZeRO 1", "offload all", "frozen",
+        "unused bias", "activation checkpointing", "bad, ZeRO 1", "bad, ZeRO 3", "bad, ZeRO 1, bf16", "bad, torch's, ZeRO 1, bf16", "search, ZeRO 1, fp16",
+        "again, ZeRO 1", "again, ZeRO 3", "again, ZeRO 3, bf16", "again, ZeRO 2, fp16", "again, torch's, ZeRO 1, bf16", "again, offload all", "again, frozen",
+        "again, LoRA, ZeRO 3", "again, ZeRO 2, options", "again, ZeRO 3, seqWTI", "again, unused bias", "ZeRO 1 -> ZeRO 3", "ZeRO 3 -> ZeRO 0",
+        "LoRA, ZeRO 3 -> LoRA, ZeRO 1", "torch's, ZeRO 3 -> ZeRO 0", "ZeRO 1, bf16 -> torch's, ZeRO 1, bf16"},
+    4: {"ZeRO 1", "ZeRO 3, cached", "ZeRO 3, sigmoid", "ZeRO 2, options", "1 -> 4, ZeRO 1 -> ZeRO 3", "2 -> 4, ZeRO 3 -> ZeRO 2", "1 -> 4, alone, bf16 -> ZeRO 1, bf16"},
+}  # fmt: skip
 
 
 def ways(world: int) -> dict[str, dict]:
@@ -216,10 +230,12 @@ def search(engine, train: TrainConfig, rank: int, world: int) -> list[bool]:
     return counted
 
 
-def results(folder: Path, rank: int, world: int) -> dict[str, list]:
-    """By way; called on every rank."""
+def results(folder: Path, rank: int, world: int, whole: bool) -> dict[str, list]:
+    """By way; called on every rank. whole: not only what is run often."""
     found = {}
     for name, way in ways(world).items():
+        if not (whole or name in OFTEN[world]):
+            continue
         engine, train = engine_of(way, world)
         if way.get("scale", 0) > 10:
             found[name] = search(engine, train, rank, world)
@@ -237,6 +253,8 @@ def results(folder: Path, rank: int, world: int) -> dict[str, list]:
         engine.destroy()
     dist.barrier()
     for name, (ranks, source, way) in AGAIN[world].items():
+        if not (whole or name in OFTEN[world]):
+            continue
         engine, train = engine_of((COMMON | TWO | ONE)[way], world)
         torch.manual_seed(99)
         state = restore(engine, folder / f"{ranks} {source}")

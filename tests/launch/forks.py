@@ -7,6 +7,7 @@ DeepSpeed's launcher would say to them. A process that has asked for a GPU canno
 started afresh.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -129,6 +130,8 @@ def _ended(codes: list[int], out: TextIO, err: TextIO) -> tuple[int, str, str]:
 def serve(address: str, modules: list[str]) -> None:
     for name in modules:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # what is imported here need not be looked through at every collection in a fork; DeepSpeed asks for many
     server = socket.socket(socket.AF_UNIX)
     server.bind(address)
     server.listen()

@@ -4,11 +4,12 @@ import json
 
 import pytest
 
-from tests.launch.averages import AGAIN, DECAY, ONE, TWO
+from tests.launch.averages import AGAIN, DECAY, OFTEN, ONE, TWO
 from tests.launch.continues import HALF, STEPS
+from tests.launch.often import ranked
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(1200)]
-WAYS = [(ranks, way) for ranks, ways in ((1, ONE), (2, TWO)) for way in ways]
+WAYS = ranked([(ranks, way) for ranks, ways in ((1, ONE), (2, TWO)) for way in ways], OFTEN)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def test_validation_takes_it_and_leaves_everything_as_it_was(ranks, way, found):
     assert not averaged["changed"]
 
 
-@pytest.mark.parametrize(("ranks", "name"), [(ranks, name) for ranks in AGAIN for name in AGAIN[ranks]])
+@pytest.mark.parametrize(("ranks", "name"), ranked([(ranks, name) for ranks in AGAIN for name in AGAIN[ranks]], OFTEN))
 def test_it_goes_on(ranks, name, found):
     """What was stored is read bit for bit under any ranks and stage; with the same ones, the rest is the same bits, too."""
     averaged = found[ranks]["averages"][name]

@@ -6,8 +6,10 @@ import math
 import numpy as np
 import pytest
 
-from c4c.models.heads import HEADS
-from tests.launch.continues import AGAIN, BF16, CHEAP, FP16, HALF, ONE, SAVED, SOME, TWO
+from tests.launch.continues import AGAIN, BF16, CHEAP, FP16, HALF, OFTEN, ONE, SAVED, SOME, TWO
+from tests.launch.every_head import OFTEN as HEADS_OFTEN
+from tests.launch.every_head import WAYS as HEADS
+from tests.launch.often import ranked, ways
 
 pytestmark = [
     pytest.mark.launch,
@@ -34,7 +36,7 @@ def assert_same(found: list, expected: list, half: bool = False) -> None:
     assert np.array(found) == pytest.approx(np.array(expected), **rounding)
 
 
-@pytest.mark.parametrize(("ranks", "way"), [(ranks, way) for ranks in SOME for way in SOME[ranks]])
+@pytest.mark.parametrize(("ranks", "way"), ranked([(ranks, way) for ranks in SOME for way in SOME[ranks]], OFTEN))
 def test_the_losses_and_gradients_of_one_rank_without_zero(way, ranks, found):
     alone = ONE_RANK + next(
         (kind for kind in (", accumulated", ", sigmoid", ", options", ", merging", ", seqWTI") if kind in way), ""
@@ -57,14 +59,14 @@ def test_they_are_losses_of_something_that_learns(found):
 
 
 @pytest.mark.parametrize(
-    "way", [way for way in TWO if way not in CHEAP and not way.startswith(("bad", "search", "frozen"))]
+    "way", ways([way for way in TWO if way not in CHEAP and not way.startswith(("bad", "search", "frozen"))], OFTEN[2])
 )
 def test_precision_and_where_things_are_kept_change_only_rounding(way, found):
     half = way in BF16 | FP16 or "bf16" in way or "fp16" in way
     assert_same(found[2][way], found[2]["ZeRO 1, sigmoid" if "sigmoid" in way else "ZeRO 1"], half)
 
 
-@pytest.mark.parametrize("way", CHEAP)
+@pytest.mark.parametrize("way", ways(CHEAP, OFTEN[2]))
 def test_cheap_training_is_the_same_at_every_stage(way, found):
     kind = way.partition(",")[0]
     first, losses = found[2][f"{kind}, ZeRO 0"], np.array(found[2][way])[:, 0]
@@ -85,7 +87,7 @@ def test_one_rank_with_torchs_adamw_differs_by_rounding_only(found):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "way"), [(n, way) for n, known in ((1, ONE), (2, TWO)) for way in known if "bad" in way]
+    ("ranks", "way"), ranked([(n, way) for n, known in ((1, ONE), (2, TWO)) for way in known if "bad" in way], OFTEN)
 )
 def test_a_bad_step_changes_nothing(ranks, way, found):
     """At step 2 one rank had a NaN; the one after has the loss that the second would have had."""
@@ -95,27 +97,29 @@ def test_a_bad_step_changes_nothing(ranks, way, found):
     assert_same(steps[2], second)
 
 
-@pytest.mark.parametrize("stage", range(4))
-def test_fp16_looks_for_a_loss_scale_that_does_not_overflow(stage, found):
-    counted = found[2][f"search, ZeRO {stage}, fp16"]
+@pytest.mark.parametrize("way", ways([way for way in TWO if way.startswith("search")], OFTEN[2]))
+def test_fp16_looks_for_a_loss_scale_that_does_not_overflow(way, found):
+    counted = found[2][way]
     assert not counted[0] and counted[-1]
     assert counted == sorted(counted)
 
 
 @pytest.mark.parametrize(
-    ("ranks", "way"), [(ranks, way) for ranks in (1, 2) for way in SAVED[ranks] if f"again, {way}" in AGAIN[ranks]]
+    ("ranks", "name"), ranked([(r, n) for r in AGAIN for n in AGAIN[r] if n.startswith("again")], OFTEN)
 )
-def test_going_on_with_the_same_ranks_is_bit_for_bit(ranks, way, found):
-    assert found[ranks][f"again, {way}"] == found[ranks][way][HALF:]
+def test_going_on_with_the_same_ranks_is_bit_for_bit(ranks, name, found):
+    assert found[ranks][name] == found[ranks][name.removeprefix("again, ")][HALF:]
 
 
-@pytest.mark.parametrize(("ranks", "name"), [(r, n) for r in AGAIN for n in AGAIN[r] if not n.startswith("again")])
+@pytest.mark.parametrize(
+    ("ranks", "name"), ranked([(r, n) for r in AGAIN for n in AGAIN[r] if not n.startswith("again")], OFTEN)
+)
 def test_going_on_with_others_is_as_if_unbroken(ranks, name, found):
     source_ranks, source, _ = AGAIN[ranks][name]
     assert_same(found[ranks][name], found[source_ranks][source][HALF:], "bf16" in source)
 
 
-@pytest.mark.parametrize("source", [way for way in SAVED[2] if way in CHEAP])
+@pytest.mark.parametrize("source", ways([way for way in SAVED[2] if way in CHEAP], OFTEN[2]))
 def test_what_is_frozen_is_not_stored(source, engines):
     from safetensors import safe_open
 
@@ -133,54 +137,55 @@ def test_what_is_frozen_is_not_stored(source, engines):
 # ---- every head, on two ranks ----
 
 
-@pytest.mark.parametrize("stage", range(4))
-@pytest.mark.parametrize("head", sorted(HEADS))
-def test_it_learns_and_its_checkpoint_scores_the_same(head, stage, heads):
-    way = heads[f"{head}, ZeRO {stage}"]
-    assert way["losses"][-1] < way["losses"][0]
-    assert way["losses"] == pytest.approx(heads[f"{head}, ZeRO 0"]["losses"], rel=1e-5)
-    assert way["checkpoint_differs_by"] < 1e-5
+def of(kind: str) -> list:
+    """Values of `way`: those whose names hold `kind`."""
+    return ways([name for name in HEADS if kind in name], HEADS_OFTEN)
 
 
-@pytest.mark.parametrize("stage", range(4))
-@pytest.mark.parametrize("head", ["tightTransf", "wti"])
-def test_gradient_caching_is_the_whole_batch(head, stage, heads):
-    cached, whole = heads[f"{head}, ZeRO {stage}, cached"]["losses"], heads[f"{head}, ZeRO {stage}"]["losses"]
-    assert cached == pytest.approx(whole, rel=5e-5)
+@pytest.mark.parametrize(
+    "way", ways([name for name, way in HEADS.items() if way.keys() == {"head", "stage", "save"}], HEADS_OFTEN)
+)
+def test_it_learns_and_its_checkpoint_scores_the_same(way, heads):
+    found, first = heads[way], heads[f"{HEADS[way]['head']}, ZeRO 0"]
+    assert found["losses"][-1] < found["losses"][0]
+    assert found["losses"] == pytest.approx(first["losses"], rel=1e-5)
+    assert found["checkpoint_differs_by"] < 1e-5
 
 
-@pytest.mark.parametrize("cached", ["", ", cached"])
-@pytest.mark.parametrize("stage", range(4))
-def test_several_captions_and_decorrelation_at_every_stage(stage, cached, heads):
-    way, first = heads[f"wti, ZeRO {stage}, options{cached}"], heads["wti, ZeRO 0, options"]
-    assert way["losses"] == pytest.approx(first["losses"], rel=5e-5)
+@pytest.mark.parametrize(
+    "way", ways([n for n, way in HEADS.items() if way.keys() == {"head", "stage", "micro"}], HEADS_OFTEN)
+)
+def test_gradient_caching_is_the_whole_batch(way, heads):
+    assert heads[way]["losses"] == pytest.approx(heads[way.removesuffix(", cached")]["losses"], rel=5e-5)
+
+
+@pytest.mark.parametrize("way", of("options"))
+def test_several_captions_and_decorrelation_at_every_stage(way, heads):
+    found, first = heads[way], heads["wti, ZeRO 0, options"]
+    assert found["losses"] == pytest.approx(first["losses"], rel=5e-5)
     # later, words have two frames that are equally good to rounding, and the gradient goes to either
-    assert way["norms"][:3] == pytest.approx(first["norms"][:3], rel=5e-5)
+    assert found["norms"][:3] == pytest.approx(first["norms"][:3], rel=5e-5)
     assert first["losses"][-1] < first["losses"][0]
 
 
-def test_a_teacher_at_every_stage(heads):
-    ways = {name: way for name, way in heads.items() if "taught" in name}
-    first = ways["meanP, ZeRO 0, taught"]
-    for way in ways.values():
-        assert way["losses"] == pytest.approx(first["losses"], rel=5e-5)
-        assert way["norms"] == pytest.approx(first["norms"], rel=5e-5)
-    assert len(ways) == 5
+@pytest.mark.parametrize("way", of("taught"))
+def test_a_teacher_at_every_stage(way, heads):
+    found, first = heads[way], heads["meanP, ZeRO 0, taught"]
+    assert found["losses"] == pytest.approx(first["losses"], rel=5e-5)
+    assert found["norms"] == pytest.approx(first["norms"], rel=5e-5)
     assert first["losses"][-1] < first["losses"][0] != pytest.approx(heads["meanP, ZeRO 0"]["losses"][0], rel=1e-3)
 
 
-@pytest.mark.parametrize("head", ["tightTransf", "wti"])
-def test_the_sigmoid_loss_of_heads_whose_weights_score(head, heads):
-    ways = {name: way for name, way in heads.items() if name.startswith(head) and "sigmoid" in name}
-    first = ways[f"{head}, ZeRO 0, sigmoid"]
+@pytest.mark.parametrize("way", of("sigmoid"))
+def test_the_sigmoid_loss_of_heads_whose_weights_score(way, heads):
+    found, first = heads[way], heads[f"{HEADS[way]['head']}, ZeRO 0, sigmoid"]
     assert first["losses"][-1] < first["losses"][0] and first["logit_bias"] != -4.0
-    for way in ways.values():
-        assert way["losses"] == pytest.approx(first["losses"], rel=5e-5)
-        assert way["norms"] == pytest.approx(first["norms"], rel=5e-5)
-        if "logit_bias" in way:
-            assert way["logit_bias"] == pytest.approx(first["logit_bias"], abs=1e-5)
-            assert way["checkpoint_differs_by"] < 1e-5
-    assert len(ways) == {"tightTransf": 7, "wti": 4}[head]
+    assert found["losses"] == pytest.approx(first["losses"], rel=5e-5)
+    assert found["norms"] == pytest.approx(first["norms"], rel=5e-5)
+    assert ("logit_bias" in found) == ("cached" not in way)
+    if "logit_bias" in found:
+        assert found["logit_bias"] == pytest.approx(first["logit_bias"], abs=1e-5)
+        assert found["checkpoint_differs_by"] < 1e-5
 
 
 def test_3d_patches_learn_something_else(heads):
@@ -189,16 +194,14 @@ def test_3d_patches_learn_something_else(heads):
     assert deep[-1] < deep[0] and deep[-1] != pytest.approx(flat[-1], rel=1e-4)
 
 
-@pytest.mark.parametrize("cached", ["", ", cached"])
-@pytest.mark.parametrize("stage", range(4))
-@pytest.mark.parametrize("patch", ["2d", "3d"])
-def test_the_shorter_ways_lead_to_the_same_steps(patch, stage, cached, heads):
-    long, short = heads[f"{patch}, long"], heads[f"{patch}, short, ZeRO {stage}{cached}"]
+@pytest.mark.parametrize("way", of("short"))
+def test_the_shorter_ways_lead_to_the_same_steps(way, heads):
+    long, short = heads[f"{HEADS[way]['patch']}, long"], heads[way]
     assert short["losses"] == pytest.approx(long["losses"], rel=5e-5)
     assert short["norms"][:3] == pytest.approx(long["norms"][:3], rel=5e-5)
     assert long["losses"][-1] < long["losses"][0]
 
 
-@pytest.mark.parametrize("stage", range(4))
-def test_the_temperature_is_clamped_on_the_master_copy(stage, heads):
-    assert heads[f"hot, ZeRO {stage}"]["logit_scale"] <= math.log(100) + 1e-6
+@pytest.mark.parametrize("way", of("hot"))
+def test_the_temperature_is_clamped_on_the_master_copy(way, heads):
+    assert heads[way]["logit_scale"] <= math.log(100) + 1e-6
