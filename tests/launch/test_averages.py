@@ -6,7 +6,7 @@ import pytest
 
 from tests.launch.averages import AGAIN, DECAY, OFTEN, ONE, TWO
 from tests.launch.continues import HALF, STEPS
-from tests.launch.often import ranked
+from tests.often import ranked
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(1200)]
 WAYS = ranked([(ranks, way) for ranks, ways in ((1, ONE), (2, TWO)) for way in ways], OFTEN)

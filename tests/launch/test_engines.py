@@ -9,7 +9,7 @@ import pytest
 from tests.launch.continues import AGAIN, BF16, CHEAP, FP16, HALF, OFTEN, ONE, SAVED, SOME, TWO
 from tests.launch.every_head import OFTEN as HEADS_OFTEN
 from tests.launch.every_head import WAYS as HEADS
-from tests.launch.often import ranked, ways
+from tests.often import ranked, ways
 
 pytestmark = [
     pytest.mark.launch,

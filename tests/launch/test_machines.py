@@ -14,7 +14,7 @@ import pytest
 from tests.launch.kills import curve, validations
 from tests.launch.runs import free_port, ranks_of, step_in, wait_for_step
 
-pytestmark = [pytest.mark.launch, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.launch, pytest.mark.nightly, pytest.mark.timeout(1200)]
 SCRIPT, HOSTS = "launch/train.py", ("127.0.0.1", "127.0.0.2")
 ROUNDING = 1e-5  # a rank that has a machine to itself computes in more threads
 

@@ -252,11 +252,11 @@ def test_a_mistake_without_the_launcher(launcher):
     )
 
 
-def test_a_batch_that_two_ranks_cannot_share(launcher):
+def test_a_batch_that_two_ranks_cannot_share(launcher, forks):
     run = launcher.folder / "earlier"
     run.mkdir()
     (run / "config.yaml").write_text("")
-    code, out, err = launcher.finish(launcher.command(2, f"run.dir={run}", "train.batch_size=15"))
+    code, out, err = forks.run(["launch/train.py", *launcher.words(f"run.dir={run}", "train.batch_size=15")], 2)
     assert code == 1
     assert "Traceback" not in out + err
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]

@@ -14,6 +14,7 @@ from c4c.models.heads import HEADS
 from pipelines.config import DataConfig
 from tests import tiny_backbones
 from tests.c4c.models.small import clips, spec, tiny
+from tests.often import ways
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -26,6 +27,7 @@ PAIRS = {
     "meanP": "tiny-pe", "SimpleMeanAdapter": "tiny-resnet", "seqLSTM": "tiny-convnext", "seqTransf": "tiny-vit", "wti": "tiny-sigmoid",
     "seqWTI": "tiny-vit", "tightTransf": "tiny-coca", "TransformerAdapter": "tiny-vit of 3d patches",
 }  # fmt: skip
+OFTEN = {"seqTransf", "wti", "tightTransf"}
 
 
 class Graphs:
@@ -74,7 +76,7 @@ def compare(model: CLIP4Clip, graphs: Graphs, atol: float) -> None:
         )
 
 
-@pytest.mark.parametrize("head", PAIRS)
+@pytest.mark.parametrize("head", ways(PAIRS, OFTEN))
 def test_every_head_and_every_kind_of_tower(head, tmp_path):
     tiny_backbones.register()
     name, _, patches = PAIRS[head].partition(" of ")

@@ -38,6 +38,7 @@ def histories(out: Path) -> dict[str, list[str]]:
     return {name: [row["what"] for row in rows if row["cell"] == name] for name in {row["cell"] for row in rows}}
 
 
+@pytest.mark.nightly
 def test_ten_kills_at_random_moments(tmp_path):
     for name in ("unbroken", "killed"):
         (tmp_path / name).mkdir()
