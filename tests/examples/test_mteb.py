@@ -101,7 +101,7 @@ def test_the_command(example, files, tmp_path, monkeypatch, capsys):
     path = write(tmp_path / "model.safetensors")
     monkeypatch.setattr(mteb, "get_tasks", lambda tasks: [task(files, name, as_bytes=True) for name in tasks])
     words = ["--ckpt", str(path), "--tasks", "t2v", "v2t", "--out", str(tmp_path / "results"), "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", ["mteb_model.py", *words])
+    monkeypatch.setattr("sys.argv", ["mteb_model.py", *words])
     example.main()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == ["Smallt2v (test)", "Smallv2t (test)"]
