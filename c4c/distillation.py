@@ -11,10 +11,11 @@ from c4c.losses import Score, both_ways, gather
 
 class TeacherScores(NamedTuple):
     """A teacher's scores, scaled by its own temperature: of this rank's captions with all ranks' videos [B N, V], and of this rank's
-    videos with all ranks' captions [B, V N]."""
+    videos with all ranks' captions [B, V N]. known: bool [B], which of this rank's videos it knows; None: all."""
 
     of_texts: Tensor
     of_videos: Tensor
+    known: Tensor | None = None
 
 
 def distillation_loss(
@@ -29,8 +30,10 @@ def distillation_loss(
     (Hinton et al., https://arxiv.org/abs/1503.02531, section 2).
 
     text [B, N, ...], video [B, ...], present bool [B, N], scale and score: as `c4c.caption_loss.caption_loss` takes them. Captions that
-    are not present, and videos without any caption, are nobody's candidates and are not counted.
+    are not present, and videos without any caption or that the teacher does not know, are nobody's candidates and are not counted.
     """
+    if teacher.known is not None:
+        present = present & teacher.known[:, None]
     all_present = gather(present.to(video.dtype)).detach().bool()  # [V, N]
     scores, scores_of_videos = both_ways(text.flatten(0, 1), video, scale, score)
     t2v = _divergence(teacher.of_texts, scores, all_present.any(dim=1), temperature)

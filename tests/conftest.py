@@ -1,6 +1,7 @@
 """Shared by all tests. Importing it costs next to nothing: what a test needs, its own file imports."""
 
 import ast
+import gc
 import os
 import sys
 from pathlib import Path
@@ -45,6 +46,12 @@ def pytest_collection_modifyitems(config, items):
     if of_gpu and not _has_gpu():
         for item in of_gpu:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: collections, of which there are many, need not look through it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def file_marks(path: Path) -> set[str]:

@@ -8,7 +8,7 @@ caption_crc32   uint32 [C], may be missing: zlib.crc32 of each caption's UTF-8, 
 head.*          float32, of a head that compares frames one by one: its weights
 
 Its metadata are `format` (FORMAT) and `scale`, the inverse temperature; what c4c writes has `head`, `sizes`, `splits`, `data`, `checkpoint`,
-`versions` and `crc32c` beside them. Arrays are mapped, not read, so that ranks share the memory that a file takes.
+`versions` and `crc32c` beside them, and `unreadable` if rows of `videos` mean nothing: a list of them in JSON. Arrays are mapped, not read, so that ranks share the memory that a file takes.
 """
 
 import hashlib
@@ -80,7 +80,7 @@ class FeatureFile:
     """What such a file holds. Reads all of it once: raises ValueError, naming it, for what is damaged or cannot be a teacher's.
 
     videos, texts: mapped arrays, see above. ids [V]; counts, starts int64 [V]: captions of a video, and where they begin in `texts`;
-    captions: uint32 [C] or None. splits: none for a file of other programs. head: what scores. digest: of all that scores depend on.
+    captions: uint32 [C] or None. unreadable: bool [V], which rows of videos mean nothing. splits: none for a file of other programs. head: what scores. digest: of all that scores depend on.
     """
 
     def __init__(self, path: str):
@@ -106,6 +106,7 @@ class FeatureFile:
         self.head_name = about.get("head", MeanPooling.name)
         self.head = self._head()
         self.splits = self._splits()
+        self.unreadable = self._unreadable()
         self.data: dict = _plain(about, "data", {})
         self.checkpoint = about.get("checkpoint", "another program")
         self.digest = self._checked_digest(_plain(about, "crc32c", {}))
@@ -142,6 +143,13 @@ class FeatureFile:
             raise ValueError("its metadata is damaged at splits") from None
         return splits
 
+    def _unreadable(self) -> np.ndarray:
+        marked, rows = np.zeros(len(self.ids), bool), _plain(self._about, "unreadable", [])
+        if not all(type(row) is int and 0 <= row < len(marked) for row in rows):
+            raise ValueError("its metadata is damaged at unreadable: it must be a list of rows of videos in JSON")
+        marked[rows] = True
+        return marked
+
     def _head(self) -> Head:
         """What scores features: of a head that compares two vectors, whichever it is, their product."""
         if self.head_name not in HEADS:
@@ -171,6 +179,7 @@ class FeatureFile:
     def _checked_digest(self, before: Mapping[str, str]) -> str:
         """Of names, shapes, types and values, the head and the scale. Raises ValueError for values that cannot be."""
         lines = [FORMAT, self.head_name, repr(self.scale)]
+        lines += [f"unreadable {np.flatnonzero(self.unreadable).tolist()}"] if self.unreadable.any() else []
         for name in sorted(self._arrays):
             array, crc = np.atleast_1d(self._arrays[name]), 0
             rows = max(1, _CHUNK * len(array) // max(1, array.nbytes))

@@ -16,6 +16,7 @@ from c4c.retrieval.work import EvalWork
 from pipelines.captions import texts_of
 from pipelines.config import DataConfig
 from pipelines.eval_loader import EvalLoader
+from pipelines.quarantine import Quarantine
 from pipelines.tokens import Tokenizer
 from shards.dataset import Dataset
 
@@ -48,9 +49,11 @@ def encode_videos(
     *,
     tokenizer: Tokenizer,
     views: Views = ONE_VIEW,
+    bad: Quarantine | None = None,
 ) -> tuple[list[Tensor], float]:
     """Features of videos, [M, ...] for each view of them, in the dataset's order on every rank, and how many seconds this rank waited for
-    the loader. config: filled. tokenizer: the model's. Raises ShardError for a video that cannot be decoded."""
+    the loader. config: filled. tokenizer: the model's. bad: takes this rank's videos that cannot be decoded, whose features
+    mean nothing; without it, and for too many of them, ShardError."""
     device, size = work.device, block_sizes(work.device, config.num_frames)[0]
     no_text = tokenizer(["none"], config.max_words).to(device)
     sizes = _blocks(len(split), size, work)
@@ -69,7 +72,7 @@ def encode_videos(
         rows: dict[int, Tensor] = {}
         reader = EvalLoader(
             split, replace(config, crop=crop) if crop else config, rank=work.rank, world=work.world, device=device,
-            raw=raw, block=size, clip=(clip, views.clips),
+            raw=raw, block=size, clip=(clip, views.clips), bad=bad,
         )  # fmt: skip
         try:
             clips = _Clips(reader)

@@ -6,10 +6,12 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from c4c.models.clip4clip import CLIP4Clip, head_sizes
@@ -22,6 +24,7 @@ from c4c.retrieval.work import EvalWork, aligned
 from c4c.training.screen import EvalReport
 from c4c.zero.distributed import join_ranks, launched, stop_distributed
 from c4c.zero.patches import quiet_libraries
+from pipelines.quarantine import Quarantine
 from pipelines.survey import notes
 from shards import count
 from shards.concat import Concat
@@ -33,7 +36,8 @@ _BLOCKS = 64  # of captions, that are encoded by all ranks before they are writt
 def store_features(request: Request, path: Path, half: bool = False) -> None:
     """Write the features of request.splits, all of them, to `path`; on every rank that a launcher started. half: as float16.
 
-    Raises ValueError for what cannot be done, ShardError for a video that cannot be decoded, and OSError.
+    Raises ValueError for what cannot be done, ShardError for more videos that cannot be decoded than data.max_bad_fraction allows, and
+    OSError.
     """
     quiet_libraries()
     rank, _, place = join_ranks(request.device)
@@ -53,21 +57,33 @@ def store_features(request: Request, path: Path, half: bool = False) -> None:
             print(f"warning: {note}", file=sys.stderr)
         model, work = opened.model.to(place), EvalWork(place)
         with EvalReport(on=rank == 0) as progress, work, aligned(model), torch.no_grad():
-            (videos,), _ = encode_videos(model, split, opened.data, work, progress.tell, tokenizer=opened.tokenizer)
+            bad = Quarantine(split.path, None, opened.data.max_bad_fraction, "has no features")
+            (videos,), _ = encode_videos(
+                model, split, opened.data, work, progress.tell, tokenizer=opened.tokenizer, bad=bad
+            )
+            unreadable = _of_all_ranks(bad.videos, work.world)
             parts = _encoded_in_parts(model, texts, opened, work, progress.tell)
             if rank == 0:
-                write_features(path, _header(opened, split, counts.tolist(), texts), videos, parts, dtype)
+                write_features(path, _header(opened, split, counts.tolist(), texts, unreadable), videos, parts, dtype)
             else:
                 for _ in parts:
                     pass
         if rank == 0:
             print(
                 f"{path}: features of {count(len(split), 'video')} and {count(len(texts), 'caption')} by {opened.what}{opened.kind}, "
-                f"{model.head.name}, {path.stat().st_size / 1e6:.1f} MB. Learn from it: train.teacher={path}"
+                f"{model.head.name}{_without(unreadable)}, {path.stat().st_size / 1e6:.1f} MB. Learn from it: train.teacher={path}"
             )
     finally:
         if launched() > 1:
             stop_distributed()
+
+
+def _of_all_ranks(rows: list[int], world: int) -> list[int]:
+    if launched() < 2:
+        return rows
+    parts: list[list[int]] = [[]] * world
+    dist.all_gather_object(parts, rows)
+    return sorted(chain.from_iterable(parts))
 
 
 def _encoded_in_parts(
@@ -80,7 +96,14 @@ def _encoded_in_parts(
         yield encode_texts(texts[first : first + size], model, opened.data, work, told, tokenizer=opened.tokenizer)
 
 
-def _header(opened: OpenedCheckpoint, split: Dataset, counts: list[int], texts: list[str]) -> FeatureHeader:
+def _without(unreadable: list[int]) -> str:
+    """For people."""
+    return f", but for {count(len(unreadable), 'video')} that cannot be decoded" if unreadable else ""
+
+
+def _header(
+    opened: OpenedCheckpoint, split: Dataset, counts: list[int], texts: list[str], unreadable: list[int]
+) -> FeatureHeader:
     model, data = opened.model, opened.data
     splits = [SplitFeatures(part.digest, len(part), data.paragraph) for part in split.parts]
     return FeatureHeader(
@@ -95,6 +118,7 @@ def _header(opened: OpenedCheckpoint, split: Dataset, counts: list[int], texts: 
             "data": kept(data),
             "checkpoint": f"{opened.what}{opened.kind}",
             "versions": {name: version(name) for name in ("c4c", "torch", "open_clip_torch")},
+            **({"unreadable": unreadable} if unreadable else {}),
         },
     )
 

@@ -23,5 +23,7 @@ def require_continues(run: Path, config: Config, digest: str | None = None) -> N
     free = ["data.train"] if digest and about.get("data") == digest else []
     if checkpoint.FROZEN in about:  # a digest decides
         free += ["model.init_from", "model.init_tag", "model.init_ema"]
+    if checkpoint.TEACHER in about and config.train.teacher and config.train.teacher_weight:  # here, too
+        free.append("train.teacher")
     before = Config(data=DataConfig().filled())  # of settings that the run had no key for: it was made as for CLIP
     check_continuation(run, to_dict(settled(config)), to_dict(before), tuple(free))

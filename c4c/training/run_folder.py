@@ -201,8 +201,8 @@ def check_continuation(folder: Path, config: dict, defaults: dict | None = None,
         raise ValueError(
             f"run.resume=auto: {error}. Put a copy of the file back, or start anew with run.resume=never, which moves the old run aside"
         ) from error
-    free = (*_FREE, *free)
-    keys = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and not k.startswith(free)]
+    kept = [k for k in sorted(before.keys() | now.keys()) if k not in free and not k.startswith(_FREE)]
+    keys = [k for k in kept if before.get(k) != now.get(k)]
     if keys:
         changes = "; ".join(f"{k} was {before.get(k)}, is {now.get(k)}" for k in keys[:_NAMED])
         changes += f"; and {len(keys) - _NAMED} more" if len(keys) > _NAMED else ""

@@ -165,7 +165,11 @@ class Session:
         if resume:
             folder = resume / checkpoint.FOLDER
             about = checkpoint.read_state(folder / self.tag) if self.tag else checkpoint.newest_state(resume)
-            teacher.require_same(about.get(TEACHER))
+            if about.get(TEACHER) not in (None, teacher.digest):
+                raise ValueError(
+                    f"run.resume=auto: train.teacher={teacher.name} is not what the run has learned from (its digest is "
+                    f"{teacher.digest[:12]}, was {about[TEACHER][:12]}). Put that back, or start anew with run.resume=never"
+                )
         return teacher
 
     def warnings(self) -> list[str]:

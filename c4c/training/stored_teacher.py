@@ -47,19 +47,13 @@ class StoredTeacher:
             if file.splits or file.captions is not None
             else "; it has no caption_crc32, so that the order of captions is not checked"
         )
+        unknown = int(file.unreadable[self._rows].sum())
+        checked += f"; of {count(unknown, 'video')} of this training it says nothing" if unknown else ""
         return (
             f"train.teacher={self.name}: features of {count(len(file.ids), 'video')} and {count(len(file.texts), 'caption')} by "
             f"{file.checkpoint} ({file.head_name}, scale {file.scale:.4g}), which does not run"
             f"{f'. It saw the frames of evaluation, {seen}' if seen else ''}{checked}"
         )
-
-    def require_same(self, before: str | None) -> None:
-        """Raise ValueError if these are not the features of digest `before`; None: not known."""
-        if before not in (None, self.digest):
-            raise ValueError(
-                f"run.resume=auto: train.teacher={self.name} holds other features than those that the run has learned from (digest "
-                f"{self.digest[:12]}, was {str(before)[:12]}). Put those back, or start anew with run.resume=never"
-            )
 
     def rows_of(self, batch: Batch) -> Tensor:
         """Which rows of the file a batch needs, of its video and of each of its captions: int64 [B, 1 + captions], on the host. Any
@@ -74,7 +68,8 @@ class StoredTeacher:
         """Of a rank's rows, as `rows_of` gives them; called on every rank. parts: not needed."""
         assert rows is not None
         texts, videos = self._taken(self._file.texts, rows[:, 1:].flatten()), self._taken(self._file.videos, rows[:, 0])
-        return TeacherScores(*both_ways(texts, videos, self._scale, self._head.score))
+        known = to_device(torch.from_numpy(~self._file.unreadable[rows[:, 0].numpy()]), self._device)
+        return TeacherScores(*both_ways(texts, videos, self._scale, self._head.score), known)
 
     def _taken(self, features: np.ndarray, rows: Tensor) -> Tensor:
         return to_device(torch.from_numpy(features[rows.numpy()].astype(np.float32)), self._device)

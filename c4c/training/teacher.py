@@ -49,14 +49,6 @@ class Teacher:
             f"{memory / 2**20:.0f} MiB; every batch passes through it, too"
         )
 
-    def require_same(self, before: str | None) -> None:
-        """Raise ValueError if these are not the weights of digest `before`; None: not known."""
-        if before not in (None, self.digest):
-            raise ValueError(
-                f"run.resume=auto: train.teacher={self.name} holds other weights than those that the run has learned from (digest "
-                f"{self.digest[:12]}, was {str(before)[:12]}). Put those back, or start anew with run.resume=never"
-            )
-
     def rows_of(self, batch: Batch) -> None:
         """Nothing has to be looked up for a batch: see `c4c.training.stored_teacher.StoredTeacher`, which has the same methods."""
 

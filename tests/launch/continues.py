@@ -4,6 +4,7 @@ Two ranks take `COMMON`'s and `TWO`'s, one and four some of `COMMON`'s (`SOME`);
 and go on; `AGAIN` says which ways of which number of ranks go on from whose checkpoint. `OFTEN` has what is not left to the nightly tests.
 """
 
+import gc
 from pathlib import Path
 
 import torch
@@ -202,6 +203,7 @@ def engine_of(way: dict, world: int):
     extra: dict = {"fp16": {"initial_scale_power": way["scale"], "hysteresis": 1}} if "scale" in way else {}
     extra |= {"optimizer": {"params": {"torch_adam": True}}} if "torchs" in way else {}
     extra |= {"zero_optimization": {"stage": way["zero_stage"]}} if "kept" in way else {}
+    gc.freeze()  # DeepSpeed collects for each engine, and would look through all that there is
     return build_engine(learner, config, train, world, extra), train
 
 

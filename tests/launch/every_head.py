@@ -3,6 +3,7 @@
 For each way: the losses and norms of the gradient of all steps, and how far the checkpoint's scores are from the engine's. See engines.py.
 """
 
+import gc
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -83,6 +84,7 @@ def train(way: dict, folder: Path, rank: int, world: int) -> dict:
     if "teacher" in way:
         teacher = Teacher(way["teacher"], CLIP4Clip(SPEC, way["teacher"], blocks=2, segments=FRAMES))
         learner.teacher = teacher.to(get_accelerator().current_device_name(), torch.float32)
+    gc.freeze()  # DeepSpeed collects for each engine, and would look through all that there is
     engine = build_engine(learner, config, settings, world, way.get("deepspeed", {}))
     data, losses, norms = batch(rank, world, settings.captions_per_video), [], []
     data = with_bytes(data) if way.get("bytes") else data

@@ -17,6 +17,7 @@ from c4c.retrieval.views import Views
 from shards.split import Split
 from tests.launch.evaluations import metrics_of, refused, validated
 from tests.launch.runs import lines
+from tests.pipelines.test_loader import damage
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(1200)]
 
@@ -83,6 +84,35 @@ def test_features_are_the_same_bytes_from_any_number_of_ranks(model, launcher, f
         (len(split), split.digest) for split in map(Split, (launcher.train, launcher.test))
     ]
     assert made.ids[40] == Split(launcher.test).video(0).id and made.scale == pytest.approx(model.scale().item())
+
+
+def test_features_of_a_split_with_a_damaged_video(model, launcher, forks, tmp_path):
+    """It is named, all others have theirs, and a run that can read it after all learns of it from the matches alone."""
+    export(model, tmp_path / "w.safetensors")
+    split = Split(launcher.train)
+    name = split.video(7).id
+    damaged = damage(split, [split.video(7).key], tmp_path / "split", slice(None))
+    for ranks in (1, 2):
+        words = [
+            "--ckpt",
+            tmp_path / "w.safetensors",
+            "--data",
+            damaged.path,
+            "--out",
+            tmp_path / f"{ranks}.safetensors",
+        ]
+        code, said, err = forks.run(["c4c/features.py", *map(str, words), "--device", launcher.device], ranks)
+        assert code == 0, err
+        assert f"{name} cannot be used and has no features: crc32c" in err
+        assert "meanP, but for 1 video that cannot be decoded, " in said
+    files = [tmp_path / f"{ranks}.safetensors" for ranks in (1, 2)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert FeatureFile(str(files[0])).unreadable.nonzero()[0].tolist() == [7]
+    run = tmp_path / "run"
+    words = launcher.words(f"run.dir={run}", f"train.teacher={files[0]}", "data.num_frames=5", "train.max_steps=2")
+    code, said, err = forks.run(["launch/train.py", *words], 2)
+    assert code == 0, err
+    assert "of 1 video of this training it says nothing" in err and len(lines(run / "metrics.jsonl")) == 2
 
 
 def by_mmaction2(rows: list[dict]) -> dict[str, float]:

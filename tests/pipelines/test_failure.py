@@ -16,6 +16,7 @@ from pipelines.config import CacheConfig, DataConfig
 from pipelines.eval_loader import EvalLoader
 from pipelines.lanes import Lane
 from pipelines.loader import Loader
+from pipelines.quarantine import Quarantine
 from pipelines.requests import ClipRequest
 from pipelines.stages.fetch import Reader
 from pipelines.workers import Hung, InOrder, Workers
@@ -98,6 +99,29 @@ def test_evaluation_names_a_video_that_the_graph_rejects(numbered, monkeypatch):
     with pytest.raises(ShardError, match="short cannot be evaluated: the decoder rejects it"):
         list(reader)
     reader.close()
+
+
+def test_videos_that_cannot_be_decoded_are_taken_note_of_where_that_is_asked_for(numbered, monkeypatch):
+    whole = frames_of(EvalLoader(numbered.intra, SMALL))
+    undecodable(monkeypatch, bad := ["short", "wide_30"])
+    taken = Quarantine("the split", None, 0.01, "has no features")
+    with pytest.warns(UserWarning, match="the split: short cannot be used and has no features: the decoder rejects it"):
+        found = frames_of(EvalLoader(numbered.intra, SMALL, bad=taken))
+    rows = [i for i in range(len(whole)) if numbered.intra.video(i).id in bad]
+    assert taken.videos == rows and taken.read == len(whole) == len(found)
+    for i, (frames, expected) in enumerate(zip(found, whole, strict=True)):
+        assert torch.equal(frames, torch.zeros_like(frames) if i in rows else expected)
+    with pytest.raises(
+        ShardError, match=r"1 of \d+ samples read .* are bad, more than data\.max_bad_fraction=0 allows"
+    ):
+        frames_of(EvalLoader(numbered.intra, SMALL, bad=Quarantine("it", None, 0, "has no features")))
+
+
+def frames_of(reader: EvalLoader) -> list[torch.Tensor]:
+    try:
+        return [clip for _, frames, _ in reader for clip in frames.clone()]
+    finally:
+        reader.close()
 
 
 @pytest.mark.filterwarnings("ignore:.*cannot be used and is replaced")

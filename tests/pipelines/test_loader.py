@@ -55,16 +55,17 @@ def equal(a: dict, b: dict) -> bool:
     return a["keys"] == b["keys"] and all(torch.equal(a[n], b[n]) for n in ("frames", "tokens", "numbers"))
 
 
-def damage(split: Split, keys: list[str], folder: Path) -> Split:
-    """A copy of the split in which the first stored frame of these videos has changed since packing."""
+def damage(split: Split, keys: list[str], folder: Path, frames: slice = slice(1)) -> Split:
+    """A copy of the split in which these stored frames of these videos have changed since packing."""
     shutil.copytree(split.path, folder)
     for video in map(split.video, range(len(split))):
         if video.key in keys:
             with open(folder / f"{video.shard}.tar", "r+b") as file:
-                file.seek(video.offset + int(video.frames.offset[0]) + int(video.frames.size[0]) // 2)
-                flipped = bytes(byte ^ 0xFF for byte in file.read(16))
-                file.seek(-16, 1)
-                file.write(flipped)
+                for offset, size in zip(video.frames.offset[frames], video.frames.size[frames], strict=True):
+                    file.seek(video.offset + int(offset) + int(size) // 2)
+                    flipped = bytes(byte ^ 0xFF for byte in file.read(16))
+                    file.seek(-16, 1)
+                    file.write(flipped)
     return Split(folder)
 
 
