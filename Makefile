@@ -4,9 +4,9 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 # without bytecode on disk, each of the many processes would compile torch and open_clip again, for 20 s
 unexport PYTHONDONTWRITEBYTECODE
 .PHONY: demo demo-two-stage test test-all test-quick kills lint
-# tests run in as many processes as there are cores, up to 4; each takes whole files, so that fixtures are made once
+# tests run in one process more than there are cores, up to 5, as some wait for others; each takes whole files, so that fixtures are made once
 CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
-PROCESSES := $(shell echo $$(( $(CORES) > 4 ? 4 : $(CORES) )))
+PROCESSES := $(shell echo $$(( ($(CORES) > 4 ? 4 : $(CORES)) + 1 )))
 # in the order of the folders: those that take longest, tests/launch, do not come last
 TESTS := python -m pytest -q --dist loadfile --no-loadscope-reorder
 .DELETE_ON_ERROR:
@@ -27,9 +27,8 @@ test: $(VENV)/compiled
 test-all: $(VENV)/compiled
 	$(TESTS) -n $(PROCESSES)
 
-# one process more: these wait for disks and pipes now and then
 test-quick: $(VENV)/ready
-	$(TESTS) -n $(shell echo $$(( $(PROCESSES) + 1 ))) --quick
+	$(TESTS) -n $(PROCESSES) --quick
 
 kills: $(VENV)/ready
 	python tests/launch/kills.py --tries 20 && python tests/launch/faults.py

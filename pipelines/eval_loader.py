@@ -1,6 +1,6 @@
 """Every video of a split, for evaluation: the same chain as in training, with other requests, and no video takes another's place."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -8,26 +8,26 @@ import torch
 from pipelines.chain import chain
 from pipelines.config import DataConfig
 from pipelines.lanes import Lane
-from pipelines.quarantine import Quarantine
 from pipelines.requests import BatchPlan, EvalRequests, Sample
 from pipelines.running import LaneLoader, require_opened
 from pipelines.stages.transfer import handed_over
 from pipelines.stats import Stats
 from shards import ShardError
 from shards.dataset import Dataset
+from shards.schema import Video
 
 
 class EvalLoader(LaneLoader[BatchPlan]):
     """Every video of a split once, in order, for evaluation; ranks take turns, `block` videos each.
 
     Each rank gets the same number of batches (collectives need that); a rank without videos left gets empty ones. `raw`
-    leaves the normalisation to whoever asked. clip: see `clip_request`. bad: takes videos that cannot be decoded, whose frames are 0 then;
-    None: they are errors.
+    leaves the normalisation to whoever asked. clip: see `clip_request`. bad: is called with each video that cannot be decoded and the
+    reason; its frames are 0 then. None: it is an error.
     """
 
     def __init__(
         self, split: Dataset, config: DataConfig, *, rank: int = 0, world: int = 1, device: torch.device | str = "cpu",
-        raw: bool = False, block: int = 1, clip: tuple[int, int] = (0, 1), bad: Quarantine | None = None,
+        raw: bool = False, block: int = 1, clip: tuple[int, int] = (0, 1), bad: Callable[[Video, Exception], None] | None = None,
     ):  # fmt: skip
         require_opened(split)
         self.split, self.config, self._bad = split, (config := config.filled()), bad
@@ -42,8 +42,7 @@ class EvalLoader(LaneLoader[BatchPlan]):
         """(video indices [n], frames [n, num_frames, 3, H, W], mask [n, num_frames]), n <= eval_batch_size, n may be 0.
         With `raw`, frames are uint8 [n, num_frames, H, W, 3].
 
-        Raises ShardError for a video that cannot be decoded (a score over fewer videos would not be the score), or for too many of
-        those that `bad` takes.
+        Without `bad`, raises ShardError for a video that cannot be decoded: a score over fewer videos would not be the score.
         """
         if self._prefetch is not None:
             self._prefetch.close()  # of an iteration that was not finished
@@ -52,8 +51,6 @@ class EvalLoader(LaneLoader[BatchPlan]):
             rows, ready = plan.rows, plan.ready
             clips, frames = plan.take()
             handed_over(ready, frames)
-            if self._bad is not None:
-                self._bad.read += len(clips)
             for row, sample in enumerate(clips):
                 if sample.error is not None:
                     self._report(sample, sample.error)
@@ -65,4 +62,4 @@ class EvalLoader(LaneLoader[BatchPlan]):
         video = sample.request.video
         if self._bad is None:
             raise ShardError(f"{self.split.path}: {video.id} cannot be evaluated: {error}. Pack the split again.")
-        self._bad.report(video, error)
+        self._bad(video, error)

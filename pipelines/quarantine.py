@@ -14,33 +14,25 @@ if TYPE_CHECKING:  # the functions below are used where nothing heavy may be imp
 
 
 class Quarantine:
-    """Bad samples of the split at `split`; `file` (JSON lines, shared by ranks) lists each video once. then: what becomes of them."""
+    """Bad samples of the split at `split`; `file` (JSON lines, shared by ranks) lists each video once."""
 
-    def __init__(self, split: object, file: Path | None, max_bad_fraction: float, then: str = "is replaced"):
-        self.split, self._file, self._limit, self._then = split, file, max_bad_fraction, then
+    def __init__(self, split: object, file: Path | None, max_bad_fraction: float):
+        self.split, self._file, self._limit = split, file, max_bad_fraction
         self._bad: dict[int, int] = {}
         self.read = 0  # samples asked for so far, good and bad
-
-    @property
-    def videos(self) -> list[int]:
-        """Their indices, in order."""
-        return sorted(self._bad)
 
     def report(self, video: "Video", reason: Exception) -> None:
         """Raises ShardError once more than `max_bad_fraction` of what was read, or of the first 1000, is bad."""
         self._bad[video.index] = self._bad.get(video.index, 0) + 1
         if self._bad[video.index] == 1:
-            warnings.warn(f"{self.split}: {video.id} cannot be used and {self._then}: {reason}", stacklevel=2)
+            warnings.warn(f"{self.split}: {video.id} cannot be used and is replaced: {reason}", stacklevel=2)
             if self._file is not None and not self._listed(self._file, video.key):
                 self._list(self._file, video, reason)
         bad = sum(self._bad.values())
         if bad > self._limit * max(self.read, 1000):
-            verify = "; ".join(
-                f"python -m c4c.shard verify {shlex.quote(path)}" for path in str(self.split).split(" + ")
-            )
             raise ShardError(
                 f"{bad} of {self.read} samples read from {self.split} are bad, more than "
-                f"data.max_bad_fraction={self._limit} allows. Last: {video.id}: {reason}. Run: {verify}"
+                f"data.max_bad_fraction={self._limit} allows. Last: {video.id}: {reason}. Run: {verify_command(self.split)}"
             )
 
     def _list(self, file: Path, video: "Video", reason: Exception) -> None:
@@ -53,6 +45,11 @@ class Quarantine:
         """Whether another rank, or this run before it was resumed, has listed the video."""
         entries = json_lines(file)
         return any(entry.get("key") == key and entry.get("split") == str(self.split) for entry in entries)
+
+
+def verify_command(split: object) -> str:
+    """What finds the bad videos of a split, or of several that are joined."""
+    return "; ".join(f"python -m c4c.shard verify {shlex.quote(path)}" for path in str(split).split(" + "))
 
 
 def json_lines(file: Path) -> list[dict]:

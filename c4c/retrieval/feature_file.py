@@ -34,6 +34,7 @@ FORMAT = "c4c.features.1"
 _NEEDED = ("ids", "caption_counts", "videos", "texts")
 _DTYPES = {"F32": "<f4", "F16": "<f2", "U8": "|u1", "I8": "|i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4", "U64": "<u8",
            "I64": "<i8"}  # fmt: skip
+_METADATA = "metadata"  # among the checksums of arrays, that of the metadata themselves
 _HEADER = 100 << 20  # bytes at most, as in safetensors' own reader
 _CHUNK = 64 << 20  # bytes that are looked at at once
 _UNIT = 0.01  # by which the length of a unit vector may be another; float16 rounds by a tenth of that
@@ -98,7 +99,9 @@ class FeatureFile:
         arrays, about = self._arrays, self._about
         self.videos, self.texts = arrays["videos"], arrays["texts"]
         self.ids = _ids(arrays["ids"])
-        self.counts = arrays["caption_counts"].astype(np.int64)
+        if (counts := arrays["caption_counts"]).dtype.kind not in "iu":
+            raise ValueError(f"caption_counts must be integers; it is {counts.dtype}")
+        self.counts = counts.astype(np.int64)
         self.captions = arrays.get("caption_crc32")
         self._check_shapes()
         self.starts = np.cumsum(self.counts) - self.counts
@@ -137,7 +140,11 @@ class FeatureFile:
     def _splits(self) -> list[SplitFeatures]:
         try:
             splits = [SplitFeatures(**row) for row in _plain(self._about, "splits", [])]
-            if splits and sum(split.videos for split in splits) != len(self.ids):
+            right = all(
+                type(one.digest) is str and type(one.videos) is int and one.videos > 0 and type(one.paragraph) is bool
+                for one in splits
+            )
+            if splits and not (right and sum(split.videos for split in splits) == len(self.ids)):
                 raise TypeError
         except TypeError:
             raise ValueError("its metadata is damaged at splits") from None
@@ -170,7 +177,7 @@ class FeatureFile:
             head.eval().requires_grad_(False)
             with torch.no_grad():
                 head.score(*(torch.from_numpy(array[:1].astype(np.float32)) for array in (self.texts, self.videos)))
-        except (TypeError, RuntimeError, IndexError) as error:
+        except (TypeError, ValueError, ArithmeticError, AssertionError, RuntimeError, IndexError) as error:
             raise ValueError(
                 f"its weights or features do not fit the head {self.head_name} ({str(error).partition(chr(10))[0][:200]})"
             ) from error
@@ -179,14 +186,18 @@ class FeatureFile:
     def _checked_digest(self, before: Mapping[str, str]) -> str:
         """Of names, shapes, types and values, the head and the scale. Raises ValueError for values that cannot be."""
         lines = [FORMAT, self.head_name, repr(self.scale)]
-        lines += [f"unreadable {np.flatnonzero(self.unreadable).tolist()}"] if self.unreadable.any() else []
+        lines += [f"{name} {self._about[name]}" for name in ("sizes", "splits", "unreadable") if name in self._about]
+        if before.get(_METADATA, crc := _crc_of(self._about)) != crc:
+            raise ValueError("it is damaged: its metadata do not match their checksum. Copy or write it again")
         for name in sorted(self._arrays):
             array, crc = np.atleast_1d(self._arrays[name]), 0
             rows = max(1, _CHUNK * len(array) // max(1, array.nbytes))
             for first in range(0, len(array), rows):
                 part = np.ascontiguousarray(array[first : first + rows])
                 crc = crc32c(part.tobytes(), crc)
-                if name in ("videos", "texts"):
+                if name == "videos":
+                    _check_rows(name, first, part, not self.head.late, ~self.unreadable[first : first + len(part)])
+                elif name == "texts":
                     _check_rows(name, first, part, unit=not self.head.late)
             lines.append(f"{name} {array.dtype.str} {list(array.shape)} {crc:08x}")
             if name in before and before[name] != f"{crc:08x}":
@@ -231,6 +242,11 @@ def _metadata(header: dict) -> dict[str, str]:
     return about
 
 
+def _crc_of(about: Mapping[str, str]) -> str:
+    """Of all metadata but the checksums."""
+    return f"{crc32c(json.dumps({key: about[key] for key in sorted(about) if key != 'crc32c'}).encode()):08x}"
+
+
 def _plain(about: Mapping[str, str], key: str, default):
     """JSON in the metadata. Raises ValueError if it is of another kind than `default`."""
     try:
@@ -258,20 +274,22 @@ def _number(text: str | None) -> float:
         scale = float(text or "")
     except ValueError:
         scale = math.nan
-    if not 0 < scale < math.inf:
+    if not 0 < np.float32(scale) < math.inf:
         raise ValueError(f"the scale in its metadata must be a number above 0, such as 100; it is {text}")
     return scale
 
 
-def _check_rows(name: str, first: int, rows: np.ndarray, unit: bool) -> None:
-    """Raise ValueError if a row is not of numbers or, where rows are to be unit vectors, not of length 1."""
+def _check_rows(name: str, first: int, rows: np.ndarray, unit: bool, counted: np.ndarray | bool = True) -> None:
+    """Raise ValueError if a row is not of numbers or, where rows are to be unit vectors, not of length 1. counted: bool [n], which
+    rows are looked at."""
     values = rows.astype(np.float32)
-    if not np.isfinite(values).all():
-        row = int(np.flatnonzero(~np.isfinite(values.reshape(len(rows), -1)).all(axis=1))[0])
+    numbers = np.isfinite(values.reshape(len(rows), -1)).all(axis=1) | ~np.asarray(counted)
+    if not numbers.all():
+        row = int(np.flatnonzero(~numbers)[0])
         raise ValueError(f"row {first + row} of {name} holds NaN, or numbers too large for {rows.dtype}")
     if unit:
         lengths = np.linalg.norm(values, axis=1)
-        if len(wrong := np.flatnonzero(abs(lengths - 1) > _UNIT)):
+        if len(wrong := np.flatnonzero((abs(lengths - 1) > _UNIT) & counted)):
             row = int(wrong[0])
             raise ValueError(
                 f"row {first + row} of {name} has length {lengths[row]:.4g}: rows must be unit vectors; divide each by its "
@@ -348,8 +366,9 @@ def _header(
 ) -> bytes:
     codes = {np.dtype(code).str: name for name, code in _DTYPES.items()}
     about = {"format": FORMAT, "scale": repr(header.scale), "head": header.head.name}
-    more = header.about | {"sizes": header.sizes, "crc32c": {name: f"{crc:08x}" for name, crc in crcs.items()}}
+    more = header.about | {"sizes": header.sizes}
     about |= {key: value if isinstance(value, str) else json.dumps(value) for key, value in more.items()}
+    about["crc32c"] = json.dumps({name: f"{crc:08x}" for name, crc in crcs.items()} | {_METADATA: _crc_of(about)})
     rows: dict[str, dict] = {"__metadata__": about}
     begin = 0
     for name, shape in shapes.items():

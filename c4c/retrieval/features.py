@@ -16,9 +16,9 @@ from c4c.retrieval.work import EvalWork
 from pipelines.captions import texts_of
 from pipelines.config import DataConfig
 from pipelines.eval_loader import EvalLoader
-from pipelines.quarantine import Quarantine
 from pipelines.tokens import Tokenizer
 from shards.dataset import Dataset
+from shards.schema import Video
 
 Encode = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # frames, mask, tokens -> texts, videos
 # "videos", "clips" or "captions", how many of them all ranks have encoded, of how many; or "texts", how many are ranked
@@ -49,11 +49,11 @@ def encode_videos(
     *,
     tokenizer: Tokenizer,
     views: Views = ONE_VIEW,
-    bad: Quarantine | None = None,
+    bad: Callable[[Video, Exception], None] | None = None,
 ) -> tuple[list[Tensor], float]:
     """Features of videos, [M, ...] for each view of them, in the dataset's order on every rank, and how many seconds this rank waited for
-    the loader. config: filled. tokenizer: the model's. bad: takes this rank's videos that cannot be decoded, whose features
-    mean nothing; without it, and for too many of them, ShardError."""
+    the loader. config: filled. tokenizer: the model's. bad: is called with each of this rank's videos that cannot be
+    decoded and the reason, and its features mean nothing. Without it, raises ShardError for such a video."""
     device, size = work.device, block_sizes(work.device, config.num_frames)[0]
     no_text = tokenizer(["none"], config.max_words).to(device)
     sizes = _blocks(len(split), size, work)

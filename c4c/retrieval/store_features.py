@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import warnings
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -24,12 +25,14 @@ from c4c.retrieval.work import EvalWork, aligned
 from c4c.training.screen import EvalReport
 from c4c.zero.distributed import join_ranks, launched, stop_distributed
 from c4c.zero.patches import quiet_libraries
-from pipelines.quarantine import Quarantine
+from pipelines.quarantine import verify_command
 from pipelines.survey import notes
-from shards import count
+from shards import ShardError, count
 from shards.concat import Concat
 from shards.dataset import Dataset
+from shards.schema import Video
 
+_LEAST = 1000  # videos that data.max_bad_fraction is a part of
 _BLOCKS = 64  # of captions, that are encoded by all ranks before they are written
 
 
@@ -57,11 +60,11 @@ def store_features(request: Request, path: Path, half: bool = False) -> None:
             print(f"warning: {note}", file=sys.stderr)
         model, work = opened.model.to(place), EvalWork(place)
         with EvalReport(on=rank == 0) as progress, work, aligned(model), torch.no_grad():
-            bad = Quarantine(split.path, None, opened.data.max_bad_fraction, "has no features")
+            bad = Unreadable(split, opened.data.max_bad_fraction)
             (videos,), _ = encode_videos(
-                model, split, opened.data, work, progress.tell, tokenizer=opened.tokenizer, bad=bad
+                model, split, opened.data, work, progress.tell, tokenizer=opened.tokenizer, bad=bad.add
             )
-            unreadable = _of_all_ranks(bad.videos, work.world)
+            unreadable = bad.of_all_ranks(work.world)
             parts = _encoded_in_parts(model, texts, opened, work, progress.tell)
             if rank == 0:
                 write_features(path, _header(opened, split, counts.tolist(), texts, unreadable), videos, parts, dtype)
@@ -78,12 +81,37 @@ def store_features(request: Request, path: Path, half: bool = False) -> None:
             stop_distributed()
 
 
-def _of_all_ranks(rows: list[int], world: int) -> list[int]:
-    if launched() < 2:
+class Unreadable:
+    """Videos of a split that cannot be decoded: each is told in a warning, and too many are an error, whichever ranks found them.
+
+    Raises ShardError for more than `fraction` of the split's videos, or of 1000 if it has fewer, and if there is no other video.
+    """
+
+    def __init__(self, split: Dataset, fraction: float):
+        self._split, self._fraction, self._rows = split, fraction, list[int]()
+
+    def add(self, video: Video, reason: Exception) -> None:
+        """One that this rank has found."""
+        warnings.warn(f"{self._split.path}: {video.id} cannot be decoded and has no features: {reason}", stacklevel=2)
+        self._rows.append(video.index)
+        self._check(self._rows)
+
+    def of_all_ranks(self, world: int) -> list[int]:
+        """Their rows, in order; called on every rank."""
+        parts = [self._rows] * world
+        if launched() > 1:
+            dist.all_gather_object(parts, self._rows)
+        rows = sorted(set(chain.from_iterable(parts)))
+        self._check(rows)
         return rows
-    parts: list[list[int]] = [[]] * world
-    dist.all_gather_object(parts, rows)
-    return sorted(chain.from_iterable(parts))
+
+    def _check(self, rows: list[int]) -> None:
+        videos = len(self._split)
+        if len(rows) > self._fraction * max(videos, _LEAST) or len(rows) == videos:
+            raise ShardError(
+                f"{len(rows)} of {count(videos, 'video')} of {self._split.path} cannot be decoded, more than data.max_bad_fraction="
+                f"{self._fraction} allows. Run: {verify_command(self._split.path)}"
+            )
 
 
 def _encoded_in_parts(

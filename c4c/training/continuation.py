@@ -12,7 +12,8 @@ from pipelines.config import DataConfig
 def require_continues(run: Path, config: Config, digest: str | None = None) -> None:
     """Raise ValueError, naming every difference, if `config` would not continue `run`.
 
-    digest: of the training data, which may be at another place by now.
+    digest: of the training data, which may be at another place by now. Given, the caller also compares the digests that the run's
+    checkpoints have of a teacher and of what is frozen, so that these may come from another place. Without it names have to be the same.
     """
     about = checkpoint.newest_state(run)
     if checkpoint.AVERAGE in about:
@@ -21,9 +22,9 @@ def require_continues(run: Path, config: Config, digest: str | None = None) -> N
             f"weights: model.init_from={run} run.dir=NEW"
         )
     free = ["data.train"] if digest and about.get("data") == digest else []
-    if checkpoint.FROZEN in about:  # a digest decides
+    if digest and checkpoint.FROZEN in about:
         free += ["model.init_from", "model.init_tag", "model.init_ema"]
-    if checkpoint.TEACHER in about and config.train.teacher and config.train.teacher_weight:  # here, too
+    if digest and checkpoint.TEACHER in about and config.train.teacher and config.train.teacher_weight:
         free.append("train.teacher")
     before = Config(data=DataConfig().filled())  # of settings that the run had no key for: it was made as for CLIP
     check_continuation(run, to_dict(settled(config)), to_dict(before), tuple(free))

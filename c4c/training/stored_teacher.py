@@ -1,5 +1,6 @@
 """A teacher whose features lie in a file: `train.teacher` names it, and a step looks up the rows of its captions and videos."""
 
+import shlex
 import zlib
 from collections.abc import Sequence
 
@@ -34,6 +35,10 @@ class StoredTeacher:
         self.digest = file.digest
         _require_whole_videos(file, config)
         self._rows = _rows_of(file, split, config.data)
+        if file.unreadable[self._rows].all():
+            raise ValueError(
+                f"train.teacher={file.path} has no features of any video of {split.path}, only marks that they cannot be read"
+            )
         self._head, self._scale = file.head.to(device), torch.tensor(file.scale, device=device)
 
     @property
@@ -69,6 +74,7 @@ class StoredTeacher:
         assert rows is not None
         texts, videos = self._taken(self._file.texts, rows[:, 1:].flatten()), self._taken(self._file.videos, rows[:, 0])
         known = to_device(torch.from_numpy(~self._file.unreadable[rows[:, 0].numpy()]), self._device)
+        videos = videos.masked_fill(~known.view(-1, *[1] * (videos.dim() - 1)), 0)  # they may be anything
         return TeacherScores(*both_ways(texts, videos, self._scale, self._head.score), known)
 
     def _taken(self, features: np.ndarray, rows: Tensor) -> Tensor:
@@ -108,7 +114,9 @@ def _rows_of(file: FeatureFile, split: Dataset, data: DataConfig) -> np.ndarray:
     known = {one.digest: (end - one.videos, end) for one, end in zip(file.splits, ends.tolist(), strict=True)}
     rows: list[np.ndarray] = []
     for part in split.parts:
-        if part.digest in known:  # which says that videos and captions are the same
+        if part.digest in known and known[part.digest][1] - known[part.digest][0] == len(
+            part
+        ):  # which says that videos and captions are the same
             rows.append(np.arange(*known[part.digest]))
             continue
         rows.append(_rows_by_id(file, part, data))
@@ -167,4 +175,4 @@ def _require_same_captions(file: FeatureFile, part: Split, rows: np.ndarray, dat
 
 def _command(train: str | tuple[str, ...]) -> str:
     """What writes a file for this training."""
-    return f"python -m c4c.features --ckpt TEACHER --data {train if isinstance(train, str) else ' '.join(train)} --out FILE"
+    return f"python -m c4c.features --ckpt TEACHER --data {shlex.join([train] if isinstance(train, str) else train)} --out FILE"

@@ -1,5 +1,7 @@
 """The frozen model that `train.teacher` names: its scores of a batch are what the trained model learns from beside the matches."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 
 import torch
@@ -24,12 +26,14 @@ _BESIDE = ("files", "hub", "pad_id", "pad_ends")  # of a tokenizer's description
 class Teacher:
     """A model that is not trained. It is no torch module, so that no engine, optimizer, average or checkpoint sees its weights.
 
-    digest: of the weights, as they were read.
+    digest: of the weights, as they were read, and of how scores are made of them.
     """
 
     def __init__(self, name: str, model: CLIP4Clip):
         self.name, self.model = name, model.eval().requires_grad_(False)
-        self.digest = origin.digest(model.state_dict(), model.state_dict())
+        about = [model.head.name, model.linear_patch, model.blocks, model.segments, repr(model.merging), model.spec]
+        weights = origin.digest(model.state_dict(), model.state_dict())
+        self.digest = hashlib.sha256(f"{weights} {json.dumps(about, sort_keys=True)}".encode()).hexdigest()
         self._scale = model.scale().detach().clone()  # before it is rounded
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Teacher":

@@ -65,6 +65,7 @@ def test_one_gpu(capsys, tmp_path):
     assert roofline.main([*words, "train.batch_size=64"]) == 0  # its own file is replaced
 
 
+@pytest.mark.nightly
 def test_a_reader_that_leaves_ends_it_quietly_with_the_json_written(tmp_path):
     reader, writer = os.pipe()
     os.close(reader)

@@ -38,6 +38,7 @@ def test_plain_loop(work, environment):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(600)
 def test_own_videos(tmp_path, environment):
     out = run("own_videos.py", "--folder", str(tmp_path), cwd=tmp_path, env=environment)

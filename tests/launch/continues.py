@@ -147,17 +147,15 @@ AGAIN: dict[int, dict[str, tuple[int, str, str]]] = {
 }  # fmt: skip
 # by ranks, ways and what goes on: every kind at least once, where it differs most from the others; whole, it is every kind at every stage
 OFTEN = {
-    1: {"ZeRO 0", "ZeRO 1", "ZeRO 3", "ZeRO 0, accumulated", "ZeRO 0, sigmoid", "ZeRO 0, options", "ZeRO 0, merging", "ZeRO 0, seqWTI", *ONE,
-        "2 -> 1, ZeRO 3", "2 -> 1, LoRA, ZeRO 3", "2 -> alone, bf16", "again, alone, bf16", "alone, bf16 -> torch's"},
-    2: {*(f"ZeRO {stage}" for stage in range(4)), "ZeRO 3, cached", "ZeRO 1, cached", "ZeRO 2, accumulated", "ZeRO 3, sigmoid", "ZeRO 2, cached, sigmoid",
-        "ZeRO 1, sigmoid", "ZeRO 2, options", "ZeRO 3, cached, options", "ZeRO 3, seqWTI", "ZeRO 1, cached, merging", "ZeRO 3, merging",
-        "ZeRO 1, bf16", "ZeRO 3, bf16", "ZeRO 2, fp16", "torch's, ZeRO 3", "torch's, ZeRO 1, bf16", "LoRA, ZeRO 0", "LoRA, ZeRO 3", "LoRA, ZeRO 1, bf16",
-        "prompts, ZeRO 0", "prompts, ZeRO 3", "text frozen, ZeRO 0", "text frozen, ZeRO 3", "by layer, ZeRO 0", "by layer, ZeRO 1", "offload all", "frozen",
-        "unused bias", "activation checkpointing", "bad, ZeRO 1", "bad, ZeRO 3", "bad, ZeRO 1, bf16", "bad, torch's, ZeRO 1, bf16", "search, ZeRO 1, fp16",
-        "again, ZeRO 1", "again, ZeRO 3", "again, ZeRO 3, bf16", "again, ZeRO 2, fp16", "again, torch's, ZeRO 1, bf16", "again, offload all", "again, frozen",
-        "again, LoRA, ZeRO 3", "again, ZeRO 2, options", "again, ZeRO 3, seqWTI", "again, unused bias", "ZeRO 1 -> ZeRO 3", "ZeRO 3 -> ZeRO 0",
-        "LoRA, ZeRO 3 -> LoRA, ZeRO 1", "torch's, ZeRO 3 -> ZeRO 0", "ZeRO 1, bf16 -> torch's, ZeRO 1, bf16"},
-    4: {"ZeRO 1", "ZeRO 3, cached", "ZeRO 3, sigmoid", "ZeRO 2, options", "1 -> 4, ZeRO 1 -> ZeRO 3", "2 -> 4, ZeRO 3 -> ZeRO 2", "1 -> 4, alone, bf16 -> ZeRO 1, bf16"},
+    1: {"ZeRO 0", "ZeRO 1", "ZeRO 0, accumulated", "ZeRO 0, sigmoid", "ZeRO 0, options", "ZeRO 0, merging", "ZeRO 0, seqWTI",
+        *(way for way in ONE if way != "alone, tightTransf"), "2 -> 1, ZeRO 3", "2 -> alone, bf16", "again, alone, bf16", "alone, bf16 -> torch's"},
+    2: {*(f"ZeRO {stage}" for stage in range(4)), "ZeRO 3, cached", "ZeRO 2, accumulated", "ZeRO 3, sigmoid", "ZeRO 1, sigmoid", "ZeRO 2, options",
+        "ZeRO 3, seqWTI", "ZeRO 1, cached, merging", "ZeRO 1, bf16", "ZeRO 3, bf16", "ZeRO 2, fp16", "torch's, ZeRO 1, bf16", "LoRA, ZeRO 0", "LoRA, ZeRO 3",
+        "prompts, ZeRO 0", "prompts, ZeRO 3", "text frozen, ZeRO 0", "text frozen, ZeRO 3", "by layer, ZeRO 0", "by layer, ZeRO 1", "offload all",
+        "unused bias", "activation checkpointing", "bad, ZeRO 1", "bad, ZeRO 3", "search, ZeRO 1, fp16", "again, ZeRO 1", "again, ZeRO 3",
+        "again, ZeRO 2, fp16", "again, torch's, ZeRO 1, bf16", "again, offload all", "again, LoRA, ZeRO 3", "again, ZeRO 2, options", "ZeRO 1 -> ZeRO 3",
+        "ZeRO 3 -> ZeRO 0", "LoRA, ZeRO 3 -> LoRA, ZeRO 1"},
+    4: {"ZeRO 3, cached", "2 -> 4, ZeRO 3 -> ZeRO 2"},
 }  # fmt: skip
 
 

@@ -134,6 +134,7 @@ def test_a_run_starts_from_the_average_or_not(run, forks, launcher, tmp_path):
         assert all(torch.equal(tensor, expected[key]) for key, tensor in load_file(file).items())
 
 
+@pytest.mark.nightly
 def test_going_on_is_bit_for_bit(stopped, run, forks, launcher):
     words = launcher.words(f"run.dir={stopped}", *WORDS, "run.resume=auto")
     code, out, err = forks.run(["launch/train.py", *words], 2)
@@ -143,6 +144,7 @@ def test_going_on_is_bit_for_bit(stopped, run, forks, launcher):
     assert validations(stopped) == validations(run)
 
 
+@pytest.mark.nightly
 def test_going_on_with_another_number_of_ranks_and_stage(stopped, run, forks, launcher):
     words = launcher.words(f"run.dir={stopped}", "train.ema=0.7", "engine.zero_stage=3", "run.resume=auto")
     code, out, err = forks.run(["launch/train.py", *words], 1)

@@ -128,6 +128,7 @@ def test_help_and_refusals_import_nothing_heavy():
         assert done.stdout.splitlines()[-1] == f"{status} []", (words, done.stdout, done.stderr)
 
 
+@pytest.mark.nightly
 def test_a_reader_that_leaves_before_the_end_of_what_was_found(runs, tmp_path):
     """`--topk 5 | head -1`: the files are written, and the table is shown."""
     reader, writer = os.pipe()

@@ -103,11 +103,17 @@ def test_features_of_a_split_with_a_damaged_video(model, launcher, forks, tmp_pa
         ]
         code, said, err = forks.run(["c4c/features.py", *map(str, words), "--device", launcher.device], ranks)
         assert code == 0, err
-        assert f"{name} cannot be used and has no features: crc32c" in err
+        assert f"{name} cannot be decoded and has no features: crc32c" in err
         assert "meanP, but for 1 video that cannot be decoded, " in said
     files = [tmp_path / f"{ranks}.safetensors" for ranks in (1, 2)]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert FeatureFile(str(files[0])).unreadable.nonzero()[0].tolist() == [7]
+    more = damage(split, [split.video(i).key for i in range(11)], tmp_path / "more", slice(None))
+    for ranks in (1, 2):  # six and five of them
+        words = ["--ckpt", tmp_path / "w.safetensors", "--data", more.path, "--out", tmp_path / "none.safetensors"]
+        code, said, err = forks.run(["c4c/features.py", *map(str, words), "--device", launcher.device], ranks)
+        assert code == 1 and "11 of 40 videos of" in err and "more than data.max_bad_fraction=0.01 allows" in err, err
+        assert not (tmp_path / "none.safetensors").exists()
     run = tmp_path / "run"
     words = launcher.words(f"run.dir={run}", f"train.teacher={files[0]}", "data.num_frames=5", "train.max_steps=2")
     code, said, err = forks.run(["launch/train.py", *words], 2)

@@ -82,6 +82,7 @@ def test_a_run_folder_holds_all_that_is_needed_later(runs, launcher):
     assert latest(run) == "step00000010"
 
 
+@pytest.mark.nightly
 @pytest.mark.network
 def test_ranks_train_from_an_object_store_through_one_folder(launcher, forks, runs):
     run, local = launcher.folder / "remote", launcher.folder / "local"
@@ -98,15 +99,22 @@ def test_ranks_train_from_an_object_store_through_one_folder(launcher, forks, ru
     assert 0 < sum(p.stat().st_size for p in local.glob("*/*")) < 0.1e9
 
 
-def test_a_run_killed_twice_is_the_unbroken_one(launcher, runs):
-    """All of it at once, then one rank. `python tests/launch/kills.py` does this twenty times."""
-    run = launcher.folder / "killed"
+ALL, ONE = (3, False, 0.0), (STEPS_PER_EPOCH + 1, True, 0.0)  # after so many steps, all of it at once, or one rank
+
+
+@pytest.mark.parametrize(
+    "kills",
+    [pytest.param([ONE], id="one rank"), pytest.param([ALL, ONE], id="all, one rank", marks=pytest.mark.nightly)],
+)
+def test_a_run_that_was_killed_is_the_unbroken_one(kills, launcher, runs, tmp_path):
+    """`python tests/launch/kills.py` does this twenty times."""
+    run = tmp_path / "killed"
     words = ["checkpoint.every_steps=2"]
-    seen = kill_and_go_on(launcher, run, 2, [(3, False, 0.0), (STEPS_PER_EPOCH + 1, True, 0.0)], *words)
+    seen = kill_and_go_on(launcher, run, 2, kills, *words)
     unbroken = curve(runs["2 ranks"])
     for part in (*seen, curve(run)):
         assert part == unbroken[: len(part)]
-    assert [len(part) < TOTAL for part in seen] == [True, True], "the kills were to come before the end"
+    assert [len(part) < TOTAL for part in seen] == [True] * len(kills), "the kills were to come before the end"
     assert len(curve(run)) == TOTAL
     assert validations(run) == validations(runs["2 ranks"])
     assert not run.with_name("killed.old1").exists()
@@ -118,6 +126,7 @@ SEVERAL = [
 ]  # fmt: skip
 
 
+@pytest.mark.nightly
 def test_several_captions_a_video_on_any_ranks_and_after_a_stop(launcher, forks):
     """Groups of two of five captions: three rows a video, and 120 in an epoch."""
     found = {}

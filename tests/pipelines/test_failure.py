@@ -16,7 +16,6 @@ from pipelines.config import CacheConfig, DataConfig
 from pipelines.eval_loader import EvalLoader
 from pipelines.lanes import Lane
 from pipelines.loader import Loader
-from pipelines.quarantine import Quarantine
 from pipelines.requests import ClipRequest
 from pipelines.stages.fetch import Reader
 from pipelines.workers import Hung, InOrder, Workers
@@ -104,17 +103,15 @@ def test_evaluation_names_a_video_that_the_graph_rejects(numbered, monkeypatch):
 def test_videos_that_cannot_be_decoded_are_taken_note_of_where_that_is_asked_for(numbered, monkeypatch):
     whole = frames_of(EvalLoader(numbered.intra, SMALL))
     undecodable(monkeypatch, bad := ["short", "wide_30"])
-    taken = Quarantine("the split", None, 0.01, "has no features")
-    with pytest.warns(UserWarning, match="the split: short cannot be used and has no features: the decoder rejects it"):
-        found = frames_of(EvalLoader(numbered.intra, SMALL, bad=taken))
+    taken = {}
+    found = frames_of(
+        EvalLoader(numbered.intra, SMALL, bad=lambda video, reason: taken.update({video.index: str(reason)}))
+    )
     rows = [i for i in range(len(whole)) if numbered.intra.video(i).id in bad]
-    assert taken.videos == rows and taken.read == len(whole) == len(found)
+    assert sorted(taken) == rows and len(whole) == len(found)
+    assert all("the decoder rejects it" in reason for reason in taken.values())
     for i, (frames, expected) in enumerate(zip(found, whole, strict=True)):
         assert torch.equal(frames, torch.zeros_like(frames) if i in rows else expected)
-    with pytest.raises(
-        ShardError, match=r"1 of \d+ samples read .* are bad, more than data\.max_bad_fraction=0 allows"
-    ):
-        frames_of(EvalLoader(numbered.intra, SMALL, bad=Quarantine("it", None, 0, "has no features")))
 
 
 def frames_of(reader: EvalLoader) -> list[torch.Tensor]:

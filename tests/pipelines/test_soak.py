@@ -4,12 +4,12 @@ import pytest
 
 from bench.soak import soak
 from pipelines.config import DataConfig
-from tests.often import ways
 
 pytestmark = pytest.mark.slow  # imports DALI
 
 
-@pytest.mark.parametrize("profile", ways(["intra", "copy"], ["intra"]))
+@pytest.mark.nightly
+@pytest.mark.parametrize("profile", ["intra", "copy"])
 def test_nothing_grows_over_many_epochs(numbered, tmp_path, profile):
     config = DataConfig(num_frames=3, image_size=32, max_words=8, threads=2)
     cache = tmp_path if profile == "intra" else None

@@ -27,7 +27,7 @@ PAIRS = {
     "meanP": "tiny-pe", "SimpleMeanAdapter": "tiny-resnet", "seqLSTM": "tiny-convnext", "seqTransf": "tiny-vit", "wti": "tiny-sigmoid",
     "seqWTI": "tiny-vit", "tightTransf": "tiny-coca", "TransformerAdapter": "tiny-vit of 3d patches",
 }  # fmt: skip
-OFTEN = {"seqTransf", "wti", "tightTransf"}
+OFTEN = {"seqTransf", "wti"}
 
 
 class Graphs:

@@ -241,6 +241,9 @@ def test_a_teacher_is_asked_once_a_batch_and_is_no_part_of_what_is_trained(monke
     step._cached_step(Engine(module), step.inputs_of(batch(1), "cross_entropy"), 3)
     assert asked == [3, 3, 2]
     assert Teacher("again", module.teacher.model).digest == before
+    other = CLIP4Clip(SPEC | {"quick_gelu": False}, "meanP", "2d", blocks=1, segments=FRAMES)
+    other.load_state_dict(module.teacher.model.state_dict(), strict=False)
+    assert Teacher("other activations", other).digest != before
     assert all(weight.grad is None for weight in module.teacher.model.parameters())
 
 

@@ -240,6 +240,7 @@ def test_layouts_that_cannot_say_it_refuse(run, tmp_path, format):
     assert not path.exists()
 
 
+@pytest.mark.nightly
 def test_onnx_carries_them(run, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

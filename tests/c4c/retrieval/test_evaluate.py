@@ -45,7 +45,7 @@ class Reader:
 
     closed = False
 
-    def __init__(self, split, config, *, rank, world, device, raw, block, clip):
+    def __init__(self, split, config, *, rank, world, device, raw, block, clip, bad):
         self.split = split
         self.shape = config.num_frames, 3, config.image_size, config.image_size
 

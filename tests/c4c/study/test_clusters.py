@@ -134,6 +134,7 @@ def test_a_study_that_is_killed_finds_its_slurm_jobs_again(tmp_path, slurm):
     assert len((slurm / "submitted").read_text().split()) == 5  # no job was submitted for a cell that had one
 
 
+@pytest.mark.nightly
 def test_a_job_that_slurm_refuses_or_ends_is_a_failure_of_its_cell(tmp_path, slurm):
     refusing = "#!/bin/sh\necho 'sbatch: error: invalid partition specified: gpuu' >&2; exit 1"
     (slurm / "sbatch").write_text(refusing)

@@ -110,6 +110,7 @@ def test_a_rank_that_ends_with_an_error_did_not_vanish(ranks, tmp_path):
     assert both.said_by(0).startswith("error: the connection to another rank broke (")
 
 
+@pytest.mark.nightly
 def test_a_rank_that_was_stopped_blames_itself(ranks):
     both = ranks(timeout_s=2)
     os.kill(both.both[0].pid, signal.SIGSTOP)
@@ -123,6 +124,7 @@ def test_a_rank_that_was_stopped_blames_itself(ranks):
     assert COMMAND in err and "vanished" not in err
 
 
+@pytest.mark.nightly
 def test_ranks_that_were_all_stopped_go_on(ranks):
     both = ranks(timeout_s=2)
     for number in (signal.SIGSTOP, signal.SIGCONT):

@@ -219,6 +219,7 @@ def holed(rows: np.ndarray) -> np.ndarray:
     return rows
 
 
+SAID = '[{"digest": "1", "videos": 3, "paragraph": false}]'
 WRONG = {
     "another format": ({"about": {"format": "c4c.features.9"}}, r"must be c4c\.features\.1, and is c4c\.features\.9"),
     "no scale": ({"about": {"scale": "none"}}, "the scale in its metadata must be a number above 0, such as 100; it is none"),
@@ -238,6 +239,14 @@ WRONG = {
     "no number": ({"texts": holed(unit(6, 1))}, "row 2 of texts holds NaN, or numbers too large for float32"),
     "a row that it has not": ({"about": {"unreadable": "[3]"}}, "damaged at unreadable: it must be a list of rows"),
     "no list of rows": ({"about": {"unreadable": "1"}}, "damaged at unreadable"),
+    "an infinite scale": ({"about": {"scale": "1e39"}}, "must be a number above 0, such as 100; it is 1e39"),
+    "a scale of nothing": ({"about": {"scale": "1e-320"}}, "must be a number above 0"),
+    "broken counts": ({"caption_counts": np.array([2.9, 1.2, 3.5], np.float32)}, "caption_counts must be integers; it is float32"),
+    "heads that do not divide": (
+        {"about": {"head": "tightTransf", "sizes": '{"width": 4, "attention_heads": 3}'}}, "do not fit the head tightTransf"
+    ),
+    "splits of half a video": ({"about": {"splits": SAID.replace("3", "3.0")}}, "damaged at splits"),
+    "splits without names": ({"about": {"splits": SAID.replace('"1"', '["1"]')}}, "damaged at splits"),
     "wrong splits": ({"about": {"splits": '[{"digest": "1", "videos": 2, "paragraph": false}]'}}, "damaged at splits"),
 }  # fmt: skip
 
@@ -308,10 +317,31 @@ def test_a_digest_tells_all_that_scores_depend_on(tmp_path):
     again = teacher(by_hand(tmp_path / "g.safetensors"))
     assert again.digest == first.digest
     changes = (
-        {"about": {"scale": "21"}}, {"about": {"unreadable": "[1]"}}, {"videos": unit(3, 9)}, {"texts": unit(6, 9)},
+        {"about": {"scale": "21"}}, {"about": {"unreadable": "[1]"}}, {"videos": unit(3, 9)}, {"texts": unit(6, 9)}, {"about": {"splits": SAID}},
     )  # fmt: skip
     others = [teacher(by_hand(tmp_path / "h.safetensors", **change)).digest for change in changes]
     assert len({first.digest, *others}) == 1 + len(changes)
+
+
+def test_an_altered_scale_is_noticed(tmp_path):
+    path = Path(written(tmp_path / "f.safetensors", [SPLIT]))
+    whole = path.read_bytes()
+    assert whole.count(b'"scale": "50.0"') == 1
+    path.write_bytes(whole.replace(b'"scale": "50.0"', b'"scale": "40.0"'))
+    with pytest.raises(ValueError, match="it is damaged: its metadata do not match their checksum"):
+        FeatureFile(str(path))
+
+
+def test_rows_that_mean_nothing_may_hold_anything(tmp_path):
+    videos, wanted = unit(3, 1), teacher(by_hand(tmp_path / "f.safetensors", about={"unreadable": "[1]"}))
+    videos[1] = np.nan
+    made = teacher(by_hand(tmp_path / "g.safetensors", videos=videos, about={"unreadable": "[1]"}))
+    rows = made.rows_of(batch([(0, 1), (1, 0), (2, 0)], 3))
+    found, wanted = made.scores([], rows), wanted.scores([], rows)
+    assert found.of_texts.isfinite().all() and torch.equal(found.of_texts, wanted.of_texts)
+    path = by_hand(tmp_path / "h.safetensors", about={"unreadable": "[0, 1, 2]"})
+    with pytest.raises(ValueError, match="has no features of any video of "):
+        teacher(path)
 
 
 def test_rows_that_mean_nothing_are_not_known(tmp_path):

@@ -16,6 +16,7 @@ from c4c.models.clip4clip import CLIP4Clip, build
 from c4c.models.export import files
 from c4c.models.pretrained import open_checkpoint
 from c4c.settings import ModelConfig
+from c4c.training.continuation import require_continues
 from c4c.training.replay import replay
 from c4c.training.teacher import load_teacher
 from c4c.training.trainer import Trainer, train
@@ -247,6 +248,12 @@ def test_a_run_goes_on_with_the_teacher_that_it_began_with_only(teacher, setting
         train(settings(f"train.teacher={teacher}", "train.teacher_weight=0.5", *again))
     with pytest.raises(ValueError, match=rf"train\.teacher was {own}, is \)"):
         train(settings(*again))
+    other = settings(f"train.teacher={tmp_path / 'another'}", *again)
+    with pytest.raises(
+        ValueError, match=r"train\.teacher was "
+    ):  # where nobody compares digests, as for a stage that is done
+        require_continues(folder, other)
+    require_continues(folder, other, "a digest")
     moved = own.rename(tmp_path / "moved.safetensors")
     train(settings(f"train.teacher={moved}", *again))
     (folder / "done.json").unlink()
