@@ -8,7 +8,8 @@ caption_crc32   uint32 [C], may be missing: zlib.crc32 of each caption's UTF-8, 
 head.*          float32, of a head that compares frames one by one: its weights
 
 Its metadata are `format` (FORMAT) and `scale`, the inverse temperature; what c4c writes has `head`, `sizes`, `splits`, `data`, `checkpoint`,
-`versions` and `crc32c` beside them, and `unreadable` if rows of `videos` mean nothing: a list of them in JSON. Arrays are mapped, not read, so that ranks share the memory that a file takes.
+`versions` and `crc32c` beside them, and `unreadable` if rows of `videos` mean nothing: a list of them in JSON. Arrays are mapped, not read, so
+that ranks share the memory that a file takes.
 """
 
 import hashlib
@@ -81,7 +82,8 @@ class FeatureFile:
     """What such a file holds. Reads all of it once: raises ValueError, naming it, for what is damaged or cannot be a teacher's.
 
     videos, texts: mapped arrays, see above. ids [V]; counts, starts int64 [V]: captions of a video, and where they begin in `texts`;
-    captions: uint32 [C] or None. unreadable: bool [V], which rows of videos mean nothing. splits: none for a file of other programs. head: what scores. digest: of all that scores depend on.
+    captions: uint32 [C] or None. unreadable: bool [V], which rows of videos mean nothing. splits: none for a file of other programs.
+    head: what scores. digest: of all that scores depend on.
     """
 
     def __init__(self, path: str):
@@ -187,7 +189,7 @@ class FeatureFile:
         """Of names, shapes, types and values, the head and the scale. Raises ValueError for values that cannot be."""
         lines = [FORMAT, self.head_name, repr(self.scale)]
         lines += [f"{name} {self._about[name]}" for name in ("sizes", "splits", "unreadable") if name in self._about]
-        if before.get(_METADATA, crc := _crc_of(self._about)) != crc:
+        if before.get(_METADATA) not in (None, _crc_of(self._about)):
             raise ValueError("it is damaged: its metadata do not match their checksum. Copy or write it again")
         for name in sorted(self._arrays):
             array, crc = np.atleast_1d(self._arrays[name]), 0

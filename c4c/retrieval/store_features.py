@@ -106,11 +106,12 @@ class Unreadable:
         return rows
 
     def _check(self, rows: list[int]) -> None:
-        videos = len(self._split)
-        if len(rows) > self._fraction * max(videos, _LEAST) or len(rows) == videos:
+        videos, too_many = len(self._split), f", more than data.max_bad_fraction={self._fraction} allows"
+        allowed = len(rows) <= self._fraction * max(videos, _LEAST)
+        if not allowed or len(rows) == videos:
             raise ShardError(
-                f"{len(rows)} of {count(videos, 'video')} of {self._split.path} cannot be decoded, more than data.max_bad_fraction="
-                f"{self._fraction} allows. Run: {verify_command(self._split.path)}"
+                f"{len(rows)} of {count(videos, 'video')} of {self._split.path} cannot be decoded{'' if allowed else too_many}. Run: "
+                f"{verify_command(self._split.path)}"
             )
 
 

@@ -114,10 +114,9 @@ def _rows_of(file: FeatureFile, split: Dataset, data: DataConfig) -> np.ndarray:
     known = {one.digest: (end - one.videos, end) for one, end in zip(file.splits, ends.tolist(), strict=True)}
     rows: list[np.ndarray] = []
     for part in split.parts:
-        if part.digest in known and known[part.digest][1] - known[part.digest][0] == len(
-            part
-        ):  # which says that videos and captions are the same
-            rows.append(np.arange(*known[part.digest]))
+        own = np.arange(*known.get(part.digest, (0, 0)))
+        if len(own) == len(part):  # a digest says that videos and captions are the same
+            rows.append(own)
             continue
         rows.append(_rows_by_id(file, part, data))
         _require_same_captions(file, part, rows[-1], data)

@@ -31,7 +31,8 @@ class Teacher:
 
     def __init__(self, name: str, model: CLIP4Clip):
         self.name, self.model = name, model.eval().requires_grad_(False)
-        about = [model.head.name, model.linear_patch, model.blocks, model.segments, repr(model.merging), model.spec]
+        spec = model.spec | {"tokenizer": _tokenizer(model.spec)}  # without where its files lie
+        about = [model.head.name, model.linear_patch, model.blocks, model.segments, repr(model.merging), spec]
         weights = origin.digest(model.state_dict(), model.state_dict())
         self.digest = hashlib.sha256(f"{weights} {json.dumps(about, sort_keys=True)}".encode()).hexdigest()
         self._scale = model.scale().detach().clone()  # before it is rounded
