@@ -49,9 +49,10 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish():
-    """What is imported by now stays: collections, of which there are many, need not look through it each time."""
+    """What is imported by now stays, and need not be looked through at each collection; the rest is, at every tenth of these."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(700, 10, 100)
 
 
 def file_marks(path: Path) -> set[str]:

@@ -276,7 +276,7 @@ def _number(text: str | None) -> float:
         scale = float(text or "")
     except ValueError:
         scale = math.nan
-    if not 0 < np.float32(scale) < math.inf:
+    if not np.finfo(np.float32).tiny <= scale <= np.finfo(np.float32).max:
         raise ValueError(f"the scale in its metadata must be a number above 0, such as 100; it is {text}")
     return scale
 

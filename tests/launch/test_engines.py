@@ -188,6 +188,7 @@ def test_the_sigmoid_loss_of_heads_whose_weights_score(way, heads):
         assert found["checkpoint_differs_by"] < 1e-5
 
 
+@pytest.mark.nightly
 def test_3d_patches_learn_something_else(heads):
     flat, deep = heads["meanP, ZeRO 2"]["losses"], heads["meanP 3d, ZeRO 2"]["losses"]
     assert deep[0] == pytest.approx(flat[0], rel=1e-5)

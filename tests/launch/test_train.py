@@ -102,10 +102,8 @@ def test_ranks_train_from_an_object_store_through_one_folder(launcher, forks, ru
 ALL, ONE = (3, False, 0.0), (STEPS_PER_EPOCH + 1, True, 0.0)  # after so many steps, all of it at once, or one rank
 
 
-@pytest.mark.parametrize(
-    "kills",
-    [pytest.param([ONE], id="one rank"), pytest.param([ALL, ONE], id="all, one rank", marks=pytest.mark.nightly)],
-)
+@pytest.mark.nightly  # tests/launch/test_stages.py kills runs too
+@pytest.mark.parametrize("kills", [[ONE], [ALL, ONE]], ids=["one rank", "all, one rank"])
 def test_a_run_that_was_killed_is_the_unbroken_one(kills, launcher, runs, tmp_path):
     """`python tests/launch/kills.py` does this twenty times."""
     run = tmp_path / "killed"

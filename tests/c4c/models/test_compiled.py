@@ -12,6 +12,7 @@ from c4c.models.compiled import CompiledTowers, compile_towers
 from c4c.models.heads import HEADS
 from c4c.settings import ModelConfig, TrainConfig
 from c4c.training.param_groups import choose_trained
+from tests.often import cases
 
 pytestmark = pytest.mark.slow  # dynamo traces whole towers
 
@@ -38,7 +39,11 @@ def batch(rows: int = 2) -> tuple:
     return torch.randn(rows, FRAMES, 3, 64, 64), torch.ones(rows, FRAMES).bool(), torch.randint(1, 49407, (rows, WORDS))
 
 
-WAYS = pytest.mark.parametrize(("head", "patch"), [*((head, "2d") for head in sorted(HEADS)), ("meanP", "3d")])
+OFTEN = ("meanP", "tightTransf", "wti")
+WAYS = pytest.mark.parametrize(
+    ("head", "patch"),
+    cases([*((head, "2d") for head in sorted(HEADS)), ("meanP", "3d")], lambda head, patch: head in OFTEN),
+)
 
 
 @WAYS

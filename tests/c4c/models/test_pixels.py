@@ -60,6 +60,7 @@ def test_the_model_takes_bytes_and_numbers_alike(frames, patch):
     assert not torch.allclose(of_bytes, of_others, atol=1e-3), "the settings' mean and deviation count"
 
 
+@pytest.mark.nightly
 def test_a_compiled_normalisation_gives_the_same(frames):
     torch.manual_seed(0)
     model = CLIP4Clip(SPEC, segments=3).eval()

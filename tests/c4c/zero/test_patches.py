@@ -194,7 +194,8 @@ def adam(offloaded: bool, mended: bool, restarts: bool) -> list[list[float]]:
     return values
 
 
-@pytest.mark.parametrize("offloaded", [False, True])
+# on the host, of an offloaded optimizer: it takes minutes to compile
+@pytest.mark.parametrize("offloaded", [False, pytest.param(True, marks=pytest.mark.nightly)])
 def test_adam_on_the_cpu_rounds_otherwise_after_a_restart(offloaded):
     if torch.cuda.is_available() and not offloaded:
         pytest.skip("that Adam is on the GPU here")
