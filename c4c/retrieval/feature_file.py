@@ -277,7 +277,9 @@ def _number(text: str | None) -> float:
     except ValueError:
         scale = math.nan
     if not np.finfo(np.float32).tiny <= scale <= np.finfo(np.float32).max:
-        raise ValueError(f"the scale in its metadata must be a number above 0, such as 100; it is {text}")
+        raise ValueError(
+            f"the scale in its metadata must be a number above 0 that float32 holds, such as 100; it is {text}"
+        )
     return scale
 
 

@@ -106,11 +106,12 @@ class Unreadable:
         return rows
 
     def _check(self, rows: list[int]) -> None:
-        videos, too_many = len(self._split), f", more than data.max_bad_fraction={self._fraction} allows"
-        allowed = len(rows) <= self._fraction * max(videos, _LEAST)
-        if not allowed or len(rows) == videos:
+        videos = len(self._split)
+        too_many = len(rows) > self._fraction * max(videos, _LEAST)
+        if too_many or len(rows) == videos:
+            why = f", more than data.max_bad_fraction={self._fraction} allows" if too_many else ""
             raise ShardError(
-                f"{len(rows)} of {count(videos, 'video')} of {self._split.path} cannot be decoded{'' if allowed else too_many}. Run: "
+                f"{len(rows)} of {count(videos, 'video')} of {self._split.path} cannot be decoded{why}. Run: "
                 f"{verify_command(self._split.path)}"
             )
 

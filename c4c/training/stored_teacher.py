@@ -15,6 +15,7 @@ from c4c.retrieval.feature_file import FeatureFile
 from pipelines.captions import texts_of
 from pipelines.config import DataConfig
 from pipelines.loader import Batch
+from pipelines.quarantine import verify_command
 from pipelines.stages.transfer import to_device
 from shards import count
 from shards.dataset import Dataset
@@ -37,7 +38,8 @@ class StoredTeacher:
         self._rows = _rows_of(file, split, config.data)
         if file.unreadable[self._rows].all():
             raise ValueError(
-                f"train.teacher={file.path} has no features of any video of {split.path}, only marks that they cannot be read"
+                f"train.teacher={file.path} has no features of any video of {split.path}, because none could be decoded: check the split with "
+                f"{verify_command(split.path)}, and write the file again"
             )
         self._head, self._scale = file.head.to(device), torch.tensor(file.scale, device=device)
 

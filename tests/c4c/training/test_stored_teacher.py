@@ -222,7 +222,7 @@ def holed(rows: np.ndarray) -> np.ndarray:
 SAID = '[{"digest": "1", "videos": 3, "paragraph": false}]'
 WRONG = {
     "another format": ({"about": {"format": "c4c.features.9"}}, r"must be c4c\.features\.1, and is c4c\.features\.9"),
-    "no scale": ({"about": {"scale": "none"}}, "the scale in its metadata must be a number above 0, such as 100; it is none"),
+    "no scale": ({"about": {"scale": "none"}}, "the scale in its metadata must be a number above 0 that float32 holds, such as 100; it is none"),
     "an unknown head": ({"about": {"head": "mine"}}, "has head=mine; it must be one of "),
     "a head without weights": ({"about": {"head": "wti", "sizes": '{"width": 4}'}}, "do not fit the head wti"),
     "no ids": ({"ids": None}, "it has no ids"),
@@ -239,7 +239,7 @@ WRONG = {
     "no number": ({"texts": holed(unit(6, 1))}, "row 2 of texts holds NaN, or numbers too large for float32"),
     "a row that it has not": ({"about": {"unreadable": "[3]"}}, "damaged at unreadable: it must be a list of rows"),
     "no list of rows": ({"about": {"unreadable": "1"}}, "damaged at unreadable"),
-    "an infinite scale": ({"about": {"scale": "1e39"}}, "must be a number above 0, such as 100; it is 1e39"),
+    "an infinite scale": ({"about": {"scale": "1e39"}}, "must be a number above 0 that float32 holds, such as 100; it is 1e39"),
     "a scale of nothing": ({"about": {"scale": "1e-320"}}, "must be a number above 0"),
     "broken counts": ({"caption_counts": np.array([2.9, 1.2, 3.5], np.float32)}, "caption_counts must be integers; it is float32"),
     "heads that do not divide": (
