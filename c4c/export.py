@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from c4c.helptext import NO_EMA
+from c4c.helptext import add_checkpoint_options
 
 if TYPE_CHECKING:  # imports come after what they would hold up: --help and paths that cannot be
     from c4c.models.clip4clip import CLIP4Clip
@@ -85,15 +85,7 @@ def main() -> int:
         prog="python -m c4c.export", description="Write a model's weights in a layout of c4c or another program.",
         epilog=(__doc__ or "").partition("\n\n")[2], formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument(
-        "--ckpt", required=True,
-        help="a run folder; weights of any kind that c4c reads; local-dir:DIR, hf-hub:ID, or TAG:BACKBONE",
-    )  # fmt: skip
-    parser.add_argument("--tag", help="a checkpoint of the run: its name, or best (default: the latest)")
-    parser.add_argument("--no-ema", action="store_true", help=NO_EMA)
-    parser.add_argument(
-        "--backbone", help="what a file's weights are of, where it does not say: one of open_clip's names"
-    )
+    add_checkpoint_options(parser)
     parser.add_argument("--to", type=Path, required=True, help="the file or folder to write")
     parser.add_argument("--format", choices=FORMATS, help="the layout (default: c4c)")
     parser.add_argument("--official", action="store_true", help="the same as --format official")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from c4c.errors import exit_code
-from c4c.helptext import NO_EMA
+from c4c.helptext import add_checkpoint_options
 from c4c.launched import let_threads_sleep, quick_imports
 
 if TYPE_CHECKING:  # imports come after what they would hold up: --help and mistakes in the arguments
@@ -30,15 +30,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m c4c.features", description="Write a model's features of videos and captions, for train.teacher.",
         epilog=(__doc__ or "").partition("\n\n")[2], formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
+    add_checkpoint_options(parser)
     add = parser.add_argument
-    add(
-        "--ckpt",
-        required=True,
-        help="a run folder; weights of any kind that c4c reads; or TAG:BACKBONE, openai:ViT-B-32",
-    )
-    add("--tag", help="a checkpoint of the run: its name, or best (default: the latest)")
-    add("--no-ema", action="store_true", help=NO_EMA)
-    add("--backbone", help="what a file's weights are of, where it does not say: one of open_clip's names")
     add("--data", nargs="+", action="append", metavar="SPLIT", help="packed splits (default: the run's own data.train)")
     add("--out", required=True, type=Path, metavar="FILE.safetensors", help="the file to write")
     add("--float16", action="store_true", help="half the size; cosines change by less than 0.001")

@@ -12,6 +12,18 @@ from c4c.launched import missing_package
 NO_EMA = "of a run with train.ema, take the weights of the last step (default: the averaged ones)"
 
 
+def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
+    """`--ckpt`, `--tag`, `--no-ema` and `--backbone`: what `c4c.models.pretrained.open_checkpoint` takes."""
+    add = parser.add_argument
+    add(
+        "--ckpt", required=True,
+        help="a run folder; weights of any kind that c4c reads; local-dir:DIR, hf-hub:ID, or TAG:BACKBONE, openai:ViT-B-32",
+    )  # fmt: skip
+    add("--tag", help="a checkpoint of the run: its name, or best (default: the latest)")
+    add("--no-ema", action="store_true", help=NO_EMA)
+    add("--backbone", help="what a file's weights are of, where it does not say: one of open_clip's names")
+
+
 def describe_recipes(folder: Path) -> str:
     """A line for each yaml file that launch/train.py takes: its name and its first comment."""
     texts = {path.name: _text(path) for path in sorted(folder.glob("*.yaml"))}

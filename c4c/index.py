@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from c4c.errors import Stopped, exit_code
-from c4c.helptext import NO_EMA
+from c4c.helptext import add_checkpoint_options
 from c4c.launched import let_threads_sleep, own_rank, quick_imports
 
 if TYPE_CHECKING:  # imports come after what they would hold up: --help and mistakes in the arguments
@@ -34,15 +34,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m c4c.index", description="Make videos searchable: encode them, in segments, into an index.",
         epilog=(__doc__ or "").partition("\n\n")[2], formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
+    add_checkpoint_options(parser)
     add = parser.add_argument
-    add(
-        "--ckpt",
-        required=True,
-        help="a run folder; weights of any kind that c4c reads; or TAG:BACKBONE, openai:ViT-B-32",
-    )
-    add("--tag", help="a checkpoint of the run: its name, or best (default: the latest)")
-    add("--no-ema", action="store_true", help=NO_EMA)
-    add("--backbone", help="what a file's weights are of, where it does not say: one of open_clip's names")
     add("--videos", required=True, nargs="+", metavar="PATH", help="folders of video files, files, or packed splits")
     add("--out", required=True, metavar="INDEX", help="the index: a folder, or a URL (s3://bucket/my.index)")
     add("--segment", type=float, default=8.0, metavar="S", help="seconds of a segment (default 8); 0: whole videos")

@@ -1,30 +1,20 @@
 """MIL-NCE as a training step: plain, with gradient caching and accumulated, on one rank and on two, against its formula."""
 
-import multiprocessing
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from c4c.models.clip4clip import CLIP4Clip
 from c4c.training import step
 from c4c.training.step import Learner
-from tests.c4c.models.plain_engine import Engine
+from tests.c4c.models.plain_engine import ROWS, SPEC, WAYS, Taken, by_formula, on_two_ranks, same, taken
 
 pytestmark = pytest.mark.slow
 
-SPEC = {
-    "embed_dim": 16,
-    "quick_gelu": True,
-    "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 32, "layers": 1, "head_width": 32},
-    "text_cfg": {"context_length": 77, "vocab_size": 100, "width": 32, "heads": 1, "layers": 1},
-}
-ROWS, BAG, FRAMES = 8, 3, 2
+BAG, FRAMES = 3, 2
 SIZES = [3, 1, 2, 3, 1, 3, 2, 0]  # captions of each bag; the last row is padding
-WAYS = {"plain": 0, "cached": 3, "accumulated": 2}
 
 
 def learner(head: str = "meanP") -> Learner:
@@ -64,63 +54,24 @@ def formula(model: CLIP4Clip, whole: SimpleNamespace, rows: list[int]) -> Tensor
     return total / len(rows)
 
 
-def expected(way: str, head: str) -> tuple[float, dict[str, Tensor]]:
-    """The loss, and the gradient of every weight."""
+def expected(way: str, head: str) -> Taken:
     whole, one = batch(), learner(head)
-    valid = list(range(ROWS - 1))
-    if way == "accumulated":  # each half of a rank's rows has only its own negatives; halves count by their rows
-        parts = [[i for i in valid if i % 2 == k] for k in range(2)]
-        loss = sum(formula(one.model, whole, part) * len(part) for part in parts) / len(valid)
-    else:
-        loss = formula(one.model, whole, valid)
-    loss.backward()
-    return loss.item(), {name: p.grad for name, p in one.named_parameters() if p.grad is not None}
+    return by_formula(way, one, lambda rows: formula(one.model, whole, rows))
 
 
-def took(
-    way: str, head: str, rows: slice = slice(None), one: SimpleNamespace | None = None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    module = learner(head)
-    inputs = step.inputs_of(one or batch(rows), "mil_nce")
-    if way == "plain":
-        loss = module(*inputs)
-        loss.backward()
-    elif way == "cached":
-        loss = step._cached_step(Engine(module), inputs, WAYS[way])
-    else:
-        loss = step._accumulated_step(Engine(module), inputs, WAYS[way])
-    return loss.detach(), {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
-
-
-def same(found: tuple, wanted: tuple) -> None:
-    assert float(found[0]) == pytest.approx(wanted[0], rel=1e-5)
-    assert found[1].keys() == wanted[1].keys()
-    for name, grad in wanted[1].items():
-        torch.testing.assert_close(found[1][name], grad, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+def took(way: str, head: str, rows: slice = slice(None), one: SimpleNamespace | None = None) -> Taken:
+    return taken(way, learner(head), step.inputs_of(one or batch(rows), "mil_nce"))
 
 
 @pytest.mark.parametrize("head", ["meanP", "wti"])
 @pytest.mark.parametrize("way", WAYS)
 def test_a_step_has_the_formulas_gradient(way, head):
-    same(took(way, head), expected(way, head))
+    same(took(way, head), expected(way, head), 1e-4, 1e-6)
 
 
 def test_two_ranks(tmp_path):
-    multiprocessing.set_forkserver_preload([__name__])
-    mp.start_processes(_rank, (2, str(tmp_path)), nprocs=2, start_method="forkserver")
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    for way in WAYS:
-        (loss_a, a), (loss_b, b) = ranks[0][way], ranks[1][way]
-        same(((loss_a + loss_b) / 2, {name: (a[name] + b[name]) / 2 for name in a}), expected(way, "meanP"))
-
-
-def _rank(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    share = ROWS // world
-    found = {way: took(way, "meanP", slice(rank * share, (rank + 1) * share)) for way in WAYS}
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    for case, found in on_two_ranks(took, [(way, "meanP") for way in WAYS], tmp_path).items():
+        same(found, expected(*case), 1e-4, 1e-6)
 
 
 def test_one_caption_a_clip_is_a_bag_of_one():

@@ -1,6 +1,5 @@
 """The settings of the loss in a training step: plain, with gradient caching and accumulated, on one rank and on two."""
 
-import multiprocessing
 import tempfile
 import zlib
 from pathlib import Path
@@ -8,8 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -23,20 +20,13 @@ from c4c.training import step
 from c4c.training.step import Learner
 from c4c.training.stored_teacher import StoredTeacher
 from c4c.training.teacher import Teacher
-from tests.c4c.models.plain_engine import Engine
+from tests.c4c.models.plain_engine import ROWS, SPEC, WAYS, Engine, Taken, by_formula, on_two_ranks, same, taken
 from tests.c4c.pretend_split import PretendSplit
 
 pytestmark = pytest.mark.slow
 
-SPEC = {
-    "embed_dim": 16,
-    "quick_gelu": True,
-    "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 32, "layers": 1, "head_width": 32},
-    "text_cfg": {"context_length": 77, "vocab_size": 100, "width": 32, "heads": 1, "layers": 1},
-}
-ROWS, CAPTIONS, FRAMES = 8, 3, 2
+CAPTIONS, FRAMES = 3, 2
 SIZES = [3, 1, 2, 3, 1, 3, 2, 0]  # captions of each video; the last row is padding
-WAYS = {"plain": 0, "cached": 3, "accumulated": 2}
 SMOOTH, EQUAL, ALONE = {"label_smoothing": 0.1}, {"mask_equal_captions": True}, {"decorrelation": 0.02}
 TAUGHT = {
     "teacher_weight": 0.7,
@@ -168,43 +158,20 @@ def soft(logits: Tensor, own: Tensor, apart: Tensor, smoothing: float) -> Tensor
     return -(target * logits.log_softmax(dim=1)).sum(1).mean()
 
 
-def expected(name: str, head: str, way: str) -> tuple[float, dict[str, Tensor]]:
-    """The loss, and the gradient of every weight."""
+def expected(name: str, head: str, way: str) -> Taken:
     one, whole = learner(name, head), batch(CASES[name][1])
-    valid = list(range(ROWS - 1))
-    if way == "accumulated":  # each half of a rank's rows has only its own negatives; halves count by their rows
-        parts = [[i for i in valid if i % 2 == k] for k in range(2)]
-        loss = sum(formula(one, whole, part) * len(part) for part in parts) / len(valid)
-    else:
-        loss = formula(one, whole, valid)
-    loss.backward()
-    return loss.item(), {name: p.grad for name, p in one.named_parameters() if p.grad is not None}
+    return by_formula(way, one, lambda rows: formula(one, whole, rows))
 
 
-def took(name: str, head: str, way: str, rows: slice = slice(None)) -> tuple[Tensor, dict[str, Tensor]]:
-    loss_name, captions, _, _ = CASES[name]
-    module, given = learner(name, head), batch(captions, rows)
-    inputs, looked_up = step.inputs_of(given, loss_name), module.teacher and module.teacher.rows_of(given)
-    if way == "plain":
-        loss = module(*inputs, teacher_rows=looked_up)
-        loss.backward()
-    elif way == "cached":
-        loss = step._cached_step(Engine(module), inputs, WAYS[way], taught_rows=looked_up)
-    else:
-        loss = step._accumulated_step(Engine(module), inputs, WAYS[way], taught_rows=looked_up)
-    return loss.detach(), {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
-
-
-def same(found: tuple, wanted: tuple) -> None:
-    assert float(found[0]) == pytest.approx(wanted[0], rel=1e-5)
-    assert found[1].keys() == wanted[1].keys()
-    for name, grad in wanted[1].items():
-        torch.testing.assert_close(found[1][name], grad, rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+def took(name: str, head: str, way: str, rows: slice = slice(None)) -> Taken:
+    module, given = learner(name, head), batch(CASES[name][1], rows)
+    looked_up = module.teacher and module.teacher.rows_of(given)
+    return taken(way, module, step.inputs_of(given, CASES[name][0]), looked_up)
 
 
 @pytest.mark.parametrize(("name", "head", "way"), RUNS)
 def test_a_step_has_the_formulas_gradient(name, head, way):
-    same(took(name, head, way), expected(name, head, way))
+    same(took(name, head, way), expected(name, head, way), 1e-3, 2e-5)
 
 
 def test_every_option_matters():
@@ -258,17 +225,5 @@ def test_a_model_that_scores_as_its_teacher_has_nothing_to_learn_from_it():
 
 
 def test_two_ranks(tmp_path):
-    multiprocessing.set_forkserver_preload([__name__])
-    mp.start_processes(_rank, (2, str(tmp_path)), nprocs=2, start_method="forkserver")
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    for run in RUNS:
-        (loss_a, a), (loss_b, b) = ranks[0][run], ranks[1][run]
-        same(((loss_a + loss_b) / 2, {name: (a[name] + b[name]) / 2 for name in a}), expected(*run))
-
-
-def _rank(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    share = ROWS // world
-    torch.save({run: took(*run, slice(rank * share, (rank + 1) * share)) for run in RUNS}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    for case, found in on_two_ranks(took, RUNS, tmp_path).items():
+        same(found, expected(*case), 1e-3, 2e-5)
