@@ -97,7 +97,7 @@ ROWS = (
     Row("merged", ("model.merge=2",), published=f"{_TEMPME}: half the operations, training 1.57 × as fast"),
     Row("merged, across frames", ("model.merge=2", "model.merge_frames=[1]"), published=f"{_TEMPME}: the same"),
     Row("merged in evaluation only", of="plain", flags=("--merge", "2")),
-    Row("taught by wti", teacher="wti", published="[TeachCLIP](training.md#learning-from-a-teacher): 43.1 to 45.2 or 46.8"),
+    Row("taught by wti", teacher="wti", published="[TeachCLIP](teachers.md): 43.1 to 45.2 or 46.8"),
     Row("5 captions a video", ("train.captions_per_video=5",)),
     Row("label smoothing 0.1", ("train.label_smoothing=0.1",)),
     Row("averaged weights (EMA)", ("train.ema=0.98",)),

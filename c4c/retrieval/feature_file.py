@@ -39,7 +39,7 @@ _METADATA = "metadata"  # among the checksums of arrays, that of the metadata th
 _HEADER = 100 << 20  # bytes at most, as in safetensors' own reader
 _CHUNK = 64 << 20  # bytes that are looked at at once
 _UNIT = 0.01  # by which the length of a unit vector may be another; float16 rounds by a tenth of that
-_HOW = "docs/training.md says what it holds"
+_HOW = "docs/teachers.md says what it holds"
 
 
 def is_feature_file(name: str) -> bool:

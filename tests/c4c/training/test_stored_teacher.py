@@ -40,7 +40,7 @@ def unit(rows: int, seed: int) -> np.ndarray:
 
 
 def by_hand(path: Path, said: dict[str, list[str]] = TEXTS, *, about: dict | None = None, **others) -> str:
-    """As docs/training.md has other programs write one; others: arrays in the place of these, None for none."""
+    """As docs/teachers.md has other programs write one; others: arrays in the place of these, None for none."""
     captions = [caption for of_video in said.values() for caption in of_video]
     arrays = {
         "ids": np.frombuffer(json.dumps(list(said)).encode(), np.uint8),
