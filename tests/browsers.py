@@ -8,16 +8,16 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import Image
 
-CHROMIUM = shutil.which("chromium")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 @contextmanager
-def chromium() -> Iterator:
-    """The browser. Needs the package playwright, and CHROMIUM."""
+def chromium(*words: str) -> Iterator:
+    """The browser, with such options. Needs the package playwright, and CHROMIUM."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(words))
         yield browser
         browser.close()
 

@@ -1,10 +1,53 @@
 """What tests of the search page ask of it, through Playwright."""
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 
 from tests.c4c.retrieval import stand_in
+from tests.launch.servers import ServerProcess
+
+TOKEN = "a-token-of-good-length"
+WORDS = ("--no-sandbox", "--disable-gpu", "--process-per-site")  # of the browser
+
+
+def make_films(folder: Path) -> Path:
+    """Films and their index, `my.index`, in a folder."""
+    films = stand_in.FILMS | {f"more/{i:02}.mp4": (["grey"], {}) for i in range(30)}
+    return stand_in.make(folder, films).parent
+
+
+@contextmanager
+def visits(browser, server: ServerProcess) -> Iterator[Callable]:
+    """Gives open(address, size, expected=…, options of the window) -> the page. At the end: nothing went wrong on any but what was
+    `expected`, pieces of messages, and none asked for anything of another server."""
+    contexts, problems = [], []
+    home = f"http://127.0.0.1:{server.port}/"
+
+    def hear(text: str, is_problem: bool) -> None:
+        problems.extend([text] * is_problem)
+
+    def open_it(address: str = "", size: dict | None = None, expected: tuple = (), **words):
+        context = browser.new_context(viewport=size or {"width": 1280, "height": 800}, **words)
+        contexts.append(context)
+        context.request.get(f"{home}?token={TOKEN}")  # gives the cookie
+        page = context.new_page()
+        page.set_default_timeout(20_000)
+        page.on(
+            "console", lambda m: hear(m.text, m.type in ("error", "warning") and not any(e in m.text for e in expected))
+        )
+        page.on("pageerror", lambda error: hear(str(error), True))
+        page.on("request", lambda r: hear(r.url, not r.url.startswith((home, "blob:"))))
+        page.goto(f"{home}{address}")
+        return page
+
+    yield open_it
+    for context in contexts:
+        context.close()
+    assert problems == []
 
 
 def until(page, expression: str) -> None:

@@ -2,31 +2,41 @@
 
 import io
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests import browsers
 from tests.c4c.retrieval import stand_in
-from tests.launch.pages import as_file, inks, luminance, names, playing, search, shown_colour, status, until
+from tests.launch.pages import (
+    TOKEN,
+    WORDS,
+    as_file,
+    inks,
+    luminance,
+    make_films,
+    names,
+    playing,
+    search,
+    shown_colour,
+    status,
+    until,
+    visits,
+)  # fmt: skip
 from tests.launch.servers import ServerProcess
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = [
     pytest.mark.launch,
-    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium"),
+    pytest.mark.skipif(browsers.CHROMIUM is None, reason="needs Chromium: apt-get install chromium"),
 ]
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
-TOKEN = "a-token-of-good-length"
-PHONE, DESK = {"width": 375, "height": 760}, {"width": 1280, "height": 800}
+pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    films = stand_in.FILMS | {f"more/{i:02}.mp4": (["grey"], {}) for i in range(30)}
-    return stand_in.make(tmp_path_factory.mktemp("page"), films).parent
+    return make_films(tmp_path_factory.mktemp("page"))
 
 
 @pytest.fixture(scope="module")
@@ -39,40 +49,14 @@ def server(folder):
 
 @pytest.fixture(scope="module")
 def browser():
-    words = ["--no-sandbox", "--disable-gpu", "--process-per-site"]
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=words)
+    with browsers.chromium(*WORDS) as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
 def open_page(browser, server):
-    """Opens the page; afterwards nothing may have gone wrong in it, or have been asked of another server."""
-    contexts, problems = [], []
-
-    def hear(text: str, is_problem: bool) -> None:
-        problems.extend([text] * is_problem)
-
-    def open_it(address: str = "", size=DESK, expected=(), **words):
-        context = browser.new_context(viewport=size, **words)
-        contexts.append(context)
-        context.request.get(f"http://127.0.0.1:{server.port}/?token={TOKEN}")  # gives the cookie
-        page = context.new_page()
-        page.set_default_timeout(20_000)
-        mine = (f"http://127.0.0.1:{server.port}/", "blob:")
-        page.on(
-            "console", lambda m: hear(m.text, m.type in ("error", "warning") and not any(e in m.text for e in expected))
-        )
-        page.on("pageerror", lambda error: hear(str(error), True))
-        page.on("request", lambda r: hear(r.url, not r.url.startswith(mine)))
-        page.goto(f"http://127.0.0.1:{server.port}/{address}")
-        return page
-
-    yield open_it
-    for context in contexts:
-        context.close()
-    assert problems == []
+    with visits(browser, server) as open_it:
+        yield open_it
 
 
 def test_a_search(open_page, server):

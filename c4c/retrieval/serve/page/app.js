@@ -13,6 +13,7 @@ const FILTERS = { path: "path", min_duration: "min", max_duration: "max", per_vi
 let facts = { max_upload_bytes: Infinity, longest_query: 10000 };
 let shown = { key: null, results: [], k: PAGE }; // what is on the page
 let running = null; // {cancel}: the search under way
+let latest = Promise.resolve(); // settled once it has come to an end
 let opener = null; // the card whose segment plays
 const files = new Map(); // {number: File}: what was searched by in this tab, for the back key
 let lastFile = 0;
@@ -48,7 +49,8 @@ async function follow() {
   document.title = wanted.q ? `${wanted.q} – Video search` : "Video search";
   const { play, ...search } = wanted;
   const key = JSON.stringify(search);
-  if (key !== shown.key) await find(wanted, key);
+  if (key !== shown.key) latest = find(wanted, key);
+  await latest;
   if (play && play !== player.segment()) player.open(play, shown.results.find((one) => one.id === play)?.video);
   else if (!play && player.isOpen()) {
     player.close();
@@ -100,7 +102,10 @@ async function run(wanted, from) {
     if (key !== shown.key || running !== mine) return;
     if (error.name === "AbortError") say("The upload was cancelled.");
     else problem(error.message);
-    if (from === 0) cards.clear();
+    if (from === 0) {
+      cards.clear();
+      shown.key = null; // the same search again is a new try
+    }
   } finally {
     if (running === mine) {
       running = null;
@@ -159,6 +164,18 @@ function problem(text) {
   $("status").classList.add("problem");
 }
 
+/** A search that is not made: what is on the page is of another one. */
+function refuse(text) {
+  running?.cancel();
+  running = null;
+  shown = { key: null, results: [], k: PAGE };
+  document.body.classList.remove("busy");
+  note("");
+  $("more").hidden = true;
+  cards.clear();
+  problem(text);
+}
+
 function note(text) {
   $("note").textContent = text;
   $("note").hidden = !text;
@@ -170,6 +187,8 @@ function filters() {
   return { path: $("path").value.trim(), min_duration: $("min").value, max_duration: $("max").value, per_video: $("several").checked ? "false" : "" };
 }
 
+const sameFilters = (one, other) => Object.keys(FILTERS).every((name) => (one[name] ?? "") === (other[name] ?? ""));
+
 function setFilters(wanted) {
   for (const name of ["path", "min_duration", "max_duration"]) $(FILTERS[name]).value = wanted[name] ?? "";
   $("several").checked = wanted.per_video === "false";
@@ -179,12 +198,18 @@ $("search").addEventListener("submit", (event) => {
   event.preventDefault();
   const q = $("q").value.trim();
   const before = state();
-  if (q.length > facts.longest_query) return problem(`The sentence is too long: ${q.length} characters, and ${facts.longest_query} at most.`);
+  if (q.length > facts.longest_query) return refuse(`The sentence is too long: ${q.length} characters, and ${facts.longest_query} at most.`);
   if (!q && !before.by && !before.similar) return problem("Type what the video shows.");
-  const next = q ? { q, filters: filters() } : { by: before.by, similar: before.similar, filters: filters() };
-  go(next).then(() => document.activeElement === $("q") || cards.focus(0));
+  if (!running) shown.key = null; // who asks again means it: the server may be back, and the index may have grown
+  const asked = q ? { q } : { by: before.by, similar: before.similar };
+  const replace = q === before.q && sameFilters(filters(), before.filters);
+  go({ ...asked, filters: filters() }, { replace, keep: replace ? history.state ?? {} : {} }).then(() => document.activeElement === $("q") || cards.focus(0));
 });
-for (const field of Object.values(FILTERS)) $(field).addEventListener("change", () => (state().q || state().by || state().similar) && $("search").requestSubmit());
+for (const field of Object.values(FILTERS))
+  $(field).addEventListener("change", () => {
+    const { q, similar, by: file, filters: before } = state();
+    if ((q || similar || file) && !sameFilters(filters(), before)) go({ q, similar, by: file, filters: filters() }); // the focus stays where one types
+  });
 $("clear-filters").addEventListener("click", () => {
   setFilters({});
   const { q, similar, by: file } = state();
@@ -234,5 +259,6 @@ api.info().then(
   },
   (error) => problem(error.message),
 );
+$("filters").open = Object.keys(state().filters).length > 0;
 if (state().by) history.replaceState({}, "", location.search || location.pathname); // files do not outlive a reload
 follow().then(() => !state().q && !state().play && $("q").focus());

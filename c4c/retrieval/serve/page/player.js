@@ -30,9 +30,12 @@ export async function open(id, name = "") {
   waiting = 0;
   if (name || !dialog.open) $("player-title").textContent = name || "A moment";
   if (!dialog.open) {
-    $("player-time").textContent = $("player-end").textContent = "";
+    $("player-time").textContent = "";
+    $("player-ends").hidden = true;
     dialog.showModal();
   }
+  video.pause(); // the one before would be heard on, and could not be stopped
+  $("similar").disabled = true;
   message("Loading …");
   video.hidden = true;
   try {
@@ -67,6 +70,8 @@ async function load(id, asClip, signal) {
   const cut = playable.until < playable.end ? `, up to ${clock(playable.until)} here` : "";
   $("player-time").textContent = `${range(playable)} of ${clock(playable.duration)}${cut}`;
   $("player-end").textContent = clock(playable.duration);
+  $("player-ends").hidden = false;
+  $("similar").disabled = false;
   stopAt = playable.end - offset;
   const from = Math.max(0, playable.start - offset);
   video.setAttribute("aria-label", playable.video);
@@ -103,6 +108,10 @@ function message(text) {
 
 function fail(text) {
   video.hidden = true;
+  video.pause();
+  video.removeAttribute("src");
+  video.load();
+  if (!timeline.segments.length) $("previous").disabled = $("next").disabled = true;
   message(text);
 }
 
