@@ -27,6 +27,7 @@ from c4c.models.backbone import FOLDER, preprocess_of
 from c4c.models.clip4clip import CLIP4Clip
 from c4c.models.export.folder import save_json, save_tensors, written
 from c4c.models.pretrained import check_names, kept, open_checkpoint
+from c4c.models.prompts import add_prompts, prompts_in, prompts_of
 from c4c.models.tokenizer_spec import with_files, without_files
 from c4c.retrieval import runtimes
 from c4c.training.run_folder import is_run, located
@@ -108,8 +109,10 @@ class TextEncoder:
         place = usable(device or "cpu")
         try:
             spec = with_files(about["spec"], folder)
-            model = _text_side(spec, about["head"], about["blocks"], about["segments"])
-            _assign(model, load_file(folder / WEIGHTS))
+            tensors = load_file(folder / WEIGHTS)
+            prompts = about.get("prompts", prompts_in(tensors))  # which older folders do not name
+            model = _text_side(spec, about["head"], about["blocks"], about["segments"], prompts)
+            _assign(model, tensors)
             identity = Identity.from_dict(about["identity"])
         except (KeyError, TypeError, AttributeError, RuntimeError, OSError, safetensors.SafetensorError) as error:
             reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
@@ -124,7 +127,7 @@ class TextEncoder:
         model = self.model
         about = {
             "format": FORMAT, "spec": without_files(model.spec), "head": model.head.name, "blocks": model.blocks,
-            "segments": model.segments, "identity": self.identity.to_dict(),
+            "segments": model.segments, "prompts": prompts_of(model), "identity": self.identity.to_dict(),
         }  # fmt: skip
         state = dict(model.state_dict()) | dict(_unsaved_buffers(model))
         with written(folder) as beside:
@@ -322,10 +325,11 @@ def _tower_in_words(spec: dict) -> str:
     return f"{towers.kind(spec)}{patch}, {towers.image_size(spec)} pixels"
 
 
-def _text_side(spec: dict, head: str, blocks: int, segments: int) -> CLIP4Clip:
+def _text_side(spec: dict, head: str, blocks: int, segments: int, prompts: int) -> CLIP4Clip:
     """A model without an image tower; its weights are on the meta device."""
     with towers.on_meta():
         model = CLIP4Clip(spec | {"vision_cfg": _NO_PICTURES}, head, "2d", blocks, segments)
+        add_prompts(model.clip, prompts)
     model.spec = spec
     del model.clip.visual
     return model
@@ -340,8 +344,11 @@ def _unsaved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _assign(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Give a model on the meta device these weights and buffers. Raises RuntimeError if they are not exactly those that it has."""
     saved = model.state_dict().keys()
+    unsaved = list(_unsaved_buffers(model))
+    if strange := tensors.keys() - saved - {name for name, _ in unsaved}:  # without them the tower would be another one
+        raise RuntimeError(f"it has {len(strange)} weights with no place in the model, as {min(strange)}")
     model.load_state_dict({name: tensor for name, tensor in tensors.items() if name in saved}, assign=True)
-    for name, buffer in list(_unsaved_buffers(model)):
+    for name, buffer in unsaved:
         if name not in tensors or tensors[name].shape != buffer.shape:
             raise RuntimeError(f"it lacks {name}")
         owner, _, own = name.rpartition(".")

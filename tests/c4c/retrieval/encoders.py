@@ -8,6 +8,7 @@ import torch
 from c4c.models.backbone import named
 from c4c.models.clip4clip import CLIP4Clip
 from c4c.models.export import files
+from c4c.models.prompts import add_prompts
 from c4c.retrieval.encoder import Encoder
 from pipelines.config import DataConfig
 from tests import tiny_backbones, vocabularies
@@ -22,9 +23,10 @@ SENTENCES = [
 
 
 def write(
-    path: Path, head: str = "meanP", backbone: str = "tiny-vit", patch: str = "2d", seed: int = 0, **spec
-) -> Path:
-    """A file of weights, as c4c.export writes one."""
+    path: Path, head: str = "meanP", backbone: str = "tiny-vit", patch: str = "2d", seed: int = 0, prompts: int = 0,
+    bias: float | None = None, **spec,
+) -> Path:  # fmt: skip
+    """A file of weights, as c4c.export writes one. prompts: vectors in each block; bias: as train.loss=sigmoid adds one."""
     tiny_backbones.register()
     towers = named(backbone) | spec
     if "files" not in towers["tokenizer"] and "hf_model_name" in towers["text_cfg"]:
@@ -35,6 +37,10 @@ def write(
     for weight in model.parameters():
         if weight.numel() == 1 or weight.std() == 0:
             torch.nn.init.normal_(weight, float(weight.detach().mean()), 0.02)
+    for name in add_prompts(model.clip, prompts):
+        torch.nn.init.normal_(model.clip.get_parameter(name))
+    if bias is not None:
+        model.add_bias(bias)
     files.write(model, DataConfig(num_frames=FRAMES, max_words=model.context_length), path, official=False)
     return path
 

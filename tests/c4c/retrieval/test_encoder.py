@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from c4c.config import Config, dump
 from c4c.models.clip4clip import CLIP4Clip
@@ -294,3 +295,38 @@ def test_data_settings_of_the_file_are_the_encoders(tmp_path):
     assert isinstance(model.data, DataConfig)
     assert (model.data.num_frames, model.data.image_size) == (FRAMES, tiny_backbones.SIZE)
     assert model.identity.settings["num_frames"] == FRAMES and model.identity.width == 32
+
+
+# ---- what is part of a model beside its plain towers goes along ----
+
+
+def test_prompts_are_part_of_the_text_side(tmp_path):
+    path = write(tmp_path / "model.safetensors", prompts=3)
+    whole, plain = Encoder.load(str(path), device="cpu"), encoder(tmp_path / "plain.safetensors")
+    whole.save(tmp_path / "text")
+    text = TextEncoder.load(tmp_path / "text")
+    assert torch.equal(text.texts(SENTENCES), whole.texts(SENTENCES))
+    assert not torch.allclose(text.texts(SENTENCES), plain.texts(SENTENCES), atol=1e-2)
+    about = json.loads((tmp_path / "text" / "encoder.json").read_text())
+    del about["prompts"]  # as older folders are
+    (tmp_path / "text" / "encoder.json").write_text(json.dumps(about))
+    assert torch.equal(TextEncoder.load(tmp_path / "text").texts(SENTENCES), whole.texts(SENTENCES))
+
+
+def test_a_bias_that_training_added_is_part_of_the_text_side(tmp_path):
+    whole = Encoder.load(str(write(tmp_path / "model.safetensors", bias=-7.5)), device="cpu")
+    whole.save(tmp_path / "text")
+    text = TextEncoder.load(tmp_path / "text")
+    assert text.model.clip.logit_bias.item() == -7.5
+    assert torch.equal(text.texts(SENTENCES), whole.texts(SENTENCES))
+
+
+def test_weights_without_a_place_are_refused(tmp_path):
+    """Left out in silence, they would make another tower of it."""
+    encoder(tmp_path / "model.safetensors").save(tmp_path / "text")
+    file = tmp_path / "text" / "text.safetensors"
+    save_file(load_file(file) | {"clip.transformer.resblocks.0.adapter": torch.zeros(2)}, file)
+    with pytest.raises(
+        ValueError, match=r"1 weights with no place in the model, as clip\.transformer\.resblocks\.0\.adapter"
+    ):
+        TextEncoder.load(tmp_path / "text")
