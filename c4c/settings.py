@@ -212,6 +212,11 @@ class TrainConfig:
         return bool(self.lora or self.prompts or self.freeze)
 
     @property
+    def skips_backward(self) -> bool:
+        """Whether weights are frozen whose gradients a step leaves out, so that it is no forward and backward pass of everything."""
+        return self.partial or self.freeze_layers > 0
+
+    @property
     def row(self) -> str:
         """What a row of a batch is called."""
         return "pair" if self.captions_per_video == 1 else "video"
@@ -247,7 +252,9 @@ class TrainConfig:
 class EngineConfig:
     """How DeepSpeed runs the model."""
 
-    precision: str = "bf16"  # of weights and activations; masters, moments, similarities and losses are fp32
+    precision: str = (
+        "bf16"  # of weights and activations; masters, moments, similarities (not tightTransf's) and losses are fp32
+    )
     zero_stage: int = 1  # what is partitioned over ranks: 0 nothing, 1 optimizer states, 2 gradients too, 3 weights too
     clip_grad_norm: float = 1.0  # 0: off
     offload: str = "none"  # to the host's memory: optimizer (masters and moments; ZeRO 1-3), all (weights too; ZeRO 3)

@@ -22,6 +22,9 @@ _CHOICES = {
     "sampling": RULES, "frame_order": ORDERS, "pixels": PIXELS, "lane": LANES, "decode": DECODE, "jpeg_crop": JPEG_CROP,
     "interpolation": INTERPOLATIONS, "resize_mode": RESIZE_MODES, "crop": CROPS,
 }  # fmt: skip
+# what a model sees of a clip and its captions in evaluation depends on these alone
+SEEN = ("num_frames", "sampling", "fps", "frame_order", "image_size", "resize_mode", "interpolation", "fill", "resize", "crop",
+        "max_words", "paragraph", "mean", "std")  # fmt: skip
 # what is left to the backbone, and the value that says so
 BLANKS = {"image_size": 0, "max_words": 0, "mean": (), "std": (), "interpolation": "", "resize_mode": "", "fill": -1}
 
@@ -66,7 +69,7 @@ class DataConfig:
     # folder of the training split, or its URL (s3://, gs://, hf://, https://); or a list of them, mixed in every batch
     train: str | tuple[str, ...] = ""
     weights: tuple[float, ...] = ()  # of each in a list: its share of every batch; none: as many as it has captions
-    epoch_samples: int = 0  # pairs an epoch of a list; 0: as many as all of them have
+    epoch_samples: int = 0  # pairs of an epoch; 0: as many as there are, in all sets of a list
     shuffle_block: int = 0  # pairs shuffled among each other; 0: all, or 32768 of large sets (pipelines/pair_order.py)
     test: str = ""  # folder or URL of the split that validation and launch/eval.py rank
     local_dir: str = ""  # folder on a disk of this machine for what is read from URLs; empty: ~/.cache/c4c/shards

@@ -76,7 +76,7 @@ def order_of(
             zip(splits, groups.counts, shares(weights, batch_size), strict=True)
         )
     ]
-    return Mixture(orders, config.epoch_samples) if len(splits) > 1 else orders[0]
+    return Mixture(orders, config.epoch_samples) if len(splits) > 1 or config.epoch_samples else orders[0]
 
 
 def shares(weights: Sequence[float], batch_size: int) -> list[int]:

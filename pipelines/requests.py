@@ -24,7 +24,7 @@ _REPLACEMENT_TRIES = 64  # batches looked through for a replacement
 class ClipRequest:
     """The frames of one clip: positions in the video's frame table, int64 [frames], in clip order, any of them twice.
 
-    `draw`, (seed, epoch, video, caption), decides its view where training augments; without it the clip looks as the
+    `draw`, (seed, epoch of its set, video, caption), decides its view where training augments; without it the clip looks as the
     recipe says. `texts`: the captions that describe it, in training; `captions`: the number of each among all texts of the video, from 0;
     of a part of a video (clips.cut) not said."""
 
@@ -137,7 +137,10 @@ class TrainingRequests:
     def request(self, pair: np.ndarray, epoch: int, step: int) -> ClipRequest:
         """What the pair (video, caption) shows at a step."""
         video, config = self._split.video(int(pair[0])), self._config
-        draw = (self._seed, epoch, int(pair[0]), int(pair[1]))
+        own = self.order.own_epoch(
+            video.index, epoch, step
+        )  # a set of a mixture may come round several times in an epoch
+        draw = (self._seed, own, int(pair[0]), int(pair[1]))
         drawn = draws(config.sampling) or config.frame_order == "random"
         random = generator(*draw) if drawn else None
         numbers: tuple[int, ...] = ()
@@ -145,7 +148,6 @@ class TrainingRequests:
             clip = clip_of_pair(self._split.captions(video.index), int(pair[1]), video.duration, self._clips)
             between, texts = stored_between(video, clip.start, clip.end), clip.texts
         else:
-            own = self.order.own_epoch(video.index, epoch, step)
             between, (numbers, texts) = None, self._captions.numbered(video.index, int(pair[1]), own)
         among = candidates(video, self._pool) if self._pool and draws(config.sampling) else None
         positions = choose(video, config.sampling, config.num_frames, config.fps, random, among, between)

@@ -10,7 +10,7 @@ from c4c.models.clip4clip import CLIP4Clip
 from c4c.models.weights import Weights, is_schema, read, read_backbone
 from c4c.training.run_folder import is_run, located, read_config
 from c4c.zero import checkpoint
-from pipelines.config import DataConfig
+from pipelines.config import SEEN, DataConfig
 from pipelines.tokens import CLIPS
 
 # how each project samples and sizes pictures and captions; a run says so itself
@@ -87,10 +87,6 @@ def _data(weights: Weights, model: CLIP4Clip) -> DataConfig:
 
 
 # of a run's settings, what an exported file keeps: how clips and captions are made in evaluation
-_KEPT = ("num_frames", "sampling", "fps", "frame_order", "image_size", "resize_mode", "interpolation", "fill", "resize", "crop",
-         "max_words", "paragraph", "mean", "std")  # fmt: skip
-
-
 def kept(data: DataConfig) -> dict:
     """The settings that `open_checkpoint` takes back from an exported file, plain."""
-    return {name: list(value) if isinstance(value := getattr(data, name), tuple) else value for name in _KEPT}
+    return {name: list(value) if isinstance(value := getattr(data, name), tuple) else value for name in SEEN}

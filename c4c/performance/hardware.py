@@ -1,11 +1,12 @@
 """What the makers say about GPUs. Imports nothing heavy, so that a mistake in a name is answered at once."""
 
 import difflib
+import re
 from dataclasses import dataclass
 
-# dense 16-bit matrix peaks in FLOP/s, from the makers' data sheets; the first name that the device's name contains
+# dense 16-bit matrix peaks in FLOP/s, from the makers' data sheets; the first name that the device's name contains as words
 PEAKS = (
-    ("B200", 2250e12), ("H200", 989e12), ("H100 PCIe", 756e12), ("H100", 989e12), ("A100", 312e12), ("A800", 312e12),
+    ("GB200", 2500e12), ("B200", 2250e12), ("GH200", 989e12), ("H200", 989e12), ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12), ("A100", 312e12), ("A800", 312e12),
     ("L40S", 362e12), ("L40", 181e12), ("L4", 121e12), ("A40", 150e12), ("A30", 165e12), ("A10G", 70e12), ("A10", 125e12),
     ("V100", 125e12), ("T4", 65e12), ("RTX 4090", 165e12), ("RTX 3090", 71e12),
 )  # fmt: skip
@@ -54,7 +55,12 @@ GPUS = (
 
 def peak_flops(device: str) -> float | None:
     """Dense 16-bit matrix peak in FLOP/s of a device, by its driver's name; None where it is not known."""
-    return next((flops for known, flops in PEAKS if known in device), None)
+    return next((flops for known, flops in PEAKS if _is(known, device)), None)
+
+
+def _is(known: str, device: str) -> bool:
+    """Whether a name of PEAKS is the driver's `device`: an RTX A4000 is no A40, and a 4090 of a laptop, or a 4090 D, is another chip."""
+    return re.search(rf"\b{known}\b(?! (D|Laptop)\b)", device) is not None
 
 
 def gpu_named(name: str) -> Gpu:
@@ -71,7 +77,7 @@ def gpu_named(name: str) -> Gpu:
 
 def gpu_of_device(device: str, memory_gib: float) -> Gpu | None:
     """The GPU that the driver calls `device`, the nearest by memory if there are several; None where it is not known."""
-    fragment = next((known for known, _ in PEAKS if known in device), None)
+    fragment = next((known for known, _ in PEAKS if _is(known, device)), None)
     same = [gpu for gpu in GPUS if gpu.device == fragment]
     return min(same, key=lambda gpu: abs(gpu.memory_gib - memory_gib), default=None)
 

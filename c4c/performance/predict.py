@@ -185,7 +185,7 @@ def peak_of(config: Config, gpu: Gpu) -> float:
 def _useful(config: Config, shape: StepShape, counts: StepCounts) -> float:
     """FLOP that the MFU counts: of the towers, forward and backward once. It is the rule of c4c/training/trainer.py, but with LoRA, prompts or
     frozen towers, where a training reports no MFU: then all that are computed. Every video is taken to have as many captions as a row holds."""
-    if config.train.partial:
+    if config.train.skips_backward:
         return sum(part.flops * times for part, times, _ in _parts(shape, counts))
     from c4c.models.flops import per_pair
 

@@ -12,7 +12,7 @@ from c4c.study.config import LAUNCH, Recipe
 from c4c.study.entries import cfg_of, settings_of
 from c4c.study.words import as_text, flat, label_of
 from c4c.training.run_folder import is_run, located, read_config
-from pipelines.config import BLANKS
+from pipelines.config import BLANKS, SEEN
 
 # what only training uses, or how fast data is read: not of an evaluation
 NOT_EVALUATED = ("data.train", "data.test", "data.weights", "data.epoch_samples", "data.shuffle_block", "data.random_crop", "data.flip",
@@ -87,18 +87,20 @@ class Base:
                 "TAG:BACKBONE"
             )
         config = self.config(words_of(self.settings | self.last))
-        assert source is None or source.config is not None
-        before, left = flat(to_dict(source.config if source and source.config else Config())), {}
-        if source is None and (run := _run_of(of, self.where)):
-            # a run has in full what its settings left to the backbone: what the row leaves, too, stays as the run has it
-            before, left = flat(to_dict(run)), {key: value for key, value in before.items() if key in _LEFT}
-        words = [
-            f"{key}={as_text(value)}"
+        wanted = {
+            key: value
             for key, value in flat(to_dict(config)).items()
-            if key.startswith("data.")
-            and key not in NOT_EVALUATED
-            and value not in (before[key], left.get(key, before[key]))
-        ]
+            if key.startswith("data.") and key not in NOT_EVALUATED
+        }
+        usual, run = flat(to_dict(Config())), source.config if source else _run_of(of, self.where)
+        if run:
+            # a run has in full what its settings left to the backbone: what the row leaves, too, stays as the run has it
+            own_values = flat(to_dict(run))
+            had = {key for key in wanted if wanted[key] == own_values[key]}
+            had |= set() if source else {key for key in _LEFT if wanted[key] == usual[key]}
+        else:  # other weights come with settings of their own, which only reading them would tell
+            had = {key for key in wanted if wanted[key] == usual[key] and key.removeprefix("data.") not in SEEN}
+        words = [f"{key}={as_text(value)}" for key, value in wanted.items() if key not in had]
         return Recipe("evaluate", self.cfg, tuple(words), source, "" if source else of, config)
 
 

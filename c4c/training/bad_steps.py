@@ -5,16 +5,21 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from c4c.files import lines_up_to
 from pipelines.quarantine import append_line
 
 BAD_STEPS = "bad_steps.jsonl"
 
 
 class BadSteps:
-    """Counts the steps that changed nothing because the loss or a gradient was not finite, and lists them in the run folder."""
+    """Counts the steps that changed nothing because the loss or a gradient was not finite, and lists them in the run folder.
 
-    def __init__(self, folder: Path, most: int):
-        self.total = 0
+    done: steps that a resumed run has behind it, whose bad ones count.
+    """
+
+    def __init__(self, folder: Path, most: int, done: int = 0):
+        listing = folder / BAD_STEPS
+        self.total = len(lines_up_to(listing, done).splitlines()) if done and listing.exists() else 0
         self._folder, self._most, self._in_a_row = folder, most, 0
 
     def note(self, step: int, bad: bool, loss: float, keys: list[str], world: int, rank: int) -> str:

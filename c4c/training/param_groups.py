@@ -35,7 +35,8 @@ def choose_trained(model: "nn.Module", train: TrainConfig) -> None:
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad} - frozen
     if train.lora or train.prompts:
         beside = _named(model, towers, train.lora_also, "train.lora_also") - frozen
-        trained = {name for name in trained if part_of(name) not in towers} | beside
+        # a 3d patch kernel starts as the 2d one, and neither LoRA nor prompts are in it: frozen, it would stay that
+        trained = {name for name in trained if part_of(name) not in towers or name in _kernel(model)} | beside
     if train.lora:
         trained |= _add_lora(model, towers, frozen, train)
     if train.prompts:
@@ -51,12 +52,16 @@ def _below(model: "nn.Module", towers: dict[str, "Tower"], layers: int) -> set[s
 
     A 3d patch kernel is trained. (The official script freezes nothing at all with 3d patches, by a slip.)
     """
-    kernel = {"clip.visual.conv2.weight"} if getattr(model, "linear_patch", "2d") == "3d" else set()
     below = set()
     for part, tower in towers.items():
         _require_blocks(part, tower, f"train.freeze_layers={layers}")
         below |= {name for name, place in tower.places.items() if place <= min(layers, tower.blocks)}
-    return below - kernel
+    return below - _kernel(model)
+
+
+def _kernel(model: "nn.Module") -> set[str]:
+    """The weight of 3d patches."""
+    return {"clip.visual.conv2.weight"} if getattr(model, "linear_patch", "2d") == "3d" else set()
 
 
 def _named(model: "nn.Module", towers: dict[str, "Tower"], words: str | tuple[str, ...], key: str) -> set[str]:

@@ -198,7 +198,8 @@ def _cached_step(
     texts.requires_grad_(), videos.requires_grad_()
     taught = learner.taught(parts, taught_rows)
     loss = learner(None, None, None, pull=Pull(None, None, (texts, videos, valid, encoded[2], taught)))
-    text_grad, video_grad = torch.autograd.grad(loss, (texts, videos))
+    scale = learner.gradient_scale  # of fp16: a head that computes in it would lose small gradients without
+    text_grad, video_grad = (grad / scale for grad in torch.autograd.grad(loss * scale, (texts, videos)))
     all_features = (texts.detach(), videos.detach(), valid, encoded[2], taught)
     scoring = 0 if engine.zero_optimization_stage() == 3 else len(parts) - 1
     for i, (part, rows) in enumerate(zip(parts, pieces, strict=True)):

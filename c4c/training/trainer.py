@@ -102,7 +102,7 @@ class Trainer:
         self.early = EarlyStopping(config.train.patience, earlier)
         self.report = Report(rank == 0, self.total, self.per_epoch, self.session.done, earlier)
         self.saver = Saver(self.folder, config.checkpoint, self.report.say)
-        self.bad = BadSteps(self.folder, config.train.max_bad_steps)
+        self.bad = BadSteps(self.folder, config.train.max_bad_steps, self.session.done)
         self.reads_late = device.type == "cuda"
         self._unwritten: deque[_Line] = deque()
         self._compiled = self.session.engine.module.compiled
@@ -272,7 +272,7 @@ class Trainer:
         cheap = config.train.partial
         trained = f", {session.trained / 1e6:.2f} M trained" if cheap else ""
         # nobody has counted the operations of a step that leaves gradients out
-        self._peak = None if cheap else peak(self.device, config.engine.precision)
+        self._peak = None if config.train.skips_backward else peak(self.device, config.engine.precision)
         self._flops = 3 * per_pair(
             session.model.spec, config.data.num_frames, session.tokenizer.length(config.data.max_words),
             session.loader.captions_a_row, config.model.merging,

@@ -126,6 +126,33 @@ def test_a_loader_mixes_splits_and_goes_on_exactly(two):
         assert a.keys == [key for rank in ranks for key in rank[step].keys]
 
 
+def test_a_set_that_comes_round_again_in_an_epoch_shows_other_frames(two):
+    """Twelve videos, two a step: after six steps they come again, in the same epoch of the mixture."""
+    joined = Concat([two.intra, two.other])
+    config = replace(SMALL, train=("a", "b"), weights=(1.0, 2.0), sampling="random", num_frames=2)
+
+    def run() -> list:
+        with Loader(joined, config, batch_size=6, seed=0) as loader:
+            return list(loader.batches(count=loader.steps_per_epoch))
+
+    batches, again = run(), run()
+    shown: dict[tuple, list] = {}
+    for batch in batches:
+        for pair, numbers in zip(batch.pairs.tolist(), batch.frame_numbers.tolist(), strict=True):
+            shown.setdefault(tuple(pair), []).append(tuple(numbers))
+    repeated = [numbers for numbers in shown.values() if len(numbers) > 1]
+    assert repeated and sum(len(set(numbers)) > 1 for numbers in repeated) > len(repeated) / 2
+    assert all(np.array_equal(a.frame_numbers, b.frame_numbers) for a, b in zip(batches, again, strict=True))
+
+
+def test_an_epoch_of_one_set_is_as_long_as_asked_for_too(two):
+    order = order_of(two.intra, replace(SMALL, epoch_samples=10), 6, 0, False)
+    plain = order_of(two.intra, SMALL, 6, 0, False)
+    assert (order.steps_per_epoch, plain.steps_per_epoch) == (2, 4)
+    for place in range(10):
+        assert np.array_equal(order.batch(*divmod(place, 2)), plain.batch(*divmod(place, 4)))
+
+
 def test_without_weights_a_set_gets_as_many_as_it_has_captions(two):
     order = order_of(Concat([two.intra, two.other]), SMALL, 6, 0, False)
     assert [o.batch_size for o in order.orders] == [3, 3]

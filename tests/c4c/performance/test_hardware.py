@@ -38,6 +38,23 @@ def test_every_gpu_has_a_peak_that_the_mfu_of_training_uses():
         "RTX-4090": 165e12, "B200": 2250e12,
     }  # fmt: skip
     assert peak_flops("NVIDIA H100 PCIe") == 756e12 and peak_flops("Voodoo 2") is None
+    assert peak_flops("NVIDIA GH200 480GB") == 989e12 and peak_flops("NVIDIA A10G") == 70e12
+    assert peak_flops("Tesla V100-SXM2-32GB") == 125e12 and peak_flops("Tesla T4") == 65e12
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "NVIDIA RTX A1000",
+        "NVIDIA RTX A4000",
+        "NVIDIA T400",
+        "NVIDIA T4G",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+    ],
+)
+def test_a_name_that_only_begins_like_one_is_another_gpu(device):
+    assert peak_flops(device) is None and gpu_of_device(device, 16.0) is None
 
 
 @pytest.mark.parametrize(

@@ -196,6 +196,12 @@ def test_mfu_is_that_of_training():
     assert several.clips_per_s == pytest.approx(128 / several.step_s)
 
 
+@pytest.mark.parametrize("word", ["train.freeze_layers=12", "train.freeze=[text,video]"])
+def test_frozen_towers_do_not_count_as_trained_in_the_mfu(word):
+    whole, frozen = predicted(), predicted(word)
+    assert frozen.mfu_pct < whole.mfu_pct < 100
+
+
 def test_the_largest_batch_fits_and_the_next_does_not():
     first, settings = predicted(), config()
 

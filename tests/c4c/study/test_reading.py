@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from c4c.config import Config, ConfigError, to_dict
+from c4c.config import Config, ConfigError, override_data, to_dict
 from c4c.study.config import Plot, require_splits
 from c4c.study.reading import read_study
-from pipelines.config import DataConfig
+from pipelines.config import BLANKS, SEEN, DataConfig
 from tests.c4c.study.studies import FILE, study_in, written
 
 BASE = {"data.num_frames": [1, 2]}
@@ -85,6 +85,19 @@ def test_an_evaluation_takes_the_data_settings_of_its_row(tmp_path):
     assert not [word for word in words if "flip" in word or "train" in word]
     assert found["a"].recipe.checkpoint == "openai:ViT-B-32" and found["b"].recipe.source.name == "stage-one"
     assert found["b"].recipe.words == ("data.num_frames=3",)  # where it differs from what that run has
+
+
+def test_an_evaluation_of_a_file_takes_all_that_its_clips_depend_on(tmp_path):
+    """Files have settings of their own: what is usual here may be another value there."""
+    (tmp_path / "weights.pth").touch()
+    rows = [{"label": "a", "evaluate": str(tmp_path / "weights.pth")}, {"label": "b", "evaluate": "openai:ViT-B-32"}]
+    study = study_in(tmp_path, set={"data.num_frames": 12, "data.sampling": "uniform"}, **table(rows=rows))
+    mmaction = DataConfig(sampling="segment", resize=256, max_words=77, num_frames=7, mean=(0.1, 0.2, 0.3))
+    for row in study.tables[0].rows:
+        assert {"data.num_frames=12", "data.sampling=uniform"} <= set(row.recipe.words)
+        found, wanted = override_data(mmaction, list(row.recipe.words)), row.recipe.config.data
+        assert {name: getattr(found, name) for name in SEEN} == {name: getattr(wanted, name) for name in SEEN}
+        assert found.mean == BLANKS["mean"] and found.threads == mmaction.threads
 
 
 def test_an_evaluation_of_a_run_takes_the_rows_settings_and_not_the_runs(tmp_path):

@@ -74,6 +74,8 @@ def test_bad_steps_are_counted_and_listed(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / BAD_STEPS).read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 3, 5, 6, 7]
     assert rows[0] == {"step": 2, "loss": "nan", "keys": ["a", "b"]}
+    assert BadSteps(tmp_path, 3, done=5).total == 3  # of a run that goes on behind step 5
+    assert BadSteps(tmp_path, 3).total == 0
 
 
 class Store:

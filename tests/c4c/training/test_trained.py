@@ -106,6 +106,15 @@ def test_towers_of_other_depths_and_parts_apart():
     assert found["clip.visual.attnpool.positional_embedding"] == 1.0
 
 
+@pytest.mark.parametrize("cheap", [{"lora": 4, "lora_on": "all"}, {"prompts": 2}])
+def test_a_3d_patch_kernel_is_trained_beside_what_freezes_the_towers(cheap):
+    """It starts as the 2d one: frozen, the model would stay a 2d one at the cost of a 3d one."""
+    assert "clip.visual.conv2.weight" not in frozen(tiny(patch="3d"), **cheap)
+    assert "clip.visual.conv1.weight" in frozen(tiny(), **cheap)
+    if "lora" in cheap:
+        assert "clip.visual.conv2.weight" in frozen(tiny(patch="3d"), **cheap, freeze="clip.visual.conv2.weight")
+
+
 def test_the_rates_of_loras_matrices_are_those_of_their_blocks():
     model = tiny()
     choose_trained(model, TrainConfig(lora=4))
