@@ -16,13 +16,13 @@ import torch.distributed as dist
 import c4c
 from c4c.files import replace_text
 from c4c.launched import seen_enough
-from c4c.models.pretrained import weights_taken
-from c4c.retrieval.encoder import Encoder
+from c4c.retrieval.encoder import Encoder, Identity
 from c4c.retrieval.index.build import IndexCounts, Indexing
 from c4c.retrieval.index.plan import IndexPlan, ListedVideo, VideoSources, compare
 from c4c.retrieval.index.screen import IndexReport, summary
 from c4c.retrieval.index.store import About, Store
 from c4c.retrieval.search.show import plain
+from c4c.zero import checkpoint
 from c4c.zero.distributed import join_ranks, launched, stop_distributed
 from pipelines.cores import cores
 from pipelines.segments import Cutting
@@ -153,6 +153,16 @@ def _index(
     return counts
 
 
+def _of_run(asked: str | None, identity: Identity) -> list[str]:
+    """Which checkpoint of a run the vectors are of; nothing for other weights. asked: what --tag says."""
+    if identity.tag is None:
+        return []
+    run = Path(identity.checkpoint)
+    folder = run / checkpoint.FOLDER / identity.tag
+    lines = [f"checkpoint  {folder}{checkpoint.which_weights(folder, identity.ema)}"]
+    return lines + ([f"            {gone}"] if (gone := checkpoint.better_gone(run, asked)) else [])
+
+
 def _finish(
     args: Namespace, store: Store, encoder: Encoder, sources: VideoSources, plans: list[IndexPlan],
     counts: list[IndexCounts], seconds: float,
@@ -177,8 +187,7 @@ def _finish(
     if args.json:
         replace_text({args.json: json.dumps(result, indent=2) + "\n"})
     lines = summary(result)
-    if kind := weights_taken(args.ckpt, args.tag, not args.no_ema):
-        lines.append(f"checkpoint  {encoder.identity.checkpoint}{kind}")
+    lines += _of_run(args.tag, encoder.identity)
     if args.verbose and sources.skipped:
         lines.append(f"skipped     {count(len(sources.skipped), 'file')}, no videos by their names")
         lines += [f"    {plain(path)}" for path in sources.skipped]

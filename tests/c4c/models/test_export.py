@@ -16,6 +16,7 @@ from c4c.models.pretrained import open_checkpoint
 from pipelines.config import DataConfig
 from tests import tiny_backbones
 from tests.c4c.models.small import FAMILIES, SPEC, clips, register, scores, spec, tiny
+from tests.c4c.retrieval.test_encoder import as_run
 
 pytestmark = pytest.mark.slow
 
@@ -35,6 +36,27 @@ def test_one_file_and_back(head, tmp_path):
     assert torch.equal(scores(CLIP4Clip.from_checkpoint(tmp_path / "m.safetensors")), scores(model))
     if head not in UNOFFICIAL:
         assert torch.equal(scores(CLIP4Clip.from_checkpoint(tmp_path / "m.bin")), scores(model))
+
+
+def test_it_says_which_checkpoint_it_wrote(tmp_path, monkeypatch, capsys):
+    run, to = tmp_path / "run", tmp_path / "m.safetensors"
+    tiny_backbones.register()
+    export(tiny(spec=backbone.named("tiny-vit")), tmp_path / "tiny.safetensors", data=DataConfig(image_size=64))
+    as_run(tmp_path / "tiny.safetensors", run)
+    words = ["export", "--ckpt", str(run), "--to", str(to)]
+    monkeypatch.setattr("sys.argv", [*words, "--tag", "best"])
+    assert main() == 1
+    line = capsys.readouterr().err
+    assert "leave the tag away, which takes the latest, or name one of step00000007" in line and not to.exists()
+    monkeypatch.setattr("sys.argv", words)
+    assert main() == 0
+    assert "meanP, 2d, step00000007, " in capsys.readouterr().out
+    rows = [{"step": step, "val/t2v_R1_pct": r1} for step, r1 in ((3, 30.0), (7, 20.0))]
+    (run / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr("sys.argv", [*words, "--tag", "best"])
+    assert main() == 0
+    said = capsys.readouterr().out
+    assert "meanP, 2d, step00000007, " in said and "step00000003 was better (30.0) and is gone" in said
 
 
 @pytest.mark.parametrize("family", FAMILIES)
