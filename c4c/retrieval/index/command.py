@@ -49,6 +49,8 @@ def index(args: Namespace, cutting: Cutting, sources: VideoSources, listed: Sequ
         for _ in range(_ROUNDS):
             plan = _agreed(_plan(args, store, sources, listed, again=bool(plans)) if rank == 0 else None)
             every.append(_index(args, store, encoder, sources, cutting, plan, rank, world))
+            if rank == 0:
+                _drop_renamed(store, plan)
             plans.append(plan)
             if not _agreed(rank == 0 and bool(_doubled(store))):
                 break
@@ -130,6 +132,14 @@ def _plan(
     return plan
 
 
+def _drop_renamed(store: Store, plan: IndexPlan) -> None:
+    """Delete the rows that stand under another name than the video has now."""
+    if plan.renamed:
+        names = set(store.videos())
+        gone = [one.old for one in plan.renamed if one.changed or one.video in names]
+        store.delete_sets([(one.video, one.written) for one in gone])
+
+
 def _doubled(store: Store) -> bool:
     names = [one.video for one in store.known()]
     return len(names) > len(set(names))
@@ -170,6 +180,12 @@ def _finish(
     if notice := store.tidy(args.ann):
         print(f"note: {notice}", file=sys.stderr)
     first = plans[0]
+    if first.coded:
+        print(
+            f"note: {count(first.coded, 'video')} of {args.out} {'has' if first.coded == 1 else 'have'} the coded name that "
+            "earlier versions gave (sub%2Fred of sub/red), which filters by name do not find; --refresh gives each its own",
+            file=sys.stderr,
+        )  # fmt: skip
     bad = {failure.path: failure.reason for failure in (*first.failed, *(f for one in counts for f in one.failures))}
     bad |= dict(sources.unlisted)
     agreements = [one.agreement for one in counts if one.agreement is not None]
