@@ -56,6 +56,7 @@ class PackingScreen:
         self._progress = bar()
         self._task = self._progress.add_task(name, total=total, note="")
         self._began, self._done, self._read, self._rejects, self._notes = time.monotonic(), 0, 0, 0, 0
+        self._odd_times: dict[str, int] = {"captions": 0, "videos": 0, "cuts": 0}
         self.resumed = 0  # videos that earlier runs have dealt with
         self.stored = 0  # videos that were copied from existing shards
 
@@ -80,6 +81,9 @@ class PackingScreen:
             self._rejects += 1
             if self._rejects <= _LINES_SHOWN:
                 say(event.rejected, "missing" if event.missing else "rejected")
+        self._odd_times["captions"] += event.odd_times
+        self._odd_times["videos"] += event.odd_times > 0
+        self._odd_times["cuts"] += event.cut_short
         if event.note:
             self._notes += 1
             if self._notes <= _LINES_SHOWN:
@@ -98,6 +102,15 @@ class PackingScreen:
                 "the official code does (data.sampling=uniform_by_frame counts)",
                 "note",
             )
+        if odd := self._odd_times["captions"]:
+            say(
+                f"{count(odd, 'caption')} of {count(self._odd_times['videos'], 'video')} "
+                f"{'has' if odd == 1 else 'have'} times outside their video, or end before they start: are the times in "
+                "seconds? They are packed as they are",
+                "note",
+            )
+        if cuts := self._odd_times["cuts"]:
+            say(f"{count(cuts, 'cut')} packed shorter than asked for, as the file ends before", "note")
 
 
 def _rate(value: float) -> str:
