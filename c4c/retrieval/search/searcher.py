@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # torch and open_clip take seconds: they come with the first 
     from pipelines.config import DataConfig
 
 _MANY = 10_000
+_NAME_IT = "Name where it is now with --ckpt (in Python: checkpoint=)"
 _WIDER = 4  # times as many segments are looked at, as long as too few videos are among them
 
 
@@ -189,6 +190,7 @@ class Searcher:
 
     def _load(self) -> "Encoder":
         from c4c.retrieval.encoder import Encoder, Identity, usable
+        from c4c.zero.checkpoint import tags
 
         if self._device:
             usable(self._device)
@@ -196,6 +198,11 @@ class Searcher:
         name = self._checkpoint or identity.checkpoint
         run = (Path(name) / "config.yaml").is_file()
         tag = self._tag or (identity.tag if run else None)
+        if self._tag is None and tag and run and tag not in tags(Path(name)):
+            raise ValueError(
+                f"{name} is not the model that made {self.store.uri}, or not any more: that was checkpoint {tag} of "
+                f"{identity.checkpoint} ({identity.backbone}, {identity.head}), and it has no such checkpoint. {_NAME_IT}, or index again"
+            )
         ema = (identity.ema or not run) if self._ema is None else self._ema
         backbone = self._backbone or (identity.backbone_option if Path(name).is_file() else None)
         # how clips are made is the index's, whatever the checkpoint says by now
@@ -204,13 +211,12 @@ class Searcher:
             encoder = Encoder.load(name, tag, backbone, self._device, ema=ema, overrides=settings)
         except ValueError as error:
             raise ValueError(
-                f"a search by example needs the checkpoint that made the index, and it cannot be read: {error}. Name where it is "
-                "now with --ckpt"
+                f"the checkpoint that made the index is needed, and it cannot be read: {error}. {_NAME_IT}"
             ) from error
         if encoder.identity.digest != identity.digest:
             raise ValueError(
                 f"{name} is not the model that made {self.store.uri} ({identity.backbone}, {identity.head}, digest "
-                f"{identity.digest[:12]}; this one has {encoder.identity.digest[:12]}): name that one with --ckpt, or index again"
+                f"{identity.digest[:12]}; this one has {encoder.identity.digest[:12]}). {_NAME_IT}, or index again"
             )
         return encoder
 

@@ -17,7 +17,7 @@ from c4c.retrieval.search.query import clean
 from c4c.retrieval.serve import log, uploads
 from c4c.retrieval.serve.batching import Recent, TextBatcher
 from c4c.retrieval.serve.clips import Clips, ServerFolder
-from c4c.retrieval.serve.guard import Refusal
+from c4c.retrieval.serve.guard import Refusal, unreadable_index
 from c4c.retrieval.serve.jobs import JobFailed, Jobs
 from c4c.retrieval.serve.media import Media
 from c4c.retrieval.serve.monitor import Monitor
@@ -34,9 +34,10 @@ _UPLOADS = 4  # at once
 class Engine:
     """One index, ready to be asked from many tasks at once."""
 
-    def __init__(self, searcher: Any, monitor: Monitor, max_upload_bytes: int):
+    def __init__(self, searcher: Any, monitor: Monitor, max_upload_bytes: int, checkpoint: str | None = None):
+        """checkpoint: what --ckpt names."""
         self._searcher, self._monitor = searcher, monitor
-        self._max_upload_bytes = max_upload_bytes
+        self._max_upload_bytes, self._checkpoint = max_upload_bytes, checkpoint
         self._text = TextBatcher(searcher.encode, monitor)
         self._answers: Recent[tuple, list[dict]] = Recent(512)
         self._mark = _mark(searcher.store.uri)
@@ -108,9 +109,10 @@ class Engine:
             return self._searcher.by_frames(file, k, **how)
         except (ValueError, OSError) as error:
             log.report(error)
+            what = "names another, or cannot be read" if self._checkpoint else "can name it"
             raise Refusal(
                 503,
-                "A search by a clip or picture needs the checkpoint that made the index. Start the server with --ckpt; its log says more.",
+                f"A search by a clip or picture needs the checkpoint that made the index. The server's --ckpt {what}; its log says more.",
             ) from error
 
     async def segments(self, name: str) -> dict:
@@ -175,15 +177,14 @@ class Engine:
         return await self._safely(thread, limit_s)
 
     async def _safely(self, waiting: Awaitable[Any], limit_s: float) -> Any:
-        """What goes wrong here is no fault of the request. The error's words may name files: they go to the log alone."""
+        """What goes wrong here is no fault of the request."""
         try:
             async with asyncio.timeout(limit_s):
                 return await waiting
         except TimeoutError as error:
             raise Refusal(503, "The search took too long. Try again.", {"Retry-After": "5"}) from error
         except (ValueError, OSError, RuntimeError) as error:
-            log.report(error)
-            raise Refusal(503, "The index cannot be read now. The server's log says why.") from error
+            raise unreadable_index(error) from error
 
 
 def _mark(uri: str) -> tuple[int, int] | None:

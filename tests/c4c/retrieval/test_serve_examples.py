@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.c4c.retrieval import stand_in
-from tests.c4c.retrieval.serving import LIMIT_MB, detail
+from tests.c4c.retrieval.serving import LIMIT_MB, Served, detail
 
 pytestmark = pytest.mark.slow
 
@@ -156,3 +156,22 @@ def test_without_the_checkpoint(served, tmp_path, monkeypatch):
     monkeypatch.setattr(served.searcher, "by_frames", by_frames)
     answer = served.upload(mp4("red", tmp_path))
     assert answer.status_code == 503 and "--ckpt" in detail(answer) and "secret" not in answer.text
+
+
+def test_with_another_checkpoint(tmp_path, monkeypatch):
+    """--ckpt was given, so the answer does not ask for it."""
+
+    def by_frames(*_, **__):
+        raise ValueError("/secret/run is not the model that made the index")
+
+    with Served(stand_in.make(tmp_path, {"red.mp4": (["red"], {})}), checkpoint="/secret/run") as it:
+        monkeypatch.setattr(it.searcher, "by_frames", by_frames)
+        answer = it.upload(stand_in.jpeg(stand_in.COLOURS["red"]))
+    assert answer.status_code == 503 and "secret" not in answer.text
+    assert "The server's --ckpt names another, or cannot be read; its log says more." in detail(answer)
+
+
+def test_damaged_forms_do_not_fill_the_log(served, caplog):
+    headers = {"content-type": "multipart/form-data; boundary=b"}
+    assert served.client.post("/api/search/example", content=b"garbage", headers=headers).status_code == 400
+    assert [record.getMessage() for record in caplog.records if "multipart" in record.name] == []
