@@ -24,6 +24,8 @@ _PLAIN_COLUMNS = (
     "extradata",
 )  # fmt: skip
 
+NO_CAPTION = "it has no caption"
+
 
 def write_table(path: Path, table: pa.Table, rejects: list[dict], json_crcs: list[int]) -> None:
     """Commit a shard's sample table; `json_crcs` are the crc32c of its rows' .json members."""
@@ -53,7 +55,7 @@ def screened(item: Item, rejects: list[dict]) -> list[Caption]:
         else:
             kept.append(caption)
     if not kept:
-        raise VideoError("it has no caption")
+        raise VideoError(NO_CAPTION)
     try:
         safe_key(item.id)
     except ValueError as error:
