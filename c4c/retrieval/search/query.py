@@ -79,6 +79,13 @@ def choose_queries(
     return [Query(text.encode("utf-8", "replace").decode()) for text in texts]
 
 
+def unquoted(sentences: Sequence[str]) -> str:
+    """A note where the sentences of a command look like one without quotes; else ''."""
+    if len(sentences) < 2 or any(len(sentence.split()) > 1 for sentence in sentences):
+        return ""
+    return f'each of the {len(sentences)} words is searched for by itself; a sentence stands in quotes: "{" ".join(sentences)}"'
+
+
 def _lines(file: str) -> list[str]:
     """The sentences in a file, without empty lines."""
     named = "standard input" if file == "-" else f"--queries {file}"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from c4c.retrieval.index.filters import Choice, sql_text
+from c4c.retrieval.index.names import hint
 from c4c.retrieval.index.store import Hit, Store
 
 if TYPE_CHECKING:  # torch and open_clip take seconds: they come with the first sentence
@@ -151,7 +152,7 @@ class Searcher:
 
     def ignored(self, choice: Choice) -> list[str]:
         """What of a choice means nothing for this index, a sentence each."""
-        notes = []
+        notes = [said] if (said := hint(self.store, choice)) else []
         if not choice.exact and not self.store.has_ann:
             notes.append(
                 f"{self.store.uri} has no ANN index, so the search is exact. python -m c4c.index makes one with --ann"
@@ -211,7 +212,7 @@ class Searcher:
             encoder = Encoder.load(name, tag, backbone, self._device, ema=ema, overrides=settings)
         except ValueError as error:
             raise ValueError(
-                f"the checkpoint that made the index is needed, and it cannot be read: {error}. {_NAME_IT}"
+                f"this needs the checkpoint that made the index, and it cannot be read: {error}. {_NAME_IT}"
             ) from error
         if encoder.identity.digest != identity.digest:
             raise ValueError(

@@ -24,6 +24,18 @@ def test_a_clip_as_example(served, tmp_path):
     assert served.upload(mp4("blue", tmp_path), path="scenes/r*").json()["results"][0]["video"] == "scenes/red.mp4"
 
 
+def test_a_name_that_is_none_has_a_hint(served):
+    note = "No name in the index matches 'red'; did you mean '*red*'?"
+    segment = served.named("scenes/red.mp4")["id"]
+    for answer in (
+        served.get("/api/search", params={"q": "red", "path": "red"}), served.get(f"/api/similar/{segment}", params={"path": "red"}),
+        served.upload(stand_in.jpeg(stand_in.COLOURS["red"]), path="red"),
+    ):  # fmt: skip
+        assert (answer.json()["results"], answer.json()["note"]) == ([], note), answer.text
+    assert served.get("/api/search", params={"q": "red", "path": "*red*"}).json()["note"] == ""
+    assert "names are like '" in served.get("/api/search", params={"q": "red", "path": "/etc/passwd"}).json()["note"]
+
+
 def test_a_picture_as_example(served):
     assert served.upload(stand_in.jpeg(stand_in.COLOURS["yellow"]), k=1).json()["results"][0]["score"] > 0.9
 
