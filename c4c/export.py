@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from c4c.errors import exit_code
 from c4c.helptext import add_checkpoint_options
 
 if TYPE_CHECKING:  # imports come after what they would hold up: --help and paths that cannot be
@@ -91,14 +92,14 @@ def main() -> int:
     parser.add_argument("--official", action="store_true", help="the same as --format official")
     parser.add_argument("--half", action="store_true", help="with --format onnx: the towers in fp16")
     args = parser.parse_args()
-    try:
-        if args.official and args.format not in (None, "official"):
-            raise ValueError(f"--official and --format {args.format} name two layouts: leave one of them away")
-        layout = "official" if args.official else args.format or "c4c"
-        weights, about, notes = run(args.ckpt, args.tag, args.to, layout, args.half, args.backbone, not args.no_ema)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return exit_code(lambda: _command(args))
+
+
+def _command(args: argparse.Namespace) -> int:
+    if args.official and args.format not in (None, "official"):
+        raise ValueError(f"--official and --format {args.format} name two layouts: leave one of them away")
+    layout = "official" if args.official else args.format or "c4c"
+    weights, about, notes = run(args.ckpt, args.tag, args.to, layout, args.half, args.backbone, not args.no_ema)
     print(f"{args.to}: {about}, {weights / 1e6:.1f} M weights")
     for note in notes:
         print(note)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from c4c import backbones
 from c4c.export import export, main
 from c4c.models import backbone
 from c4c.models.clip4clip import CLIP4Clip
@@ -244,3 +245,28 @@ def test_the_command_names_the_backbone_of_a_bare_file(command, tmp_path, monkey
     assert all(torch.equal(kept[k], v) for k, v in tiny().clip.state_dict().items())
     code, _ = command(*words, "--backbone", "tiny")  # once more, over its own files
     assert code == 0 and sorted(p.name for p in tmp_path.iterdir()) == ["bare.pt", "out"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "stopped by SIGINT"),
+        (ModuleNotFoundError(name="onnx"), 1, "error: the package onnx is not installed"),
+    ],
+)
+def test_ctrl_c_and_a_missing_package_are_told_in_a_line(error, code, said, tmp_path, monkeypatch, capsys):
+    def failing(*_, **__):
+        raise error
+
+    monkeypatch.setattr("c4c.models.pretrained.open_checkpoint", failing)
+    (tmp_path / "a.bin").write_text("")
+    monkeypatch.setattr(
+        "sys.argv", ["export", "--ckpt", str(tmp_path / "a.bin"), "--to", str(tmp_path / "m.safetensors")]
+    )
+    assert main() == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(said)
+    monkeypatch.setattr("c4c.backbones.chosen", failing)
+    assert backbones.main(["ViT-B-32"]) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(said)
