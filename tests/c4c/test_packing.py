@@ -248,3 +248,12 @@ def test_cuts_that_end_behind_their_file_and_captions_outside_a_cut_are_told(
     said = capsys.readouterr().err
     assert "note 2 captions of 2 videos have times outside their video" in said
     assert "note 1 cut packed shorter than asked for, as the file ends before" in said
+
+
+def test_captions_that_are_repeated_or_in_other_letters_are_told(videos: Path, tmp_path: Path, capsys) -> None:
+    assert pack(videos, tmp_path / "set", "v 0,ein Hünd\nv 0,a dog\nv 1,a dog\nv 1,A dog\n") == 0
+    assert "word for word" not in (said := capsys.readouterr().err) and "letters" not in said
+    assert pack(videos, tmp_path / "other", "v 0,a dog\nv 0,a dog\nv 0,一只狗\nv 1,собака и кот\nv 1,a dog\n") == 0
+    said = capsys.readouterr().err
+    assert "note 1 caption repeated word for word in one video (data.drop_duplicate_captions)" in said
+    assert "note 2 captions in Chinese, Cyrillic letters, on which CLIP's text tower was not trained" in said

@@ -121,7 +121,7 @@ def test_a_packed_video_that_an_earlier_version_named_by_its_key_is_not_there_tw
     out = tmp_path / "my.index"
     common = [*words[:2], "--videos", tmp_path / "set", *words[4:], "--out", out]
     code, said = run(*common)
-    assert code == 0 and "note" not in said, said
+    assert code == 0 and "note" not in said and f"2 videos found; loading {words[1]}\n" in said, said
     assert Store.open(out).videos() == ["sub/0", "sub/1"]
     for i in (0, 1):
         names = {"video": f"sub%2F{i}", "id": f"sub%2F{i}#000000"}
