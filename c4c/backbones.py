@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
+from c4c.errors import exit_code
 from c4c.settings import names_weights
 
 _COLUMNS = (
@@ -106,13 +107,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.frames < 1:
         parser.error(f"--frames {args.frames}: must be at least 1")
+    return exit_code(lambda: _print(args))
+
+
+def _print(args: argparse.Namespace) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         for line in _lines(args):
             print(line, flush=True)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

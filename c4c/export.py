@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from c4c.errors import exit_code
 from c4c.helptext import add_checkpoint_options
 
 if TYPE_CHECKING:  # imports come after what they would hold up: --help and paths that cannot be
@@ -91,14 +92,14 @@ def main() -> int:
     parser.add_argument("--official", action="store_true", help="the same as --format official")
     parser.add_argument("--half", action="store_true", help="with --format onnx: the towers in fp16")
     args = parser.parse_args()
-    try:
-        if args.official and args.format not in (None, "official"):
-            raise ValueError(f"--official and --format {args.format} name two layouts: leave one of them away")
-        layout = "official" if args.official else args.format or "c4c"
-        weights, about, notes = run(args.ckpt, args.tag, args.to, layout, args.half, args.backbone, not args.no_ema)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return exit_code(lambda: _command(args))
+
+
+def _command(args: argparse.Namespace) -> int:
+    if args.official and args.format not in (None, "official"):
+        raise ValueError(f"--official and --format {args.format} name two layouts: leave one of them away")
+    layout = "official" if args.official else args.format or "c4c"
+    weights, about, notes = run(args.ckpt, args.tag, args.to, layout, args.half, args.backbone, not args.no_ema)
     print(f"{args.to}: {about}, {weights / 1e6:.1f} M weights")
     for note in notes:
         print(note)
@@ -109,7 +110,7 @@ def run(
     ckpt: str, tag: str | None, to: Path, format: str = "c4c", half: bool = False, backbone: str | None = None,
     ema: bool = True,
 ) -> tuple[int, str, list[str]]:  # fmt: skip
-    """Export; returns the number of weights, head and patches in words, and notes. Raises ValueError and OSError.
+    """Export; returns the number of weights, head, patches and the run's checkpoint in words, and notes. Raises ValueError and OSError.
 
     tag, backbone, ema: as `c4c.models.pretrained.open_checkpoint` takes them.
     """
@@ -122,14 +123,23 @@ def run(
         from c4c.models.export.onnx import require_packages
 
         require_packages()
-    from c4c.models.pretrained import open_checkpoint, weights_taken
+    from c4c.models.pretrained import check_names, open_checkpoint, weights_taken
+    from c4c.training.run_folder import located
+    from c4c.zero import checkpoint
     from c4c.zero.patches import quiet_libraries
 
     quiet_libraries()
+    check_names(ckpt, tag, backbone, ema)
+    ckpt, asked, ema = located(ckpt, tag, ema)
+    run = Path(ckpt) if (Path(ckpt) / "config.yaml").is_file() else None
+    tag = checkpoint.resolve(run, asked) if run else None  # once: the run may go on meanwhile
     model, data = open_checkpoint(ckpt, tag, backbone, ema)
     model.resize_pictures(data.image_size)
     notes = export(model, to, format, data, half)
     kind = weights_taken(ckpt, tag, ema)
+    if run:
+        kind = f", {tag}{kind}"
+        notes += [f"note: {gone}"] if (gone := checkpoint.better_gone(run, asked)) else []
     return sum(p.numel() for p in model.parameters()), f"{model.head.name}, {model.linear_patch}{kind}", notes
 
 

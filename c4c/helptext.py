@@ -19,7 +19,10 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
         "--ckpt", required=True,
         help="a run folder; weights of any kind that c4c reads; local-dir:DIR, hf-hub:ID, or TAG:BACKBONE, openai:ViT-B-32",
     )  # fmt: skip
-    add("--tag", help="a checkpoint of the run: its name, or best (default: the latest)")
+    add(
+        "--tag",
+        help="a checkpoint of the run: its name, or best: of those that it keeps, the one with the best validation (default: the latest)",
+    )
     add("--no-ema", action="store_true", help=NO_EMA)
     add("--backbone", help="what a file's weights are of, where it does not say: one of open_clip's names")
 

@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
     """Index. Mistakes are found first; what takes long to import comes after that."""
     from c4c.files import looked_in, require_folder, require_writable
     from pipelines.segments import Cutting
+    from shards import count
 
     for option in ("ckpt", "out", "backbone", "tag"):
         if getattr(args, option) == "":
@@ -93,6 +94,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.out} is an index of {known.cut}, not of {cutting}: use those, or another --out")
     if "://" not in args.out:
         require_folder(f"--out {args.out}", Path(args.out))
+    if own_rank() == 0:  # the imports take seconds, and weights may have to be fetched
+        print(f"{count(len(listed), 'video')} found; loading {args.ckpt}", file=sys.stderr, flush=True)
     with quick_imports():
         from c4c.retrieval.index.command import index
 

@@ -1,6 +1,7 @@
 """What `python -m c4c.shard` prints around a packing: where it may not write, how far it is, and what came of it."""
 
 import time
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -8,9 +9,10 @@ from rich.table import Column, Table
 
 from c4c import shard_console
 from c4c.files import require_folder
+from c4c.retrieval.search.query import beside
 from c4c.shard_console import bar, say
 from pipelines.lengths import TOKENIZER, USUAL, Lengths
-from shards import ShardError, count
+from shards import ShardError, count, first_few
 from shards.annotations import Item
 from shards.packing.worker import Progress
 from shards.storage import is_remote
@@ -56,6 +58,7 @@ class PackingScreen:
         self._progress = bar()
         self._task = self._progress.add_task(name, total=total, note="")
         self._began, self._done, self._read, self._rejects, self._notes = time.monotonic(), 0, 0, 0, 0
+        self._odd_times: dict[str, int] = {"captions": 0, "videos": 0, "cuts": 0}
         self.resumed = 0  # videos that earlier runs have dealt with
         self.stored = 0  # videos that were copied from existing shards
 
@@ -80,6 +83,9 @@ class PackingScreen:
             self._rejects += 1
             if self._rejects <= _LINES_SHOWN:
                 say(event.rejected, "missing" if event.missing else "rejected")
+        self._odd_times["captions"] += event.odd_times
+        self._odd_times["videos"] += event.odd_times > 0
+        self._odd_times["cuts"] += event.cut_short
         if event.note:
             self._notes += 1
             if self._notes <= _LINES_SHOWN:
@@ -98,6 +104,15 @@ class PackingScreen:
                 "the official code does (data.sampling=uniform_by_frame counts)",
                 "note",
             )
+        if odd := self._odd_times["captions"]:
+            say(
+                f"{count(odd, 'caption')} of {count(self._odd_times['videos'], 'video')} "
+                f"{'has' if odd == 1 else 'have'} times outside their video, or end before they start: are the times in "
+                "seconds? They are packed as they are",
+                "note",
+            )
+        if cuts := self._odd_times["cuts"]:
+            say(f"{count(cuts, 'cut')} packed shorter than asked for, as the file ends before", "note")
 
 
 def _rate(value: float) -> str:
@@ -110,14 +125,27 @@ def closing(info: dict, out: Path, items: list[Item], reconciled: bool) -> None:
         say(f"see {out / 'rejects.jsonl'}", f"{lost}:")
     if reconciled and "reconciliation" in info:
         _reconcile(info["reconciliation"])
-    lengths = Lengths(USUAL)
+    lengths, repeated, scripts, foreign = Lengths(USUAL), 0, Counter[str](), 0
     for item in items:
-        lengths.add(caption.text for caption in item.captions)
+        texts = [caption.text for caption in item.captions]
+        lengths.add(texts)
+        repeated += len(texts) - len(set(texts))
+        for found in (beside(text) for text in texts if not text.isascii()):
+            scripts.update(found)
+            foreign += bool(found)
     if lengths.cut:
         say(
             f"{lengths.cut} of {lengths.captions} captions in the annotations {'is' if lengths.cut == 1 else 'are'} longer than "
             f"{lengths.limit} tokens ({TOKENIZER}, start and end included; the longest has {lengths.longest}): they are "
             f"cut with data.max_words={lengths.limit}, and by backbones that take no more",
+            "note",
+        )
+    if repeated:
+        say(f"{count(repeated, 'caption')} repeated word for word in one video (data.drop_duplicate_captions)", "note")
+    if foreign:
+        say(
+            f"{count(foreign, 'caption')} in {first_few([name for name, _ in scripts.most_common()])} letters, on which CLIP's text "
+            "tower was not trained: train a multilingual backbone on them",
             "note",
         )
 

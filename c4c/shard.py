@@ -26,8 +26,9 @@ _TIMEOUT = Limits(float, 0, 1e6)  # seconds
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status: 1 for an error, which is printed, 130 if it was stopped by Ctrl-C."""
-    args = _parser().parse_args(argv)
+    args = argparse.Namespace(packs=False)
     try:
+        args = _parser().parse_args(argv)
         if wrong := memory.prepare():
             raise ShardError(wrong)
         return args.run(args)

@@ -280,6 +280,9 @@ def _part(text: str) -> SplitPart:
         if not 0 < float(size) <= 1:
             raise ShardError(f"--parts {text}: a fraction must be above 0 and at most 1")
         return SplitPart(name, float(size))
+    if re.fullmatch(r"[0-9]+(\.[0-9]+)?%", size) and 0 < float(size[:-1]) <= 100:
+        whole, part = f"{float(size[:-1]) / 100:.9f}".split(".")
+        raise ShardError(f"--parts {text}: write a share as a fraction, {name}={whole}.{part.rstrip('0') or '0'}")
     if not os.path.isfile(size):
         raise ShardError(
             f"--parts {text}: {size!r} is not a number, not the word rest, and not an existing file of ids"

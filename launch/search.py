@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     """Search. Mistakes are found first; what takes long to import comes after that."""
     from c4c.files import require_writable
     from c4c.retrieval.index.filters import Choice
-    from c4c.retrieval.search.query import choose_queries
+    from c4c.retrieval.search.query import choose_queries, unquoted
     from c4c.retrieval.search.show import Out
 
     if args.json not in (None, "-") and not (args.sentences or args.queries or args.video or args.image):
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
         from c4c.retrieval.search.searcher import Searcher
 
         searcher = Searcher.open(args.index, checkpoint=args.ckpt, device=args.device)
-    for note in searcher.ignored(choice):
+    for note in filter(None, (unquoted(args.sentences), *searcher.ignored(choice))):
         print(f"note: {note}", file=sys.stderr)
     with Out(searcher, args.json, args.html, pictures=not args.no_pictures) as out:
         for query in queries:

@@ -45,6 +45,9 @@ def main(words: list[str] | None = None) -> int:
     except (ShardError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped by SIGINT", file=sys.stderr)
+        return 130
     show(result)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -164,9 +164,13 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--hw-decoder-load", type=float, default=0.0, help="as data.hw_decoder_load (default: 0)")
     args = parser.parse_args(words)
     device = torch.device(args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    worst = _video(device) if args.form == "video" else _jpegs(args.form == "roi", device, args.hw_decoder_load)
+    try:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        worst = _video(device) if args.form == "video" else _jpegs(args.form == "roi", device, args.hw_decoder_load)
+    except KeyboardInterrupt:
+        print("stopped by SIGINT", file=sys.stderr)
+        return 130
     print(json.dumps({"worst_psnr_db": worst if math.isfinite(worst) else None}))
     return 0
 

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 from itertools import pairwise
+from pathlib import Path
 
 from shards import ShardError
 from shards.schema import FORMAT_VERSION
@@ -12,6 +13,20 @@ _SHARD = re.compile(r"[A-Za-z0-9_-]{1,64}")  # a name of files inside the folder
 _AFTER = ("rejected", "packed")  # of the reconciliation: what packing adds to its counts
 _COUNTS = ("published", "annotations", "missing", *_AFTER)
 _MOST = 2**50  # of videos, captions and bytes
+
+
+def is_of_packing(folder: Path) -> bool:
+    """Whether a folder is a packed split, whole or damaged. A dataset.json may be another program's: that of a packing has its keys, or
+    stands beside shards."""
+    try:
+        info = json.loads((folder / "dataset.json").read_bytes())
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return False
+    except (OSError, ValueError, RecursionError):
+        info = None
+    if isinstance(info, dict) and {"format", "shards", "profile"} <= info.keys():
+        return True
+    return any(table.with_suffix(".tar").exists() for table in folder.glob("*.parquet"))
 
 
 def read_summary(text: str | bytes, path) -> dict:

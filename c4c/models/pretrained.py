@@ -5,7 +5,7 @@ from pathlib import Path
 
 from c4c.config import from_dict
 from c4c.merging import Merging
-from c4c.models.backbone import named, preprocess_of
+from c4c.models.backbone import UnknownBackbone, named, preprocess_of
 from c4c.models.clip4clip import CLIP4Clip
 from c4c.models.weights import Weights, is_schema, read, read_backbone
 from c4c.training.run_folder import is_run, located, read_config
@@ -39,14 +39,21 @@ def open_checkpoint(
         return model, config.data.filled(preprocess_of(model.spec))
     if path.exists() or ":" not in name:
         weights = read(path, backbone)
-    elif is_schema(name):
-        weights = read_backbone(name, name)
     else:
-        pretrained, _, known = name.partition(":")
-        named(known)
-        weights = read_backbone(known, pretrained)
+        weights = _known(name)
     model = CLIP4Clip.from_weights(_merged(weights, merging), name)
     return model, _data(weights, model)
+
+
+def _known(name: str) -> Weights:
+    """Weights that open_clip or a hub knows. What is wrong with them is told of this name, and not of settings of a training."""
+    pretrained, _, known = (name, "", name) if is_schema(name) else name.partition(":")
+    try:
+        if pretrained != name:
+            named(known)
+        return read_backbone(known, pretrained, called=name)
+    except UnknownBackbone as error:
+        raise UnknownBackbone(f"{name}{str(error).removeprefix(f'model.backbone={known}')}") from error
 
 
 def _merged(weights: Weights, merging: Merging | None) -> Weights:

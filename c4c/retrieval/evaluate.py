@@ -174,7 +174,7 @@ def evaluate_checkpoint(request: Request) -> list[Evaluation]:
             if rank == 0:
                 _write(request, found, results, f"{what}{kind}", Path(name) if tag else None)
                 _show(
-                    request, results[str(split.path)], f"checkpoint  {what}{kind}{_better(name, tag)}", f"split       {split.path}",
+                    request, results[str(split.path)], f"checkpoint  {what}{kind}{_better(name, tag, request.tag)}", f"split       {split.path}",
                     f"encoded     {progress.pace}, {where}", *_of_merging(model.merging, request), *_of_pairs(found.metrics),
                 )  # fmt: skip
         return made
@@ -281,7 +281,9 @@ def _of_pairs(metrics: dict) -> list[str]:
     ]
 
 
-def _better(name: str, tag: str | None) -> str:
-    """A word on a run's best checkpoint, if it is another."""
+def _better(name: str, tag: str | None, asked: str | None) -> str:
+    """A word on a run's best checkpoint, if it is another. asked: what --tag says."""
     best = checkpoint.best(Path(name)) if tag else None
+    if best and (gone := checkpoint.better_gone(Path(name), asked)):
+        return f"    ({gone})"
     return "" if best in (None, tag) else f"    (the best of the run's own validations is {best}: --tag best)"

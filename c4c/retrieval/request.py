@@ -9,6 +9,7 @@ from c4c.files import require_writable
 from c4c.merging import Merging
 from c4c.training.run_folder import is_run, located, read_config
 from pipelines.config import DataConfig
+from shards import ShardError
 from shards.concat import open_splits
 from shards.dataset import Dataset
 from shards.split import Split
@@ -79,7 +80,13 @@ def checked(args) -> Request:
     if not tests:
         raise ValueError("--data is not given: name the folder of a packed split")
     _check_several(args, tests)
-    splits = [Split(test, asked.local) for test in tests]
+    try:
+        splits = [Split(test, asked.local) for test in tests]
+    except ShardError as error:
+        if places:
+            raise
+        told = str(error).rstrip(".")
+        raise ShardError(f"data.test of {args.ckpt}: {told}. If it lies elsewhere, name it with --data") from error
     return Request(
         ckpt=args.ckpt, splits=splits, tag=args.tag, ema=not args.no_ema, backbone=args.backbone, words=tuple(words), device=args.device,
         json=args.json, ranks=args.ranks, dump=args.dump, report=args.report, topk=args.topk or 0, topk_to=args.topk_to,

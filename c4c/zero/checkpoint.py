@@ -108,9 +108,29 @@ def best(run: Path) -> str | None:
     return max(scores, key=lambda tag: (scores[tag], tag), default=None)
 
 
+def better_gone(run: Path, tag: str | None) -> str:
+    """A sentence for people who asked for the best checkpoint where a better one was validated, and is not kept any more; else ''."""
+    r1, kept = validated(run), best(run)
+    first = max(r1, key=lambda name: (r1[name], name), default=None)
+    if tag != "best" or kept is None or first is None or r1[first] <= r1[kept]:
+        return ""
+    return (
+        f"{kept} is the best of the checkpoints that {run} keeps (R@1 {r1[kept]:.1f} in its validation); {first} was better "
+        f"({r1[first]:.1f}) and is gone (checkpoint.keep_best)"
+    )
+
+
 def resolve(run: Path, tag: str | None) -> str:
-    """The name of a kept checkpoint. tag: its name, `best`, or None for the newest. Raises CheckpointError."""
-    tag = (best(run) if tag == "best" else tag) or latest(run)
+    """The name of a kept checkpoint. tag: its name, `best`, or None for the newest.
+
+    Raises CheckpointError if there is no such, or none that is kept was validated and the best is asked for."""
+    newest = latest(run) if tag in (None, "best") else None  # which says what is wrong where there is none at all
+    if tag == "best" and (tag := best(run)) is None:
+        raise CheckpointError(
+            f"no checkpoint that {run} keeps was validated, so that none is the best: leave the tag away, which takes the "
+            f"latest, or name one of {_listed(run)}"
+        )
+    tag = tag or str(newest)
     if tag not in tags(run):
         raise CheckpointError(f"{run} has no checkpoint {tag}; it has {_listed(run)}")
     return tag

@@ -46,6 +46,7 @@ class Files:
         self._beside: dict[str, list[str]] = {}  # by path, the extension in small letters
         self._captions = beside
         self._named: set[str] = set()  # of the others those that were
+        self._taken: set[str] = set()  # videos that were asked for
         self._others: dict[str, str] = {}  # files of other extensions, by path: they are found if they are named
         self._by_stem: dict[str, str | list[str]] = {}  # one path for most: ten million lists are a gigabyte
         if "://" in str(root):
@@ -118,8 +119,7 @@ class Files:
         plain = [self.name(name) for name in names]
         for name in plain:
             if path := self._match(name, anywhere):
-                if path in self._others:
-                    self._named.add(path)
+                (self._named if path in self._others else self._taken).add(path)
                 return self.at(path)
             if self._links and not self._links.isdisjoint(_prefixes(name)):
                 raise ShardError(
@@ -156,6 +156,13 @@ class Files:
         """The .gif files beside another video of the same name: probably previews of it. Sorted."""
         gifs = sorted(path for path in self._all() if path.lower().endswith(".gif"))
         return [p for p in gifs if any(not v.lower().endswith(".gif") for v in self._alike(os.path.splitext(p)[0]))]
+
+    def unasked(self) -> list[str]:
+        """The videos that `find` was not asked for, without previews. Sorted."""
+        if len(self._taken) == self._count:
+            return []
+        previews = set(self.previews())
+        return sorted(path for path in self._all() if path not in self._taken and path not in previews)
 
     def passed_over(self) -> list[str]:
         """Notes about files that were not taken for videos, which name some of them."""

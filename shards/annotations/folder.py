@@ -22,7 +22,7 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
-from shards import ShardError
+from shards import ShardError, count
 from shards.annotations import Caption, Item, Reading, conclude, examples
 from shards.annotations.files import EXTENSIONS, Files
 from shards.annotations.text import (
@@ -58,6 +58,11 @@ def read(args: Namespace) -> Reading:
         paths = [path for path in files if path not in previews] if previews else list(files)
         ids = _ids(paths)
         items = [_beside(files, path, ids[path], notes) for path in paths]
+        if items and not any(item.captions or item.problem for item in items):
+            raise ShardError(
+                f"not one of {count(len(items), 'video')} under {files.root} has a caption beside it: name a csv or jsonl with "
+                f"--captions, or put captions beside the videos, such as {os.path.splitext(paths[0])[0]}.txt"
+            )
         skipped = [f"{examples(previews, 'file')} beside a video of the same name not packed"] if previews else []
         return conclude(items, files, warnings=[*skipped, *files.passed_over(), *notes.texts("the .json files")])
     table = _CaptionTable(files)
@@ -70,7 +75,9 @@ def read(args: Namespace) -> Reading:
         for entry in table.entries.values()
         if files.lacks(entry.name) and (alike := files.unclear(entry.name))
     }
-    return conclude(table.items(), files, warnings=[*unclear, *notes.texts(args.captions.name)])
+    unasked = files.unasked()
+    left = [f"{examples(unasked, 'video file')} not packed: not in {args.captions.name}"] if unasked else []
+    return conclude(table.items(), files, warnings=[*unclear, *notes.texts(args.captions.name), *left])
 
 
 @dataclass
@@ -128,8 +135,12 @@ class _CaptionTable:
                 raise ShardError(f"{where}: {error}") from error
         name, path = self._found[written]
         entry = self.entries.setdefault((path, id), _Captioned(name, path, id, cut, where))
-        if entry.cut != cut:
+        if entry.cut != cut and id is None:
             raise ShardError(f'{where}: another cut of {written!r} needs another name: give each its "id"')
+        if entry.cut != cut:
+            raise ShardError(
+                f"{where}: the id {id!r} is already that of another cut of {written!r} ({entry.where}). Give each its own"
+            )
         if id is not None and self._ids.setdefault(id, entry) is not entry:
             other = self._ids[id]
             raise ShardError(

@@ -228,9 +228,12 @@ def published(table: dict[str, Counts], path: Path | None) -> Counts | None:
 
 
 def _encoding(path: Path) -> str:
-    """UTF-8, or what a mark at the beginning of the file says: UTF-16 is what Windows calls Unicode."""
     with open(path, "rb") as file:
-        start = file.read(4)
+        return encoding_of(file.read(4))
+
+
+def encoding_of(start: bytes) -> str:
+    """UTF-8, or what a mark in the first four bytes of a file says: UTF-16 is what Windows calls Unicode."""
     return next((encoding for mark, encoding in _ENCODINGS.items() if start.startswith(mark)), "utf-8")
 
 

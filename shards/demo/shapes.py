@@ -32,6 +32,7 @@ from PIL import Image, ImageDraw
 
 from shards.annotations import Caption, Item
 from shards.demo.scenes import COLOURS, GRADUAL, SIZES, VERSION, Scene, scenes
+from shards.interrupts import left_to_parent
 from shards.tar import naming
 
 GOP = 250
@@ -269,7 +270,9 @@ def encoded(todo: Sequence, encode: Callable[[Any], bytes], workers: int | None)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_end_with_parent) as pool:
         try:
-            yield from pool.map(encode, todo, chunksize=4)
+            with left_to_parent():
+                files = pool.map(encode, todo, chunksize=4)  # which starts the processes
+            yield from files
         finally:
             pool.shutdown(cancel_futures=True)
 

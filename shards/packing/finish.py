@@ -15,7 +15,7 @@ from crc32c import crc32c
 from shards import ShardError, memory, storage
 from shards.packing import scheduler
 from shards.packing.plan import READERS
-from shards.packing.rows import is_loss
+from shards.packing.rows import NO_CAPTION, is_loss
 from shards.schema import CAPTION_COUNTS, FORMAT_VERSION, REJECTS
 from shards.storage import Bucket, Folder
 
@@ -88,7 +88,13 @@ def finish(out: Path, plan: dict, names: list[str], reconciliation: dict | None 
         packed = {what: summary[what] for what in ("videos", "captions")}
         summary["reconciliation"] = _reconciled(reconciliation, packed, totals.rejects, plan)
     if not summary["videos"]:
-        first = next(r for r in totals.rejects if "caption" not in r)
+        bad = [r for r in totals.rejects if "caption" not in r]
+        first = bad[0]
+        if all(r["reason"] == NO_CAPTION for r in bad):
+            raise ShardError(
+                "not one of the videos has a caption, so that none was packed. Name a csv or jsonl with --captions, or put "
+                "captions beside the videos, and run the command again with --update"
+            )
         raise ShardError(
             f"not one of the videos could be packed; {target}/rejects.jsonl says why for each. First: {first['id']}: "
             f"{first['reason']}. When that is fixed, run the command again with --retry-rejects."

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 
 from shards import VideoError
 from shards.annotations import Caption, Item
+from shards.caption_times import SLACK_S, impossible
 from shards.packing.sources import ABSENT, source_size
 from shards.schema import JSON_CRCS, REJECTS, FrameTable, Video
 from shards.storage import MISSING
@@ -21,6 +23,8 @@ _PLAIN_COLUMNS = (
     "key", "id", "ext", "size", "crc32c", "codec", "width", "height", "rotation", "mirrored", "source_frames", "duration",
     "extradata",
 )  # fmt: skip
+
+NO_CAPTION = "it has no caption"
 
 
 def write_table(path: Path, table: pa.Table, rejects: list[dict], json_crcs: list[int]) -> None:
@@ -51,7 +55,7 @@ def screened(item: Item, rejects: list[dict]) -> list[Caption]:
         else:
             kept.append(caption)
     if not kept:
-        raise VideoError("it has no caption")
+        raise VideoError(NO_CAPTION)
     try:
         safe_key(item.id)
     except ValueError as error:
@@ -116,6 +120,21 @@ def in_clip(caption: Caption, item: Item, duration: float) -> Caption:
     first = item.start or 0.0
     start, end = (None if t is None else min(max(t - first, 0.0), duration) for t in (caption.start, caption.end))
     return replace(caption, start=start, end=end)
+
+
+def odd_times(item: Item, captions: list[Caption], row: dict) -> tuple[int, bool]:
+    """(captions whose times cannot be right, whether the video was cut shorter than asked for) of a packed item."""
+    duration, timed = row["duration"], [c for c in captions if c.start is not None or c.end is not None]
+    cut = item.start is not None or item.end is not None
+    odd = sum(
+        # what lies outside a cut has been moved to its edge
+        (cut and impossible(caption.start, caption.end, math.inf))
+        or impossible((stored := in_clip(caption, item, duration)).start, stored.end, duration)
+        for caption in timed
+    )
+    # without a start, the end is the most that is packed of any video
+    short = item.start is not None and item.end is not None and item.end - item.start > duration + SLACK_S
+    return odd, short
 
 
 def description(item: Item, row: dict, stored: Stored, profile: Profile, size: int) -> bytes:

@@ -22,6 +22,7 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
 from shards import ShardError, memory, storage
+from shards.interrupts import left_to_parent
 from shards.packing.worker import Event, Job, Progress
 
 _BYTES_PER_LIMIT = 100e6  # the time limit is for a video of so many bytes; a larger one has more in proportion
@@ -86,17 +87,13 @@ class Supervisor:
             self._pipe, theirs = Pipe()
             root = str(Path(__file__).parents[2])
             path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-            self._process = subprocess.Popen(  # BLAS, which packing does not use, would take memory for each core
-                # not -m: what it sends back would belong to a module __main__
-                [
-                    sys.executable,
-                    "-c",
-                    f"from shards.packing import worker; worker.main({theirs.fileno()}, {os.getpid()})",
-                ],
-                pass_fds=[theirs.fileno()],
-                env={"OPENBLAS_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": path},
-                stdin=subprocess.DEVNULL,
-            )
+            # not -m: what it sends back would belong to a module __main__
+            code = f"from shards.packing import worker; worker.main({theirs.fileno()}, {os.getpid()})"
+            with left_to_parent():
+                self._process = subprocess.Popen(  # BLAS, which packing does not use, would take memory for each core
+                    [sys.executable, "-c", code], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
+                    env={"OPENBLAS_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": path},
+                )  # fmt: skip
             theirs.close()
         self._pipe.send(job)
         return self._pipe

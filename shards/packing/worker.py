@@ -25,6 +25,7 @@ from shards.packing.rows import (
     description,
     frame_columns,
     in_clip,
+    odd_times,
     put_table,
     rejection,
     row_of,
@@ -44,13 +45,16 @@ _DRIFT = 0.5  # seconds between a frame's time and where counting frames puts it
 @dataclass(frozen=True)
 class Progress:
     """One input video is done: `bytes` read, why it was rejected if it was, and a note for the user.
-    `stored`: it was copied from a shard that existed; `missing`: it was rejected since its file does not exist."""
+    `stored`: it was copied from a shard that existed; `missing`: it was rejected since its file does not exist;
+    `odd_times`: captions whose times cannot be right; `cut_short`: its file ends before the cut should."""
 
     bytes: int
     rejected: str | None
     note: str | None = None
     stored: bool = False
     missing: bool = False
+    odd_times: int = 0
+    cut_short: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ def pack_shard(job: Job, report: Callable[[Event], None] = lambda event: None) -
         with Samples(job.source or Path()) as samples:
             for number, item in enumerate(job.items):
                 report(Event("opening", number))
-                size, reason, packed = 0, None, _Packed()
+                size, reason, packed, odd = 0, None, _Packed(), (0, False)
 
                 def ready(bytes: int, number: int = number) -> None:
                     nonlocal size
@@ -120,6 +124,7 @@ def pack_shard(job: Job, report: Callable[[Event], None] = lambda event: None) -
                     )
                     rows.append(packed.row)
                     json_crcs.append(packed.json_crc)
+                    odd = odd_times(item, captions, packed.row)
                     sources.read()
                 except VideoError as error:
                     if number not in job.lost and not item.problem:
@@ -127,7 +132,7 @@ def pack_shard(job: Job, report: Callable[[Event], None] = lambda event: None) -
                     reason = str(error)
                     rejects.append(rejection(item, reason))
                 missing = reason is not None and "missing" in rejects[-1]
-                progress = Progress(size, reason and f"{item.id}: {reason}", packed.note, packed.stored, missing)
+                progress = Progress(size, reason and f"{item.id}: {reason}", packed.note, packed.stored, missing, *odd)
                 report(Event("done", number, progress=progress))
         if writer:
             with naming(f"{target}/{job.name}.tar"):

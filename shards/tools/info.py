@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from shards import count
+from shards.caption_times import impossible
 from shards.split import Split, TarPlace
 from shards.tools.hashes import hashes, tables
 
@@ -86,7 +87,7 @@ class _Values:
         self.sources: Counter[str] = Counter()
         self.shapes: Counter[str] = Counter()
         self.rates: Counter[str] = Counter()
-        self._empty = self._timed = self._repeated_inside = self.sliceable = 0
+        self._empty = self._odd_times = self._timed = self._repeated_inside = self.sliceable = 0
 
     def add(self, columns: dict[str, list], source_codecs: list[str]) -> None:
         """The rows of a shard, as columns."""
@@ -101,6 +102,11 @@ class _Values:
         self._values["duration"].append(np.array(columns["duration"], np.float64))
         self._values["size"].append(np.array(columns["size"], np.int64))
         self._empty += texts.count("")
+        self._odd_times += sum(
+            impossible(c["start"], c["end"], duration)
+            for row, duration in zip(columns["captions"], columns["duration"], strict=True)
+            for c in row
+        )
         self._timed += sum(c["start"] is not None or c["end"] is not None for c in captions)
         rows = np.split(keys, np.cumsum(per_video)[:-1])
         self._repeated_inside += sum(len(row) - len(np.unique(row)) for row in rows if len(row))
@@ -128,6 +134,7 @@ class _Values:
             "repeated": len(texts) - len(np.unique(texts)),
             "repeated_in_a_video": self._repeated_inside,
             "timed": self._timed,
+            "impossible_times": self._odd_times,
         }
 
 
@@ -170,6 +177,8 @@ def _trouble(captions: dict) -> str:
     inside = f" ({captions['repeated_in_a_video']} within one video)" if captions["repeated_in_a_video"] else ""
     parts = [f"{captions['empty']} empty"] * bool(captions["empty"])
     parts += [f"{captions['repeated']} repeat another{inside}"] * bool(captions["repeated"])
+    if odd := captions["impossible_times"]:
+        parts.append(f"{odd} with times outside their video, or an end before the start")
     return ", ".join(parts) or "none"
 
 

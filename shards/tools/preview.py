@@ -30,7 +30,8 @@ _PAGE = """<!doctype html>
 body {{ font: 15px/1.4 sans-serif; margin: 1.5em auto; max-width: 75em; padding: 0 1em; color: #222; background: #fafafa }}
 article {{ background: #fff; border: 1px solid #ddd; border-radius: 6px; margin: 1em 0; padding: .8em 1em }}
 h3 {{ font-size: 1em; margin: 0 0 .4em; overflow-wrap: anywhere }}
-.facts {{ color: #666; font-weight: normal }}
+.facts {{ color: #666; font-weight: normal; overflow-wrap: anywhere }}
+h1, li {{ overflow-wrap: anywhere }}
 .frames {{ display: flex; flex-wrap: wrap; gap: 4px }}
 .bad {{ color: #b00 }}
 ul {{ margin: .5em 0 0; padding-left: 1.2em }}

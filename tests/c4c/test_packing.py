@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from c4c import packing, shard, shard_console, shard_tools
+from shards.tools.info import describe, measure
 from tests.videos import encode
 
 
@@ -22,9 +23,9 @@ def videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def pack(videos: Path, out: Path, rows: str = "v 0,one\nv 1,two\n") -> int:
+def pack(videos: Path, out: Path, rows: str = "v 0,one\nv 1,two\n", columns: str = "video,caption") -> int:
     captions = videos.parent.parent / "captions.csv"
-    captions.write_text("video,caption\n" + rows, encoding="utf-8")
+    captions.write_text(f"{columns}\n{rows}", encoding="utf-8")
     command = [
         "folder",
         "--videos",
@@ -208,3 +209,51 @@ def test_only_packing_says_that_shards_are_kept(command: list[str], kept: bool, 
     said = capsys.readouterr().err
     assert ("ommitted shards are kept" in said) == kept and said.count("\n") == 1
     assert said.startswith("stopped" if isinstance(stop, KeyboardInterrupt) else "error: there is not enough memory")
+
+
+def test_times_that_cannot_be_right_are_told(videos: Path, tmp_path: Path, capsys) -> None:
+    """Of videos of 1 s: captions outside them, or that end before they start; and a cut behind the end of its file."""
+    columns = "video,caption,start,end"
+    right = "v 0,a,0,1\nv 0,b,0.2,1.4\nv 1,c,,\nv 1,d,0.5,\nv 1,e,,0.3\n"
+    assert pack(videos, tmp_path / "right", right, columns) == 0
+    assert "times outside" not in capsys.readouterr().err
+    wrong = "v 0,a,0.9,0.5\nv 0,b,500,600\nv 0,c,-5,0.3\nv 0,d,0,9\nv 1,e,1.0,1.5\nv 1,f,0,1\n"
+    assert pack(videos, tmp_path / "wrong", wrong, columns) == 0
+    assert (
+        "note 5 captions of 2 videos have times outside their video, or end before they start: are the times in seconds?"
+        in capsys.readouterr().err
+    )
+    told = measure(tmp_path / "wrong")["captions"]
+    assert (told["impossible_times"], measure(tmp_path / "right")["captions"]["impossible_times"]) == (5, 0)
+    assert (
+        describe(tmp_path / "wrong")["caption trouble"]
+        == "5 with times outside their video, or an end before the start"
+    )
+    assert describe(tmp_path / "right")["caption trouble"] == "none"
+
+
+def test_cuts_that_end_behind_their_file_and_captions_outside_a_cut_are_told(
+    videos: Path, tmp_path: Path, capsys
+) -> None:
+    rows = [
+        {"video": "v 0", "id": "right", "cut": [0.5, 1.2], "caption": {"text": "a", "start": 0.6, "end": 1}},
+        {"video": "v 0", "id": "long", "cut": [0.5, 400], "caption": "b"},
+        {"video": "v 1", "id": "aside", "cut": [0, 0.5], "caption": {"text": "c", "start": 0.7, "end": 0.9}},
+        {"video": "v 1", "id": "before", "cut": [0.5, 1], "caption": {"text": "d", "start": -3, "end": 0.9}},
+    ]
+    captions = tmp_path / "captions.jsonl"
+    captions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["folder", "--videos", videos, "--captions", captions, "--out", tmp_path / "set", "--workers", "1"]
+    assert shard.main([str(word) for word in command]) == 0
+    said = capsys.readouterr().err
+    assert "note 2 captions of 2 videos have times outside their video" in said
+    assert "note 1 cut packed shorter than asked for, as the file ends before" in said
+
+
+def test_captions_that_are_repeated_or_in_other_letters_are_told(videos: Path, tmp_path: Path, capsys) -> None:
+    assert pack(videos, tmp_path / "set", "v 0,ein Hünd\nv 0,a dog\nv 1,a dog\nv 1,A dog\n") == 0
+    assert "word for word" not in (said := capsys.readouterr().err) and "letters" not in said
+    assert pack(videos, tmp_path / "other", "v 0,a dog\nv 0,a dog\nv 0,一只狗\nv 1,собака и кот\nv 1,a dog\n") == 0
+    said = capsys.readouterr().err
+    assert "note 1 caption repeated word for word in one video (data.drop_duplicate_captions)" in said
+    assert "note 2 captions in Chinese, Cyrillic letters, on which CLIP's text tower was not trained" in said

@@ -74,6 +74,22 @@ def test_vectors_are_the_indexs(folder, monkeypatch):
     assert len(one) == 3 and len(many) == 2 and {result.video.split("/")[0] for result in many[0]} == {"dogs"}
 
 
+def test_another_run_is_not_taken_for_the_one_that_made_the_index(folder, tmp_path):
+    """Also where it has no checkpoint of the same name, and no file is at fault."""
+    as_run(write(tmp_path / "other.safetensors", seed=1), tmp_path / "t1")
+    with pytest.raises(
+        ValueError, match=r"t1 is not the model that made .*my\.index \(.*checkpoint=\), or index again"
+    ):
+        c4c.Retriever.load(tmp_path / "t1", index=folder / "my.index", device="cpu")
+    (tmp_path / "t1" / "checkpoints" / "step00000007").rename(tmp_path / "t1" / "checkpoints" / "step00000009")
+    with pytest.raises(ValueError) as caught:
+        c4c.Retriever.load(tmp_path / "t1", index=folder / "my.index", device="cpu")
+    assert str(caught.value).startswith(
+        f"{tmp_path / 't1'} is not the model that made {folder / 'my.index'}, or not any more"
+    )
+    assert f"checkpoint step00000007 of {folder / 'runs' / 'x'}" in str(caught.value)
+
+
 def test_scores_are_the_heads(folder):
     retriever = c4c.Retriever.load(folder / "runs" / "x", device="cpu")
     Image.fromarray(pixels(1)[0]).resize((60, 40)).save(folder / "photo.png")

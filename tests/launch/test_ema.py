@@ -195,7 +195,7 @@ def test_an_index_remembers_which_weights_made_it(run, launcher, forks, tmp_path
         ["c4c/index.py", "--ckpt", str(run), "--videos", str(launcher.test), "--out", str(index), *words]
     )
     assert code == 0, out + err
-    assert f"checkpoint  {run}, last weights (not averaged)" in out
+    assert f"checkpoint  {run}/checkpoints/step00000010, last weights (not averaged)" in out
     last, averaged = (Encoder.load(str(run), device="cpu", ema=ema).identity for ema in (False, True))
     assert last.digest != averaged.digest and (last.ema, averaged.ema) == (False, True)
     assert Retriever.load(index=index, device="cpu").searcher.whole.identity == last  # as for a search by example

@@ -120,6 +120,16 @@ def test_an_export_that_does_not_fit_the_disk(runs, model, tmp_path, monkeypatch
         subprocess.run(["umount", tmp_path], check=True)
 
 
+def test_a_run_whose_data_lie_elsewhere(evaluate, runs, tmp_path):
+    config = (runs["1 rank"] / "config.yaml").read_text()
+    before = next(line for line in config.splitlines() if line.strip().startswith("test:"))
+    (tmp_path / "config.yaml").write_text(config.replace(before, "  test: data/none/test"))
+    line = refused(evaluate("--ckpt", tmp_path))
+    assert f"data.test of {tmp_path}: there is no folder data/none/test" in line
+    assert line.endswith("If it lies elsewhere, name it with --data")
+    assert "name it with --data" not in refused(evaluate("--ckpt", tmp_path, "--data", tmp_path / "none"))
+
+
 def test_a_run_without_a_checkpoint(evaluate, runs, tmp_path):
     (tmp_path / "config.yaml").write_text((runs["1 rank"] / "config.yaml").read_text())
     assert "holds no checkpoint (no checkpoints/latest): train it first, or for longer" in refused(

@@ -172,6 +172,16 @@ def test_what_an_index_has_no_use_for_is_told(made, search):
     assert candidates == "note: --candidates 7 changes nothing: this model's vectors give the final scores"
 
 
+def test_words_without_quotes_and_names_that_are_none_are_told(made, search):
+    index, *_ = made
+    code, _, err = search(index, "a", "red", "screen", "-k", 2, "--path", "soup")
+    assert code == 0 and err.splitlines() == [
+        'note: each of the 3 words is searched for by itself; a sentence stands in quotes: "a red screen"',
+        "note: no name in the index matches 'soup'; did you mean '*soup*'?",
+    ]
+    assert search(index, "a red screen", "dogs", "--path", "dogs")[2] == search(index, "dogs")[2] == ""
+
+
 def test_a_search_of_sentences_imports_no_video_tower_and_no_training(made):
     """In a process of its own, without a network: what is imported, and that the checkpoint's weights are not opened."""
     index, checkpoint, _ = made

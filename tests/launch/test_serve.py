@@ -241,11 +241,15 @@ def command(*words: str) -> tuple[int, str, str]:
 
 
 def test_mistakes_of_the_command_line(tmp_path, index):
+    (tmp_path / "a.mp4").write_bytes(b"x")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         for words, says in (
             ([str(tmp_path / "no.index")], "there is no index at"),
             ([__file__], "it is a file"),
+            ([str(tmp_path)], f"{tmp_path} is no index: it is a folder of other things"),
+            ([str(index), "--ckpt", "/nope"], "--ckpt /nope: there is no such file or folder"),
+            ([str(index), "--ckpt", ""], "--ckpt is empty"),
             ([str(index), "--port", str(port)], f"port {port} of 127.0.0.1 is taken: choose another one, --port "),
             ([str(index), "--token", ""], "--token is empty"),
         ):

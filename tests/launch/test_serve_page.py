@@ -368,7 +368,9 @@ def test_the_page_of_the_api(open_page):
     page.wait_for_selector(".route")
     assert page.locator(".route").count() >= 9 and "/api/search/example" in page.inner_text("#routes")
     page.locator(".route summary").nth(1).click()
-    assert "max_duration" in page.inner_text("#routes")
+    text = page.inner_text("#routes")
+    assert "max_duration" in text and "`" not in text and "`" not in page.inner_text("#about")
+    assert "note" in page.locator("#routes code").all_inner_texts()
 
 
 def test_with_a_token(browser, server):

@@ -117,3 +117,13 @@ def test_a_moment_that_the_index_does_not_have(open_page):
     until(page, "document.querySelector('#player-message').textContent.includes('no such segment')")
     assert page.locator("#similar").is_disabled() and page.locator("#next").is_disabled()
     assert page.locator("#player-ends").is_hidden()
+
+
+def test_a_name_that_is_none_has_a_hint(open_page):
+    page = open_page("?q=red&path=red")
+    until(page, "document.querySelector('#status').textContent === 'Nothing was found with these filters.'")
+    assert page.inner_text("#note") == "No name in the index matches 'red'; did you mean '*red*'?"
+    page.fill("#path", "*red*")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".card")
+    assert names(page) == ["scenes/red.mp4"] and not page.is_visible("#note")

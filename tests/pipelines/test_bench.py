@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pipelines import bench
+from pipelines import bench, probe
 
 pytestmark = pytest.mark.slow  # imports DALI
 
@@ -35,3 +35,15 @@ def test_a_number_may_be_written_as_yaml_reads_it_not(numbered, capsys, tmp_path
     assert "clips a second" in capsys.readouterr().out
     result = json.loads((tmp_path / "new" / "out.json").read_text())
     assert result["lane"] == "intra" and result["batches"] == 2 and result["clips_per_s"] > 0
+
+
+def test_ctrl_c_is_told_in_a_line(numbered, capsys, monkeypatch):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "measure", stopped)
+    assert bench.main(["--data", str(numbered.copy.path), "--device", "cpu"]) == 130
+    assert capsys.readouterr().err == "stopped by SIGINT\n"
+    monkeypatch.setattr(probe, "_jpegs", stopped)
+    assert probe.main(["whole", "--device", "cpu"]) == 130
+    assert capsys.readouterr().err == "stopped by SIGINT\n"

@@ -128,23 +128,26 @@ def is_schema(name: str) -> bool:
     return name.startswith(_SCHEMAS)
 
 
-def read_backbone(backbone: str, source: str, tag: str | None = None, ema: bool = True) -> Weights:
+def read_backbone(backbone: str, source: str, tag: str | None = None, ema: bool = True, called: str = "") -> Weights:
     """Weights to start `backbone` from: a path, `local-dir:DIR`, `hf-hub:ID`, or one of open_clip's tags for it; empty: those
     that the backbone's own name means.
 
-    tag: of a run's checkpoint; ema: its averaged weights, where it has some. Raises ValueError.
+    tag: of a run's checkpoint; ema: its averaged weights, where it has some. called: what the user calls the weights; '': by the setting
+    model.init_from. Raises ValueError.
     """
     source = source or backbone
+    named_as = called or f"model.init_from={source}"
     if is_schema(source):
         return _named(source)
     if Path(source).exists():
         return _read(Path(source), backbone, tag, ema)
     tags = open_clip.list_pretrained_tags_by_model(backbone)
     if source not in tags:
+        other = "name a file" if called else "use scratch, or a file"
         looked = looked_in(source) if "/" in source else ""
         raise ValueError(
-            f"model.init_from={source}: no such file, folder{looked}, or open_clip tag of {backbone}; its tags are "
-            f"{', '.join(tags) or 'none: use scratch, or a file'}"
+            f"{named_as}: no such file, folder{looked}, or open_clip tag of {backbone}; its tags are "
+            f"{', '.join(tags) or f'none: {other}'}"
         )
     about = open_clip.get_pretrained_cfg(backbone, source)
     if about.get("hf_hub"):
@@ -153,7 +156,7 @@ def read_backbone(backbone: str, source: str, tag: str | None = None, ema: bool 
         path = open_clip.download_pretrained(about)
     except Exception as error:  # hubs fail in many ways
         raise ValueError(
-            f"model.init_from={source}: the weights of {backbone} are not here and could not be fetched "
-            f"({type(error).__name__}). {openclip.how_to_fetch(backbone, source)}"
+            f"{named_as}: the weights of {backbone} are not here and could not be fetched "
+            f"({type(error).__name__}). {openclip.how_to_fetch(backbone, source, called)}"
         ) from error
     return _read(Path(path), named(backbone, source), None)

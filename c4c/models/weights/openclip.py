@@ -109,12 +109,13 @@ def folder_of_file(path: Path) -> str | None:
     return f"local-dir:{path.parent}" if path.is_file() and (path.parent / CONFIG).is_file() else None
 
 
-def how_to_fetch(backbone: str, tag: str) -> str:
-    """How open_clip's weights `tag` get to a machine without a network, with all that goes with them."""
+def how_to_fetch(backbone: str, tag: str, called: str = "") -> str:
+    """How open_clip's weights `tag` get to a machine without a network, with all that goes with them. called: see `read_backbone`."""
+    keep, instead = (called, "name instead ") if called else (f"model.init_from={tag}", "set model.init_from=")
     hub = "/".join(open_clip.get_pretrained_cfg(backbone, tag).get("hf_hub", "").split("/")[:2])
     return (
-        f"On a machine with a network: hf download {hub}. Copy its ~/.cache/huggingface here and keep model.init_from={tag}; or "
-        f"copy the folder of https://huggingface.co/{hub}, with its {CONFIG}, and set model.init_from=local-dir:DIR. The weights "
+        f"On a machine with a network: hf download {hub}. Copy its ~/.cache/huggingface here and keep {keep}; or "
+        f"copy the folder of https://huggingface.co/{hub}, with its {CONFIG}, and {instead}local-dir:DIR. The weights "
         f"alone do not say how they are used: {way(named(backbone, tag))}"
     )
 

@@ -16,13 +16,13 @@ import torch.distributed as dist
 import c4c
 from c4c.files import replace_text
 from c4c.launched import seen_enough
-from c4c.models.pretrained import weights_taken
-from c4c.retrieval.encoder import Encoder
+from c4c.retrieval.encoder import Encoder, Identity
 from c4c.retrieval.index.build import IndexCounts, Indexing
 from c4c.retrieval.index.plan import IndexPlan, ListedVideo, VideoSources, compare
 from c4c.retrieval.index.screen import IndexReport, summary
 from c4c.retrieval.index.store import About, Store
 from c4c.retrieval.search.show import plain
+from c4c.zero import checkpoint
 from c4c.zero.distributed import join_ranks, launched, stop_distributed
 from pipelines.cores import cores
 from pipelines.segments import Cutting
@@ -49,6 +49,8 @@ def index(args: Namespace, cutting: Cutting, sources: VideoSources, listed: Sequ
         for _ in range(_ROUNDS):
             plan = _agreed(_plan(args, store, sources, listed, again=bool(plans)) if rank == 0 else None)
             every.append(_index(args, store, encoder, sources, cutting, plan, rank, world))
+            if rank == 0:
+                _drop_renamed(store, plan)
             plans.append(plan)
             if not _agreed(rank == 0 and bool(_doubled(store))):
                 break
@@ -130,6 +132,14 @@ def _plan(
     return plan
 
 
+def _drop_renamed(store: Store, plan: IndexPlan) -> None:
+    """Delete the rows that stand under another name than the video has now."""
+    if plan.renamed:
+        names = set(store.videos())
+        gone = [one.old for one in plan.renamed if one.changed or one.video in names]
+        store.delete_sets([(one.video, one.written) for one in gone])
+
+
 def _doubled(store: Store) -> bool:
     names = [one.video for one in store.known()]
     return len(names) > len(set(names))
@@ -153,6 +163,16 @@ def _index(
     return counts
 
 
+def _of_run(asked: str | None, identity: Identity) -> list[str]:
+    """Which checkpoint of a run the vectors are of; nothing for other weights. asked: what --tag says."""
+    if identity.tag is None:
+        return []
+    run = Path(identity.checkpoint)
+    folder = run / checkpoint.FOLDER / identity.tag
+    lines = [f"checkpoint  {folder}{checkpoint.which_weights(folder, identity.ema)}"]
+    return lines + ([f"            {gone}"] if (gone := checkpoint.better_gone(run, asked)) else [])
+
+
 def _finish(
     args: Namespace, store: Store, encoder: Encoder, sources: VideoSources, plans: list[IndexPlan],
     counts: list[IndexCounts], seconds: float,
@@ -160,6 +180,12 @@ def _finish(
     if notice := store.tidy(args.ann):
         print(f"note: {notice}", file=sys.stderr)
     first = plans[0]
+    if first.coded:
+        print(
+            f"note: {count(first.coded, 'video')} of {args.out} {'has' if first.coded == 1 else 'have'} the coded name that "
+            "earlier versions gave (sub%2Fred of sub/red), which filters by name do not find; --refresh gives each its own",
+            file=sys.stderr,
+        )  # fmt: skip
     bad = {failure.path: failure.reason for failure in (*first.failed, *(f for one in counts for f in one.failures))}
     bad |= dict(sources.unlisted)
     agreements = [one.agreement for one in counts if one.agreement is not None]
@@ -177,8 +203,7 @@ def _finish(
     if args.json:
         replace_text({args.json: json.dumps(result, indent=2) + "\n"})
     lines = summary(result)
-    if kind := weights_taken(args.ckpt, args.tag, not args.no_ema):
-        lines.append(f"checkpoint  {encoder.identity.checkpoint}{kind}")
+    lines += _of_run(args.tag, encoder.identity)
     if args.verbose and sources.skipped:
         lines.append(f"skipped     {count(len(sources.skipped), 'file')}, no videos by their names")
         lines += [f"    {plain(path)}" for path in sources.skipped]

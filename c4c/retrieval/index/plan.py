@@ -4,17 +4,19 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from c4c.retrieval.index.rows import FILE, SHARD, Failure, Known
 from shards import count, first_few
 from shards.annotations.files import EXTENSIONS
 from shards.split import Split
 from shards.storage import is_remote, place
+from shards.summary import is_of_packing
 
 
 @dataclass(frozen=True)
 class ListedVideo:
-    """A video as it was listed. name: relative to its folder, or its key; path: absolute, or SPLIT_FOLDER::key; both are valid text.
+    """A video as it was listed. name: relative to its folder, or its id in its split; path: absolute, or SPLIT_FOLDER::key; both are valid text.
 
     place: what opens it: a path of the file system, or a row of the split. size: bytes; mtime_ns: of a file, and of a packed video the
     crc32c of its bytes, so that both tell whether it has changed."""
@@ -37,15 +39,28 @@ class IndexJob:
     changed: bool = True
 
 
+@dataclass(frozen=True)
+class Renamed:
+    """Rows under the key of a packed video, as earlier versions wrote them, whose video is indexed again as `video`. They go once it
+    is; changed: also if it cannot be."""
+
+    old: Known
+    video: str
+    changed: bool
+
+
 @dataclass
 class IndexPlan:
-    """What an indexing does. before: {video: written} of jobs whose video the index holds already; unchanged: how many stay as they
-    are; vanished: what the index holds and is not there any more; failed: what could not be read before, and is as it was; forgiven:
-    paths of failures that are none any more; doubled: rows under a name that another file has, or of a file that has another."""
+    """What an indexing does. before: {video: written} of jobs whose video the index holds already; renamed: rows that stand under another
+    name than their job; unchanged: how many stay as they are; coded: those of them that have a key for a name; vanished: what the index
+    holds and is not there any more; failed: what could not be read before, and is as it was; forgiven: paths of failures that are none
+    any more; doubled: rows under a name that another file has, or of a file that has another."""
 
     jobs: list[IndexJob] = field(default_factory=list)
     before: dict[str, int] = field(default_factory=dict)
+    renamed: list[Renamed] = field(default_factory=list)
     unchanged: int = 0
+    coded: int = 0
     vanished: list[Known] = field(default_factory=list)
     failed: list[Failure] = field(default_factory=list)
     forgiven: list[str] = field(default_factory=list)
@@ -67,7 +82,7 @@ class VideoSources:
             folder = place(name)
             if is_remote(folder):
                 self.splits[name.rstrip("/")] = Split(name)
-            elif os.path.isfile(os.path.join(name, "dataset.json")):
+            elif is_of_packing(Path(name)):
                 self.splits[os.path.abspath(name)] = Split(name)
             elif os.path.exists(name):
                 self._roots.append(os.path.abspath(name))
@@ -135,7 +150,7 @@ def _listed(path: str, root: str) -> Iterator[ListedVideo]:
 def _of_split(path: str, split: Split) -> Iterator[ListedVideo]:
     for index in range(len(split)):
         video = split.video(index)
-        yield ListedVideo(video.key, f"{path}::{video.key}", SHARD, path, video.size, video.crc32c, index)
+        yield ListedVideo(video.id, f"{path}::{video.key}", SHARD, path, video.size, video.crc32c, index)
 
 
 def _identity(folder: str) -> tuple[int, int] | str:
@@ -170,13 +185,17 @@ def compare(
             plan.failed.append(failure)
         elif before and not refresh and (before.size, before.mtime_ns) == (one.size, one.mtime_ns):
             plan.unchanged += 1
+            plan.coded += before.video in _coded_names(one)
             if failure:
                 plan.forgiven.append(one.path)
         else:
-            name = before.video if before else _name(one, given, by_name, sources)
+            coded = _by_key(one, before, by_name, sources)
+            name = before.video if before and not coded else _name(one, given, by_name, sources)
             given.add(name)
             same = before is not None and (before.size, before.mtime_ns) == (one.size, one.mtime_ns)
             plan.jobs.append(IndexJob(name, one, changed=not same))
+            if coded:
+                plan.renamed.append(Renamed(coded, name, changed=before is not None and not same))
             if name in by_name:
                 plan.before[name] = by_name[name].written
     again = {job.video for job in plan.jobs}
@@ -189,13 +208,33 @@ def compare(
 
 def _name(one: ListedVideo, given: set[str], by_name: dict[str, Known], sources: VideoSources) -> str:
     """A name that no other video has; that of a video that has been moved here is free, once. given: names of this plan's jobs."""
-    folder = text_of(os.path.basename(one.root)) or "root"
-    digest = hashlib.sha256(one.path.encode()).hexdigest()[:8]
-    for name in (one.name, f"{folder}/{one.name}", f"{folder}~{digest}/{one.name}"):
+    for name in _names(one, one.name):
         other = by_name.get(name)
         if name not in given and (other is None or _is_moved(other, one, sources)):
             return name
     return one.path
+
+
+def _names(one: ListedVideo, name: str) -> tuple[str, str, str]:
+    """What a video may be called, the shortest first. name: its own, without its folder's."""
+    folder = text_of(os.path.basename(one.root)) or "root"
+    digest = hashlib.sha256(one.path.encode()).hexdigest()[:8]
+    return name, f"{folder}/{name}", f"{folder}~{digest}/{name}"
+
+
+def _coded_names(one: ListedVideo) -> tuple[str, ...]:
+    """What earlier versions called a packed video, where that was another name: by its key, `sub%2Fred` of `sub/red`."""
+    key = one.path.rpartition("::")[2]
+    return () if one.source != SHARD or key == one.name else _names(one, key)
+
+
+def _by_key(one: ListedVideo, before: Known | None, by_name: dict[str, Known], sources: VideoSources) -> Known | None:
+    """The rows of a video under such a name, where the video is now or where it was before it was moved. before: what the index holds
+    of the path."""
+    if before:
+        return before if before.video in _coded_names(one) else None
+    others = (by_name.get(name) for name in _coded_names(one))
+    return next((old for old in others if old and _is_moved(old, one, sources)), None)
 
 
 def _is_moved(old: Known, one: ListedVideo, sources: VideoSources) -> bool:

@@ -105,6 +105,7 @@ class Hit:
     score: float = 0.0
 
 
+_KNOWN = [name.name for name in fields(Known)]
 _HIT = ["id", "video", "path", "start", "end", "duration"]
 
 
@@ -245,8 +246,7 @@ class Store:
 
     def segments_of(self, video: str) -> list[Hit]:
         """All segments of a video, in order; none if the index does not hold it."""
-        rows = self._rows(_HIT, f"video = {sql_text(video)}").to_pylist()
-        return sorted(map(_hit, rows), key=lambda hit: hit.id)
+        return sorted(map(_hit, self._rows(_HIT, f"video = {sql_text(video)}").to_pylist()), key=lambda hit: hit.id)
 
     def segment(self, id: str) -> Hit | None:
         """One segment; None if there is no such."""
@@ -255,14 +255,11 @@ class Store:
 
     def known(self) -> list[Known]:
         """What is indexed: a row a video, the latest one."""
-        names = [name.name for name in fields(Known)]
-        rows = self._rows(names, "segment = 0").to_pylist()
-        return [Known(**row) for row in rows]
+        return [Known(**row) for row in self._rows(_KNOWN, "segment = 0").to_pylist()]
 
     def known_of(self, video: str) -> Known | None:
         """What is indexed of one video; None if the index does not hold it."""
-        names = [name.name for name in fields(Known)]
-        rows = self._rows(names, f"segment = 0 AND video = {sql_text(video)}").to_pylist()
+        rows = self._rows(_KNOWN, f"segment = 0 AND video = {sql_text(video)}").to_pylist()
         return Known(**rows[0]) if rows else None
 
     @property
@@ -273,6 +270,11 @@ class Store:
     def videos(self) -> list[str]:
         """Names of the videos, sorted."""
         return sorted(self._rows(["video"], "segment = 0")["video"].to_pylist())
+
+    def a_video(self, where: str | None = None) -> str | None:
+        """The name of a video for which the condition holds; None if there is none."""
+        rows = self._rows(["video"], f"segment = 0 AND ({where or 'true'})", most=1)
+        return rows["video"][0].as_py() if len(rows) else None
 
     @property
     def n_videos(self) -> int:
@@ -297,8 +299,9 @@ class Store:
         """Whether there is an ANN index of the vectors."""
         return any("vector" in index.columns for index in self._segments.list_indices())
 
-    def _rows(self, columns: list[str], where: str) -> pa.Table:
-        return database.asked(self._segments.search().select(columns).where(self._shown(where)).to_arrow, None)
+    def _rows(self, columns: list[str], where: str, most: int | None = None) -> pa.Table:
+        query = self._segments.search().select(columns).where(self._shown(where))
+        return database.asked((query if most is None else query.limit(most)).to_arrow, None)
 
     def _shown(self, where: str | None) -> str | None:
         """The condition, and that no superseded rows are meant."""

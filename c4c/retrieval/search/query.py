@@ -79,14 +79,24 @@ def choose_queries(
     return [Query(text.encode("utf-8", "replace").decode()) for text in texts]
 
 
+def unquoted(sentences: Sequence[str]) -> str:
+    """A note where the sentences of a command look like one without quotes; else ''."""
+    if len(sentences) < 2 or any(len(sentence.split()) > 1 for sentence in sentences):
+        return ""
+    return f'each of the {len(sentences)} words is searched for by itself; a sentence stands in quotes: "{" ".join(sentences)}"'
+
+
 def _lines(file: str) -> list[str]:
     """The sentences in a file, without empty lines."""
+    from shards.annotations.text import encoding_of
+
     named = "standard input" if file == "-" else f"--queries {file}"
     try:
         data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-        text = data.decode("utf-8-sig")
+        text = data.decode(encoding_of(data[:4]))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{named} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
+        kind = encoding_of(data[:4]).removesuffix("-sig").upper()
+        raise ValueError(f"{named} is not {kind} text (byte {error.start}): save it as UTF-8") from error
     except OSError as error:
         raise ValueError(f"{named} cannot be read: {error.strerror}") from error
     if not (lines := [line.strip() for line in text.split("\n") if line.strip()]):
@@ -123,10 +133,13 @@ def note(sentence: str, tokenizer: "Tokenizer", max_words: int) -> str:
 
 def foreign(sentence: str, tokenizer: "Tokenizer") -> list[str]:
     """Scripts that make up a quarter of the sentence's letters or more, of which the tokenizer's vocabulary has next to nothing."""
-    scripts = letters([sentence])
     known = scripts_of(tokenizer)
-    if known is None:
-        return []
+    return [] if known is None else beside(sentence, known)
+
+
+def beside(sentence: str, known: frozenset[str] = frozenset([_LATIN])) -> list[str]:
+    """Scripts that are not among the `known` ones, where they make up a quarter of the sentence's letters or more, sorted."""
+    scripts = letters([sentence])
     unknown = {script: count for script, count in scripts.items() if script not in known}
     if sum(unknown.values()) < _FOREIGN * scripts.total() or not unknown:
         return []

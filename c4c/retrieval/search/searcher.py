@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from c4c.retrieval.index.filters import Choice, sql_text
+from c4c.retrieval.index.names import hint
 from c4c.retrieval.index.store import Hit, Store
 
 if TYPE_CHECKING:  # torch and open_clip take seconds: they come with the first sentence
@@ -22,6 +23,7 @@ if TYPE_CHECKING:  # torch and open_clip take seconds: they come with the first 
     from pipelines.config import DataConfig
 
 _MANY = 10_000
+_NAME_IT = "Name where it is now with --ckpt (in Python: checkpoint=)"
 _WIDER = 4  # times as many segments are looked at, as long as too few videos are among them
 
 
@@ -150,7 +152,7 @@ class Searcher:
 
     def ignored(self, choice: Choice) -> list[str]:
         """What of a choice means nothing for this index, a sentence each."""
-        notes = []
+        notes = [said] if (said := hint(self.store, choice)) else []
         if not choice.exact and not self.store.has_ann:
             notes.append(
                 f"{self.store.uri} has no ANN index, so the search is exact. python -m c4c.index makes one with --ann"
@@ -189,6 +191,7 @@ class Searcher:
 
     def _load(self) -> "Encoder":
         from c4c.retrieval.encoder import Encoder, Identity, usable
+        from c4c.zero.checkpoint import tags
 
         if self._device:
             usable(self._device)
@@ -196,6 +199,11 @@ class Searcher:
         name = self._checkpoint or identity.checkpoint
         run = (Path(name) / "config.yaml").is_file()
         tag = self._tag or (identity.tag if run else None)
+        if self._tag is None and tag and run and tag not in tags(Path(name)):
+            raise ValueError(
+                f"{name} is not the model that made {self.store.uri}, or not any more: that was checkpoint {tag} of "
+                f"{identity.checkpoint} ({identity.backbone}, {identity.head}), and it has no such checkpoint. {_NAME_IT}, or index again"
+            )
         ema = (identity.ema or not run) if self._ema is None else self._ema
         backbone = self._backbone or (identity.backbone_option if Path(name).is_file() else None)
         # how clips are made is the index's, whatever the checkpoint says by now
@@ -204,13 +212,12 @@ class Searcher:
             encoder = Encoder.load(name, tag, backbone, self._device, ema=ema, overrides=settings)
         except ValueError as error:
             raise ValueError(
-                f"a search by example needs the checkpoint that made the index, and it cannot be read: {error}. Name where it is "
-                "now with --ckpt"
+                f"this needs the checkpoint that made the index, and it cannot be read: {error}. {_NAME_IT}"
             ) from error
         if encoder.identity.digest != identity.digest:
             raise ValueError(
                 f"{name} is not the model that made {self.store.uri} ({identity.backbone}, {identity.head}, digest "
-                f"{identity.digest[:12]}; this one has {encoder.identity.digest[:12]}): name that one with --ckpt, or index again"
+                f"{identity.digest[:12]}; this one has {encoder.identity.digest[:12]}). {_NAME_IT}, or index again"
             )
         return encoder
 

@@ -55,16 +55,18 @@ def as_json(query: "Query", results: "list[Hit]") -> str:
     return json.dumps({"query": query.text, "results": rows}, ensure_ascii=False)
 
 
-def clock(seconds: float) -> str:
-    """m:ss, from an hour on h:mm:ss."""
-    whole = round(seconds)
+def clock(seconds: float, tenths: bool = False) -> str:
+    """m:ss, from an hour on h:mm:ss; with tenths of a second m:ss.t."""
+    count = round(seconds * 10) if tenths else round(seconds) * 10
+    whole, part = divmod(count, 10)
     minutes = f"{whole // 60 % 60:02}" if whole >= 3600 else str(whole // 60)
-    return f"{f'{whole // 3600}:' if whole >= 3600 else ''}{minutes}:{whole % 60:02}"
+    return f"{f'{whole // 3600}:' if whole >= 3600 else ''}{minutes}:{whole % 60:02}{f'.{part}' if tenths else ''}"
 
 
 def times(result: "Hit") -> str:
-    """A segment's seconds, as a player shows them."""
-    return f"{clock(result.start)}-{clock(result.end)}"
+    """A segment's seconds, as a player shows them; of less than two seconds, with tenths."""
+    tenths = result.end - result.start < 2
+    return f"{clock(result.start, tenths)}-{clock(result.end, tenths)}"
 
 
 def plain(text: str) -> str:

@@ -78,7 +78,7 @@ class Match(ShownSegment):
 
 
 class Matches(BaseModel):
-    """What was found, best first. `note` says what may be wrong with the query, else it is empty."""
+    """What was found, best first. `note` says what may be wrong with the query or the filters, else it is empty."""
 
     query: str
     note: str = ""
@@ -169,8 +169,8 @@ def _add_searches(app: FastAPI, engine: Engine, options: ServeOptions) -> None:
     async def similar(id: Name, asked: Annotated[Filters, Query()]) -> Matches:
         """The segments most like a segment of the index."""
         began = time.perf_counter()
-        name, found = await engine.similar(id, asked.k, asked.choice())
-        return _matches(name, "", found, asked.k, began)
+        name, note, found = await engine.similar(id, asked.k, asked.choice())
+        return _matches(name, note, found, asked.k, began)
 
     form = {"type": "object", "required": ["file"], "properties": {"file": {"type": "string", "format": "binary"}}}
     body = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": form}}}}
@@ -184,8 +184,8 @@ def _add_searches(app: FastAPI, engine: Engine, options: ServeOptions) -> None:
     async def example(request: Request, asked: Annotated[Filters, Query()]) -> Matches:
         """The segments most like a clip or a picture, which is sent as the field `file` of a form."""
         began = time.perf_counter()
-        found = await engine.by_example(request, asked.k, asked.choice())
-        return _matches("", "", found, asked.k, began)
+        note, found = await engine.by_example(request, asked.k, asked.choice())
+        return _matches("", note, found, asked.k, began)
 
 
 def _matches(query: str, note: str, found: list, k: int, began: float) -> Matches:

@@ -13,11 +13,12 @@ from anyio import CapacityLimiter, to_thread
 from starlette.requests import Request
 
 from c4c.retrieval.index.filters import Choice
+from c4c.retrieval.index.names import hint
 from c4c.retrieval.search.query import clean
 from c4c.retrieval.serve import log, uploads
 from c4c.retrieval.serve.batching import Recent, TextBatcher
 from c4c.retrieval.serve.clips import Clips, ServerFolder
-from c4c.retrieval.serve.guard import Refusal
+from c4c.retrieval.serve.guard import Refusal, unreadable_index
 from c4c.retrieval.serve.jobs import JobFailed, Jobs
 from c4c.retrieval.serve.media import Media
 from c4c.retrieval.serve.monitor import Monitor
@@ -34,9 +35,10 @@ _UPLOADS = 4  # at once
 class Engine:
     """One index, ready to be asked from many tasks at once."""
 
-    def __init__(self, searcher: Any, monitor: Monitor, max_upload_bytes: int):
+    def __init__(self, searcher: Any, monitor: Monitor, max_upload_bytes: int, checkpoint: str | None = None):
+        """checkpoint: what --ckpt names."""
         self._searcher, self._monitor = searcher, monitor
-        self._max_upload_bytes = max_upload_bytes
+        self._max_upload_bytes, self._checkpoint = max_upload_bytes, checkpoint
         self._text = TextBatcher(searcher.encode, monitor)
         self._answers: Recent[tuple, list[dict]] = Recent(512)
         self._mark = _mark(searcher.store.uri)
@@ -68,21 +70,20 @@ class Engine:
             raise Refusal(422, "The sentence is empty. Type what the video shows.") from error
         features = await self._safely(self._text.features(sentence), _SEARCH_LIMIT_S)
         note = await self._run(self._searcher.note, sentence)
-        note = note and f"{note[0].upper()}{note[1:].rstrip('.')}."
-        return sentence, note, await self._found(("text", sentence), k, choice, partial(self._searcher.find, features))
+        rows = await self._found(("text", sentence), k, choice, partial(self._searcher.find, features))
+        return sentence, " ".join(filter(None, (_sentence(note), await self._hint(choice, rows)))), rows
 
-    async def similar(self, name: str, k: int, choice: Choice) -> tuple[str, list[dict]]:
-        """(name of the video, results)."""
+    async def similar(self, name: str, k: int, choice: Choice) -> tuple[str, str, list[dict]]:
+        """(name of the video, a note, results)."""
         segment = from_name(name)
         hit = await self._run(self._searcher.store.segment, segment)
         if hit is None:
             raise Refusal(404, "The index holds no such segment.")
-        return shown(hit.video), await self._found(
-            ("similar", segment), k, choice, partial(self._searcher.similar, segment)
-        )
+        rows = await self._found(("similar", segment), k, choice, partial(self._searcher.similar, segment))
+        return shown(hit.video), await self._hint(choice, rows), rows
 
-    async def by_example(self, request: Request, k: int, choice: Choice) -> list[dict]:
-        """Results for an uploaded clip or picture."""
+    async def by_example(self, request: Request, k: int, choice: Choice) -> tuple[str, list[dict]]:
+        """(a note, results) for an uploaded clip or picture."""
         if self._uploads.locked():
             raise Refusal(503, "Too many files are being uploaded. Try again in a moment.", {"Retry-After": "10"})
         place = self._folder.path / f"upload-{uuid4().hex}"
@@ -99,7 +100,9 @@ class Engine:
                     await self._examples.run(job, _DECODE_LIMIT_S)
                 except JobFailed as error:
                     raise Refusal(415, f"This is no clip or picture that can be read: {error}.") from error
-                return await self._found(None, k, choice, partial(self._by_frames, f"{place}.npz"), _MODEL_LIMIT_S)
+                find = partial(self._by_frames, f"{place}.npz")
+                rows = await self._found(None, k, choice, find, _MODEL_LIMIT_S)
+                return await self._hint(choice, rows), rows
             finally:
                 await asyncio.shield(asyncio.to_thread(_delete, place))
 
@@ -108,9 +111,10 @@ class Engine:
             return self._searcher.by_frames(file, k, **how)
         except (ValueError, OSError) as error:
             log.report(error)
+            what = "names another, or cannot be read" if self._checkpoint else "can name it"
             raise Refusal(
                 503,
-                "A search by a clip or picture needs the checkpoint that made the index. Start the server with --ckpt; its log says more.",
+                f"A search by a clip or picture needs the checkpoint that made the index. The server's --ckpt {what}; its log says more.",
             ) from error
 
     async def segments(self, name: str) -> dict:
@@ -156,6 +160,12 @@ class Engine:
             self._answers.put((key, k, choice, version), rows)
         return rows
 
+    async def _hint(self, choice: Choice, rows: list[dict]) -> str:
+        """A sentence on the names that were asked for, where there are none."""
+        if rows or choice.path is None:
+            return ""
+        return _sentence(await self._run(hint, self._searcher.store, choice))
+
     def _state(self) -> tuple:
         """Changes with the rows. Raises ValueError where the index is another one by now: its vectors would be compared with
         those of this one's model, and the scores would mean nothing."""
@@ -175,15 +185,14 @@ class Engine:
         return await self._safely(thread, limit_s)
 
     async def _safely(self, waiting: Awaitable[Any], limit_s: float) -> Any:
-        """What goes wrong here is no fault of the request. The error's words may name files: they go to the log alone."""
+        """What goes wrong here is no fault of the request."""
         try:
             async with asyncio.timeout(limit_s):
                 return await waiting
         except TimeoutError as error:
             raise Refusal(503, "The search took too long. Try again.", {"Retry-After": "5"}) from error
         except (ValueError, OSError, RuntimeError) as error:
-            log.report(error)
-            raise Refusal(503, "The index cannot be read now. The server's log says why.") from error
+            raise unreadable_index(error) from error
 
 
 def _mark(uri: str) -> tuple[int, int] | None:
@@ -192,6 +201,11 @@ def _mark(uri: str) -> tuple[int, int] | None:
         return None
     status = os.stat(os.path.join(uri, "about.lance", "_versions"))
     return status.st_ino, status.st_mtime_ns
+
+
+def _sentence(note: str) -> str:
+    """A note as the page shows it."""
+    return note and f"{note[0].upper()}{note[1:].rstrip('.')}{'' if note.endswith('?') else '.'}"
 
 
 def _delete(upload: Path) -> None:

@@ -43,6 +43,12 @@ class Refusal(Exception):
         self.status, self.sentence, self.headers = status, sentence, headers or {}
 
 
+def unreadable_index(error: Exception) -> Refusal:
+    """What to raise where the index cannot be read. The error's words may name files: they go to the log alone."""
+    log.report(error)
+    return Refusal(503, "The index cannot be read now. The server's log says why.")
+
+
 class Guard:
     """An ASGI application around another one."""
 

@@ -17,7 +17,7 @@ from c4c.retrieval.index.plan import os_path
 from c4c.retrieval.index.rows import SHARD
 from c4c.retrieval.serve.batching import Recent
 from c4c.retrieval.serve.clips import BrowserClip, Clips
-from c4c.retrieval.serve.guard import Refusal
+from c4c.retrieval.serve.guard import Refusal, unreadable_index
 from c4c.retrieval.serve.jobs import JobFailed, Jobs
 from c4c.retrieval.serve.names import from_name, shown, to_name
 from c4c.retrieval.serve.ranges import Bytes, FileBytes, RangedResponse, opened
@@ -86,7 +86,7 @@ class Media:
         _, end = self._window(hit)
         clip = await self._clip(located)
         return answer | {
-            "kind": "clip", "type": "video/mp4", "url": f"media/{name}?clip=true", "offset": clip.start, "until": min(end, hit.duration)
+            "kind": "clip", "type": "video/mp4", "url": f"media/{name}?clip=true", "offset": clip.start, "until": end
         }  # fmt: skip
 
     async def response(self, name: str, as_clip: bool) -> RangedResponse:
@@ -111,8 +111,12 @@ class Media:
         return await to_thread.run_sync(self._locate, from_name(name))
 
     def _locate(self, segment: str) -> Located:
-        hit = self._store.segment(segment)
-        if hit is None or (known := self._store.known_of(hit.video)) is None:
+        try:
+            hit = self._store.segment(segment)
+            known = None if hit is None else self._store.known_of(hit.video)
+        except (ValueError, OSError, RuntimeError) as error:
+            raise unreadable_index(error) from error
+        if hit is None or known is None:
             raise Refusal(404, "The index holds no such segment.")
         folder, mark, key = known.path.rpartition("::")
         if mark and known.source == SHARD:
@@ -163,7 +167,7 @@ class Media:
 
     def _window(self, hit: Any) -> tuple[float, float]:
         end = min(hit.end, hit.start + _LONGEST_CLIP_S)
-        return round(max(0.0, hit.start - _BEFORE_S), 3), round(end + _AFTER_S, 3)
+        return round(max(0.0, hit.start - _BEFORE_S), 3), round(min(end + _AFTER_S, hit.duration), 3)
 
     async def _clip(self, located: Located) -> BrowserClip:
         try:

@@ -75,13 +75,20 @@ def is_loopback(host: str) -> bool:
 
 def require_index(index: str) -> None:
     """Raise ValueError if there is no index at a path, which `Store.open` would say only after seconds of imports."""
-    if "://" in index or os.path.isdir(os.path.join(index, "about.lance")):
-        return
-    if os.path.isfile(index):
-        raise ValueError(f"{index} is no index: it is a file, and an index is a folder")
-    raise ValueError(
-        f"there is no index at {index}. Make one with python -m c4c.index --ckpt RUN --videos FOLDER --out {index}"
-    )
+    from c4c.retrieval.index.database import MAKE, may_be_index, plain
+
+    if not may_be_index(plain(index)):
+        raise ValueError(f"there is no index at {index}. {MAKE}")
+
+
+def require_checkpoint(name: str | None) -> None:
+    """Raise ValueError if --ckpt names what is not there, which would come out with the first upload."""
+    from c4c.files import looked_in
+
+    if name == "":
+        raise ValueError("--ckpt is empty: is a variable of the shell not set?")
+    if name is not None and ":" not in name and not os.path.exists(name):
+        raise ValueError(f"--ckpt {name}: there is no such file or folder{looked_in(name)}")
 
 
 def bind(host: str, port: int) -> socket.socket:

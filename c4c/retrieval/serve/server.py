@@ -95,7 +95,7 @@ def serve(searcher: Any, options: ServeOptions, listener: socket.socket) -> None
 async def _serve(searcher: Any, options: ServeOptions, listener: socket.socket, host: str, port: int) -> None:
     asyncio.get_running_loop().set_exception_handler(_lost)
     monitor = Monitor()
-    engine = Engine(searcher, monitor, options.max_upload_mb * 1_000_000)
+    engine = Engine(searcher, monitor, options.max_upload_mb * 1_000_000, options.checkpoint)
     # what uvicorn warns of is no news to whoever runs the server: requests that are none, clients that go away
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
     try:

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import logging
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -16,6 +17,7 @@ _SILENCE_S = 30  # without a byte, after which an upload is over
 _LONGEST_S = 1800
 _ROOM = 1 << 16  # bytes of a request beside the file
 _LONGEST_HEADER = 4096  # bytes, of a part of the form
+logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it warns of each form that is none
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 

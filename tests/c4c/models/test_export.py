@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from c4c import backbones
 from c4c.export import export, main
 from c4c.models import backbone
 from c4c.models.clip4clip import CLIP4Clip
@@ -16,6 +17,7 @@ from c4c.models.pretrained import open_checkpoint
 from pipelines.config import DataConfig
 from tests import tiny_backbones
 from tests.c4c.models.small import FAMILIES, SPEC, clips, register, scores, spec, tiny
+from tests.c4c.retrieval.test_encoder import as_run
 
 pytestmark = pytest.mark.slow
 
@@ -35,6 +37,27 @@ def test_one_file_and_back(head, tmp_path):
     assert torch.equal(scores(CLIP4Clip.from_checkpoint(tmp_path / "m.safetensors")), scores(model))
     if head not in UNOFFICIAL:
         assert torch.equal(scores(CLIP4Clip.from_checkpoint(tmp_path / "m.bin")), scores(model))
+
+
+def test_it_says_which_checkpoint_it_wrote(tmp_path, monkeypatch, capsys):
+    run, to = tmp_path / "run", tmp_path / "m.safetensors"
+    tiny_backbones.register()
+    export(tiny(spec=backbone.named("tiny-vit")), tmp_path / "tiny.safetensors", data=DataConfig(image_size=64))
+    as_run(tmp_path / "tiny.safetensors", run)
+    words = ["export", "--ckpt", str(run), "--to", str(to)]
+    monkeypatch.setattr("sys.argv", [*words, "--tag", "best"])
+    assert main() == 1
+    line = capsys.readouterr().err
+    assert "leave the tag away, which takes the latest, or name one of step00000007" in line and not to.exists()
+    monkeypatch.setattr("sys.argv", words)
+    assert main() == 0
+    assert "meanP, 2d, step00000007, " in capsys.readouterr().out
+    rows = [{"step": step, "val/t2v_R1_pct": r1} for step, r1 in ((3, 30.0), (7, 20.0))]
+    (run / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr("sys.argv", [*words, "--tag", "best"])
+    assert main() == 0
+    said = capsys.readouterr().out
+    assert "meanP, 2d, step00000007, " in said and "step00000003 was better (30.0) and is gone" in said
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -222,3 +245,28 @@ def test_the_command_names_the_backbone_of_a_bare_file(command, tmp_path, monkey
     assert all(torch.equal(kept[k], v) for k, v in tiny().clip.state_dict().items())
     code, _ = command(*words, "--backbone", "tiny")  # once more, over its own files
     assert code == 0 and sorted(p.name for p in tmp_path.iterdir()) == ["bare.pt", "out"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "stopped by SIGINT"),
+        (ModuleNotFoundError(name="onnx"), 1, "error: the package onnx is not installed"),
+    ],
+)
+def test_ctrl_c_and_a_missing_package_are_told_in_a_line(error, code, said, tmp_path, monkeypatch, capsys):
+    def failing(*_, **__):
+        raise error
+
+    monkeypatch.setattr("c4c.models.pretrained.open_checkpoint", failing)
+    (tmp_path / "a.bin").write_text("")
+    monkeypatch.setattr(
+        "sys.argv", ["export", "--ckpt", str(tmp_path / "a.bin"), "--to", str(tmp_path / "m.safetensors")]
+    )
+    assert main() == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(said)
+    monkeypatch.setattr("c4c.backbones.chosen", failing)
+    assert backbones.main(["ViT-B-32"]) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(said)

@@ -10,6 +10,7 @@ from torch import nn
 from c4c.models.clip4clip import CLIP4Clip, build, load_strictly
 from c4c.models.heads import HEADS
 from c4c.models.heads.mean import MeanPooling
+from c4c.models.pretrained import open_checkpoint
 from c4c.settings import ModelConfig
 
 CONFIG = ModelConfig(backbone="ViT-demo-16", init_from="scratch")
@@ -204,6 +205,25 @@ def test_weights_that_cannot_be_fetched(monkeypatch):
         "hf download timm/vit_base_patch32_clip_224.openai." in message and "model.init_from=local-dir:DIR" in message
     )
     assert "\n" not in message
+    with pytest.raises(ValueError) as caught:  # as commands name them, which have no such settings
+        open_checkpoint("openai:ViT-B-32")
+    message = str(caught.value)
+    assert message.startswith(
+        "openai:ViT-B-32: the weights of ViT-B-32 are not here and could not be fetched (OSError)."
+    )
+    assert "keep openai:ViT-B-32; or copy" in message and ", and name instead local-dir:DIR. " in message
+    assert "model.init_from" not in message
+
+
+def test_a_checkpoint_by_a_name_that_is_none():
+    for name, words in (
+        ("openai:ViT-B-99", "openai:ViT-B-99: open_clip knows no such model. Did you mean ViT-B-"),
+        ("opnai:ViT-B-32", "opnai:ViT-B-32: no such file, folder, or open_clip tag of ViT-B-32; its tags are openai"),
+        ("local-dir:/nowhere", "local-dir:/nowhere: there is no /nowhere/open_clip_config.json"),
+    ):
+        with pytest.raises(ValueError) as caught:
+            open_checkpoint(name)
+        assert str(caught.value).startswith(words) and "model.backbone" not in str(caught.value)
 
 
 def test_a_weights_file(model, tmp_path):

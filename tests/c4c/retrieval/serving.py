@@ -40,7 +40,9 @@ class Served:
         self.searcher = searcher or stand_in.StandIn(index)
         words = {"index": str(index), "max_upload_mb": LIMIT_MB} | options
         self.options = ServeOptions(**words)
-        self.engine = Engine(self.searcher, self.monitor, self.options.max_upload_mb * 1_000_000)
+        self.engine = Engine(
+            self.searcher, self.monitor, self.options.max_upload_mb * 1_000_000, self.options.checkpoint
+        )
         self.app = make_app(self.engine, self.options, self.monitor)
         self.client = TestClient(_without_lifespan(self.app), base_url="http://127.0.0.1:8000", follow_redirects=False)
 

@@ -10,7 +10,7 @@ import torch
 
 from c4c.models.heads.mean import MeanPooling
 from c4c.retrieval import features as encoding
-from c4c.retrieval.evaluate import evaluate, rerank_by_dsl
+from c4c.retrieval.evaluate import _better, evaluate, rerank_by_dsl
 from c4c.retrieval.metrics import ScoreGrid, of_matrix
 from c4c.retrieval.output import write_ranks, write_top
 from c4c.retrieval.work import EvalWork
@@ -149,3 +149,14 @@ def test_dsl_of_a_head_without_cosines_does_not_depend_on_where_its_scores_lie()
         found = SimpleNamespace(grid=ScoreGrid.of(texts, videos, torch.arange(9), score), rows={})
         rerank_by_dsl(found, model, work)
         assert found.rows["DSL"]["t2v"]["R1"] == found.rows["DSL"]["v2t"]["R1"] == 100
+
+
+def test_the_line_of_the_checkpoint_names_a_better_one(tmp_path):
+    rows = [{"step": step, "val/t2v_R1_pct": r1} for step, r1 in ((3, 30.0), (7, 20.0), (9, 10.0))]
+    (tmp_path / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for step in (7, 9):
+        (tmp_path / "checkpoints" / f"step{step:08d}").mkdir(parents=True)
+    seventh, ninth = "step00000007", "step00000009"
+    assert f"(the best of the run's own validations is {seventh}: --tag best)" in _better(str(tmp_path), ninth, None)
+    assert "step00000003 was better (30.0) and is gone" in _better(str(tmp_path), seventh, "best")
+    assert _better(str(tmp_path), seventh, None) == _better("openai:ViT-B-32", None, None) == ""

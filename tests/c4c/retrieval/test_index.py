@@ -15,11 +15,13 @@ from c4c import index as command
 from c4c.retrieval.encoder import Encoder
 from c4c.retrieval.index.store import Store
 from pipelines.eval_loader import EvalLoader
+from shards.annotations import Caption, Item
 from tests.buckets import object_store
 from tests.c4c.retrieval.encoders import write
 from tests.c4c.retrieval.indexes import Running, contents, run
 from tests.often import ranked, ways
 from tests.pipelines.conftest import pack_videos
+from tests.shards.sets import packed
 from tests.videos import encode
 
 pytestmark = [pytest.mark.slow, pytest.mark.launch]  # imports open_clip, DALI and deepspeed; starts ranks
@@ -111,6 +113,26 @@ def test_whole_videos_have_the_vectors_of_evaluation(head, videos, tmp_path):
             if head == "wti":
                 assert np.abs(store.frames_of([one])[one] - clip.numpy()).max() < 2e-3 * clip.abs().max()
     assert packed.segments_of("4")[0].path == f"{split.path}::4"
+
+
+def test_a_packed_video_that_an_earlier_version_named_by_its_key_is_not_there_twice(words, videos, tmp_path):
+    items = [Item(f"sub/{i}", videos / f"{i}.mp4", (Caption("x"),)) for i in (0, 1)]
+    packed(items, tmp_path / "set")
+    out = tmp_path / "my.index"
+    common = [*words[:2], "--videos", tmp_path / "set", *words[4:], "--out", out]
+    code, said = run(*common)
+    assert code == 0 and "note" not in said and f"2 videos found; loading {words[1]}\n" in said, said
+    assert Store.open(out).videos() == ["sub/0", "sub/1"]
+    for i in (0, 1):
+        names = {"video": f"sub%2F{i}", "id": f"sub%2F{i}#000000"}
+        Store.open(out)._segments.update(where=f"video = 'sub/{i}'", values=names)
+    code, said = run(*common)
+    assert code == 0 and "note: 2 videos of" in said and "--refresh gives each its own" in said, said
+    assert Store.open(out).videos() == ["sub%2F0", "sub%2F1"]
+    code, said = run(*common, "--refresh")
+    assert code == 0 and "note" not in said and f"{out}: 2 videos, " in said, said
+    assert Store.open(out).videos() == ["sub/0", "sub/1"]
+    assert {row["video"] for row in contents(out)} == {"sub/0", "sub/1"}
 
 
 def test_only_new_and_changed_videos_the_second_time(words, unbroken, videos, tmp_path):

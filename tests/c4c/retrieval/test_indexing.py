@@ -1,19 +1,24 @@
 """What is encoded and stored of each segment, against its clip encoded alone; lists of videos compared with an index."""
 
 import os
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from c4c.retrieval.index.build import Indexing
+from c4c.retrieval.index.filters import of_path
 from c4c.retrieval.index.plan import VideoSources, compare, os_path, text_of
 from c4c.retrieval.index.rows import SHARD, Failure, Known
 from c4c.retrieval.index.store import About, Store
 from pipelines.segment_frames import Described, frames_of_file
 from pipelines.segments import Cutting
+from shards import ShardError
+from shards.annotations import Caption, Item
 from tests.c4c.retrieval.encoders import encoder
 from tests.pipelines.conftest import pack_videos
+from tests.shards.sets import packed
 from tests.videos import encode
 
 pytestmark = pytest.mark.slow  # imports open_clip and DALI
@@ -276,6 +281,65 @@ def test_a_video_of_one_name_elsewhere_leaves_the_rows_of_the_other(tmp_path, vi
     moved = replace(other, path=f"{tmp_path}/gone::{first.name}", size=first.size, mtime_ns=first.mtime_ns)
     plan = compare([first, *others], [moved], [], splits)
     assert plan.jobs[0].video == first.name and plan.before == {first.name: 1}
+
+
+@pytest.fixture(scope="module")
+def in_folders(tmp_path_factory, videos):
+    """A split of three videos, two of them with names that are no keys."""
+    out = tmp_path_factory.mktemp("split") / "packed"
+    names = {"sub/ä b": "1.mp4", "sub/hevc": "2.mp4", "plain": "3.mp4"}
+    items = [Item(id, videos[0] / name, (Caption("x"),)) for id, name in names.items()]
+    packed(items, out)
+    return out
+
+
+def test_packed_videos_have_their_own_names(in_folders, tmp_path):
+    """As evaluation and `shard info` name them; what opens them is the key."""
+    model = encoder(tmp_path / "model.safetensors")
+    store, _ = indexed(model, [in_folders], tmp_path)
+    assert store.videos() == ["plain", "sub/hevc", "sub/ä b"]
+    assert store.segment("sub/hevc#000000").path == f"{in_folders}::sub%2Fhevc"
+    found = store.search(np.eye(1, model.identity.width), 99, where=of_path("sub/*"))[0]
+    assert {hit.video for hit in found} == {"sub/hevc", "sub/ä b"}
+
+
+def test_names_that_earlier_versions_gave_go_with_the_next_indexing_of_the_video(in_folders, tmp_path):
+    sources = VideoSources([str(in_folders)], "")
+    listed = {one.name: one for one in sources.list()}
+    coded = {name: one.path.rpartition("::")[2] for name, one in listed.items()}
+    known = [
+        Known(f"packed/{key}" if name == "plain" else key, one.path, one.size, one.mtime_ns, i, SHARD)
+        for i, (name, key, one) in enumerate((name, coded[name], one) for name, one in listed.items())
+    ]
+    plan = compare(list(listed.values()), known, [], sources)
+    assert (plan.unchanged, plan.coded, plan.jobs, plan.renamed) == (3, 2, [], [])
+    plan = compare(list(listed.values()), known, [], sources, refresh=True)
+    assert [job.video for job in plan.jobs] == ["packed/plain", "sub/ä b", "sub/hevc"]
+    assert {one.video: (one.old.video, one.changed) for one in plan.renamed} == {
+        name: (coded[name], False) for name in ("sub/hevc", "sub/ä b")
+    }
+    moved = [replace(one, path=one.path.replace(str(in_folders), str(tmp_path / "gone"))) for one in known]
+    plan = compare(list(listed.values()), moved, [], sources)  # the split was moved since
+    assert sorted(one.video for one in plan.renamed) == ["sub/hevc", "sub/ä b"]
+    changed = [replace(one, mtime_ns=one.mtime_ns + 1) for one in known]
+    plan = compare(list(listed.values()), changed, [], sources)
+    assert [one.changed for one in plan.renamed] == [True, True] and plan.before == {"packed/plain": 0}
+
+
+def test_a_folder_with_a_dataset_json_of_another_program_is_a_folder_of_files(in_folders, videos, tmp_path):
+    folder = tmp_path / "dj"
+    folder.mkdir()
+    (folder / "a.mp4").write_bytes((videos[0] / "1.mp4").read_bytes())
+    for text in ('{"name": "mine", "format": "coco", "videos": 3}', "[1, 2]", "not JSON"):
+        (folder / "dataset.json").write_text(text)
+        assert [one.name for one in VideoSources([str(folder)], "").list()] == ["a.mp4"]
+    split = shutil.copytree(in_folders, tmp_path / "split")
+    (split / "dataset.json").write_text("not JSON")  # a packed split stays one, however damaged
+    with pytest.raises(ShardError, match="is not JSON"):
+        VideoSources([str(split)], "")
+    (split / "dataset.json").write_text('{"format": 1, "shards": [], "profile": {}}')
+    with pytest.raises(ShardError, match="has format 1; this version reads"):
+        VideoSources([str(split)], "")
 
 
 def test_paths_that_are_no_text_come_back():

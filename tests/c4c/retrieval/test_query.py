@@ -2,7 +2,7 @@
 
 import pytest
 
-from c4c.retrieval.search.query import clean, foreign, note
+from c4c.retrieval.search.query import choose_queries, clean, foreign, note
 from pipelines.tokens import CLIPS, Tokenizer
 from tests import vocabularies
 
@@ -80,3 +80,13 @@ def test_what_is_cleaned():
     assert clean("ab " * 3333) == ("ab " * 3333).strip()
     with pytest.raises(ValueError, match="100001 characters"):
         clean("x" * 100_001)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_a_file_of_queries_in_what_windows_calls_unicode(encoding, tmp_path):
+    file = tmp_path / "queries.txt"
+    file.write_bytes("a dog\r\n\r\nzwei Hünde\r\n".encode(encoding))
+    assert [query.text for query in choose_queries([], str(file))] == ["a dog", "zwei Hünde"]
+    file.write_bytes(b"\xff\xfea")
+    with pytest.raises(ValueError, match=r"is not UTF-16 text \(byte 2\): save it as UTF-8"):
+        choose_queries([], str(file))

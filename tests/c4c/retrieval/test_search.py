@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 
 from c4c.retrieval.encoder import Encoder
+from c4c.retrieval.index.filters import Choice
+from c4c.retrieval.index.names import hint
 from c4c.retrieval.search.searcher import Searcher
 from pipelines.example_clips import clip_of_file, clip_of_picture, clip_of_video
 from tests import tiny_backbones
@@ -119,6 +121,20 @@ def test_filters(each):
     assert videos(min_duration=12, max_duration=28) == expected(lambda video: 12 <= VIDEOS[video] <= 28)
     assert videos(path="none/*") == [] and videos(path="' OR 1=1 --") == []
     assert videos(path="Ünï/?.mp4") == ["Ünï/ü.mp4"]
+
+
+def test_names_that_are_not_there_have_a_hint(index):
+    for path, meant in (
+        ("soup", "did you mean '*soup*'?"), ("./cooking/soup.mp4", "did you mean 'cooking/soup.mp4'?"),
+        ("/home/me/videos/dogs/run.mp4", "did you mean 'dogs/run.mp4'?"), ("videos/dogs/", "did you mean 'dogs'?"),
+        ("./dogs/*.mp4", "did you mean 'dogs/*.mp4'?"), ("/data/set::dogs%2Frun%2Emp4", "did you mean 'dogs/run.mp4'?"),
+        ("DOGS/Run.mp4", "did you mean 'dogs/run.mp4'?"), ("elsewhere/soup", "did you mean '*soup*'?"),
+        ("cats", "names are like '"), ("/", "names are like '"), ("it's", "did you mean \"*it's*\"?"),
+    ):  # fmt: skip
+        note = hint(index.store, Choice(path=path))
+        assert note.startswith(f"no name in the index matches {path!r}; {meant}"), (path, note)
+    for path in ("dogs", "cooking/*", "long.mp4", None):
+        assert hint(index.store, Choice(path=path)) == ""
 
 
 def test_similar(each):
@@ -305,6 +321,7 @@ def test_an_empty_index(tmp_path):
     searcher = Searcher.open(store.uri)
     assert searcher.search(["x", "y"]) == [[], []]
     assert searcher.search(["x"], path="a/*", min_duration=3) == [[]]
+    assert searcher.ignored(Choice(path="a/*")) == ["no name in the index matches 'a/*'"]
 
 
 def test_thumbnails(index):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.c4c.retrieval import stand_in
-from tests.c4c.retrieval.serving import LIMIT_MB, detail
+from tests.c4c.retrieval.serving import LIMIT_MB, Served, detail
 
 pytestmark = pytest.mark.slow
 
@@ -22,6 +22,18 @@ def test_a_clip_as_example(served, tmp_path):
     assert answer.status_code == 200, answer.text
     assert {r["video"] for r in answer.json()["results"]} == {"scenes/blue.webm", "long/all.mp4"}
     assert served.upload(mp4("blue", tmp_path), path="scenes/r*").json()["results"][0]["video"] == "scenes/red.mp4"
+
+
+def test_a_name_that_is_none_has_a_hint(served):
+    note = "No name in the index matches 'red'; did you mean '*red*'?"
+    segment = served.named("scenes/red.mp4")["id"]
+    for answer in (
+        served.get("/api/search", params={"q": "red", "path": "red"}), served.get(f"/api/similar/{segment}", params={"path": "red"}),
+        served.upload(stand_in.jpeg(stand_in.COLOURS["red"]), path="red"),
+    ):  # fmt: skip
+        assert (answer.json()["results"], answer.json()["note"]) == ([], note), answer.text
+    assert served.get("/api/search", params={"q": "red", "path": "*red*"}).json()["note"] == ""
+    assert "names are like '" in served.get("/api/search", params={"q": "red", "path": "/etc/passwd"}).json()["note"]
 
 
 def test_a_picture_as_example(served):
@@ -156,3 +168,22 @@ def test_without_the_checkpoint(served, tmp_path, monkeypatch):
     monkeypatch.setattr(served.searcher, "by_frames", by_frames)
     answer = served.upload(mp4("red", tmp_path))
     assert answer.status_code == 503 and "--ckpt" in detail(answer) and "secret" not in answer.text
+
+
+def test_with_another_checkpoint(tmp_path, monkeypatch):
+    """--ckpt was given, so the answer does not ask for it."""
+
+    def by_frames(*_, **__):
+        raise ValueError("/secret/run is not the model that made the index")
+
+    with Served(stand_in.make(tmp_path, {"red.mp4": (["red"], {})}), checkpoint="/secret/run") as it:
+        monkeypatch.setattr(it.searcher, "by_frames", by_frames)
+        answer = it.upload(stand_in.jpeg(stand_in.COLOURS["red"]))
+    assert answer.status_code == 503 and "secret" not in answer.text
+    assert "The server's --ckpt names another, or cannot be read; its log says more." in detail(answer)
+
+
+def test_damaged_forms_do_not_fill_the_log(served, caplog):
+    headers = {"content-type": "multipart/form-data; boundary=b"}
+    assert served.client.post("/api/search/example", content=b"garbage", headers=headers).status_code == 400
+    assert [record.getMessage() for record in caplog.records if "multipart" in record.name] == []

@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 from dataclasses import replace
 from email.utils import formatdate, parsedate_to_datetime
 
@@ -209,6 +210,22 @@ def test_a_video_that_was_removed(one):
     assert refusals(it, result) == {(410, REMOVED)}
     path.parent.write_text("no folder any more")
     assert refusals(it, result) == {(410, REMOVED)}
+
+
+def test_an_index_that_cannot_be_read_any_more(one, monkeypatch):
+    it, _, result = one
+    shutil.move(it.index, it.index.with_name("away.index"))
+    monkeypatch.setattr(it.searcher.store, "segment", Store.open(it.index.with_name("away.index")).segment)
+    assert refusals(it, result) == {(503, "The index cannot be read now. The server's log says why.")}
+
+
+def test_a_clip_is_no_longer_than_its_video(tmp_path):
+    with Served(stand_in.make(tmp_path, {"green.avi": (["green"], {"codec": "mpeg4"})})) as it:
+        play = it.get(f"/api/play/{it.named('green.avi')['id']}").json()
+        assert (play["kind"], play["until"], play["duration"]) == ("clip", 2.0, 2.0)
+        with av.open(io.BytesIO(it.get("/" + play["url"]).content)) as file:
+            assert file.duration / av.time_base == pytest.approx(2.0, abs=0.01)
+            assert sum(1 for _ in file.decode(video=0)) == 2 * stand_in.FPS
 
 
 def test_a_name_that_is_no_utf8_and_one_that_is_a_whole_path(tmp_path):

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from c4c.retrieval.index.store import Hit
 from c4c.retrieval.search.query import Query, choose_queries
-from c4c.retrieval.search.show import Out, as_json, clock, half_blocks, plain
+from c4c.retrieval.search.show import Out, as_json, clock, half_blocks, plain, times
 
 ODD = "<script>alert('x')</script> & \x1b[31m\n\u202e“q”.mp4"
 
@@ -247,3 +247,10 @@ def test_what_cannot_be_asked(tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             choose_queries(*args)
+
+
+def test_times_of_a_short_segment_have_tenths():
+    assert clock(0.14, tenths=True) == "0:00.1" and clock(59.96, tenths=True) == "1:00.0"
+    assert times(Hit("a", "a", "a", 0.0, 0.1, 0.1)) == "0:00.0-0:00.1"
+    assert times(Hit("a", "a", "a", 3661.5, 3663.25, 4000.0)) == "1:01:01.5-1:01:03.2"
+    assert times(Hit("a", "a", "a", 0.0, 2.0, 9.0)) == "0:00-0:02"

@@ -15,7 +15,7 @@ from c4c.settings import CheckpointConfig, ModelConfig
 from c4c.zero import checkpoint, patches, snapshot
 from c4c.zero.checkpoint import CheckpointError, latest, load_weights, tags
 from c4c.zero.snapshot import restore, save
-from tests.c4c.zero.checkpoints import Engine, refused
+from tests.c4c.zero.checkpoints import Engine, refused, run_of
 
 FLAG = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
@@ -143,6 +143,27 @@ def test_the_best_is_kept(tmp_path):
             file.write(json.dumps({"step": step, name: r1}) + "\n")
     assert tags(tmp_path) == ["step00000002", "step00000004", "step00000006"]
     assert checkpoint.best(tmp_path) == "step00000002"
+
+
+def test_the_best_is_one_that_was_validated_or_there_is_none(tmp_path):
+    run_of(tmp_path, 5, 10, 15)
+    assert checkpoint.resolve(tmp_path, None) == "step00000015"
+    line = refused(checkpoint.resolve, tmp_path, "best")
+    assert line == (
+        f"no checkpoint that {tmp_path} keeps was validated, so that none is the best: leave the tag away, which takes the latest, "
+        "or name one of step00000005, step00000010, step00000015"
+    )
+    with open(tmp_path / "eval.jsonl", "w") as file:
+        for step, r1 in ((3, 30.0), (5, 20.0), (10, 10.0)):
+            file.write(json.dumps({"step": step, "val/t2v_R1_pct": r1}) + "\n")
+    assert checkpoint.resolve(tmp_path, "best") == "step00000005"
+    assert checkpoint.better_gone(tmp_path, "best") == (
+        f"step00000005 is the best of the checkpoints that {tmp_path} keeps (R@1 20.0 in its validation); step00000003 was better "
+        "(30.0) and is gone (checkpoint.keep_best)"
+    )
+    assert checkpoint.better_gone(tmp_path, None) == checkpoint.better_gone(tmp_path, "step00000010") == ""
+    run_of(tmp_path, 3)
+    assert checkpoint.better_gone(tmp_path, "best") == ""
 
 
 def test_when_one_is_due(monkeypatch):

@@ -25,3 +25,8 @@ def texts(read) -> dict[str, list[str]]:
 
 def paths(read, root: Path) -> list[str]:
     return [str(item.path.relative_to(root)) for item in read.items]
+
+
+def notes(read) -> tuple[str, ...]:
+    """What a reading warns of, but for videos that the captions do not name."""
+    return tuple(text for text in read.warnings if " not packed: not in " not in text)

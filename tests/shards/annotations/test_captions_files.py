@@ -14,7 +14,7 @@ import pytest
 
 from shards import ShardError
 from shards.annotations import Counts, Reading
-from tests.shards.annotations.reading import texts, videos, write
+from tests.shards.annotations.reading import notes, texts, videos, write
 from tests.shards.sets import reading
 
 FILES = ("v1.mp4", "v2.mp4", "sub/v3.MKV", "a b.webm", "d.e.mp4", "two.mp4", "two.mkv", "caf\u00e9.mp4", "re\u0301el.mov", "noext", "x.dat", "anim.gif")  # fmt: skip
@@ -276,7 +276,7 @@ def test_long_cells_columns_that_are_not_used_and_duplicates(six: Path) -> None:
     long = "x" * 200_000
     read = table(six, f"\ufeff Video ;CAPTION;Language\nv1;{long};en\n;;\nv2;same;en\nv2;same;de\n")
     assert texts(read) == {"v1": [long], "v2": ["same", "same"]}
-    assert read.warnings == ("1 name ('language') in captions.csv not used",)
+    assert notes(read) == ("1 name ('language') in captions.csv not used",)
 
 
 # ---- names ----
@@ -289,7 +289,7 @@ def test_spellings_of_one_file_are_one_video(six: Path) -> None:
     lines = "".join(json.dumps({"video": name, "caption": str(n)}) + "\n" for n, name in enumerate(names))
     for read in (table(six, f"video,caption\n{rows}"), table(six, lines, ".jsonl")):
         assert texts(read) == {"v1": ["0", "1", "2", "3", "4"], "v2": ["5"], "sub/\u00e9": ["6", "7"]}
-        assert read.missing == Counts(0, 0) and not read.warnings
+        assert read.missing == Counts(0, 0) and not notes(read)
     cut = {"video": "v1", "id": "c", "cut": [1, 2], "caption": "x"}
     read = table(six, json.dumps(cut) + "\n" + json.dumps(cut | {"video": "./v1.mp4", "captions": ["y"]}), ".jsonl")
     assert [(i.id, [c.text for c in i.captions], i.start) for i in read.items] == [("c", ["x", "x", "y"], 1.0)]
@@ -312,7 +312,7 @@ def test_names_that_are_almost_right_are_missing_and_a_note_says_so(six: Path) -
     videos(six, "sub/deep.mp4")
     read = table(six, "video,caption\nv1,a\nV1.MP4,b\ndeep.mp4,c\nv2.avi,d\nnothing.mp4,e\n")
     assert read.missing == Counts(4, 4) and len(read.items) == 5
-    assert read.warnings == ("3 videos ('V1.MP4', 'deep.mp4', …) not found. Did you mean 'v1.mp4', 'sub/deep.mp4', …?",)
+    assert notes(read) == ("3 videos ('V1.MP4', 'deep.mp4', …) not found. Did you mean 'v1.mp4', 'sub/deep.mp4', …?",)
 
 
 def test_ids_stay_unique(tmp_path: Path) -> None:
@@ -347,7 +347,7 @@ def test_keys_of_a_jsonl(six: Path) -> None:
     read = table(six, json.dumps(both | {"meta": {"k": 1}}) + "\n" + json.dumps(both | {"meta": {"k": 2}}), ".jsonl")
     assert [(c.text, c.start) for c in read.items[0].captions][:3] == [("one", 1.0), ("two", 1.0), ("three", 1.0)]
     assert len(read.items[0].captions) == 6
-    assert read.warnings == (
+    assert notes(read) == (
         "1 name ('lang') in captions.jsonl not used",
         "1 video ('v1') with several values of one meta key: the last is kept",
     )

@@ -16,6 +16,7 @@ from c4c import shard, shard_console
 from shards import ShardError
 from shards.annotations import Caption, Counts, Item
 from shards.tools.info import describe
+from tests.shards.annotations.reading import notes
 from tests.shards.sets import files, reading
 from tests.videos import encode
 
@@ -64,7 +65,7 @@ def test_what_is_not_there_or_not_clear_is_left_to_the_packer(videos: Path) -> N
     rows = table(videos, f"video,caption\nmissing,1\ntwo,2\n{long},3\nno/where.mp4,4\na,5\na,6\n")
     found = reading("folder", videos, "--captions", rows)
     assert found.missing == Counts(4, 4)
-    assert found.warnings == ("'two' may be two.mkv or two.mp4: write its extension",)
+    assert notes(found) == ("'two' may be two.mkv or two.mp4: write its extension",)
     assert [(i.id, i.path) for i in found.items[:4]] == [
         ("missing", videos / "missing"),
         ("two", videos / "two"),
@@ -249,3 +250,48 @@ def test_a_disk_that_fails_is_not_a_bad_video(tmp_path: Path, monkeypatch: pytes
             reading("folder", tmp_path)
     first, second = reading("folder", tmp_path).items
     assert not first.problem and "the text is not in UTF-8" in second.problem
+
+
+def test_videos_that_the_captions_do_not_name_are_told(videos: Path) -> None:
+    text = "video,caption\na,1\nsub/c,2\nx[1].mp4,3\n"
+    (videos / "b.gif").write_bytes(b"")  # a preview
+    note = "5 video files ('b.MP4', 'd.e.mp4', …) not packed: not in captions.csv"
+    assert reading("folder", videos, "--captions", table(videos, text)).warnings == (note,)
+    text += "b.MP4,4\nd.e,5\ntwo.mp4,6\ntwo.mkv,7\nx1,8\n"
+    assert reading("folder", videos, "--captions", table(videos, text)).warnings == ()
+
+
+def test_captions_that_were_forgotten_are_asked_for(
+    videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Before anything is written; and where a file names none, the advice is one that works."""
+    out = tmp_path / "out"
+    with pytest.raises(
+        ShardError, match=r"not one of 8 videos under .* has a caption beside it: .*--captions, .*a\.txt"
+    ):
+        reading("folder", videos)
+    (tmp_path / "good").mkdir()
+    (tmp_path / "good" / "a.mp4").write_bytes(encode(10, 10, (48, 32)))
+    command = ["folder", "--videos", str(tmp_path / "good"), "--out", str(out), "--profile", "copy", "--workers", "1"]
+    assert shard.main(command) == 1 and not out.exists()
+    command += ["--captions", str(table(videos, "video,caption\na,\n"))]
+    capsys.readouterr()
+    assert shard.main(command) == 1
+    said = capsys.readouterr().err
+    assert "not one of the videos has a caption" in said and "--update" in said and "--retry-rejects" not in said
+    table(videos, "video,caption\na,one\n")
+    assert shard.main([*command, "--update"]) == 0
+
+
+def test_an_id_of_two_cuts_is_named(videos: Path) -> None:
+    path = videos.parent / "captions.jsonl"
+    rows = [{"video": "a.mp4", "id": "l1", "cut": [i, i + 1], "caption": "x"} for i in range(2)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ShardError) as caught:
+        reading("folder", videos, "--captions", path)
+    assert str(caught.value) == (
+        f"{path}, line 2: the id 'l1' is already that of another cut of 'a.mp4' ({path}, line 1). Give each its own"
+    )
+    path.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "id"}) + "\n" for row in rows))
+    with pytest.raises(ShardError, match="needs another name: give each its"):
+        reading("folder", videos, "--captions", path)

@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import math
+import signal
 from fractions import Fraction
 from pathlib import Path
 
@@ -272,3 +273,12 @@ def test_a_write_that_fails_leaves_no_half_file(
     whole, found = files(small), files(tmp_path)
     assert len(found) == fatal and sum(name.endswith(".part") for name in found) == 1
     assert all(whole[name] == data for name, data in found.items() if not name.endswith(".part"))
+
+
+def blocks_ctrl_c(_: int) -> bytes:
+    return b"%d" % (signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))
+
+
+def test_ctrl_c_does_not_reach_a_process_that_draws_from_its_first_moment_on() -> None:
+    assert list(shapes.encoded(range(9), blocks_ctrl_c, 2)) == [b"1"] * 9
+    assert blocks_ctrl_c(0) == b"0"

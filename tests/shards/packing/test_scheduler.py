@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 from multiprocessing import Pipe
 from pathlib import Path
 
@@ -29,3 +30,16 @@ def test_an_error_of_a_network_file_system_is_raised(
         Supervisor().pack(Job("000000", tuple(items[:1]), tmp_path, COPY), lambda progress: None)
     assert (caught.value.errno, caught.value.filename) == (number, "/net/000000.tar")
     ours.close()
+
+
+def test_ctrl_c_does_not_reach_a_packing_process_from_its_first_moment_on(items: list[Item], tmp_path: Path) -> None:
+    supervisor = Supervisor()
+    try:
+        supervisor._send(Job("000000", tuple(items[:1]), tmp_path, COPY))
+        assert supervisor._process is not None
+        status = Path(f"/proc/{supervisor._process.pid}/status").read_text()
+        blocked = int(next(line.split()[1] for line in status.splitlines() if line.startswith("SigBlk")), 16)
+        assert blocked & 1 << (signal.SIGINT - 1)
+        assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    finally:
+        supervisor.close()

@@ -123,6 +123,8 @@ def test_rejects_go_along(rough: Path, tmp_path: Path) -> None:
         (["../a=1"], "a plain name"),
         (["a"], "must be NAME=SIZE"),
         (["a=2.0"], "at most 1"),
+        (["a=10%"], "--parts a=10%: write a share as a fraction, a=0.1\n"),
+        (["a=100%"], "a fraction, a=1.0\n"),
         (["a=nowhere.txt"], "not an existing file of ids"),
     ],
 )

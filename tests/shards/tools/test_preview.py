@@ -18,6 +18,7 @@ from shards import ShardError
 from shards.annotations import Caption, Item
 from shards.split import Split
 from shards.tools.preview import preview
+from tests import browsers
 from tests.shards.sets import packed
 from tests.videos import number_in
 
@@ -139,3 +140,13 @@ def test_info_and_verify_as_json(items: list[Item], copied: Path, tmp_path: Path
     assert told["problems"] == [
         {"shard": "000000", "key": None, "what": "000000.idx is missing", "remedy": remedy, "id": None}
     ]
+
+
+@pytest.mark.skipif(browsers.CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+def test_the_page_fits_a_telephone(copied: Path, tmp_path: Path) -> None:
+    pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
+    preview([copied], tmp_path / "page.html", frames=1, width=120)
+    with browsers.chromium("--no-sandbox", "--disable-gpu") as browser:
+        page = browser.new_page(viewport={"width": 390, "height": 844})
+        page.goto((tmp_path / "page.html").as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390

@@ -36,7 +36,7 @@ function card(result, place, onPlay, onSimilar) {
     { type: "button", className: "card", "aria-label": `${result.video}, ${range(result)}, score ${result.score.toFixed(3)}` },
     make("span", { className: "frame" }, picture, make("span", { className: "badge" }, range(result))),
     make("span", { className: "name", dir: "auto", title: result.video }, make("span", { className: "folder" }, folder), name),
-    make("span", { className: "line" }, make("span", { className: "bar" }, bar), make("span", { className: "score" }, result.score.toFixed(3)), make("span", { className: "of" }, `of ${clock(result.duration)}`)),
+    make("span", { className: "line" }, make("span", { className: "bar" }, bar), make("span", { className: "score" }, result.score.toFixed(3)), make("span", { className: "of" }, `of ${clock(result.duration, result.duration < 2)}`)),
   );
   open.addEventListener("click", () => onPlay(result, open));
   open.addEventListener("keydown", (event) => {

@@ -26,15 +26,18 @@ function table(head, rows) {
 
 const code = (text) => make("code", {}, text);
 
+/** Text in which `names` stand between backticks. */
+const prose = (text) => make("span", {}, ...text.split("`").map((part, i) => (i % 2 ? code(part) : part)));
+
 function route(path, method, about, schemas) {
-  const words = make("details", { className: "route" }, make("summary", {}, make("span", { className: "method" }, method.toUpperCase()), " ", code(path), ` ${about.description ?? ""}`));
-  const given = (about.parameters ?? []).toSorted((a, b) => b.required - a.required).map((one) => [code(one.name + (one.required ? "" : "?")), kind(one.schema), bounds(one.schema), one.description ?? one.schema?.description ?? ""]);
+  const words = make("details", { className: "route" }, make("summary", {}, make("span", { className: "method" }, method.toUpperCase()), " ", code(path), " ", prose(about.description ?? "")));
+  const given = (about.parameters ?? []).toSorted((a, b) => b.required - a.required).map((one) => [code(one.name + (one.required ? "" : "?")), kind(one.schema), bounds(one.schema), prose(one.description ?? one.schema?.description ?? "")]);
   if (given.length) words.append(table(["parameter", "type", "bounds", ""], given));
   if (about.requestBody) words.append(make("p", {}, `Body: ${Object.keys(about.requestBody.content).join(", ")}`));
   for (const [status, answer] of Object.entries(about.responses ?? {})) {
     const schema = schemas[named(answer.content?.["application/json"]?.schema)];
     if (status !== "200" || !schema?.properties) continue;
-    words.append(table([`answer ${status}`, "type", ""], Object.entries(schema.properties).map(([name, field]) => [code(name), kind(field), field.description ?? ""])));
+    words.append(table([`answer ${status}`, "type", ""], Object.entries(schema.properties).map(([name, field]) => [code(name), kind(field), prose(field.description ?? "")])));
   }
   const others = Object.keys(about.responses ?? {}).filter((status) => status !== "200");
   if (others.length) words.append(make("p", { className: "quiet" }, `Other answers, with one sentence as detail: ${others.join(", ")}`));
