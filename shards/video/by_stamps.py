@@ -19,6 +19,7 @@ from shards.video.probe import (
     clock_zero,
     edits_twice,
     has_jumps,
+    may_restart,
     refuse_cut_short,
     stores_no_stamps,
     timeline,
@@ -38,6 +39,7 @@ class StampPass(Pass):
     ranks = np.zeros(0, np.int32)
     _inside_gop = False  # whether the file begins with frames that cannot be decoded
     _zero = 0  # stamp of the first frame shown
+    _seeks = False  # whether the packets before the cut's keyframe are passed over
 
     def seconds(self, stamps: np.ndarray) -> np.ndarray:
         """Stamps as seconds of the player's clock, from the start of the cut on."""
@@ -64,6 +66,7 @@ class StampPass(Pass):
         zero = None if self.is_whole else self._first_shown()
         if not self.is_whole and edits_twice(self.container, self.stream):
             raise Unpredictable("its edit list shows parts of the file in another order, or apart")
+        self._seeks = self.start > 0 and not may_restart(self._file, self.container)
         for packet in self._from_keyframe(zero):
             if packet.pts is None or packet.is_corrupt:
                 raise Unpredictable("packets without stamp, or damaged")
@@ -78,7 +81,7 @@ class StampPass(Pass):
         self._refuse_odd(np.asarray(packets.pts), np.asarray(packets.dts))
         if zero is not None and self.start > 0:
             self._refuse_false_keys()
-            if has_jumps(self.container):
+            if not self._seeks:
                 packets = self._drop_before(self._stamp(zero, self.start))
         pts = np.asarray(packets.pts)
         order = np.argsort(pts, kind="stable")
@@ -102,7 +105,7 @@ class StampPass(Pass):
         known = dts[dts != UNKNOWN]
         if (np.diff(known) < 0).any() or (pts < dts).any():
             raise Unpredictable("stamps out of order")
-        if (self.start <= 0 or has_jumps(self.container)) and (pts < pts[0]).any():
+        if not self._seeks and (pts < pts[0]).any():
             raise Unpredictable("frames are shown before the first keyframe")
         if stores_no_stamps(self.container) and not np.array_equal(pts, dts):
             raise Unpredictable("the container stores no time of presentation")
@@ -164,10 +167,9 @@ class StampPass(Pass):
     def _from_keyframe(self, zero: int | None) -> Iterator[av.Packet]:
         """Packets from the last keyframe on that is shown no later than the start of the cut; `zero`: of the first frame."""
         key: int | None = None
-        seeks = self.start > 0 and not has_jumps(self.container)  # a jump before the cut would not be seen
-        if zero is not None and not seeks:
+        if zero is not None and not self._seeks:
             self._reopen()  # to go back
-        read = self.container.demux(self.stream) if zero is None or not seeks else self._seek(zero)
+        read = self.container.demux(self.stream) if not self._seeks else self._seek(zero)
         for packet in read:
             if not packet.size:
                 continue
@@ -183,7 +185,7 @@ class StampPass(Pass):
                 key = packet.pts
                 if key is None or not packet.is_keyframe:
                     raise Unpredictable("it does not begin with a keyframe")
-            if (seeks or self._inside_gop) and packet.pts is not None and packet.pts < key:
+            if (self._seeks or self._inside_gop) and packet.pts is not None and packet.pts < key:
                 continue  # refers to what is before the keyframe, and is shown before the cut
             yield packet
 

@@ -21,6 +21,7 @@ av.logging.set_level(av.logging.PANIC)  # libav's own lines say nothing that our
 
 UNKNOWN = -(2**63)  # a packet without stamp or place
 _BUFFER = 1 << 18  # bytes a read
+_NOTHING = 256  # bytes that may follow the end of a recording and hold no other
 _TEXT = {"tty", "bin", "xbin", "adf", "idf"}  # by the file's name alone: any text would be a video that shows it
 _ALONE = {"protocol_whitelist": "none"}  # a playlist or a list of files names others, which nobody meant to read
 _NO_TIMESTAMPS: int = av.format.Flags.no_timestamps.value  # type: ignore[assignment]  # an enum of numbers
@@ -106,6 +107,21 @@ def stores_no_stamps(container: av.container.InputContainer) -> bool:
 def has_jumps(container: av.container.InputContainer) -> bool:
     """Whether time stamps of this container may jump, as those of a broadcast do (MPEG-TS and MPEG-PS)."""
     return container.format.name in ("mpegts", "mpeg")
+
+
+def may_restart(file: BinaryIO, container: av.container.InputContainer) -> bool:
+    """Whether time stamps may start anew within the file, as where recordings were joined: to seek would pass that over.
+
+    An mp4, an AVI and an ASF have one clock; so has a Matroska file whose one Segment fills it.
+    """
+    kind = container.format.name.split(",")[0]
+    if kind != "matroska":
+        return kind not in ("mov", "avi", "asf")
+    before = file.tell()
+    size = file.seek(0, 2)
+    end = _segment_end(file)
+    file.seek(before)  # libav goes on reading there
+    return not end or size - end > _NOTHING
 
 
 def edits_twice(container: av.container.InputContainer, stream: av.VideoStream) -> bool:
