@@ -132,7 +132,7 @@ class StampPass(Pass):
         if math.isinf(seconds) or seconds <= 0:
             return math.inf if seconds > 0 else -math.inf
         base = self._base
-        return math.ceil((_decimal(seconds) + clock_zero(self.container, first * base)) / base)
+        return math.ceil((_decimal(seconds) + clock_zero(self.container, self._sounds, first * base)) / base)
 
     def _first_shown(self) -> int:
         """The stamp of the first frame shown."""
@@ -169,7 +169,7 @@ class StampPass(Pass):
         key: int | None = None
         if zero is not None and not self._seeks:
             self._reopen()  # to go back
-        read = self.container.demux(self.stream) if not self._seeks else self._seek(zero)
+        read = self.container.demux(self.stream) if zero is None or not self._seeks else self._seek(zero)
         for packet in read:
             if not packet.size:
                 continue

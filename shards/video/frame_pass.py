@@ -14,6 +14,7 @@ import numpy as np
 from shards import VideoError
 from shards.video.picture import Shape, shape_of, short
 from shards.video.probe import Packets, Timeline, clock_zero, open_video
+from shards.video.programs import sound_of
 
 CUT_MARGIN = 1.0  # seconds read beyond the end of a cut
 
@@ -47,7 +48,7 @@ class Pass(ABC):
     ):  # fmt: skip
         self._file, self.start, self.end = file, start, end
         self._on_packet = on_packet
-        self.container, self.stream = open_video(file)
+        self._open()
         self.packets = Packets()
         self.shape: Shape | None = None
         try:
@@ -107,7 +108,7 @@ class Pass(ABC):
     def _clock(self, stamps: np.ndarray, first: int, start: Fraction | int = 0) -> np.ndarray:
         """Stamps as seconds of the player's clock since `start`; `first` is the stamp of the first frame shown."""
         base = self._base
-        origin = clock_zero(self.container, first * base) + start
+        origin = clock_zero(self.container, self._sounds, first * base) + start
         ticks = math.floor(origin / base)  # so that only the rest of it is rounded
         return (stamps - ticks) * base.numerator / base.denominator - float(origin - ticks * base)
 
@@ -118,7 +119,11 @@ class Pass(ABC):
 
     def _reopen(self) -> None:
         self.container.close()
+        self._open()
+
+    def _open(self) -> None:
         self.container, self.stream = open_video(self._file)
+        self._sounds = sound_of(self._file, self.container, self.stream)
 
 
 def decode(context: av.VideoCodecContext, packet: av.Packet | None) -> list[av.VideoFrame]:

@@ -7,6 +7,7 @@ file counts what its edit list hides, an AVI counts chunks that are empty. So al
 import itertools
 import struct
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import BinaryIO
@@ -132,12 +133,12 @@ def edits_twice(container: av.container.InputContainer, stream: av.VideoStream) 
     return any(after < before for before, after in itertools.pairwise(stamps))
 
 
-def clock_zero(container: av.container.InputContainer, first: Fraction) -> Fraction:
+def clock_zero(container: av.container.InputContainer, sounds: Iterable[av.AudioStream], first: Fraction) -> Fraction:
     """The time stamp, in seconds, at which a player's clock shows 0: where the first of picture and sound begins.
 
-    `first` is that of the first picture shown. Sound before 0 is what a decoder needs to start, and is not played.
+    `first` is that of the first picture shown, `sounds` what is played with it (see `sound_of`). Sound before 0 is what a decoder needs to start, and is not played.
     """
-    starts = ((s.start_time, s.time_base) for s in container.streams.audio)
+    starts = ((s.start_time, s.time_base) for s in sounds)
     zero = min([first, *(start * base for start, base in starts if start is not None and base is not None)])
     if zero >= 0 or has_jumps(container):  # there, libav counts down from where stamps start anew
         return zero

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import itertools
 
+import av
 import numpy as np
 import pytest
 
 from shards.video.profiles import Profile, store
-from tests.shards.video.stored import GOP, Counted, shown, stored
+from tests.shards.video.stored import GOP, Counted, shown, stored, with_sound
 from tests.videos import encode_pictures, picture
 
 FPS, COUNT = 25, 40
@@ -47,3 +49,43 @@ def test_a_cut_of_one_recording_does_not_read_what_is_before_it() -> None:
     file = Counted(data)
     store(file, "a.mkv", Profile(short_side=32), 15.0, 16.0)
     assert file.total < len(data) / 3
+
+
+# ---- sound ----
+
+
+def crc32_mpeg(data: bytes) -> int:
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte << 24
+        for _ in range(8):
+            crc = (crc << 1 ^ (0x04C11DB7 if crc & 1 << 31 else 0)) & 0xFFFFFFFF
+    return crc
+
+
+def two_programs() -> bytes:
+    """A broadcast of a film whose clock begins at 1000 s, and of a radio station whose clock begins at 10 s."""
+    film = with_sound("mpegts", list(range(COUNT)), 1.6, later=1000.0)
+    places = {"mpegts_service_id": "2", "mpegts_pmt_start_pid": "4200", "mpegts_start_pid": "600"}
+    radio = with_sound("mpegts", [], 1.6, places, later=10.0)
+    section = bytes.fromhex("00 b011 0001 c1 00 00") + bytes.fromhex("0001 f000") + bytes.fromhex("0002 f068")
+    section += crc32_mpeg(section).to_bytes(4, "big")
+    table = (bytes.fromhex("474000 10 00") + section).ljust(188, b"\xff")
+
+    def packets(data: bytes) -> list[bytes]:
+        parts = [data[i : i + 188] for i in range(0, len(data), 188)]
+        return [part for part in parts if int.from_bytes(part[1:3], "big") & 0x1FFF not in (0, 17)]  # tables of all
+
+    mixed = itertools.zip_longest(packets(film), packets(radio), fillvalue=b"")
+    return table + b"".join(itertools.chain.from_iterable(mixed))
+
+
+def test_the_clock_of_another_program_does_not_count() -> None:
+    data = two_programs()
+    with av.open(io.BytesIO(data)) as file:
+        starts = sorted(float(s.start_time * s.time_base) for s in file.streams.audio)
+        assert len(starts) == 2 and starts[1] - starts[0] > 900
+    whole = stored(data, "intra", fps=240)
+    assert list(shown(whole).values()) == list(range(COUNT))
+    assert whole.source.times == pytest.approx(np.arange(COUNT) / FPS, abs=0.1)
+    assert list(shown(stored(data, "intra", 0.5, 1.0, fps=240)).values()) == list(range(13, 25))
