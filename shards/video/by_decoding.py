@@ -20,8 +20,10 @@ from shards.video.probe import (
     increasing,
     locally_sorted,
     refuse_cut_short,
+    stands,
     stores_no_stamps,
     timeline,
+    within,
 )
 
 _LAST_OF_A_RECORDING = 2  # packets that the end of a joined recording may mark as damaged
@@ -70,11 +72,16 @@ class _FullPass(Pass):
         `last_two`: for how long the last two frames of the file are shown, by their packets; seconds."""
         eps = min(1e-6, tick / 4)
         low, high = np.searchsorted(every, [self.start - eps, self.end - eps]) if not self.is_whole else (0, len(every))
+        if self.start > 0 and low > 0:
+            over = timeline(every, last_two, self._claimed, tick).duration
+            low -= stands(self.start, self.end, float(np.append(every, over)[low]))
         self._range = int(low), int(high)
         if low >= high:
             self._refuse_empty()
         last_two = last_two if high == len(every) else (0.0, 0.0)
-        return timeline(np.maximum(every[low:high] - max(0.0, self.start), 0.0), last_two, self._claimed, tick)
+        start = max(0.0, self.start)
+        when = timeline(every[low:high] - start, last_two, self._claimed, tick)
+        return within(when, self.end - start, bool(high < len(every)))
 
 
 class OrderPass(_FullPass):

@@ -21,8 +21,10 @@ from shards.video.probe import (
     has_jumps,
     may_restart,
     refuse_cut_short,
+    stands,
     stores_no_stamps,
     timeline,
+    within,
 )
 
 _MARKED = {"h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mpeg2video", "mpeg1video"}  # parsers find their keyframes
@@ -91,15 +93,26 @@ class StampPass(Pass):
         if not len(shown):
             raise VideoError("not one frame is shown: its edit list hides all of them")
         zero = self._zero = int(pts[shown[0]]) if zero is None else zero
-        # compared as integers: a frame at exactly the start or the end of the cut must not fall on the wrong side
-        inside = shown[(pts[shown] >= self._stamp(zero, self.start)) & (pts[shown] < self._stamp(zero, self.end))]
-        if not len(inside):
+        low, high = self._range(shown, pts[shown])
+        if low == high:
             self._refuse_empty()
+        inside = shown[low:high]
         self.ranks = np.full(len(packets), -1, np.int32)
         self.ranks[inside] = np.arange(len(inside))
-        times = np.maximum(self.seconds(pts[inside]), 0.0)  # what is rounded must not fall before the cut
         last = [packets.duration[i] * self._tick for i in inside[-2:]]
-        return timeline(times, (last[0], last[-1]), self._claimed, self._tick)
+        when = timeline(self.seconds(pts[inside]), (last[0], last[-1]), self._claimed, self._tick)
+        return within(when, self.end - max(0.0, self.start), high < len(shown))
+
+    def _range(self, shown: np.ndarray, stamps: np.ndarray) -> tuple[int, int]:
+        """Which frames are those of the cut, of all that are `shown` (packets), in order."""
+        # compared as integers: a frame at exactly the start or the end of the cut must not fall on the wrong side
+        low = int(np.searchsorted(stamps, self._stamp(self._zero, self.start)))
+        high = int(np.searchsorted(stamps, self._stamp(self._zero, self.end)))
+        if self.start > 0 and low > 0:
+            last = self.packets.duration[shown[-1]] * self._tick or float(1 / (self._claimed or 25))
+            next_one = np.append(self.seconds(stamps[low:]), self.seconds(stamps[-1:]) + last)[0]
+            low -= stands(0.0, self.end - self.start, float(next_one))
+        return low, high
 
     def _refuse_odd(self, pts: np.ndarray, dts: np.ndarray) -> None:
         known = dts[dts != UNKNOWN]

@@ -151,6 +151,7 @@ def cut_copy(file: BinaryIO, start: float, end: float) -> tuple[SourceVideo, Wri
         rotation=shape.rotation, mirrored=shape.mirrored,
     )  # fmt: skip
     number = np.arange(packets, dtype=np.int32) - before
+    times[before] = when.times[0]  # 0 of one that stands when the cut begins
     frames = replace(stored.frames, number=number, time=times)
     return source, WrittenVideo(
         file=out, frames=frames, codec=stored.codec, extension=extension, extradata=stored.extradata, width=shape.width,

@@ -33,7 +33,8 @@ class Shown:
 
 
 class Pass(ABC):
-    """A pass over the frames with start <= time < end, in seconds of the clock that a player shows.
+    """A pass over the frames with start <= time < end, in seconds of the clock that a player shows. Where the first second of
+    that, or all, shows no new frame, it begins with the one that is still shown.
 
     `timeline` says when each is shown. `packets` are those that were read for it. After `frames` has given the first frame,
     `shape` is how frames are shown. `on_packet(packets, packet)` stores each packet that is read. Use it as a context

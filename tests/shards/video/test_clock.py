@@ -9,9 +9,13 @@ import av
 import numpy as np
 import pytest
 
+from shards import VideoError
+from shards.annotations import Caption, Item
+from shards.packing.rows import row_of
 from shards.video.profiles import Profile, store
+from tests.shards.video.matrix import made
 from tests.shards.video.stored import GOP, Counted, shown, stored, with_sound
-from tests.videos import encode_pictures, picture
+from tests.videos import encode, encode_pictures, picture
 
 FPS, COUNT = 25, 40
 
@@ -89,3 +93,81 @@ def test_the_clock_of_another_program_does_not_count() -> None:
     assert list(shown(whole).values()) == list(range(COUNT))
     assert whole.source.times == pytest.approx(np.arange(COUNT) / FPS, abs=0.1)
     assert list(shown(stored(data, "intra", 0.5, 1.0, fps=240)).values()) == list(range(13, 25))
+
+
+# ---- pictures that stay ----
+
+
+def lasting(container: str, count: int, seconds: float) -> bytes:
+    """So many frames of 25 a second, the last of which is shown for `seconds`."""
+    target = io.BytesIO()
+    with (
+        av.open(io.BytesIO(encode(count, FPS, options=GOP | {"bf": "0"}))) as file,
+        av.open(target, "w", format=container) as out,
+    ):
+        stream = out.add_stream_from_template(file.streams.video[0])
+        packets = [packet for packet in file.demux(video=0) if packet.size]
+        packets[-1].duration = round(seconds / packets[-1].time_base)
+        for packet in packets:
+            packet.stream = stream
+            out.mux(packet)
+    return target.getvalue()
+
+
+@pytest.mark.parametrize("container", ["mp4", "matroska"])
+@pytest.mark.parametrize(("count", "seconds"), [(50, 10.0), (2, 3.0), (50, 1 / FPS)])
+def test_the_last_picture_is_shown_for_as_long_as_it_says(container: str, count: int, seconds: float) -> None:
+    source = stored(lasting(container, count, seconds)).source
+    assert source.duration == pytest.approx((count - 1) / FPS + seconds, abs=2e-3)
+    assert source.times == pytest.approx(np.arange(count) / FPS, abs=2e-3)
+
+
+# frames 0 to 9 at a constant rate, the last of which is shown until 16 s, when the others come
+HELD = [*range(10), *range(400, 426)]
+
+
+@pytest.mark.parametrize(("container", "codec"), [("mp4", "h264"), ("matroska", "open"), ("flv", "h264")])
+@pytest.mark.parametrize(
+    ("start", "end", "numbers", "times", "duration"),
+    [
+        (5.0, 10.0, [9], [0.0], 5.0),
+        (0.2, 5.0, [5, 6, 7, 8, 9], [0.0, 0.04, 0.08, 0.12, 0.16], 4.8),
+        (12.0, 16.08, [9, 10, 11], [0.0, 4.0, 4.04], 4.08),
+        (15.52, 16.08, [10, 11], [0.48, 0.52], 0.56),  # what stands for less than a second is no frame of the cut
+        (0.2, 0.31, [5, 6, 7], [0.0, 0.04, 0.08], 0.12),  # frames are counted, as ever
+        (17.0, None, [35], [0.0], 0.04),
+    ],
+)
+def test_a_cut_shows_the_picture_that_stands(container, codec, start, end, numbers, times, duration) -> None:
+    data = made(container, codec, times=HELD)
+    for name, settings in (("intra", {"fps": 240}), ("copy", {"short_side": 224})):
+        cut = stored(data, name, start, end, **settings)
+        seen = {number: shown_ for number, shown_ in shown(cut).items() if 0 <= number < len(numbers)}
+        assert list(seen.values()) == numbers, name
+        assert cut.source.times == pytest.approx(times, abs=2e-3)
+        assert cut.source.duration == pytest.approx(duration, abs=2e-3)
+        inside = (cut.frames.number >= 0) & (cut.frames.number < len(numbers))
+        assert cut.frames.time[inside] == pytest.approx(times, abs=2e-3)
+        assert (np.diff(cut.frames.time) > 0).all()
+
+
+def test_a_cut_of_an_avi_shows_the_picture_that_stands() -> None:
+    data = made("avi", "mpeg4", times=HELD)  # its writer puts frame 10 in the first of the empty chunks
+    cut = stored(data, "intra", 5.0, 10.0, fps=240)
+    assert (list(shown(cut).values()), cut.source.times.tolist(), cut.source.duration) == ([10], [0.0], 5.0)
+
+
+def test_a_cut_behind_the_last_picture_is_refused() -> None:
+    data = lasting("mp4", 10, 3.0)
+    assert stored(data, start=2.0, end=3.0).source.duration == pytest.approx(1.0)
+    for start in (3.3, 3.36, 10.0):  # less than a second of it is left
+        with pytest.raises(VideoError, match="no frame between"):
+            stored(data, start=start, end=start + 2)
+
+
+def test_captions_of_a_cut_reach_over_the_picture_that_stays(tmp_path) -> None:
+    caption = Caption("a slide", 1.0, 9.0)
+    item = Item(id="a", path=tmp_path / "a.mp4", captions=[caption], start=0.5, end=8.0)
+    cut = stored(made("mp4", "h264", times=HELD), "intra", item.start, item.end)
+    kept = row_of(item, "a", [caption], cut)["captions"][0]
+    assert (kept["start"], kept["end"]) == (0.5, 7.5)
