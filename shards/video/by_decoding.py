@@ -9,6 +9,7 @@ import numpy as np
 
 from shards import VideoError
 from shards.video import frame_pass
+from shards.video.cuts import stands, within
 from shards.video.frame_pass import CUT_MARGIN, Pass, Shown, Unpredictable
 from shards.video.picture import short
 from shards.video.probe import (
@@ -20,10 +21,8 @@ from shards.video.probe import (
     increasing,
     locally_sorted,
     refuse_cut_short,
-    stands,
     stores_no_stamps,
     timeline,
-    within,
 )
 
 _LAST_OF_A_RECORDING = 2  # packets that the end of a joined recording may mark as damaged
@@ -117,6 +116,25 @@ class OrderPass(_FullPass):
         return self._cut(every, last_two, tick)
 
 
+class _Sound:
+    """When packets of sound are played, and between which of the pictures they stand in the file."""
+
+    def __init__(self):
+        self._times, self._places = array("d"), array("q")
+
+    def add(self, packet: av.Packet, place: int) -> None:
+        """`place`: how many packets of pictures stand before it."""
+        if packet.pts is not None and packet.time_base is not None:
+            self._times.append(float(packet.pts * packet.time_base))
+            self._places.append(place)
+
+    def goes_on(self, span: np.ndarray, low: int, high: int) -> bool:
+        """Whether it is played all through `span` (two times, seconds), by what stands from picture `low` to `high`."""
+        times, places = np.asarray(self._times), np.asarray(self._places)
+        times = times[(places >= low) & (places <= high) & (times > span[0]) & (times < span[1])]
+        return bool(np.diff(np.sort(np.append(times, span))).max() < JUMP)
+
+
 class DecodingPass(_FullPass):
     """Decodes the whole file once to see what comes out, and a second time for the pictures."""
 
@@ -127,7 +145,12 @@ class DecodingPass(_FullPass):
         stamps, came, durations = array("q"), array("q"), array("q")  # of each frame; `came`: the packet it came at
         clock, latest = 0.0, None
         suspect = None  # place of a packet that is marked as damaged
-        for packet in self.container.demux(self.stream):
+        sound = _Sound()
+        hears = self._sounds[:1] if has_jumps(self.container) else ()
+        for packet in self.container.demux(self.stream, *hears):
+            if packet.stream != self.stream:
+                sound.add(packet, len(packets))
+                continue
             if suspect is not None and self._jumps(packets, packet):
                 suspect = None
             if suspect is not None and (not packet.size or len(packets) - suspect > _LAST_OF_A_RECORDING):
@@ -161,10 +184,12 @@ class DecodingPass(_FullPass):
             at = at[back] + np.rint((np.arange(len(at)) - back) * interval / self._tick).astype(np.int64)
         else:
             at = np.rint(np.arange(len(at)) * interval / self._tick).astype(np.int64)
-        if not has_jumps(self.container):
-            at = locally_sorted(at)
+        ticks = max(1, round(interval / self._tick))
+        at = at if has_jumps(self.container) else locally_sorted(at)
+        if not stores_no_stamps(self.container):
+            self._refuse_disorder(at, np.asarray(came), ticks)
         longest = JUMP / self._tick if has_jumps(self.container) else math.inf
-        at = increasing(at, max(1, round(interval / self._tick)), longest)
+        at = increasing(at, ticks, longest, self._pauses(at, np.asarray(came), sound))
         last_two = (durations[-2] * self._tick if len(durations) > 1 else 0.0, durations[-1] * self._tick)
         return self._cut(self._clock(at, int(at[0])), last_two, self._tick)
 
@@ -174,6 +199,23 @@ class DecodingPass(_FullPass):
         if not has_jumps(self.container) or packet.dts is None or not before or before.dts[-1] == UNKNOWN:
             return False
         return not 0 <= (packet.dts - before.dts[-1]) * self._tick < JUMP
+
+    def _pauses(self, stamps: np.ndarray, came: np.ndarray, sound: _Sound) -> list[int]:
+        """The frames before which the picture stands still for long while the sound goes on: no jump of the stamps."""
+        near = np.minimum(came, len(self.packets))
+        spans = ((int(i), stamps[i : i + 2] * self._tick) for i in np.flatnonzero(np.diff(stamps) * self._tick > JUMP))
+        return [i + 1 for i, span in spans if sound.goes_on(span, near[i] - _REORDERED, near[i + 1] + _REORDERED)]
+
+    def _refuse_disorder(self, stamps: np.ndarray, came: np.ndarray, interval: int) -> None:
+        """Raise VideoError where a frame steps back in time though the packets do not: what it refers to is lost."""
+        dts = np.asarray(self.packets.dts)
+        known = np.flatnonzero(dts != UNKNOWN)
+        anew = known[1:][np.diff(dts[known]) < 0]
+        for i in np.flatnonzero(np.diff(stamps) < -2 * interval) + 1:
+            at = min(int(came[i]), len(dts))
+            if not ((anew >= at - 2 * _REORDERED) & (anew <= at)).any():
+                back = (stamps[i - 1] - stamps[i]) * self._tick
+                raise VideoError(f"it is damaged: frame {i} should be shown {back:.2f} s before frame {i - 1}")
 
     def _places(self, came: np.ndarray) -> np.ndarray:
         """Stamps of frames by the packets they came at, less those that the decoder holds back; -2**63: not known."""

@@ -10,6 +10,7 @@ import numpy as np
 
 from shards import VideoError
 from shards.video import frame_pass
+from shards.video.cuts import stands, within
 from shards.video.frame_pass import Pass, Shown, Unpredictable
 from shards.video.probe import (
     JUMP,
@@ -21,10 +22,8 @@ from shards.video.probe import (
     has_jumps,
     may_restart,
     refuse_cut_short,
-    stands,
     stores_no_stamps,
     timeline,
-    within,
 )
 
 _MARKED = {"h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mpeg2video", "mpeg1video"}  # parsers find their keyframes

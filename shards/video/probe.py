@@ -7,8 +7,8 @@ file counts what its edit list hides, an AVI counts chunks that are empty. So al
 import itertools
 import struct
 from array import array
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import BinaryIO
 
@@ -22,8 +22,6 @@ av.logging.set_level(av.logging.PANIC)  # libav's own lines say nothing that our
 
 UNKNOWN = -(2**63)  # a packet without stamp or place
 _BUFFER = 1 << 18  # bytes a read
-_STANDS = 1.0  # seconds without a new frame
-_ROUND = 0.5  # seconds by which counting frames may be off from where a cut ends
 _NOTHING = 256  # bytes that may follow the end of a recording and hold no other
 _TEXT = {"tty", "bin", "xbin", "adf", "idf"}  # by the file's name alone: any text would be a video that shows it
 _ALONE = {"protocol_whitelist": "none"}  # a playlist or a list of files names others, which nobody meant to read
@@ -179,26 +177,6 @@ def timeline(times: np.ndarray, last_two: tuple[float, float], claimed: Fraction
     return Timeline(times, fps, even, float(times[-1]) + _last(times, last_two, float(1 / fps), even, tick))
 
 
-def within(when: Timeline, length: float, goes_on: bool) -> Timeline:
-    """The times in a cut of `length` seconds. A frame that begins before 0 is shown at 0. The last frame is shown until the cut
-    ends if another one follows (`goes_on`), and else no longer than that; but at a constant rate for as long as the others.
-    """
-    last, usual = float(when.times[-1]), float(1 / when.fps)
-    end = length if goes_on else min(when.duration, length)
-    if when.steady and last >= 0:
-        counted = (c for c in (when.duration, last + usual) if abs(end - c) <= min(usual, _ROUND))
-        end = next(counted, end)
-    return replace(
-        when, times=np.maximum(when.times, 0.0), duration=end
-    )  # what is rounded must not fall before it, either
-
-
-def stands(start: float, end: float, until: float) -> bool:
-    """Whether a cut begins with the frame that is shown before `start`, and `until` then: where the cut's first second, or
-    all of it, shows nothing else."""
-    return min(until, end) - start >= min(_STANDS, end - start) - 1e-6
-
-
 def _rate(times: np.ndarray, claimed: Fraction | None, tick: float) -> Fraction:
     count, span = len(times) - 1, float(times[-1] - times[0])
     if count < 1 or span <= 0:
@@ -244,8 +222,9 @@ def nearest(times: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     return np.where(wanted - times[left] <= times[right] - wanted, left, right)
 
 
-def increasing(stamps: np.ndarray, interval: int, longest: float) -> np.ndarray:
-    """Stamps (int64, in ticks) as a player's clock goes through them: without leaps back, or over more than `longest`.
+def increasing(stamps: np.ndarray, interval: int, longest: float, pauses: Sequence[int] = ()) -> np.ndarray:
+    """Stamps (int64, in ticks) as a player's clock goes through them: without leaps back, or over more than `longest` but
+    for those to the frames `pauses`.
 
     A frame that is stamped a little early follows the one before by a tick; one that is far off begins a new count, as
     players and ffmpeg do (its `-dts_delta_threshold` of 10 s).
@@ -253,7 +232,7 @@ def increasing(stamps: np.ndarray, interval: int, longest: float) -> np.ndarray:
     out, shift = stamps.tolist(), 0
     for i in range(1, len(out)):
         step = out[i] + shift - out[i - 1]
-        if step < -2 * interval or step > longest:
+        if step < -2 * interval or (step > longest and i not in pauses):
             shift += interval - step
         out[i] = max(out[i] + shift, out[i - 1] + 1)
     return np.asarray(out, np.int64)

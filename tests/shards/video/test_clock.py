@@ -95,6 +95,34 @@ def test_the_clock_of_another_program_does_not_count() -> None:
     assert list(shown(stored(data, "intra", 0.5, 1.0, fps=240)).values()) == list(range(13, 25))
 
 
+def test_a_broadcast_whose_picture_stands_still_keeps_its_clock() -> None:
+    still = [*range(10), *range(310, 326)]
+    when = stored(with_sound("mpegts", still, 13.5), "intra").source
+    assert when.times - when.times[0] == pytest.approx(np.array(still) / FPS, abs=2e-3)
+    assert when.duration == pytest.approx(when.times[0] + 13.04, abs=2e-3)
+    alone = stored(with_sound("mpegts", still, 0.5), "intra").source  # its sound does not go on: a jump
+    assert alone.times - alone.times[0] == pytest.approx(np.arange(26) / FPS, abs=2e-3)
+
+
+def test_recordings_a_minute_apart_are_shown_one_after_the_other() -> None:
+    first, second = (with_sound("mpegts", list(range(20)), 0.8, later=start) for start in (0.0, 60.0))
+    when = stored(first + second, "intra").source
+    assert when.times - when.times[0] == pytest.approx(np.arange(40) / FPS, abs=2e-3)
+
+
+def test_a_broadcast_with_a_lost_stretch_is_right_or_refused() -> None:
+    """A picture that comes out late, since what it refers to is lost, starts no new count."""
+    data, refused = numbered(0, "mpegts", 100, bf="2"), 0
+    for place in range(10 * 188 + 77, len(data) - 30 * 188, 9 * 188):
+        try:
+            cut = stored(data[:place] + data[place + 16 * 188 :], "intra", fps=240)
+        except VideoError as error:
+            refused += "should be shown" in str(error)
+            continue
+        assert cut.source.times[-1] == pytest.approx(99 / FPS, abs=0.021)
+    assert refused
+
+
 # ---- pictures that stay ----
 
 
