@@ -19,9 +19,8 @@ def within(when: Timeline, length: float, goes_on: bool) -> Timeline:
     if when.steady and last >= 0:
         counted = (c for c in (when.duration, last + usual) if abs(end - c) <= min(usual, _ROUND))
         end = next(counted, end)
-    return replace(
-        when, times=np.maximum(when.times, 0.0), duration=end
-    )  # what is rounded must not fall before it, either
+    times = np.maximum(when.times, 0.0)  # what is rounded must not fall before it, either
+    return replace(when, times=times, duration=end)
 
 
 def stands(start: float, end: float, until: float) -> bool:

@@ -12,6 +12,7 @@ import pytest
 from shards import VideoError
 from shards.annotations import Caption, Item
 from shards.packing.rows import row_of
+from shards.packing.worker import Event, Job, pack_shard
 from shards.video.profiles import Profile, store
 from tests.shards.video.matrix import made
 from tests.shards.video.stored import GOP, Counted, shown, stored, with_sound
@@ -199,3 +200,13 @@ def test_captions_of_a_cut_reach_over_the_picture_that_stays(tmp_path) -> None:
     cut = stored(made("mp4", "h264", times=HELD), "intra", item.start, item.end)
     kept = row_of(item, "a", [caption], cut)["captions"][0]
     assert (kept["start"], kept["end"]) == (0.5, 7.5)
+
+
+def test_a_frame_rate_that_cannot_be_is_noted(tmp_path) -> None:
+    """As where the unit of the time stamps is wrong."""
+    path, events = tmp_path / "a.mp4", list[Event]()
+    path.write_bytes(encode(20, 2000))
+    items = (Item("a", path, (Caption("x"),)),)
+    pack_shard(Job("000000", items, tmp_path, Profile()), events.append)
+    (note,) = (event.progress.note for event in events if event.progress)
+    assert note is not None and "a: its time stamps say 2000 frames a second, so all of it lasts 0.01 s" in note
