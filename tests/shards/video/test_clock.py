@@ -127,8 +127,8 @@ def test_a_broadcast_with_a_lost_stretch_is_right_or_refused() -> None:
 # ---- pictures that stay ----
 
 
-def lasting(container: str, count: int, seconds: float) -> bytes:
-    """So many frames of 25 a second, the last of which is shown for `seconds`."""
+def lasting(container: str, count: int, seconds: float, slower: int = 1) -> bytes:
+    """So many frames, one every `slower` 25ths of a second, the last of which is shown for `seconds`."""
     target = io.BytesIO()
     with (
         av.open(io.BytesIO(encode(count, FPS, options=GOP | {"bf": "0"}))) as file,
@@ -138,7 +138,7 @@ def lasting(container: str, count: int, seconds: float) -> bytes:
         packets = [packet for packet in file.demux(video=0) if packet.size]
         packets[-1].duration = round(seconds / packets[-1].time_base)
         for packet in packets:
-            packet.stream = stream
+            packet.pts, packet.dts, packet.stream = packet.pts * slower, packet.dts * slower, stream
             out.mux(packet)
     return target.getvalue()
 
@@ -184,6 +184,12 @@ def test_a_cut_of_an_avi_shows_the_picture_that_stands() -> None:
     data = made("avi", "mpeg4", times=HELD)  # its writer puts frame 10 in the first of the empty chunks
     cut = stored(data, "intra", 5.0, 10.0, fps=240)
     assert (list(shown(cut).values()), cut.source.times.tolist(), cut.source.duration) == ([10], [0.0], 5.0)
+
+
+def test_a_copied_cut_of_one_packet_shows_it() -> None:
+    """Packets of an FLV have no duration, and an edit list of none would hide it."""
+    cut = stored(lasting("flv", 4, 20.0, slower=500), "copy", 0.0, 0.5)
+    assert (shown(cut), cut.source.times.tolist(), cut.source.duration) == ({0: 0}, [0.0], 0.5)
 
 
 def test_a_cut_behind_the_last_picture_is_refused() -> None:
