@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -127,8 +128,8 @@ def test_a_broadcast_with_a_lost_stretch_is_right_or_refused() -> None:
 # ---- pictures that stay ----
 
 
-def lasting(container: str, count: int, seconds: float, slower: int = 1) -> bytes:
-    """So many frames, one every `slower` 25ths of a second, the last of which is shown for `seconds`."""
+def lasting(container: str, count: int, seconds: float) -> bytes:
+    """So many frames of 25 a second, the last of which is shown for `seconds`."""
     target = io.BytesIO()
     with (
         av.open(io.BytesIO(encode(count, FPS, options=GOP | {"bf": "0"}))) as file,
@@ -138,7 +139,7 @@ def lasting(container: str, count: int, seconds: float, slower: int = 1) -> byte
         packets = [packet for packet in file.demux(video=0) if packet.size]
         packets[-1].duration = round(seconds / packets[-1].time_base)
         for packet in packets:
-            packet.pts, packet.dts, packet.stream = packet.pts * slower, packet.dts * slower, stream
+            packet.stream = stream
             out.mux(packet)
     return target.getvalue()
 
@@ -187,8 +188,18 @@ def test_a_cut_of_an_avi_shows_the_picture_that_stands() -> None:
 
 
 def test_a_copied_cut_of_one_packet_shows_it() -> None:
-    """Packets of an FLV have no duration, and an edit list of none would hide it."""
-    cut = stored(lasting("flv", 4, 20.0, slower=500), "copy", 0.0, 0.5)
+    """Packets of such an FLV have no duration, and an edit list of none would hide it."""
+    target = io.BytesIO()
+    with av.open(target, "w", format="flv") as file:
+        stream = file.add_stream("libx264", rate=FPS, options=GOP | {"bf": "0"})
+        stream.width, stream.height, stream.pix_fmt = 160, 120, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 90_000)
+        for i in range(3):
+            frame = av.VideoFrame.from_ndarray(picture(i), format="rgb24")
+            frame.pts, frame.time_base = i * 20, Fraction(1)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+    cut = stored(target.getvalue(), "copy", 0.0, 0.5)
     assert (shown(cut), cut.source.times.tolist(), cut.source.duration) == ({0: 0}, [0.0], 0.5)
 
 
