@@ -116,25 +116,6 @@ class OrderPass(_FullPass):
         return self._cut(every, last_two, tick)
 
 
-class _Sound:
-    """When packets of sound are played, and between which of the pictures they stand in the file."""
-
-    def __init__(self):
-        self._times, self._places = array("d"), array("q")
-
-    def add(self, packet: av.Packet, place: int) -> None:
-        """`place`: how many packets of pictures stand before it."""
-        if packet.pts is not None and packet.time_base is not None:
-            self._times.append(float(packet.pts * packet.time_base))
-            self._places.append(place)
-
-    def goes_on(self, span: np.ndarray, low: int, high: int) -> bool:
-        """Whether it is played all through `span` (two times, seconds), by what stands from picture `low` to `high`."""
-        times, places = np.asarray(self._times), np.asarray(self._places)
-        times = times[(places >= low) & (places <= high) & (times > span[0]) & (times < span[1])]
-        return bool(np.diff(np.sort(np.append(times, span))).max() < JUMP)
-
-
 class DecodingPass(_FullPass):
     """Decodes the whole file once to see what comes out, and a second time for the pictures."""
 
@@ -145,12 +126,7 @@ class DecodingPass(_FullPass):
         stamps, came, durations = array("q"), array("q"), array("q")  # of each frame; `came`: the packet it came at
         clock, latest = 0.0, None
         suspect = None  # place of a packet that is marked as damaged
-        sound = _Sound()
-        hears = self._sounds[:1] if has_jumps(self.container) else ()
-        for packet in self.container.demux(self.stream, *hears):
-            if packet.stream != self.stream:
-                sound.add(packet, len(packets))
-                continue
+        for packet in self.container.demux(self.stream):
             if suspect is not None and self._jumps(packets, packet):
                 suspect = None
             if suspect is not None and (not packet.size or len(packets) - suspect > _LAST_OF_A_RECORDING):
@@ -189,7 +165,7 @@ class DecodingPass(_FullPass):
         if not stores_no_stamps(self.container):
             self._refuse_disorder(at, np.asarray(came), ticks)
         longest = JUMP / self._tick if has_jumps(self.container) else math.inf
-        at = increasing(at, ticks, longest, self._pauses(at, np.asarray(came), sound))
+        at = increasing(at, ticks, longest, self._pauses(at, np.asarray(came)))
         last_two = (durations[-2] * self._tick if len(durations) > 1 else 0.0, durations[-1] * self._tick)
         return self._cut(self._clock(at, int(at[0])), last_two, self._tick)
 
@@ -200,11 +176,35 @@ class DecodingPass(_FullPass):
             return False
         return not 0 <= (packet.dts - before.dts[-1]) * self._tick < JUMP
 
-    def _pauses(self, stamps: np.ndarray, came: np.ndarray, sound: _Sound) -> list[int]:
+    def _pauses(self, stamps: np.ndarray, came: np.ndarray) -> list[int]:
         """The frames before which the picture stands still for long while the sound goes on: no jump of the stamps."""
+        leaps = np.flatnonzero(np.diff(stamps) * self._tick > JUMP).tolist()
+        if not leaps or not has_jumps(self.container) or not self._sounds:
+            return []
+        times, places = self._heard()
         near = np.minimum(came, len(self.packets))
-        spans = ((int(i), stamps[i : i + 2] * self._tick) for i in np.flatnonzero(np.diff(stamps) * self._tick > JUMP))
-        return [i + 1 for i, span in spans if sound.goes_on(span, near[i] - _REORDERED, near[i + 1] + _REORDERED)]
+        out = []
+        for i in leaps:
+            span = stamps[i : i + 2] * self._tick
+            there = (places >= near[i] - _REORDERED) & (places <= near[i + 1] + _REORDERED)
+            played = times[there & (times > span[0]) & (times < span[1])]
+            if np.diff(np.sort(np.append(played, span))).max() < JUMP:
+                out.append(i + 1)
+        return out
+
+    def _heard(self) -> tuple[np.ndarray, np.ndarray]:
+        """When the packets of sound are played, seconds, and how many packets of pictures stand before each in the file."""
+        self._reopen()
+        sound, times, places, place = self._sounds[0], array("d"), array("q"), 0
+        for packet in self.container.demux(self.stream, sound):
+            if packet.stream == self.stream:
+                place += 1
+            elif packet.pts is not None and packet.time_base is not None:
+                times.append(float(packet.pts * packet.time_base))
+                places.append(place)
+            if place > len(self.packets) + _REORDERED:
+                break
+        return np.asarray(times), np.asarray(places)
 
     def _refuse_disorder(self, stamps: np.ndarray, came: np.ndarray, interval: int) -> None:
         """Raise VideoError where a frame steps back in time though the packets do not: what it refers to is lost."""
