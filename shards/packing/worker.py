@@ -41,6 +41,8 @@ from shards.video.profiles import Profile, Stored, store
 
 _DRIFT = 0.5  # seconds between a frame's time and where counting frames puts it, from which on a note is shown
 
+_FASTEST = 1000  # frames a second, above which a note is shown
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -182,6 +184,11 @@ def _pack_video(
         note = (
             f"{item.id}: its frame rate varies: frames are sampled by time; counting frames as the official code does would "
             f"be up to {drift:.1f} s off (data.sampling=uniform_by_frame)"
+        )
+    elif stored.source.fps > _FASTEST:
+        note = (
+            f"{item.id}: its time stamps say {float(stored.source.fps):.0f} frames a second, so all of it lasts "
+            f"{stored.source.duration:.3g} s; they are hardly right. Write it anew at its true rate"
         )
     return _Packed(row | frame_columns(stored.frames), crc32c(text), note)
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from shards import VideoError
 from shards.video import frame_pass
+from shards.video.cuts import stands, within
 from shards.video.frame_pass import CUT_MARGIN, Pass, Shown, Unpredictable
 from shards.video.picture import short
 from shards.video.probe import (
@@ -70,11 +71,16 @@ class _FullPass(Pass):
         `last_two`: for how long the last two frames of the file are shown, by their packets; seconds."""
         eps = min(1e-6, tick / 4)
         low, high = np.searchsorted(every, [self.start - eps, self.end - eps]) if not self.is_whole else (0, len(every))
+        if self.start > 0 and low > 0:
+            over = timeline(every, last_two, self._claimed, tick).duration
+            low -= stands(self.start, self.end, float(np.append(every, over)[low]))
         self._range = int(low), int(high)
         if low >= high:
             self._refuse_empty()
         last_two = last_two if high == len(every) else (0.0, 0.0)
-        return timeline(np.maximum(every[low:high] - max(0.0, self.start), 0.0), last_two, self._claimed, tick)
+        start = max(0.0, self.start)
+        when = timeline(every[low:high] - start, last_two, self._claimed, tick)
+        return within(when, self.end - start, bool(high < len(every)))
 
 
 class OrderPass(_FullPass):
@@ -154,10 +160,12 @@ class DecodingPass(_FullPass):
             at = at[back] + np.rint((np.arange(len(at)) - back) * interval / self._tick).astype(np.int64)
         else:
             at = np.rint(np.arange(len(at)) * interval / self._tick).astype(np.int64)
-        if not has_jumps(self.container):
-            at = locally_sorted(at)
+        ticks = max(1, round(interval / self._tick))
+        at = at if has_jumps(self.container) else locally_sorted(at)
+        if not stores_no_stamps(self.container):
+            self._refuse_disorder(at, np.asarray(came), ticks)
         longest = JUMP / self._tick if has_jumps(self.container) else math.inf
-        at = increasing(at, max(1, round(interval / self._tick)), longest)
+        at = increasing(at, ticks, longest, self._pauses(at, np.asarray(came)))
         last_two = (durations[-2] * self._tick if len(durations) > 1 else 0.0, durations[-1] * self._tick)
         return self._cut(self._clock(at, int(at[0])), last_two, self._tick)
 
@@ -167,6 +175,47 @@ class DecodingPass(_FullPass):
         if not has_jumps(self.container) or packet.dts is None or not before or before.dts[-1] == UNKNOWN:
             return False
         return not 0 <= (packet.dts - before.dts[-1]) * self._tick < JUMP
+
+    def _pauses(self, stamps: np.ndarray, came: np.ndarray) -> list[int]:
+        """The frames before which the picture stands still for long while the sound goes on: no jump of the stamps."""
+        leaps = np.flatnonzero(np.diff(stamps) * self._tick > JUMP).tolist()
+        if not leaps or not has_jumps(self.container) or not self._sounds:
+            return []
+        times, places = self._heard()
+        near = np.minimum(came, len(self.packets))
+        out = []
+        for i in leaps:
+            span = stamps[i : i + 2] * self._tick
+            there = (places >= near[i] - _REORDERED) & (places <= near[i + 1] + _REORDERED)
+            played = times[there & (times > span[0]) & (times < span[1])]
+            if np.diff(np.sort(np.append(played, span))).max() < JUMP:
+                out.append(i + 1)
+        return out
+
+    def _heard(self) -> tuple[np.ndarray, np.ndarray]:
+        """When the packets of sound are played, seconds, and how many packets of pictures stand before each in the file."""
+        self._reopen()
+        sound, times, places, place = self._sounds[0], array("d"), array("q"), 0
+        for packet in self.container.demux(self.stream, sound):
+            if packet.stream == self.stream:
+                place += 1
+            elif packet.pts is not None and packet.time_base is not None:
+                times.append(float(packet.pts * packet.time_base))
+                places.append(place)
+            if place > len(self.packets) + _REORDERED:
+                break
+        return np.asarray(times), np.asarray(places)
+
+    def _refuse_disorder(self, stamps: np.ndarray, came: np.ndarray, interval: int) -> None:
+        """Raise VideoError where a frame steps back in time though the packets do not: what it refers to is lost."""
+        dts = np.asarray(self.packets.dts)
+        known = np.flatnonzero(dts != UNKNOWN)
+        anew = known[1:][np.diff(dts[known]) < 0]
+        for i in np.flatnonzero(np.diff(stamps) < -2 * interval) + 1:
+            at = min(int(came[i]), len(dts))
+            if not ((anew >= at - 2 * _REORDERED) & (anew <= at)).any():
+                back = (stamps[i - 1] - stamps[i]) * self._tick
+                raise VideoError(f"it is damaged: frame {i} should be shown {back:.2f} s before frame {i - 1}")
 
     def _places(self, came: np.ndarray) -> np.ndarray:
         """Stamps of frames by the packets they came at, less those that the decoder holds back; -2**63: not known."""

@@ -10,6 +10,7 @@ import numpy as np
 
 from shards import VideoError
 from shards.video import frame_pass
+from shards.video.cuts import stands, within
 from shards.video.frame_pass import Pass, Shown, Unpredictable
 from shards.video.probe import (
     JUMP,
@@ -19,6 +20,7 @@ from shards.video.probe import (
     clock_zero,
     edits_twice,
     has_jumps,
+    may_restart,
     refuse_cut_short,
     stores_no_stamps,
     timeline,
@@ -38,6 +40,7 @@ class StampPass(Pass):
     ranks = np.zeros(0, np.int32)
     _inside_gop = False  # whether the file begins with frames that cannot be decoded
     _zero = 0  # stamp of the first frame shown
+    _seeks = False  # whether the packets before the cut's keyframe are passed over
 
     def seconds(self, stamps: np.ndarray) -> np.ndarray:
         """Stamps as seconds of the player's clock, from the start of the cut on."""
@@ -64,6 +67,7 @@ class StampPass(Pass):
         zero = None if self.is_whole else self._first_shown()
         if not self.is_whole and edits_twice(self.container, self.stream):
             raise Unpredictable("its edit list shows parts of the file in another order, or apart")
+        self._seeks = self.start > 0 and not may_restart(self._file, self.container)
         for packet in self._from_keyframe(zero):
             if packet.pts is None or packet.is_corrupt:
                 raise Unpredictable("packets without stamp, or damaged")
@@ -78,7 +82,7 @@ class StampPass(Pass):
         self._refuse_odd(np.asarray(packets.pts), np.asarray(packets.dts))
         if zero is not None and self.start > 0:
             self._refuse_false_keys()
-            if has_jumps(self.container):
+            if not self._seeks:
                 packets = self._drop_before(self._stamp(zero, self.start))
         pts = np.asarray(packets.pts)
         order = np.argsort(pts, kind="stable")
@@ -88,21 +92,32 @@ class StampPass(Pass):
         if not len(shown):
             raise VideoError("not one frame is shown: its edit list hides all of them")
         zero = self._zero = int(pts[shown[0]]) if zero is None else zero
-        # compared as integers: a frame at exactly the start or the end of the cut must not fall on the wrong side
-        inside = shown[(pts[shown] >= self._stamp(zero, self.start)) & (pts[shown] < self._stamp(zero, self.end))]
-        if not len(inside):
+        low, high = self._range(shown, pts[shown])
+        if low == high:
             self._refuse_empty()
+        inside = shown[low:high]
         self.ranks = np.full(len(packets), -1, np.int32)
         self.ranks[inside] = np.arange(len(inside))
-        times = np.maximum(self.seconds(pts[inside]), 0.0)  # what is rounded must not fall before the cut
         last = [packets.duration[i] * self._tick for i in inside[-2:]]
-        return timeline(times, (last[0], last[-1]), self._claimed, self._tick)
+        when = timeline(self.seconds(pts[inside]), (last[0], last[-1]), self._claimed, self._tick)
+        return within(when, self.end - max(0.0, self.start), high < len(shown))
+
+    def _range(self, shown: np.ndarray, stamps: np.ndarray) -> tuple[int, int]:
+        """Which frames are those of the cut, of all that are `shown` (packets), in order."""
+        # compared as integers: a frame at exactly the start or the end of the cut must not fall on the wrong side
+        low = int(np.searchsorted(stamps, self._stamp(self._zero, self.start)))
+        high = int(np.searchsorted(stamps, self._stamp(self._zero, self.end)))
+        if self.start > 0 and low > 0:
+            last = self.packets.duration[shown[-1]] * self._tick or float(1 / (self._claimed or 25))
+            next_one = np.append(self.seconds(stamps[low:]), self.seconds(stamps[-1:]) + last)[0]
+            low -= stands(0.0, self.end - self.start, float(next_one))
+        return low, high
 
     def _refuse_odd(self, pts: np.ndarray, dts: np.ndarray) -> None:
         known = dts[dts != UNKNOWN]
         if (np.diff(known) < 0).any() or (pts < dts).any():
             raise Unpredictable("stamps out of order")
-        if (self.start <= 0 or has_jumps(self.container)) and (pts < pts[0]).any():
+        if not self._seeks and (pts < pts[0]).any():
             raise Unpredictable("frames are shown before the first keyframe")
         if stores_no_stamps(self.container) and not np.array_equal(pts, dts):
             raise Unpredictable("the container stores no time of presentation")
@@ -129,7 +144,7 @@ class StampPass(Pass):
         if math.isinf(seconds) or seconds <= 0:
             return math.inf if seconds > 0 else -math.inf
         base = self._base
-        return math.ceil((_decimal(seconds) + clock_zero(self.container, first * base)) / base)
+        return math.ceil((_decimal(seconds) + clock_zero(self.container, self._sounds, first * base)) / base)
 
     def _first_shown(self) -> int:
         """The stamp of the first frame shown."""
@@ -164,10 +179,9 @@ class StampPass(Pass):
     def _from_keyframe(self, zero: int | None) -> Iterator[av.Packet]:
         """Packets from the last keyframe on that is shown no later than the start of the cut; `zero`: of the first frame."""
         key: int | None = None
-        seeks = self.start > 0 and not has_jumps(self.container)  # a jump before the cut would not be seen
-        if zero is not None and not seeks:
+        if zero is not None and not self._seeks:
             self._reopen()  # to go back
-        read = self.container.demux(self.stream) if zero is None or not seeks else self._seek(zero)
+        read = self.container.demux(self.stream) if zero is None or not self._seeks else self._seek(zero)
         for packet in read:
             if not packet.size:
                 continue
@@ -183,7 +197,7 @@ class StampPass(Pass):
                 key = packet.pts
                 if key is None or not packet.is_keyframe:
                     raise Unpredictable("it does not begin with a keyframe")
-            if (seeks or self._inside_gop) and packet.pts is not None and packet.pts < key:
+            if (self._seeks or self._inside_gop) and packet.pts is not None and packet.pts < key:
                 continue  # refers to what is before the keyframe, and is shown before the cut
             yield packet
 

@@ -151,6 +151,7 @@ def cut_copy(file: BinaryIO, start: float, end: float) -> tuple[SourceVideo, Wri
         rotation=shape.rotation, mirrored=shape.mirrored,
     )  # fmt: skip
     number = np.arange(packets, dtype=np.int32) - before
+    times[before] = when.times[0]  # 0 of one that stands when the cut begins
     frames = replace(stored.frames, number=number, time=times)
     return source, WrittenVideo(
         file=out, frames=frames, codec=stored.codec, extension=extension, extradata=stored.extradata, width=shape.width,
@@ -162,11 +163,14 @@ def _remux(cut: StampPass, out: BinaryIO, kind: str) -> tuple[int, int]:
     """Write the packets of a cut. Returns how many of its frames are shown before it, and how many there are."""
     stamps: list[int] = []
     first: float = math.inf
+    alone = not (cut.ranks[1:] >= 0).any()
     with av.open(out, "w", format=kind, options={"fflags": "+bitexact"}) as target:
         stream = target.add_stream_from_template(cut.stream, opaque=True)
         for packet, number in cut.again():
             if packet is None:
                 break
+            if alone and not packet.duration:  # of which an edit list would show nothing
+                packet.duration = max(1, round(1 / cut.timeline.fps / (cut.stream.time_base or 1)))
             assert packet.pts is not None, "`again` gives none without"
             stamps.append(packet.pts)
             if number >= 0:

@@ -14,6 +14,7 @@ import numpy as np
 from shards import VideoError
 from shards.video.picture import Shape, shape_of, short
 from shards.video.probe import Packets, Timeline, clock_zero, open_video
+from shards.video.programs import sound_of
 
 CUT_MARGIN = 1.0  # seconds read beyond the end of a cut
 
@@ -32,7 +33,8 @@ class Shown:
 
 
 class Pass(ABC):
-    """A pass over the frames with start <= time < end, in seconds of the clock that a player shows.
+    """A pass over the frames with start <= time < end, in seconds of the clock that a player shows. Where the first second of
+    that, or all, shows no new frame, it begins with the one that is still shown.
 
     `timeline` says when each is shown. `packets` are those that were read for it. After `frames` has given the first frame,
     `shape` is how frames are shown. `on_packet(packets, packet)` stores each packet that is read. Use it as a context
@@ -47,7 +49,7 @@ class Pass(ABC):
     ):  # fmt: skip
         self._file, self.start, self.end = file, start, end
         self._on_packet = on_packet
-        self.container, self.stream = open_video(file)
+        self._open()
         self.packets = Packets()
         self.shape: Shape | None = None
         try:
@@ -107,7 +109,7 @@ class Pass(ABC):
     def _clock(self, stamps: np.ndarray, first: int, start: Fraction | int = 0) -> np.ndarray:
         """Stamps as seconds of the player's clock since `start`; `first` is the stamp of the first frame shown."""
         base = self._base
-        origin = clock_zero(self.container, first * base) + start
+        origin = clock_zero(self.container, self._sounds, first * base) + start
         ticks = math.floor(origin / base)  # so that only the rest of it is rounded
         return (stamps - ticks) * base.numerator / base.denominator - float(origin - ticks * base)
 
@@ -118,7 +120,11 @@ class Pass(ABC):
 
     def _reopen(self) -> None:
         self.container.close()
+        self._open()
+
+    def _open(self) -> None:
         self.container, self.stream = open_video(self._file)
+        self._sounds = sound_of(self._file, self.container, self.stream)
 
 
 def decode(context: av.VideoCodecContext, packet: av.Packet | None) -> list[av.VideoFrame]:

@@ -7,6 +7,7 @@ file counts what its edit list hides, an AVI counts chunks that are empty. So al
 import itertools
 import struct
 from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import BinaryIO
@@ -21,6 +22,7 @@ av.logging.set_level(av.logging.PANIC)  # libav's own lines say nothing that our
 
 UNKNOWN = -(2**63)  # a packet without stamp or place
 _BUFFER = 1 << 18  # bytes a read
+_NOTHING = 256  # bytes that may follow the end of a recording and hold no other
 _TEXT = {"tty", "bin", "xbin", "adf", "idf"}  # by the file's name alone: any text would be a video that shows it
 _ALONE = {"protocol_whitelist": "none"}  # a playlist or a list of files names others, which nobody meant to read
 _NO_TIMESTAMPS: int = av.format.Flags.no_timestamps.value  # type: ignore[assignment]  # an enum of numbers
@@ -108,6 +110,21 @@ def has_jumps(container: av.container.InputContainer) -> bool:
     return container.format.name in ("mpegts", "mpeg")
 
 
+def may_restart(file: BinaryIO, container: av.container.InputContainer) -> bool:
+    """Whether time stamps may start anew within the file, as where recordings were joined: to seek would pass that over.
+
+    An mp4, an AVI and an ASF have one clock; so has a Matroska file whose one Segment fills it.
+    """
+    kind = container.format.name.split(",")[0]
+    if kind != "matroska":
+        return kind not in ("mov", "avi", "asf")
+    before = file.tell()
+    size = file.seek(0, 2)
+    end = _segment_end(file)
+    file.seek(before)  # libav goes on reading there
+    return not end or size - end > _NOTHING
+
+
 def edits_twice(container: av.container.InputContainer, stream: av.VideoStream) -> bool:
     """Whether the edit list of an mp4 goes to and fro, so that what is shown later may stand earlier."""
     if container.format.name.split(",")[0] != "mov":
@@ -116,12 +133,12 @@ def edits_twice(container: av.container.InputContainer, stream: av.VideoStream) 
     return any(after < before for before, after in itertools.pairwise(stamps))
 
 
-def clock_zero(container: av.container.InputContainer, first: Fraction) -> Fraction:
+def clock_zero(container: av.container.InputContainer, sounds: Iterable[av.AudioStream], first: Fraction) -> Fraction:
     """The time stamp, in seconds, at which a player's clock shows 0: where the first of picture and sound begins.
 
-    `first` is that of the first picture shown. Sound before 0 is what a decoder needs to start, and is not played.
+    `first` is that of the first picture shown, `sounds` what is played with it (see `sound_of`). Sound before 0 is what a decoder needs to start, and is not played.
     """
-    starts = ((s.start_time, s.time_base) for s in container.streams.audio)
+    starts = ((s.start_time, s.time_base) for s in sounds)
     zero = min([first, *(start * base for start, base in starts if start is not None and base is not None)])
     if zero >= 0 or has_jumps(container):  # there, libav counts down from where stamps start anew
         return zero
@@ -174,12 +191,12 @@ def _rate(times: np.ndarray, claimed: Fraction | None, tick: float) -> Fraction:
 
 def _last(times: np.ndarray, last_two: tuple[float, float], usual: float, even: bool, tick: float) -> float:
     """For how long the last frame is shown."""
-    if even and len(times) > 1:
-        return usual
     if len(times) < 2:
         return last_two[1] or usual
     before = float(times[-1] - times[-2])
     believable = last_two[1] > 0 and abs(last_two[0] - before) <= max(1.5 * tick, 0.1 * before)
+    if even:  # a rounded or a guessed length is no better than the usual one
+        return last_two[1] if believable and last_two[1] > 2 * usual + tick else usual
     return last_two[1] if believable else before
 
 
@@ -205,8 +222,9 @@ def nearest(times: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     return np.where(wanted - times[left] <= times[right] - wanted, left, right)
 
 
-def increasing(stamps: np.ndarray, interval: int, longest: float) -> np.ndarray:
-    """Stamps (int64, in ticks) as a player's clock goes through them: without leaps back, or over more than `longest`.
+def increasing(stamps: np.ndarray, interval: int, longest: float, pauses: Sequence[int] = ()) -> np.ndarray:
+    """Stamps (int64, in ticks) as a player's clock goes through them: without leaps back, or over more than `longest` but
+    for those to the frames `pauses`.
 
     A frame that is stamped a little early follows the one before by a tick; one that is far off begins a new count, as
     players and ffmpeg do (its `-dts_delta_threshold` of 10 s).
@@ -214,7 +232,7 @@ def increasing(stamps: np.ndarray, interval: int, longest: float) -> np.ndarray:
     out, shift = stamps.tolist(), 0
     for i in range(1, len(out)):
         step = out[i] + shift - out[i - 1]
-        if step < -2 * interval or step > longest:
+        if step < -2 * interval or (step > longest and i not in pauses):
             shift += interval - step
         out[i] = max(out[i] + shift, out[i - 1] + 1)
     return np.asarray(out, np.int64)

@@ -134,7 +134,8 @@ class Stored(WrittenVideo):
 
 def store(file: BinaryIO, name: str, profile: Profile, start: float | None = None, end: float | None = None) -> Stored:
     """The stored form of the video in `file` (seekable; `name` is what it is called), cut to the frames with
-    start <= time < end, in seconds as a player's clock shows them.
+    start <= time < end, in seconds as a player's clock shows them, and, where the first second of that or all of it shows no
+    new frame, the one that is still shown at `start`.
 
     Memory does not grow with the video, and the work with the cut, not with what is around it. Frame numbers count from
     the first kept frame on and times from the start of the cut, as if it were a video of its own; a cut with `copy` begins at the keyframe

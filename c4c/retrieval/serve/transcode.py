@@ -17,7 +17,8 @@ from shards.split import Split
 from shards.video.decode import WAYS
 from shards.video.frame_pass import Unpredictable
 from shards.video.picture import Shape, shape_of, short, standard_range, turned
-from shards.video.probe import clock_zero, open_video
+from shards.video.probe import JUMP, clock_zero, may_restart, open_video
+from shards.video.programs import sound_of
 from shards.video.random_access import decode_stored, shape_of_stored
 from shards.video.writer import usual_priority
 
@@ -152,19 +153,24 @@ def _thinned(times: np.ndarray) -> Callable[[int], bool]:
 
 
 def sound(file: BinaryIO, start: float, end: float) -> Iterator[av.AudioFrame]:
-    """The sound of seconds [start, end), stamped from 0 at `start` on."""
-    container, _ = open_video(file)
+    """The sound of seconds [start, end), stamped from 0 at `start` on. None from where its time stamps start anew."""
+    container, video = open_video(file)
     with closing(container):
-        stream = next(iter(container.streams.audio), None)
-        video = container.streams.best("video")
-        if stream is None or video is None or stream.time_base is None or video.time_base is None:
+        sounds = sound_of(file, container, video)
+        stream = next(iter(sounds), None)
+        if stream is None or stream.time_base is None or video.time_base is None:
             return
         first = Fraction(video.start_time or 0) * video.time_base
-        zero = float(clock_zero(container, first))
-        if start > 1:
-            container.seek(int((start + zero - 0.5) * 1e6), backward=True)
+        zero = float(clock_zero(container, sounds, first))
+        begin = start + zero - 0.5
+        if may_restart(file, container):
+            decoded = _in_one_count(container, stream, begin)
+        else:
+            if start > 1:
+                container.seek(int(begin * 1e6), backward=True)
+            decoded = container.decode(stream)
         resampler = av.AudioResampler("fltp", "stereo", _RATE)
-        for frame in container.decode(stream):
+        for frame in decoded:
             if frame.pts is None or frame.time_base is None:
                 continue
             at = float(frame.pts * frame.time_base) - zero
@@ -174,6 +180,22 @@ def sound(file: BinaryIO, start: float, end: float) -> Iterator[av.AudioFrame]:
                 continue
             frame.pts, frame.time_base = round((at - start) * _RATE), Fraction(1, _RATE)
             yield from resampler.resample(frame)
+
+
+def _in_one_count(
+    container: av.container.InputContainer, stream: av.AudioStream, begin: float
+) -> Iterator[av.AudioFrame]:
+    """The frames whose time stamps are at least `begin` seconds, read from the beginning up to where stamps jump."""
+    last = None
+    for packet in container.demux(stream):
+        if packet.pts is not None and packet.time_base is not None:
+            at = float(packet.pts * packet.time_base)
+            if last is not None and not 0 <= at - last < JUMP:
+                return
+            last = at
+            if at < begin:
+                continue
+        yield from packet.decode()
 
 
 class _Encoder:

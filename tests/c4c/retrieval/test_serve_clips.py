@@ -14,6 +14,7 @@ from c4c.retrieval.serve import transcode, worker
 from shards import VideoError
 from tests.c4c.retrieval import stand_in
 from tests.c4c.retrieval.serving import Served, colour, played
+from tests.shards.video.stored import with_sound
 from tests.videos import encode, number_in
 
 pytestmark = pytest.mark.slow
@@ -134,6 +135,13 @@ def test_clips_have_the_colours_of_their_video(tmp_path, space, full):
     for place, rgb in enumerate(stand_in.COLOURS.values()):
         middle = np.median(shown[20:44, place * side + 10 : place * side + 30], axis=(0, 1))
         assert np.abs(middle - rgb).max() <= 8, (rgb, middle)
+
+
+def test_a_clip_has_no_sound_of_another_moment():
+    """Of recordings that were joined, whose time stamps start anew."""
+    data = with_sound("mpegts", list(range(40)), 1.6) * 2
+    frames = list(transcode.sound(io.BytesIO(data), 1.0, 2.4))
+    assert sum(frame.samples for frame in frames) / 48_000 == pytest.approx(0.6, abs=0.1)
 
 
 def test_a_clip_of_nothing(tmp_path):

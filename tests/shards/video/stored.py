@@ -6,6 +6,7 @@ import io
 from fractions import Fraction
 
 import av
+import numpy as np
 
 from shards.video.profiles import Profile, Stored, store
 from shards.video.random_access import pick_frames
@@ -63,6 +64,34 @@ def rotated(data: bytes, degrees: int) -> bytes:
             if packet.size:
                 packet.stream = stream
                 out.mux(packet)
+    return target.getvalue()
+
+
+def with_sound(
+    container: str, stamps: list[int], seconds: float, options: dict[str, str] | None = None, later: float = 0.0
+) -> bytes:
+    """Pictures 0, 1, … at these 25ths of a second (none: sound alone), and so many seconds of sound; all begins `later`."""
+    target = io.BytesIO()
+    with av.open(target, "w", format=container, options=options or {}) as file:
+        stream = file.add_stream("libx264", rate=25, options=GOP | {"bf": "0"}) if stamps else None
+        sound = file.add_stream("mp2", rate=48000)
+        packets = []
+        for i, stamp in enumerate(stamps):
+            frame = av.VideoFrame.from_ndarray(videos.picture(i), format="rgb24").reformat(format="yuv420p")
+            frame.pts, frame.time_base = stamp, Fraction(1, 25)
+            if i == 0:
+                stream.width, stream.height, stream.pix_fmt = frame.width, frame.height, "yuv420p"
+            packets += stream.encode(frame)
+        packets += stream.encode(None) if stream else []
+        for i in range(round(seconds * 48000 / 1152)):
+            samples = av.AudioFrame.from_ndarray(np.zeros((1, 1152), np.int16), format="s16", layout="mono")
+            samples.sample_rate, samples.pts, samples.time_base = 48000, i * 1152, Fraction(1, 48000)
+            packets += sound.encode(samples)
+        packets += sound.encode(None)
+        for packet in sorted(packets, key=lambda packet: packet.dts * packet.time_base):
+            shift = round(later / packet.time_base)
+            packet.pts, packet.dts = packet.pts + shift, packet.dts + shift
+            file.mux(packet)
     return target.getvalue()
 
 
