@@ -110,6 +110,8 @@ def _sliced(file: BinaryIO, video_pass: StampPass) -> SourceVideo:
     """What is in a file whose packets can be decoded out of their place. Raises Unpredictable if they cannot."""
     codec = av.Codec(video_pass.context.name, "r").canonical_name
     usual, expected = codec in _USUAL, []
+    if usual and video_pass.told_beside:  # what is not usual is compared
+        raise Unpredictable("what its decoder has to know stands beside its packets")
     for shown in video_pass.frames():
         if usual:  # the first tells the shape
             break
