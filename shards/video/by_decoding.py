@@ -19,7 +19,6 @@ from shards.video.probe import (
     has_jumps,
     increasing,
     locally_sorted,
-    refuse_cut_short,
     stores_no_stamps,
     timeline,
 )
@@ -95,7 +94,7 @@ class OrderPass(_FullPass):
                 if packet.dts is not None and packet.dts * tick > self.end + CUT_MARGIN:
                     break
         else:
-            refuse_cut_short(self._file, self.container, self.stream, packets)
+            self._refuse_cut_short()
         if not packets:
             raise VideoError("not one frame decodes")
         dts = np.asarray(packets.dts)
@@ -140,7 +139,7 @@ class DecodingPass(_FullPass):
             if clock > self.end + CUT_MARGIN:
                 break
         else:
-            refuse_cut_short(self._file, self.container, self.stream, packets)
+            self._refuse_cut_short()
         if not stamps:
             raise VideoError("not one frame decodes")
         at = np.asarray(stamps)

@@ -7,6 +7,7 @@ from fractions import Fraction
 
 import av
 import numpy as np
+from av.packet import PktSideDataT
 
 from shards import VideoError
 from shards.video import frame_pass
@@ -19,12 +20,15 @@ from shards.video.probe import (
     clock_zero,
     edits_twice,
     has_jumps,
-    refuse_cut_short,
     stores_no_stamps,
     timeline,
 )
 
-_TOLD_ONCE = ("palette", "new_extradata", "param_change")  # libav does not tell them again after it was sent back
+_TOLD_ONCE: tuple[PktSideDataT, ...] = (
+    "palette",
+    "new_extradata",
+    "param_change",
+)  # libav does not tell them again after it was sent back
 _MARKED = {"h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mpeg2video", "mpeg1video"}  # parsers find their keyframes
 
 
@@ -74,11 +78,13 @@ class StampPass(Pass):
             self._on_packet(self.packets, packet)
             if zero is not None and packet.dts is not None and packet.dts >= self._stamp(zero, self.end):
                 break
+        else:
+            self._refuse_cut_short()
         packets = self.packets
         if self.told_beside and self.start > 0:
             raise Unpredictable("what its decoder has to know stands beside packets before the cut")
         if self.is_whole:
-            refuse_cut_short(self._file, self.container, self.stream, packets)
+            self._refuse_cut_short()
         if not packets:
             raise Unpredictable("no packets")
         self._refuse_odd(np.asarray(packets.pts), np.asarray(packets.dts))
@@ -105,7 +111,7 @@ class StampPass(Pass):
         return timeline(times, (last[0], last[-1]), self._claimed, self._tick)
 
     def _heed(self, packet: av.Packet) -> None:
-        self.told_beside = self.told_beside or any(map(packet.has_sidedata, _TOLD_ONCE))
+        self.told_beside = self.told_beside or any(packet.has_sidedata(kind) for kind in _TOLD_ONCE)
 
     def _refuse_odd(self, pts: np.ndarray, dts: np.ndarray) -> None:
         known = dts[dts != UNKNOWN]

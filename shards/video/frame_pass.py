@@ -12,6 +12,7 @@ import av
 import numpy as np
 
 from shards import VideoError
+from shards.video.damage import refuse_cut_short, refuse_passed_over
 from shards.video.picture import Shape, shape_of, short
 from shards.video.probe import Packets, Timeline, clock_zero, open_video
 
@@ -47,15 +48,20 @@ class Pass(ABC):
     ):  # fmt: skip
         self._file, self.start, self.end = file, start, end
         self._on_packet = on_packet
-        self.container, self.stream = open_video(file)
         self.packets = Packets()
         self.shape: Shape | None = None
-        try:
-            with _library_errors(self.gives_up):
-                self.timeline: Timeline = self._plan()
-        except BaseException:
-            self.container.close()
-            raise
+        self._at_end = False  # whether the file was read to its end
+        with av.logging.Capture() as lines:  # of this thread
+            self.container, self.stream = open_video(file)
+            try:
+                try:
+                    with _library_errors(self.gives_up):
+                        self.timeline: Timeline = self._plan()
+                finally:  # where this is why it failed, it is the better reason
+                    refuse_passed_over(self.container, self.stream, self.packets, lines, self._at_end)
+            except BaseException:
+                self.container.close()
+                raise
 
     @abstractmethod
     def _plan(self) -> Timeline:
@@ -110,6 +116,10 @@ class Pass(ABC):
         origin = clock_zero(self.container, first * base) + start
         ticks = math.floor(origin / base)  # so that only the rest of it is rounded
         return (stamps - ticks) * base.numerator / base.denominator - float(origin - ticks * base)
+
+    def _refuse_cut_short(self) -> None:
+        self._at_end = True
+        refuse_cut_short(self._file, self.container, self.stream, self.packets)
 
     def _refuse_empty(self) -> None:
         raise VideoError(

@@ -5,7 +5,7 @@ file counts what its edit list hides, an AVI counts chunks that are empty. So al
 """
 
 import itertools
-import struct
+import logging
 from array import array
 from dataclasses import dataclass
 from fractions import Fraction
@@ -17,7 +17,10 @@ import numpy as np
 from shards import VideoError
 from shards.video.picture import short
 
-av.logging.set_level(av.logging.PANIC)  # libav's own lines say nothing that our errors do not
+# Of libav's lines those of a demuxer tell damage (see shards.video.damage); all others say nothing that our errors do not.
+av.logging.set_level(av.logging.ERROR)
+av.logging.set_skip_repeated(False)  # or the end of a repetition would be told among the lines of another file
+logging.getLogger("libav").setLevel(logging.CRITICAL + 1)
 
 UNKNOWN = -(2**63)  # a packet without stamp or place
 _BUFFER = 1 << 18  # bytes a read
@@ -228,123 +231,3 @@ def locally_sorted(stamps: np.ndarray) -> np.ndarray:
 
 
 JUMP = 10.0  # seconds between two frames that are no pause
-
-
-# ---- whether all of a file is there ----
-
-
-def refuse_cut_short(
-    file: BinaryIO, container: av.container.InputContainer, stream: av.VideoStream, packets: Packets
-) -> None:
-    """Raise VideoError if the file ends before what it says it holds. Its bytes must prove it: a count alone may be wrong."""
-    before = file.tell()
-    try:
-        _refuse_cut_short(file, container, stream, packets)
-    finally:
-        file.seek(before)  # libav goes on reading there
-
-
-def _refuse_cut_short(
-    file: BinaryIO, container: av.container.InputContainer, stream: av.VideoStream, packets: Packets
-) -> None:
-    file.seek(0, 2)
-    size, kind = file.tell(), container.format.name.split(",")[0]
-    if kind == "mov":
-        entries = stream.index_entries
-        present = sum(entry.pos + entry.size <= size for entry in entries)
-        if present < len(entries):
-            _cut_short(len(entries), present)
-        if _fragment_end(file) > size:
-            raise VideoError("the file is cut short: its last fragment promises more bytes than the file has")
-    elif kind == "flv" and _flv_end(file, size) > size:
-        raise VideoError("the file is cut short: it ends inside a tag")
-    elif kind == "asf" and (promised := _asf_size(file)) > size:
-        raise VideoError(f"the file is cut short: its header promises {promised} bytes, {size} are there")
-    elif kind == "gif" and not _ends_with(file, size, b";"):
-        raise VideoError("the file is cut short: the end mark of a GIF is missing")
-    elif kind == "avi" and packets:
-        chunks = max(packets.dts) + 1  # of the video, empty ones among them
-        if chunks < stream.frames and _riff_end(file) > size + 1:
-            _cut_short(stream.frames, chunks)
-    elif kind == "matroska" and packets and _segment_end(file) > size:
-        base = float(stream.time_base or 0)
-        end = (max(packets.pts) + packets.duration[-1]) * base
-        promised_s = float(container.duration or 0) / 1e6
-        if not promised_s or end < promised_s - max(0.5, 0.01 * promised_s):
-            raise VideoError(
-                f"the file is cut short: its header promises {promised_s:.1f} s, {end:.1f} s are there"
-                if promised_s else "the file is cut short: its header promises more bytes than the file has"
-            )  # fmt: skip
-
-
-def _cut_short(promised: int, present: int) -> None:
-    raise VideoError(f"the file is cut short: its header promises {promised} frames, {present} are there")
-
-
-def _riff_end(file: BinaryIO) -> int:
-    """Where the RIFF chunk of an AVI ends; 0 if its writer left that open."""
-    file.seek(0)
-    head = file.read(8)
-    size = struct.unpack("<I", head[4:])[0] if head[:4] == b"RIFF" and len(head) == 8 else 0
-    return size + 8 if size not in (0, 0xFFFFFFFF) else 0
-
-
-def _fragment_end(file: BinaryIO) -> int:
-    """Where the last box of a fragmented mp4 ends (ISO 14496-12, 4.2 and 8.8); 0 for an mp4 without fragments."""
-    at, end, fragments = 0, 0, False
-    while True:
-        file.seek(at)
-        head = file.read(16)
-        if len(head) < 8:
-            return end if fragments else 0
-        length, kind = struct.unpack(">I4s", head[:8])
-        if length == 1 and len(head) == 16:
-            length = struct.unpack(">Q", head[8:])[0]
-        if length < 8:  # 0: to the end of the file
-            return end if fragments else 0
-        fragments = fragments or kind == b"moof"
-        at += length
-        end = at if kind in (b"moof", b"mdat") else end
-
-
-def _flv_end(file: BinaryIO, size: int) -> int:
-    """Where the last tag of an FLV ends (Adobe FLV 10.1, E.3)."""
-    file.seek(5)
-    at = struct.unpack(">I", file.read(4).rjust(4, b"\0"))[0] + 4
-    while at + 11 <= size:
-        file.seek(at + 1)
-        at += 15 + int.from_bytes(file.read(3), "big")
-    return at - 4 if at - 4 <= size < at else at  # some writers leave out the last tag's size
-
-
-def _asf_size(file: BinaryIO) -> int:
-    """The size of the file that an ASF header states (ASF 3.2, file properties); 0 if it was broadcast."""
-    file.seek(0)
-    head = file.read(1 << 16)
-    at = head.find(bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365"))
-    if at < 0 or len(head) < at + 92 or head[at + 88] & 1:
-        return 0
-    return struct.unpack("<Q", head[at + 40 : at + 48])[0]
-
-
-def _ends_with(file: BinaryIO, size: int, mark: bytes) -> bool:
-    file.seek(max(0, size - 64))
-    return file.read().rstrip(b"\0").endswith(mark)
-
-
-def _segment_end(file: BinaryIO) -> int:
-    """Where the Segment of a Matroska file ends; 0 if its writer left that open (RFC 8794, 4 to 6)."""
-    file.seek(0)
-    head, at = file.read(4096), 0
-    while at + 12 <= len(head):
-        length = 8 - head[at].bit_length() + 1  # of an element's ID, in bytes
-        name, at = head[at : at + length], at + length
-        width = 8 - head[at].bit_length() + 1 if head[at] else 9
-        if width > 8 or length > 4:
-            return 0
-        value = int.from_bytes(head[at : at + width], "big") & ((1 << 7 * width) - 1)
-        at += width
-        if name == b"\x18\x53\x80\x67":
-            return 0 if value == (1 << 7 * width) - 1 else at + value
-        at += value
-    return 0
