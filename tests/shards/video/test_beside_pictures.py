@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import io
+from fractions import Fraction
+
 import av
 import numpy as np
 import pytest
+from PIL import Image, ImageOps
 
+from shards.video.random_access import pick_frames
 from tests.shards.video.stored import encoded, numbered, shown, stored
+from tests.videos import picture
 
 EXACT = {"fps": 240, "quality": 1}
 
@@ -31,3 +37,39 @@ def test_pictures_with_a_palette(codec: str, pix_fmt: str, container: str) -> No
     assert shown(stored(data, start=0.4, end=0.8, **EXACT)) == {i: i + 10 for i in range(10)}
     assert shown(stored(data, start=0.0, end=0.4, **EXACT)) == {i: i for i in range(10)}
     assert set(shown(stored(data, fps=1)).values()) == {0, 25}
+
+
+def photos(suffix: str, orientation: int) -> bytes:
+    """A video of photographs as a camera writes them, with EXIF."""
+    exif, target = Image.Exif(), io.BytesIO()
+    exif[0x10F], exif[0x112] = "Camera", orientation
+    with av.open(target, "w", format="mov") as file:
+        stream = file.add_stream("mjpeg" if suffix == "jpeg" else "png", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 160, 120, "yuvj420p" if suffix == "jpeg" else "rgb24"
+        for i in range(10):
+            photo = io.BytesIO()
+            Image.fromarray(picture(i)).save(photo, suffix, exif=exif, **({"quality": 95} if suffix == "jpeg" else {}))
+            packet = av.Packet(photo.getvalue())
+            packet.stream, packet.pts, packet.dts, packet.time_base = stream, i, i, Fraction(1, 25)
+            packet.is_keyframe = True
+            file.mux(packet)
+    return target.getvalue()
+
+
+@pytest.mark.parametrize("suffix", ["jpeg", "png"])
+def test_pictures_with_exif(suffix: str) -> None:
+    data = photos(suffix, 1)
+    for profile in ({"name": "copy"}, EXACT):
+        assert shown(stored(data, **profile)) == {i: i for i in range(10)}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_taken_with_a_turned_camera(orientation: int) -> None:
+    data = photos("jpeg", orientation)
+    with av.open(io.BytesIO(data)) as file:
+        first = bytes(next(file.demux(video=0)))
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(first))).convert("RGB"))
+    what = stored(data, "copy")
+    held = what.file.read()
+    seen = pick_frames(what, lambda at, size: held[at : at + size], [0])[0]
+    assert seen.shape == expected.shape and np.abs(seen.astype(int) - expected).mean() < 2
