@@ -8,6 +8,7 @@ from typing import BinaryIO
 import av
 
 from shards import VideoError
+from shards.video import gif
 from shards.video.probe import Packets
 
 # What libav says where it passes over bytes, by container. None of it is said of whole files, as other lines are.
@@ -100,6 +101,8 @@ def _refuse_cut_short(
         raise VideoError(f"the file is cut short: its header promises {promised} bytes, {size} are there")
     elif kind == "gif" and not _ends_with(file, size, b";"):
         raise VideoError("the file is cut short: the end mark of a GIF is missing")
+    elif kind == "gif" and (at := gif.hole(file)):
+        raise VideoError(f"the file is damaged: no block of a GIF begins at byte {at}")
     elif kind == "avi" and packets:
         chunks = max(packets.dts) + 1  # of the video, empty ones among them
         if chunks < stream.frames and _riff_end(file) > size + 1:

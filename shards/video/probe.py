@@ -15,6 +15,7 @@ import av
 import numpy as np
 
 from shards import VideoError
+from shards.video import gif
 from shards.video.picture import short
 
 # Of libav's lines those of a demuxer tell damage (see shards.video.damage); all others say nothing that our errors do not.
@@ -69,7 +70,7 @@ def open_video(file: BinaryIO) -> tuple[av.container.InputContainer, av.VideoStr
     file.seek(0)
     if not file.read(1):
         raise VideoError("the file is empty (0 bytes)")
-    file.seek(0)
+    file = gif.as_browsers_time_it(file) if gif.begins_like_a_gif(file) else file
     try:
         container = av.open(file, "r", metadata_errors="ignore", buffer_size=_BUFFER, options=_ALONE)
     except (av.FFmpegError, ValueError) as error:
