@@ -36,7 +36,7 @@ class Pass(ABC):
     """A pass over the frames with start <= time < end, in seconds of the clock that a player shows.
 
     `timeline` says when each is shown. `packets` are those that were read for it. After `frames` has given the first frame,
-    `shape` is how frames are shown. `on_packet(packets, packet)` stores each packet that is read. Use it as a context
+    `shape` is how frames are shown, and `notes` say what may surprise. `on_packet(packets, packet)` stores each packet that is read. Use it as a context
     manager. Raises VideoError for a file that cannot be used, Unpredictable if another way has to decide.
     """
 
@@ -50,6 +50,9 @@ class Pass(ABC):
         self._on_packet = on_packet
         self.packets = Packets()
         self.shape: Shape | None = None
+        self.notes: list[str] = []
+        self._first_size: tuple | None = None
+        self._resized = False
         self._at_end = False  # whether the file was read to its end
         with av.logging.Capture() as lines:  # of this thread
             self.container, self.stream = open_video(file)
@@ -90,7 +93,19 @@ class Pass(ABC):
     def frames(self, wanted: Callable[[int], bool] = lambda number: True) -> Iterator[Shown]:
         """The wanted frames in display order. Raises VideoError at the first that does not decode."""
         with _library_errors(self.gives_up):
-            yield from self._decode(wanted)
+            for shown in self._decode(wanted):
+                if self._heed_size(shown.frame):
+                    self.notes.append(resized_note(shown.time))
+                yield shown
+
+    def _heed_size(self, frame: av.VideoFrame) -> bool:
+        """Whether this is the first frame that has not the size of the first one."""
+        size = frame.width, frame.height, self.context.sample_aspect_ratio
+        self._first_size = self._first_size or size
+        if self._resized or size == self._first_size:
+            return False
+        self._resized = True
+        return True
 
     def _note_shape(self, frame: av.VideoFrame) -> None:
         if self.shape is None:
@@ -129,6 +144,11 @@ class Pass(ABC):
     def _reopen(self) -> None:
         self.container.close()
         self.container, self.stream = open_video(self._file)
+
+
+def resized_note(seconds: float) -> str:
+    """What is said of a video whose pictures change size after so many seconds."""
+    return f"its pictures change size or shape at {seconds:.1f} s: from there on they are stretched to the shape of the first"
 
 
 def decode(context: av.VideoCodecContext, packet: av.Packet | None) -> list[av.VideoFrame]:

@@ -13,7 +13,7 @@ from crc32c import crc32c
 from shards.schema import Coding, FrameTable
 from shards.video.by_stamps import StampPass
 from shards.video.decode import WAYS
-from shards.video.frame_pass import Pass, Unpredictable
+from shards.video.frame_pass import Pass, Unpredictable, resized_note
 from shards.video.picture import Shape, upright
 from shards.video.probe import Packets
 from shards.video.random_access import packet_of, stored_decoder
@@ -28,7 +28,7 @@ _SURE = {"h264", "hevc"}  # their decoders show nothing before a keyframe
 class SourceVideo:
     """What a video file holds, or a cut of it: `times` are those of the frames of the cut (see Timeline), and `frames`
     the table of what is in the file. Width and height are as displayed, `duration` is in seconds; `rotation` and
-    `mirrored` say what is to be done to decoded frames (see Shape)."""
+    `mirrored` say what is to be done to decoded frames (see Shape). `notes` are for people."""
 
     codec: str
     width: int
@@ -42,6 +42,7 @@ class SourceVideo:
     extradata: bytes
     coding: Coding
     frames: FrameTable
+    notes: tuple[str, ...] = ()
 
 
 def scan(file: BinaryIO | bytes) -> SourceVideo:
@@ -89,6 +90,7 @@ def describe(done: Pass, frames: FrameTable) -> SourceVideo:
         extradata=bytes(done.context.extradata or b""),
         coding=Coding.of(done.context),
         frames=frames,
+        notes=tuple(done.notes),
     )
 
 
@@ -122,9 +124,15 @@ def _sliced(file: BinaryIO, video_pass: StampPass) -> SourceVideo:
     source = describe(video_pass, _frame_table(video_pass, offsets))
     sure = codec in _SURE or video_pass.context.codec.intra_only
     try:
-        crcs = {i: 0 if usual and sure else crc32c(upright(frame).data) for i, frame in _decoded_alone(file, source)}
+        crcs: dict[int, int] = {}
+        sizes: dict[tuple[int, int], int] = {}
+        for i, frame in _decoded_alone(file, source):
+            crcs[i] = 0 if usual and sure else crc32c(upright(frame).data)
+            sizes.setdefault((frame.width, frame.height), i)
         if len(crcs) != len(source.times) or (not usual and list(crcs.values()) != expected):
             raise Unpredictable("packets alone give other pictures than the container")
+        if len(sizes) > 1:
+            source = replace(source, notes=(resized_note(float(source.frames.time[list(sizes.values())[1]])),))
         return source if sure else replace(source, frames=_with_true_keys(file, source, crcs))
     except (av.FFmpegError, ValueError) as error:
         raise Unpredictable(str(error)) from error
