@@ -83,8 +83,6 @@ class StampPass(Pass):
         packets = self.packets
         if self.told_beside and self.start > 0:
             raise Unpredictable("what its decoder has to know stands beside packets before the cut")
-        if self.is_whole:
-            self._refuse_cut_short()
         if not packets:
             raise Unpredictable("no packets")
         self._refuse_odd(np.asarray(packets.pts), np.asarray(packets.dts))

@@ -20,6 +20,7 @@ _PASSED_OVER = {
     "ogg": "CRC mismatch",
 }
 _PLACE = re.compile(r"\bat (?:pos )?(0x[0-9a-f]+|\d+)")
+_SHARE = 0.1  # of a file's bytes, at its beginning or end, in which streams that go together have packets
 Line = tuple[int, str, str]  # of libav's log: level, who says it, text
 
 
@@ -120,6 +121,17 @@ def _refuse_cut_short(
             f"the file is cut short: its header promises {promised_s:.1f} s, {end:.1f} s are there"
             if promised_s else "the file is cut short: its header promises more bytes than the file has"
         )  # fmt: skip
+
+
+def is_part(file: BinaryIO, container: av.container.InputContainer, packets: Packets) -> bool:
+    """Whether there are other video streams, and the packets of this one stand in a part of the file only."""
+    if len(container.streams.video) < 2 or not packets:
+        return False
+    before = file.tell()
+    size = file.seek(0, 2)
+    file.seek(before)
+    places = [place for place in packets.place if place >= 0] or [0]
+    return min(places) > _SHARE * size or max(places) < (1 - _SHARE) * size
 
 
 def _cut_short(promised: int, present: int) -> None:

@@ -12,9 +12,9 @@ import av
 import numpy as np
 
 from shards import VideoError
-from shards.video.damage import refuse_cut_short, refuse_passed_over
+from shards.video.damage import is_part, refuse_cut_short, refuse_passed_over
 from shards.video.picture import Shape, shape_of, short
-from shards.video.probe import Packets, Timeline, clock_zero, open_video
+from shards.video.probe import Packets, Timeline, clock_zero, has_jumps, open_video
 
 CUT_MARGIN = 1.0  # seconds read beyond the end of a cut
 
@@ -135,6 +135,8 @@ class Pass(ABC):
     def _refuse_cut_short(self) -> None:
         self._at_end = True
         refuse_cut_short(self._file, self.container, self.stream, self.packets)
+        if has_jumps(self.container) and is_part(self._file, self.container, self.packets):
+            self.notes.append("its video ends where another stream's begins, as in joined recordings: only one is read")
 
     def _refuse_empty(self) -> None:
         raise VideoError(

@@ -132,7 +132,13 @@ def _sliced(file: BinaryIO, video_pass: StampPass) -> SourceVideo:
         if len(crcs) != len(source.times) or (not usual and list(crcs.values()) != expected):
             raise Unpredictable("packets alone give other pictures than the container")
         if len(sizes) > 1:
-            source = replace(source, notes=(resized_note(float(source.frames.time[list(sizes.values())[1]])),))
+            source = replace(
+                source,
+                notes=(
+                    *source.notes,
+                    resized_note(float(source.frames.time[list(sizes.values())[1]])),
+                ),
+            )
         return source if sure else replace(source, frames=_with_true_keys(file, source, crcs))
     except (av.FFmpegError, ValueError) as error:
         raise Unpredictable(str(error)) from error

@@ -51,3 +51,29 @@ def test_pictures_that_change_size_are_noted_in_every_way() -> None:
         assert len(list(whole.frames())) == 40 and len(whole.notes) == 1
     with WAYS["decoding"](io.BytesIO(turned()), 1.0, 1.5) as cut:
         assert len(list(cut.frames())) == 13 and not cut.notes
+
+
+def recording(count: int, pid: int, streams: int = 1) -> bytes:
+    target = io.BytesIO()
+    with av.open(target, "w", format="mpegts", options={"mpegts_start_pid": str(pid)}) as out:
+        made = [out.add_stream("mpeg2video", rate=25, options={"g": "6"}) for _ in range(streams)]
+        for stream in made:
+            stream.width, stream.height, stream.pix_fmt = 160, 120, "yuv420p"
+        for i, frame in enumerate(numbered(count)):
+            for stream in made:
+                frame.pts = i
+                out.mux(stream.encode(frame))
+        for stream in made:
+            out.mux(stream.encode(None))
+    return target.getvalue()
+
+
+def test_another_stream_that_goes_on_is_noted() -> None:
+    """Recordings that were joined, with another PID in the second."""
+    notes = ["its video ends where another stream's begins, as in joined recordings: only one is read"]
+    for first, second in ((40, 20), (20, 40)):
+        data = recording(first, 256) + recording(second, 300)
+        for profile in ({"name": "copy"}, EXACT):
+            assert list(stored(data, **profile).source.notes) == notes
+    for data in (recording(40, 256) * 2, recording(40, 256, streams=2)):
+        assert not stored(data, **EXACT).source.notes
