@@ -4,9 +4,11 @@ Headers claim rates, durations and counts, and many are wrong: a browser's recor
 file counts what its edit list hides, an AVI counts chunks that are empty. So all three follow from the packets.
 """
 
+import errno
 import itertools
 import logging
 from array import array
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import BinaryIO
@@ -26,6 +28,7 @@ logging.getLogger("libav").setLevel(logging.CRITICAL + 1)
 UNKNOWN = -(2**63)  # a packet without stamp or place
 _BUFFER = 1 << 18  # bytes a read
 _TEXT = {"tty", "bin", "xbin", "adf", "idf"}  # by the file's name alone: any text would be a video that shows it
+_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp", b"moof")  # with which an mp4 may begin
 _ALONE = {"protocol_whitelist": "none"}  # a playlist or a list of files names others, which nobody meant to read
 _NO_TIMESTAMPS: int = av.format.Flags.no_timestamps.value  # type: ignore[assignment]  # an enum of numbers
 _USUAL_RATES = [Fraction(n * 1000, 1001) for n in (24, 30, 48, 60, 120)] + [Fraction(n) for n in range(1, 241)]
@@ -74,7 +77,11 @@ def open_video(file: BinaryIO) -> tuple[av.container.InputContainer, av.VideoStr
     try:
         container = av.open(file, "r", metadata_errors="ignore", buffer_size=_BUFFER, options=_ALONE)
     except (av.FFmpegError, ValueError) as error:
-        raise VideoError(_unreadable(error)) from error
+        raise VideoError(_unreadable(error, file)) from error
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # the disk's
+            raise
+        raise VideoError("not a readable video file (it leads libav to a place before its beginning)") from error
     if container.format.name in _TEXT:
         container.close()
         raise VideoError("it is text, and no video")
@@ -92,9 +99,15 @@ def open_video(file: BinaryIO) -> tuple[av.container.InputContainer, av.VideoStr
     return container, stream
 
 
-def _unreadable(error: Exception) -> str:
+def _unreadable(error: Exception, file: BinaryIO) -> str:
+    file.seek(0)
+    head = file.read(512)
+    if not any(byte < 9 or 13 < byte < 32 for byte in head):
+        with suppress(UnicodeDecodeError):
+            head[:-3].decode()  # the last letter may be cut
+            return "not a readable video file: it is text. Did a server send a page in its place?"
     log = getattr(error, "log", None)
-    if log and "moov atom not found" in str(log):
+    if log and "moov atom not found" in str(log) and head[4:8] in _BOXES:
         return (
             "not a readable video file: its index (the moov box of an mp4) is missing. Was it downloaded, or recorded, "
             "to its end?"
