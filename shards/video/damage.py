@@ -20,6 +20,7 @@ _PASSED_OVER = {
     "ogg": "CRC mismatch",
 }
 _PLACE = re.compile(r"\bat (?:pos )?(0x[0-9a-f]+|\d+)")
+_HEADER = 12  # bytes of an IVF frame's header, which a packet's size does not count; a Y4M's is counted
 _SHARE = 0.1  # of a file's bytes, at its beginning or end, in which streams that go together have packets
 Line = tuple[int, str, str]  # of libav's log: level, who says it, text
 
@@ -113,6 +114,10 @@ def _refuse_cut_short(
                 f"the file is damaged: it promises {max(stream.frames, len(stream.index_entries))} frames, "
                 f"{chunks} are there, and no chunk begins at byte {hole}"
             )
+    elif kind in ("yuv4mpegpipe", "ivf") and packets:
+        behind = size - max(map(sum, zip(packets.place, packets.size, strict=True)))
+        if behind > _HEADER:
+            raise VideoError(f"the file is damaged or cut short: the last {behind} bytes hold no whole frame")
     elif kind == "ogg" and _ogg_end(file, size) > size:
         raise VideoError("the file is cut short: it ends inside a page")
     elif kind == "matroska" and packets and _segment_end(file) > size and _falls_short(container, stream, packets):

@@ -23,6 +23,7 @@ KINDS = {
     "asf": ("wmv2", {}),
     "mpegts": ("mpeg2video", {}),
     "ogg": ("libvpx", {}),
+    "ivf": ("libvpx", {}),
     "mp4": ("mpeg4", {"movflags": "frag_every_frame+empty_moov"}),
 }
 
@@ -103,3 +104,15 @@ def test_an_ogg_that_ends_inside_a_page() -> None:
     for end in (places[30] + 20, places[30] + 500, len(data) - 1):
         with pytest.raises(VideoError, match="cut short"):
             frames_of(data[:end])
+
+
+def test_what_holds_nothing_but_frames_ends_with_one() -> None:
+    plain = b"YUV4MPEG2 W32 H32 F25:1 C420jpeg\n" + (b"FRAME\n" + bytes(range(256)) * 6) * 20
+    frames, _ = noise("ivf")
+    for data in (plain, frames):
+        count = frames_of(data)
+        assert count == (20 if data is plain else COUNT)
+        middle = len(data) // 2 + 100
+        for damaged in (data[:-1000], data[:middle], data[:middle] + bytes(len(data) - middle)):
+            with pytest.raises(VideoError, match=r"no whole frame|decod|damaged"):
+                frames_of(damaged)
