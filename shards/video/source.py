@@ -12,6 +12,7 @@ from crc32c import crc32c
 
 from shards.schema import Coding, FrameTable
 from shards.video.by_stamps import StampPass
+from shards.video.cropping import cropping_note
 from shards.video.decode import WAYS
 from shards.video.frame_pass import Pass, Unpredictable, resized_note
 from shards.video.picture import Shape, upright
@@ -90,7 +91,7 @@ def describe(done: Pass, frames: FrameTable) -> SourceVideo:
         extradata=bytes(done.context.extradata or b""),
         coding=Coding.of(done.context),
         frames=frames,
-        notes=tuple(done.notes),
+        notes=(*done.notes, *cropping_note(done.container, done.stream)),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from fractions import Fraction
 
 import av
@@ -11,8 +12,9 @@ import pytest
 from PIL import Image, ImageOps
 
 from shards.video.random_access import pick_frames
+from tests.shards.video.matrix import box
 from tests.shards.video.stored import encoded, numbered, shown, stored
-from tests.videos import picture
+from tests.videos import encode, picture
 
 EXACT = {"fps": 240, "quality": 1}
 
@@ -73,3 +75,23 @@ def test_photographs_taken_with_a_turned_camera(orientation: int) -> None:
     held = what.file.read()
     seen = pick_frames(what, lambda at, size: held[at : at + size], [0])[0]
     assert seen.shape == expected.shape and np.abs(seen.astype(int) - expected).mean() < 2
+
+
+def test_cropping_by_the_container_is_noted() -> None:
+    """A clean aperture of 96x72 pixels, 32 to the right of the middle and 24 below it."""
+    data = bytearray(encode(10))
+    aperture = struct.pack(">I4s8i", 40, b"clap", 96, 1, 72, 1, 32, 1, 24, 1)
+    at = box(data, b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stsd")
+    assert at > box(data, b"mdat")  # nothing that the table of chunks points at moves
+    entry = at + 16
+    end = entry + struct.unpack(">I", data[entry : entry + 4])[0]
+    for path in range(1, 7):
+        names = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stsd")[:path]
+        where = box(data, *names)
+        data[where : where + 4] = struct.pack(">I", struct.unpack(">I", data[where : where + 4])[0] + len(aperture))
+    data[entry : entry + 4] = struct.pack(">I", end - entry + len(aperture))
+    cropped = bytes(data[:end] + aperture + data[end:])
+    for profile in ({"name": "copy"}, EXACT):
+        notes = stored(cropped, **profile).source.notes
+        assert notes == ("players crop its pictures (top 48, left 64 pixels): they are read whole",)
+        assert not stored(encode(10), **profile).source.notes
