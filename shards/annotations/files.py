@@ -316,11 +316,19 @@ class Files:
                     real = os.path.realpath(entry.path) if entry.is_symlink() else None
                     if real and not follow_links and os.path.commonpath([root, real]) != root:
                         self._links.add(path)
-                    elif not entry.is_dir():
+                    elif not _is_folder(entry):
                         yield path
                     elif (real := real or os.path.realpath(entry.path)) not in seen:  # links may run in circles
                         seen.add(real)
                         todo.append(path)
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    """Whether it is a folder, or a link to one."""
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself: reading it says so
+        return False
 
 
 def _composed(text: str) -> str:

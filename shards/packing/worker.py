@@ -179,17 +179,18 @@ def _pack_video(
                     raise
                 raise VideoError("the file changed while it was read") from error
     row["offset"] = offsets[stored.extension]
-    drift, note = stored.source.drift, None
-    if drift > _DRIFT:
-        note = (
-            f"{item.id}: its frame rate varies: frames are sampled by time; counting frames as the official code does would "
+    notes = [*stored.source.notes]
+    if (drift := stored.source.drift) > _DRIFT:
+        notes.append(
+            f"its frame rate varies: frames are sampled by time; counting frames as the official code does would "
             f"be up to {drift:.1f} s off (data.sampling=uniform_by_frame)"
         )
     elif stored.source.fps > _FASTEST:
-        note = (
-            f"{item.id}: its time stamps say {float(stored.source.fps):.0f} frames a second, so all of it lasts "
+        notes.append(
+            f"its time stamps say {float(stored.source.fps):.0f} frames a second, so all of it lasts "
             f"{stored.source.duration:.3g} s; they are hardly right. Write it anew at its true rate"
         )
+    note = f"{item.id}: {'; '.join(notes)}" if notes else None
     return _Packed(row | frame_columns(stored.frames), crc32c(text), note)
 
 

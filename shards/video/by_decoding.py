@@ -10,7 +10,7 @@ import numpy as np
 from shards import VideoError
 from shards.video import frame_pass
 from shards.video.cuts import stands, within
-from shards.video.frame_pass import CUT_MARGIN, Pass, Shown, Unpredictable
+from shards.video.frame_pass import CUT_MARGIN, Pass, Shown, Unpredictable, resized_note
 from shards.video.picture import short
 from shards.video.probe import (
     JUMP,
@@ -20,7 +20,6 @@ from shards.video.probe import (
     has_jumps,
     increasing,
     locally_sorted,
-    refuse_cut_short,
     stores_no_stamps,
     timeline,
 )
@@ -101,7 +100,7 @@ class OrderPass(_FullPass):
                 if packet.dts is not None and packet.dts * tick > self.end + CUT_MARGIN:
                     break
         else:
-            refuse_cut_short(self._file, self.container, self.stream, packets)
+            self._refuse_cut_short()
         if not packets:
             raise VideoError("not one frame decodes")
         dts = np.asarray(packets.dts)
@@ -126,6 +125,7 @@ class DecodingPass(_FullPass):
         stamps, came, durations = array("q"), array("q"), array("q")  # of each frame; `came`: the packet it came at
         clock, latest = 0.0, None
         suspect = None  # place of a packet that is marked as damaged
+        resized = -1  # the first frame of another size
         for packet in self.container.demux(self.stream):
             if suspect is not None and self._jumps(packets, packet):
                 suspect = None
@@ -136,6 +136,7 @@ class DecodingPass(_FullPass):
             if packet.size:
                 self._on_packet(packets, packet)
             for frame in self._frames_of(packet, len(stamps)):
+                resized = len(stamps) if self._heed_size(frame) else resized
                 if frame.pts is not None:
                     step = 0.0 if latest is None else (frame.pts - latest) * self._tick
                     clock += step if 0 < step < JUMP else 0.0
@@ -146,7 +147,7 @@ class DecodingPass(_FullPass):
             if clock > self.end + CUT_MARGIN:
                 break
         else:
-            refuse_cut_short(self._file, self.container, self.stream, packets)
+            self._refuse_cut_short()
         if not stamps:
             raise VideoError("not one frame decodes")
         at = np.asarray(stamps)
@@ -167,7 +168,10 @@ class DecodingPass(_FullPass):
         longest = JUMP / self._tick if has_jumps(self.container) else math.inf
         at = increasing(at, ticks, longest, self._pauses(at, np.asarray(came)))
         last_two = (durations[-2] * self._tick if len(durations) > 1 else 0.0, durations[-1] * self._tick)
-        return self._cut(self._clock(at, int(at[0])), last_two, self._tick)
+        when = self._cut(self._clock(at, int(at[0])), last_two, self._tick)
+        if self._range[0] < resized < self._range[1]:
+            self.notes.append(resized_note(float(when.times[resized - self._range[0]])))
+        return when
 
     def _jumps(self, before: Packets, packet: av.Packet) -> bool:
         """Whether stamps jump, as where two recordings were joined. The last packets of the first are then marked as damaged,

@@ -7,10 +7,12 @@ from fractions import Fraction
 
 import av
 import numpy as np
+from av.packet import PktSideDataT
 
 from shards import VideoError
 from shards.video import frame_pass
 from shards.video.cuts import stands, within
+from shards.video.damage import may_restart
 from shards.video.frame_pass import Pass, Shown, Unpredictable
 from shards.video.probe import (
     JUMP,
@@ -20,12 +22,15 @@ from shards.video.probe import (
     clock_zero,
     edits_twice,
     has_jumps,
-    may_restart,
-    refuse_cut_short,
     stores_no_stamps,
     timeline,
 )
 
+_TOLD_ONCE: tuple[PktSideDataT, ...] = (
+    "palette",
+    "new_extradata",
+    "param_change",
+)  # libav does not tell them again after it was sent back
 _MARKED = {"h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mpeg2video", "mpeg1video"}  # parsers find their keyframes
 
 
@@ -36,6 +41,8 @@ class StampPass(Pass):
     """
 
     leaves_out = True  # whether packets to which no other frame refers may be left out
+
+    told_beside = False  # whether packets carry beside their bytes what the decoder has to know, such as a palette
 
     ranks = np.zeros(0, np.int32)
     _inside_gop = False  # whether the file begins with frames that cannot be decoded
@@ -71,12 +78,15 @@ class StampPass(Pass):
         for packet in self._from_keyframe(zero):
             if packet.pts is None or packet.is_corrupt:
                 raise Unpredictable("packets without stamp, or damaged")
+            self._heed(packet)
             self._on_packet(self.packets, packet)
             if zero is not None and packet.dts is not None and packet.dts >= self._stamp(zero, self.end):
                 break
+        else:
+            self._refuse_cut_short()
         packets = self.packets
-        if self.is_whole:
-            refuse_cut_short(self._file, self.container, self.stream, packets)
+        if self.told_beside and self.start > 0:
+            raise Unpredictable("what its decoder has to know stands beside packets before the cut")
         if not packets:
             raise Unpredictable("no packets")
         self._refuse_odd(np.asarray(packets.pts), np.asarray(packets.dts))
@@ -112,6 +122,9 @@ class StampPass(Pass):
             next_one = np.append(self.seconds(stamps[low:]), self.seconds(stamps[-1:]) + last)[0]
             low -= stands(0.0, self.end - self.start, float(next_one))
         return low, high
+
+    def _heed(self, packet: av.Packet) -> None:
+        self.told_beside = self.told_beside or any(packet.has_sidedata(kind) for kind in _TOLD_ONCE)
 
     def _refuse_odd(self, pts: np.ndarray, dts: np.ndarray) -> None:
         known = dts[dts != UNKNOWN]
@@ -152,6 +165,7 @@ class StampPass(Pass):
         for place, packet in enumerate(self.container.demux(self.stream)):
             if packet.pts is None:  # among them the empty one at the end
                 break
+            self._heed(packet)
             if place == 0 and not packet.is_keyframe:
                 self._reopen()
                 return self._first_decoded()
@@ -225,7 +239,7 @@ class StampPass(Pass):
 
     def _rewound(self) -> Iterator[av.Packet]:
         first = self.packets
-        if first.place[0] >= 0 and not has_jumps(self.container):
+        if first.place[0] >= 0 and not has_jumps(self.container) and not self.told_beside:
             packets: Iterator[av.Packet] = iter(())
             with suppress(av.FFmpegError):
                 self.container.seek(first.pts[0], stream=self.stream, backward=True)
@@ -255,7 +269,7 @@ class StampPass(Pass):
             use = number >= 0 and wanted(number)
             if use and packet is not None and packet.pts is not None:
                 due[packet.pts] = number
-            elif intra_only and packet is not None:
+            elif intra_only and packet is not None and not self.told_beside:
                 continue
             if skips and skipping == use:
                 skipping = not use

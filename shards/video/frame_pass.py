@@ -12,8 +12,9 @@ import av
 import numpy as np
 
 from shards import VideoError
+from shards.video.damage import is_part, refuse_cut_short, refuse_passed_over
 from shards.video.picture import Shape, shape_of, short
-from shards.video.probe import Packets, Timeline, clock_zero, open_video
+from shards.video.probe import Packets, Timeline, clock_zero, has_jumps, open_video
 from shards.video.programs import sound_of
 
 CUT_MARGIN = 1.0  # seconds read beyond the end of a cut
@@ -37,7 +38,7 @@ class Pass(ABC):
     that, or all, shows no new frame, it begins with the one that is still shown.
 
     `timeline` says when each is shown. `packets` are those that were read for it. After `frames` has given the first frame,
-    `shape` is how frames are shown. `on_packet(packets, packet)` stores each packet that is read. Use it as a context
+    `shape` is how frames are shown, and `notes` say what may surprise. `on_packet(packets, packet)` stores each packet that is read. Use it as a context
     manager. Raises VideoError for a file that cannot be used, Unpredictable if another way has to decide.
     """
 
@@ -49,15 +50,23 @@ class Pass(ABC):
     ):  # fmt: skip
         self._file, self.start, self.end = file, start, end
         self._on_packet = on_packet
-        self._open()
         self.packets = Packets()
         self.shape: Shape | None = None
-        try:
-            with _library_errors(self.gives_up):
-                self.timeline: Timeline = self._plan()
-        except BaseException:
-            self.container.close()
-            raise
+        self.notes: list[str] = []
+        self._first_size: tuple | None = None
+        self._resized = False
+        self._at_end = False  # whether the file was read to its end
+        with av.logging.Capture() as lines:  # of this thread
+            self._open()
+            try:
+                try:
+                    with _library_errors(self.gives_up):
+                        self.timeline: Timeline = self._plan()
+                finally:  # where this is why it failed, it is the better reason
+                    refuse_passed_over(self.container, self.stream, self.packets, lines, self._at_end)
+            except BaseException:
+                self.container.close()
+                raise
 
     @abstractmethod
     def _plan(self) -> Timeline:
@@ -86,7 +95,19 @@ class Pass(ABC):
     def frames(self, wanted: Callable[[int], bool] = lambda number: True) -> Iterator[Shown]:
         """The wanted frames in display order. Raises VideoError at the first that does not decode."""
         with _library_errors(self.gives_up):
-            yield from self._decode(wanted)
+            for shown in self._decode(wanted):
+                if self._heed_size(shown.frame):
+                    self.notes.append(resized_note(shown.time))
+                yield shown
+
+    def _heed_size(self, frame: av.VideoFrame) -> bool:
+        """Whether this is the first frame that has not the size of the first one."""
+        size = frame.width, frame.height, self.context.sample_aspect_ratio
+        self._first_size = self._first_size or size
+        if self._resized or size == self._first_size:
+            return False
+        self._resized = True
+        return True
 
     def _note_shape(self, frame: av.VideoFrame) -> None:
         if self.shape is None:
@@ -113,6 +134,12 @@ class Pass(ABC):
         ticks = math.floor(origin / base)  # so that only the rest of it is rounded
         return (stamps - ticks) * base.numerator / base.denominator - float(origin - ticks * base)
 
+    def _refuse_cut_short(self) -> None:
+        self._at_end = True
+        refuse_cut_short(self._file, self.container, self.stream, self.packets)
+        if has_jumps(self.container) and is_part(self._file, self.container, self.packets):
+            self.notes.append("its video ends where another stream's begins, as in joined recordings: only one is read")
+
     def _refuse_empty(self) -> None:
         raise VideoError(
             "not one frame decodes" if self.is_whole else f"no frame between {self.start:g} and {self.end:g} s"
@@ -125,6 +152,11 @@ class Pass(ABC):
     def _open(self) -> None:
         self.container, self.stream = open_video(self._file)
         self._sounds = sound_of(self._file, self.container, self.stream)
+
+
+def resized_note(seconds: float) -> str:
+    """What is said of a video whose pictures change size after so many seconds."""
+    return f"its pictures change size or shape at {seconds:.1f} s: from there on they are stretched to the shape of the first"
 
 
 def decode(context: av.VideoCodecContext, packet: av.Packet | None) -> list[av.VideoFrame]:

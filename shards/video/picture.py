@@ -3,13 +3,16 @@
 import threading
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import cast
 
 import av
 import numpy as np
+from av.sidedata.sidedata import Type as SideData
 from av.video.reformatter import ColorPrimaries, ColorRange, ColorTrc, Interpolation, VideoReformatter
 
 BICUBIC = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT  # the same on every processor
 _HDR = (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)  # PQ and HLG
+_NEWER = 16  # kinds of side data that may be newer than PyAV
 _WIDEST = 20  # a pixel this many times as wide as high, or as high as wide, is a mistake of the file
 
 
@@ -41,7 +44,10 @@ def orientation(frame: av.VideoFrame) -> tuple[int, bool]:
 
     The matrix takes a point (x, y), y pointing down, to (a*x + c*y, b*x + d*y) (ISO 14496-12, 6.2.2).
     """
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV gives none of it where it cannot name all, such as EXIF
+        matrix = _nameable(frame).side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return 0, False
     numbers = np.frombuffer(matrix, np.int32)  # type: ignore[call-overload]  # side data has the buffer protocol
@@ -53,6 +59,24 @@ def orientation(frame: av.VideoFrame) -> tuple[int, bool]:
         fits[90 * turns, False] = a * p + b * q + c * r + d * s
         fits[90 * turns, True] = -a * p + b * q - c * r + d * s
     return max(fits, key=fits.__getitem__)
+
+
+def _nameable(frame: av.VideoFrame) -> av.VideoFrame:
+    """The frame without the side data that are newer than PyAV's names."""
+    graph = av.filter.Graph()
+    last = graph.add_buffer(
+        width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or Fraction(1)
+    )
+    known: list[int] = [kind.value for kind in SideData]  # type: ignore[misc]  # an enum of numbers
+    newer = max(known) + 1
+    for kind in range(newer, newer + _NEWER):
+        before, last = last, graph.add("sidedata", f"mode=delete:type={kind}")
+        before.link_to(last)
+    sink = graph.add("buffersink")
+    last.link_to(sink)
+    graph.configure()
+    graph.push(frame)
+    return cast(av.VideoFrame, graph.pull())
 
 
 def square_pixels(width: int, height: int, aspect: Fraction | None) -> tuple[int, int]:

@@ -4,10 +4,12 @@ Headers claim rates, durations and counts, and many are wrong: a browser's recor
 file counts what its edit list hides, an AVI counts chunks that are empty. So all three follow from the packets.
 """
 
+import errno
 import itertools
-import struct
+import logging
 from array import array
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import BinaryIO
@@ -16,14 +18,18 @@ import av
 import numpy as np
 
 from shards import VideoError
+from shards.video import gif
 from shards.video.picture import short
 
-av.logging.set_level(av.logging.PANIC)  # libav's own lines say nothing that our errors do not
+# Of libav's lines those of a demuxer tell damage (see shards.video.damage); all others say nothing that our errors do not.
+av.logging.set_level(av.logging.ERROR)
+av.logging.set_skip_repeated(False)  # or the end of a repetition would be told among the lines of another file
+logging.getLogger("libav").setLevel(logging.CRITICAL + 1)
 
 UNKNOWN = -(2**63)  # a packet without stamp or place
 _BUFFER = 1 << 18  # bytes a read
-_NOTHING = 256  # bytes that may follow the end of a recording and hold no other
 _TEXT = {"tty", "bin", "xbin", "adf", "idf"}  # by the file's name alone: any text would be a video that shows it
+_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp", b"moof")  # with which an mp4 may begin
 _ALONE = {"protocol_whitelist": "none"}  # a playlist or a list of files names others, which nobody meant to read
 _NO_TIMESTAMPS: int = av.format.Flags.no_timestamps.value  # type: ignore[assignment]  # an enum of numbers
 _USUAL_RATES = [Fraction(n * 1000, 1001) for n in (24, 30, 48, 60, 120)] + [Fraction(n) for n in range(1, 241)]
@@ -68,11 +74,15 @@ def open_video(file: BinaryIO) -> tuple[av.container.InputContainer, av.VideoStr
     file.seek(0)
     if not file.read(1):
         raise VideoError("the file is empty (0 bytes)")
-    file.seek(0)
+    file = gif.as_browsers_time_it(file) if gif.begins_like_a_gif(file) else file
     try:
         container = av.open(file, "r", metadata_errors="ignore", buffer_size=_BUFFER, options=_ALONE)
     except (av.FFmpegError, ValueError) as error:
-        raise VideoError(_unreadable(error)) from error
+        raise VideoError(_unreadable(error, file)) from error
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # the disk's
+            raise
+        raise VideoError("not a readable video file (it leads libav to a place before its beginning)") from error
     if container.format.name in _TEXT:
         container.close()
         raise VideoError("it is text, and no video")
@@ -90,9 +100,15 @@ def open_video(file: BinaryIO) -> tuple[av.container.InputContainer, av.VideoStr
     return container, stream
 
 
-def _unreadable(error: Exception) -> str:
+def _unreadable(error: Exception, file: BinaryIO) -> str:
+    file.seek(0)
+    head = file.read(512)
+    if not any(byte < 9 or 13 < byte < 32 for byte in head):
+        with suppress(UnicodeDecodeError):
+            head[:-3].decode()  # the last letter may be cut
+            return "not a readable video file: it is text. Did a server send a page in its place?"
     log = getattr(error, "log", None)
-    if log and "moov atom not found" in str(log):
+    if log and "moov atom not found" in str(log) and head[4:8] in _BOXES:
         return (
             "not a readable video file: its index (the moov box of an mp4) is missing. Was it downloaded, or recorded, "
             "to its end?"
@@ -108,21 +124,6 @@ def stores_no_stamps(container: av.container.InputContainer) -> bool:
 def has_jumps(container: av.container.InputContainer) -> bool:
     """Whether time stamps of this container may jump, as those of a broadcast do (MPEG-TS and MPEG-PS)."""
     return container.format.name in ("mpegts", "mpeg")
-
-
-def may_restart(file: BinaryIO, container: av.container.InputContainer) -> bool:
-    """Whether time stamps may start anew within the file, as where recordings were joined: to seek would pass that over.
-
-    An mp4, an AVI and an ASF have one clock; so has a Matroska file whose one Segment fills it.
-    """
-    kind = container.format.name.split(",")[0]
-    if kind != "matroska":
-        return kind not in ("mov", "avi", "asf")
-    before = file.tell()
-    size = file.seek(0, 2)
-    end = _segment_end(file)
-    file.seek(before)  # libav goes on reading there
-    return not end or size - end > _NOTHING
 
 
 def edits_twice(container: av.container.InputContainer, stream: av.VideoStream) -> bool:
@@ -246,123 +247,3 @@ def locally_sorted(stamps: np.ndarray) -> np.ndarray:
 
 
 JUMP = 10.0  # seconds between two frames that are no pause
-
-
-# ---- whether all of a file is there ----
-
-
-def refuse_cut_short(
-    file: BinaryIO, container: av.container.InputContainer, stream: av.VideoStream, packets: Packets
-) -> None:
-    """Raise VideoError if the file ends before what it says it holds. Its bytes must prove it: a count alone may be wrong."""
-    before = file.tell()
-    try:
-        _refuse_cut_short(file, container, stream, packets)
-    finally:
-        file.seek(before)  # libav goes on reading there
-
-
-def _refuse_cut_short(
-    file: BinaryIO, container: av.container.InputContainer, stream: av.VideoStream, packets: Packets
-) -> None:
-    file.seek(0, 2)
-    size, kind = file.tell(), container.format.name.split(",")[0]
-    if kind == "mov":
-        entries = stream.index_entries
-        present = sum(entry.pos + entry.size <= size for entry in entries)
-        if present < len(entries):
-            _cut_short(len(entries), present)
-        if _fragment_end(file) > size:
-            raise VideoError("the file is cut short: its last fragment promises more bytes than the file has")
-    elif kind == "flv" and _flv_end(file, size) > size:
-        raise VideoError("the file is cut short: it ends inside a tag")
-    elif kind == "asf" and (promised := _asf_size(file)) > size:
-        raise VideoError(f"the file is cut short: its header promises {promised} bytes, {size} are there")
-    elif kind == "gif" and not _ends_with(file, size, b";"):
-        raise VideoError("the file is cut short: the end mark of a GIF is missing")
-    elif kind == "avi" and packets:
-        chunks = max(packets.dts) + 1  # of the video, empty ones among them
-        if chunks < stream.frames and _riff_end(file) > size + 1:
-            _cut_short(stream.frames, chunks)
-    elif kind == "matroska" and packets and _segment_end(file) > size:
-        base = float(stream.time_base or 0)
-        end = (max(packets.pts) + packets.duration[-1]) * base
-        promised_s = float(container.duration or 0) / 1e6
-        if not promised_s or end < promised_s - max(0.5, 0.01 * promised_s):
-            raise VideoError(
-                f"the file is cut short: its header promises {promised_s:.1f} s, {end:.1f} s are there"
-                if promised_s else "the file is cut short: its header promises more bytes than the file has"
-            )  # fmt: skip
-
-
-def _cut_short(promised: int, present: int) -> None:
-    raise VideoError(f"the file is cut short: its header promises {promised} frames, {present} are there")
-
-
-def _riff_end(file: BinaryIO) -> int:
-    """Where the RIFF chunk of an AVI ends; 0 if its writer left that open."""
-    file.seek(0)
-    head = file.read(8)
-    size = struct.unpack("<I", head[4:])[0] if head[:4] == b"RIFF" and len(head) == 8 else 0
-    return size + 8 if size not in (0, 0xFFFFFFFF) else 0
-
-
-def _fragment_end(file: BinaryIO) -> int:
-    """Where the last box of a fragmented mp4 ends (ISO 14496-12, 4.2 and 8.8); 0 for an mp4 without fragments."""
-    at, end, fragments = 0, 0, False
-    while True:
-        file.seek(at)
-        head = file.read(16)
-        if len(head) < 8:
-            return end if fragments else 0
-        length, kind = struct.unpack(">I4s", head[:8])
-        if length == 1 and len(head) == 16:
-            length = struct.unpack(">Q", head[8:])[0]
-        if length < 8:  # 0: to the end of the file
-            return end if fragments else 0
-        fragments = fragments or kind == b"moof"
-        at += length
-        end = at if kind in (b"moof", b"mdat") else end
-
-
-def _flv_end(file: BinaryIO, size: int) -> int:
-    """Where the last tag of an FLV ends (Adobe FLV 10.1, E.3)."""
-    file.seek(5)
-    at = struct.unpack(">I", file.read(4).rjust(4, b"\0"))[0] + 4
-    while at + 11 <= size:
-        file.seek(at + 1)
-        at += 15 + int.from_bytes(file.read(3), "big")
-    return at - 4 if at - 4 <= size < at else at  # some writers leave out the last tag's size
-
-
-def _asf_size(file: BinaryIO) -> int:
-    """The size of the file that an ASF header states (ASF 3.2, file properties); 0 if it was broadcast."""
-    file.seek(0)
-    head = file.read(1 << 16)
-    at = head.find(bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365"))
-    if at < 0 or len(head) < at + 92 or head[at + 88] & 1:
-        return 0
-    return struct.unpack("<Q", head[at + 40 : at + 48])[0]
-
-
-def _ends_with(file: BinaryIO, size: int, mark: bytes) -> bool:
-    file.seek(max(0, size - 64))
-    return file.read().rstrip(b"\0").endswith(mark)
-
-
-def _segment_end(file: BinaryIO) -> int:
-    """Where the Segment of a Matroska file ends; 0 if its writer left that open (RFC 8794, 4 to 6)."""
-    file.seek(0)
-    head, at = file.read(4096), 0
-    while at + 12 <= len(head):
-        length = 8 - head[at].bit_length() + 1  # of an element's ID, in bytes
-        name, at = head[at : at + length], at + length
-        width = 8 - head[at].bit_length() + 1 if head[at] else 9
-        if width > 8 or length > 4:
-            return 0
-        value = int.from_bytes(head[at : at + width], "big") & ((1 << 7 * width) - 1)
-        at += width
-        if name == b"\x18\x53\x80\x67":
-            return 0 if value == (1 << 7 * width) - 1 else at + value
-        at += value
-    return 0

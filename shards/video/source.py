@@ -12,8 +12,9 @@ from crc32c import crc32c
 
 from shards.schema import Coding, FrameTable
 from shards.video.by_stamps import StampPass
+from shards.video.cropping import cropping_note
 from shards.video.decode import WAYS
-from shards.video.frame_pass import Pass, Unpredictable
+from shards.video.frame_pass import Pass, Unpredictable, resized_note
 from shards.video.picture import Shape, upright
 from shards.video.probe import Packets
 from shards.video.random_access import packet_of, stored_decoder
@@ -28,7 +29,7 @@ _SURE = {"h264", "hevc"}  # their decoders show nothing before a keyframe
 class SourceVideo:
     """What a video file holds, or a cut of it: `times` are those of the frames of the cut (see Timeline), and `frames`
     the table of what is in the file. Width and height are as displayed, `duration` is in seconds; `rotation` and
-    `mirrored` say what is to be done to decoded frames (see Shape)."""
+    `mirrored` say what is to be done to decoded frames (see Shape). `notes` are for people."""
 
     codec: str
     width: int
@@ -42,6 +43,7 @@ class SourceVideo:
     extradata: bytes
     coding: Coding
     frames: FrameTable
+    notes: tuple[str, ...] = ()
 
 
 def scan(file: BinaryIO | bytes) -> SourceVideo:
@@ -89,6 +91,7 @@ def describe(done: Pass, frames: FrameTable) -> SourceVideo:
         extradata=bytes(done.context.extradata or b""),
         coding=Coding.of(done.context),
         frames=frames,
+        notes=(*done.notes, *cropping_note(done.container, done.stream)),
     )
 
 
@@ -110,6 +113,8 @@ def _sliced(file: BinaryIO, video_pass: StampPass) -> SourceVideo:
     """What is in a file whose packets can be decoded out of their place. Raises Unpredictable if they cannot."""
     codec = av.Codec(video_pass.context.name, "r").canonical_name
     usual, expected = codec in _USUAL, []
+    if usual and video_pass.told_beside:  # what is not usual is compared
+        raise Unpredictable("what its decoder has to know stands beside its packets")
     for shown in video_pass.frames():
         if usual:  # the first tells the shape
             break
@@ -120,9 +125,21 @@ def _sliced(file: BinaryIO, video_pass: StampPass) -> SourceVideo:
     source = describe(video_pass, _frame_table(video_pass, offsets))
     sure = codec in _SURE or video_pass.context.codec.intra_only
     try:
-        crcs = {i: 0 if usual and sure else crc32c(upright(frame).data) for i, frame in _decoded_alone(file, source)}
+        crcs: dict[int, int] = {}
+        sizes: dict[tuple[int, int], int] = {}
+        for i, frame in _decoded_alone(file, source):
+            crcs[i] = 0 if usual and sure else crc32c(upright(frame).data)
+            sizes.setdefault((frame.width, frame.height), i)
         if len(crcs) != len(source.times) or (not usual and list(crcs.values()) != expected):
             raise Unpredictable("packets alone give other pictures than the container")
+        if len(sizes) > 1:
+            source = replace(
+                source,
+                notes=(
+                    *source.notes,
+                    resized_note(float(source.frames.time[list(sizes.values())[1]])),
+                ),
+            )
         return source if sure else replace(source, frames=_with_true_keys(file, source, crcs))
     except (av.FFmpegError, ValueError) as error:
         raise Unpredictable(str(error)) from error

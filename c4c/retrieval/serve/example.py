@@ -68,5 +68,5 @@ def _refuse_lists(path: Path) -> None:
     try:
         with open(path, "rb") as file:
             av.open(io.BufferedReader(file), "r", metadata_errors="ignore", options=options).close()
-    except (av.FFmpegError, ValueError) as error:
+    except (av.FFmpegError, ValueError, OSError) as error:
         raise VideoError(f"it is in no format that is known here ({short(error)})") from error

@@ -14,10 +14,11 @@ from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
 from shards import VideoError
 from shards.split import Split
+from shards.video.damage import may_restart
 from shards.video.decode import WAYS
 from shards.video.frame_pass import Unpredictable
 from shards.video.picture import Shape, shape_of, short, standard_range, turned
-from shards.video.probe import JUMP, clock_zero, may_restart, open_video
+from shards.video.probe import JUMP, clock_zero, open_video
 from shards.video.programs import sound_of
 from shards.video.random_access import decode_stored, shape_of_stored
 from shards.video.writer import usual_priority

@@ -14,9 +14,10 @@ import pytest
 from rich.console import Console
 
 from c4c import shard, shard_console
-from shards import ShardError
+from shards import ShardError, VideoError
 from shards.annotations.files import Files
 from shards.split import Split
+from shards.storage import opened
 from tests.shards.annotations.reading import paths, texts, videos, write
 from tests.shards.sets import files, reading
 from tests.videos import encode
@@ -68,6 +69,14 @@ def test_links(tmp_path: Path) -> None:
         with pytest.raises(ShardError, match=f"{name}' leads out of .*--follow-links"):
             closed.find(name)
     assert list(Files(root, follow_links=True)) == ["a.mp4", "inside.mp4", "out/2.mp4", "own.mp4"]
+
+
+def test_a_link_that_leads_to_itself_is_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    root = videos(tmp_path / "videos", "own.mp4")
+    (root / "itself.mp4").symlink_to("itself.mp4")
+    assert list(Files(root)) == list(Files(root, follow_links=True)) == ["itself.mp4", "own.mp4"]
+    with pytest.raises(VideoError, match="cannot be read"), opened(root / "itself.mp4"):
+        pass
 
 
 def test_no_video_found_is_said_before_anything_is_packed(tmp_path: Path) -> None:

@@ -310,17 +310,17 @@ def test_the_command(many: list[Item], tmp_path: Path, capsys: pytest.CaptureFix
     assert code == 0 and "all of it was packed already" in told
 
 
-def test_a_varying_frame_rate_is_noted(many, decoded, tmp_path: Path, monkeypatch) -> None:
+def test_what_may_surprise_is_noted(many, decoded, tmp_path: Path, monkeypatch) -> None:
     real = worker.store
 
     def store(*args):
         stored = real(*args)
-        return replace(stored, source=replace(stored.source, drift=2.34))
+        return replace(stored, source=replace(stored.source, drift=2.34, notes=("its pictures change",)))
 
     monkeypatch.setattr(worker, "store", store)
     events: list[Progress] = []
     packed(many[:1], tmp_path / "out", on_progress=events.append)
     assert [e.note for e in events] == [
-        "v0: its frame rate varies: frames are sampled by time; counting frames as the official code does would be up to "
+        "v0: its pictures change; its frame rate varies: frames are sampled by time; counting frames as the official code does would be up to "
         "2.3 s off (data.sampling=uniform_by_frame)"
     ]

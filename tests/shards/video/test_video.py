@@ -161,6 +161,22 @@ def test_unusable_files_say_why() -> None:
             scan(data)
 
 
+def test_what_is_called_an_mp4_and_is_none(tmp_path: Path) -> None:
+    """libav goes by the name where the bytes say nothing, and misses an mp4's index."""
+    path = tmp_path / "a.mp4"
+    good, cut = encode(20), encode(60, format="nut")[:4000]
+    for data, words in (
+        (b"<!DOCTYPE html>\n<html><body>404</body></html>" * 50, "it is text. Did a server"),
+        ('{"fehler": "nicht für dich"}'.encode() * 40, "it is text. Did a server"),
+        (bytes(range(256)) * 20, "Invalid data"),
+        (good[: good.index(b"moov") - 4], "its index .* is missing"),
+        (cut, "not a readable video file"),
+    ):
+        path.write_bytes(data)
+        with open(path, "rb") as file, pytest.raises(VideoError, match=words):
+            open_video(file)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
