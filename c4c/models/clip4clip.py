@@ -327,13 +327,7 @@ def _start(config: ModelConfig, weights: Weights, num_frames: int) -> CLIP4Clip:
     model = CLIP4Clip(weights.spec, config.head, config.linear_patch, config.head_layers, num_frames, config.merging)
     add_prompts(model.clip, weights.prompts)
     clip = {k: v for k, v in weights.state.items() if k.startswith("clip.")}
-    if config.linear_patch == "3d" and "clip.visual.conv2.weight" not in clip:
-        kernel = clip["clip.visual.conv1.weight"]
-        clip["clip.visual.conv2.weight"] = torch.stack(
-            [torch.zeros_like(kernel), kernel, torch.zeros_like(kernel)], dim=2
-        )
-    if config.linear_patch == "2d":
-        clip.pop("clip.visual.conv2.weight", None)
+    towers.change_patches(clip, weights.linear_patch, config.linear_patch, source)
     if weights.merging and weights.merging != config.merging:
         warnings.warn(
             f"{source} was trained with token merging ({weights.merging.in_words()}); this run has model.merge={config.merge}, "

@@ -10,6 +10,7 @@ hf_config       the configuration of a Hugging Face text tower, so that it can b
 
 import logging
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -118,6 +119,18 @@ def _set_gelu(visual: TimmModel, arguments: dict) -> None:
     for module in visual.modules():
         if isinstance(module, nn.GELU) and "approximate" in arguments:
             module.approximate = arguments["approximate"]
+
+
+def change_patches(state: dict[str, Tensor], have: str, wanted: str, source: str) -> None:
+    """Make weights of `clip.…` with 2d or 3d patches those of the other kind, in place. source: of the weights, for messages."""
+    kernel = "clip.visual.conv2.weight"  # of 3d patches; ResNets have a convolution of the same name in their stem
+    if (have, wanted) == ("2d", "3d"):
+        flat = state["clip.visual.conv1.weight"]
+        state[kernel] = torch.stack([torch.zeros_like(flat), flat, torch.zeros_like(flat)], dim=2)
+    if (have, wanted) == ("3d", "2d"):
+        del state[kernel]
+        what = f"{source} was trained with 3d patches, and their kernel is left out: set model.linear_patch=3d to go on with it"
+        warnings.warn(what, stacklevel=3)
 
 
 def build_on_meta(spec: dict) -> CLIP | CustomTextCLIP:

@@ -8,6 +8,19 @@ from c4c.training.run_folder import check_continuation
 from c4c.zero import checkpoint
 from pipelines.config import DataConfig
 
+TEST = "test"  # of a checkpoint's state: the digest of the split that the run was validated on
+
+
+def note_on_test_split(about: dict, digest: str, path: object) -> str:
+    """What to tell of a run whose checkpoint says `about`, if its test split holds something else by now; '' if not."""
+    before = about.get(TEST, digest)
+    if before == digest:
+        return ""
+    return (
+        f"{path} is not the data that this run was validated on before (digest {digest[:12]}, was {before[:12]}): its best checkpoint, and "
+        "train.patience, compare results of two sets"
+    )
+
 
 def require_continues(run: Path, config: Config, digest: str | None = None) -> None:
     """Raise ValueError, naming every difference, if `config` would not continue `run`.

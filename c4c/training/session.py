@@ -23,7 +23,7 @@ from c4c.retrieval.feature_file import FeatureFile, is_feature_file
 from c4c.retrieval.features import block_sizes
 from c4c.retrieval.work import EvalWork
 from c4c.training.agreement import agree, any_rank, on_first_rank
-from c4c.training.continuation import require_continues
+from c4c.training.continuation import TEST, note_on_test_split, require_continues
 from c4c.training.memory import out_of_memory
 from c4c.training.outcome import Outcome
 from c4c.training.param_groups import choose_trained
@@ -95,6 +95,8 @@ class Session:
                 f"run.resume=auto: {self.split.path} is not the data that {resume} was trained on (digest "
                 f"{self.split.digest[:12]}, was {digest[:12]}). Name the same split, or start anew with run.resume=never"
             )
+        if note := note_on_test_split(about, self.test.digest, self.test.path):
+            learner.notes.append(note)
         self.loader = Loader(
             self.split, config.data, batch_size=config.train.batch_size, seed=config.run.seed,
             drop_last=config.train.drop_last, rank=rank, world=world, device=device, quarantine=quarantine,
@@ -251,7 +253,8 @@ class Session:
         epoch, step = divmod(self.done, self.per_epoch)
         frozen = {FROZEN: self._frozen} if self._frozen else {}
         teacher = {TEACHER: self._teacher.digest} if self._teacher else {}
-        return {"epoch": epoch, "step_of_epoch": step, "data": self.split.digest} | frozen | teacher
+        digests = {"data": self.split.digest, TEST: self.test.digest}
+        return {"epoch": epoch, "step_of_epoch": step} | digests | frozen | teacher
 
     @contextmanager
     def _memory(self, doing: str, remedies: str) -> Iterator[None]:

@@ -19,7 +19,7 @@ from pipelines.tokens import CLIPS
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # of the data settings, those that both models have to be made for
-_SHARED = ("image_size", "num_frames", "max_words", "mean", "std")
+_SHARED = ("image_size", "resize_mode", "num_frames", "frame_order", "max_words", "paragraph", "mean", "std")
 _BESIDE = ("files", "hub", "pad_id", "pad_ends")  # of a tokenizer's description: what makes no other tokens
 
 
@@ -116,4 +116,6 @@ def _tokenizer(spec: dict) -> dict:
 
 
 def _word(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
     return f"[{','.join(f'{x:g}' for x in value)}]" if isinstance(value, tuple) else str(value)

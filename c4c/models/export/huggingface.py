@@ -24,6 +24,7 @@ _TEXT = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"
          "hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode", "hf_model_pretrained"}  # fmt: skip
 _SIGLIP_IMAGE = {"timm_pool": "map", "timm_proj": "none"}
 _SIGLIP_TEXT = {"no_causal_mask": True, "proj_bias": True, "pool_type": "last"}
+_LEGACY_EOS = 2  # which transformers' CLIP does not look for, as early configs of OpenAI's models had it
 _PIL = {"bilinear": 2, "bicubic": 3}
 
 
@@ -67,6 +68,16 @@ def _is_siglip(spec: dict) -> bool:
         raise ValueError(
             f"transformers' CLIP has plain ViTs and CLIP's text transformer, and its SigLIP timm's vit_*_siglip_*; this is a {what}: "
             "use --format open_clip or onnx"
+        )
+    if text.get("pool_type") == "eos" and text.get("eos_id") == _LEGACY_EOS:
+        raise ValueError(
+            f"transformers' CLIP takes eos_token_id {_LEGACY_EOS} to mean the highest token of a caption, and this text tower is read at the "
+            f"first token {_LEGACY_EOS}: use --format open_clip or c4c"
+        )
+    if told := [name for name in ("tokenizer_kwargs", "tokenizer_mode") if text.get(name)]:
+        raise ValueError(
+            f"transformers' tokenizers cannot be told this model's {' and '.join(f'{name} ({text[name]})' for name in told)}, and would make "
+            "other tokens of some captions: use --format open_clip or c4c"
         )
     return False
 

@@ -46,7 +46,8 @@ def read(content: Content, spec: dict | None) -> Weights:
         stack, segments = {"tightTransf": "cross.transformer.resblocks."}.get(head, "transformerClip.resblocks."), 12
     spec = openai.family_spec(openai.measured(clip), spec, "mmaction2" if mmaction2 else "the official CLIP4Clip")
     ours = {f"clip.{k}": v for k, v in clip.items()} | {f"head.{k}": v for k, v in rest.items()}
-    patch = "3d" if "visual.conv2.weight" in clip else "2d"
+    # ResNets have a convolution of the same name in their stem
+    patch = "3d" if "visual.conv2.weight" in clip and clip["visual.conv2.weight"].dim() == 5 else "2d"
     blocks = len({k[len(stack) :].split(".")[0] for k in rest if k.startswith(stack)}) or 4
     return Weights(floats(ours), spec, head, patch, blocks, segments, "mmaction2" if mmaction2 else "official")
 

@@ -1,6 +1,7 @@
 """CLIP4Clip over open_clip's towers, its head, and where weights come from."""
 
 import math
+from dataclasses import replace
 
 import open_clip
 import pytest
@@ -12,6 +13,8 @@ from c4c.models.heads import HEADS
 from c4c.models.heads.mean import MeanPooling
 from c4c.models.pretrained import open_checkpoint
 from c4c.settings import ModelConfig
+from tests import tiny_backbones
+from tests.c4c.retrieval import encoders
 
 CONFIG = ModelConfig(backbone="ViT-demo-16", init_from="scratch")
 START, END = 49406, 49407
@@ -230,6 +233,26 @@ def test_a_weights_file(model, tmp_path):
     torch.save(model.clip.state_dict(), tmp_path / "clip.pt")
     loaded = build(ModelConfig(backbone="ViT-demo-16", init_from=str(tmp_path / "clip.pt")), 4).state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("backbone", tiny_backbones.NAMES)
+def test_training_starts_from_a_file_of_every_kind_of_towers(backbone, tmp_path):
+    path = encoders.write(tmp_path / "model.safetensors", backbone=backbone)
+    started = build(ModelConfig(backbone=backbone, init_from=str(path)), encoders.FRAMES).state_dict()
+    saved = open_checkpoint(str(path))[0].state_dict()
+    assert started.keys() == saved.keys() and all(torch.equal(started[name], saved[name]) for name in saved)
+
+
+def test_a_3d_kernel_that_is_left_out_is_told(tmp_path):
+    path = encoders.write(tmp_path / "model.safetensors", patch="3d")
+    config = ModelConfig(backbone="tiny-vit", init_from=str(path))
+    with pytest.warns(
+        UserWarning, match="trained with 3d patches, and their kernel is left out: set model.linear_patch=3d"
+    ):
+        flat = build(config, encoders.FRAMES)
+    assert not hasattr(flat.clip.visual, "conv2")
+    kept = build(replace(config, linear_patch="3d"), encoders.FRAMES).clip.visual.conv2.weight
+    assert torch.equal(kept, open_checkpoint(str(path))[0].clip.visual.conv2.weight)
 
 
 def test_a_file_that_is_no_weights(model, tmp_path):

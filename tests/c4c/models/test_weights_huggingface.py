@@ -20,7 +20,7 @@ from c4c.models.weights.huggingface import spec_of, stated, timm_name
 from c4c.settings import ModelConfig
 from pipelines.config import DataConfig
 from pipelines.tokens import tokenize
-from tests.c4c.models.small import register, tiny
+from tests.c4c.models.small import SPEC, register, spec, tiny
 
 pytestmark = pytest.mark.slow
 
@@ -240,4 +240,13 @@ def test_towers_that_transformers_does_not_have_are_refused(tmp_path):
             export(tiny(spec=FAMILIES[name]), tmp_path / "written", "transformers")
     with pytest.raises(ValueError, match="the weights of the head seqTransf would be lost"):
         export(tiny("seqTransf"), tmp_path / "written", "transformers")
+    for text, reason in (
+        ({"pool_type": "eos", "eos_id": 2}, "the highest token of a caption"),
+        (
+            {"pool_type": "eos", "eos_id": 7, "tokenizer_kwargs": {"clean": "lower"}},
+            r"tokenizer_kwargs \({'clean': 'lower'}\)",
+        ),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            export(tiny(spec=spec(text_cfg=SPEC["text_cfg"] | text)), tmp_path / "written", "transformers")
     assert not list(tmp_path.iterdir())

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from c4c.files import replace_text
+from c4c.training.continuation import note_on_test_split
 from c4c.training.run_folder import RunConfig, check_continuation, prepare, read_config, save_description
 
 
@@ -49,6 +50,15 @@ def test_a_folder_that_is_no_run_is_named(tmp_path):
         (tmp_path / "config.yaml").write_text(text)
         with pytest.raises(ValueError, match=r"config\.yaml (is damaged|is not YAML: .*: the file is damaged)"):
             read_config(tmp_path)
+
+
+def test_a_test_split_with_other_contents_is_told_on_resuming():
+    assert note_on_test_split({"step": 4}, "a" * 64, "data/test") == ""  # of a checkpoint from before it was kept
+    assert note_on_test_split({"test": "a" * 64}, "a" * 64, "data/test") == ""
+    note = note_on_test_split({"test": "b" * 64}, "a" * 64, "data/test")
+    assert note.startswith(
+        "data/test is not the data that this run was validated on before (digest aaaaaaaaaaaa, was bbbbbbbbbbbb)"
+    )
 
 
 def test_a_continuation_must_compute_the_same(tmp_path):

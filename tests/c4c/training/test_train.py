@@ -274,6 +274,8 @@ def test_a_teacher_of_other_pictures_or_captions_is_refused(teacher, settings, t
         train(settings(f"train.teacher={teacher}", "data.num_frames=3", nowhere))
     with pytest.raises(ValueError, match=r"data\.max_words=20: set data\.max_words=24"):
         train(settings(f"train.teacher={teacher}", "data.max_words=20", nowhere))
+    with pytest.raises(ValueError, match=r"other ones than data\.frame_order=reverse: set data\.frame_order=forward"):
+        train(settings(f"train.teacher={teacher}", "data.frame_order=reverse", nowhere))
     with pytest.raises(ValueError, match="a run cannot be its own teacher"):
         train(settings(f"train.teacher={teacher}", f"run.dir={teacher}", "run.resume=auto"))
     asked = backbone.settled(settings(f"train.teacher={teacher}"))
