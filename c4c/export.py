@@ -106,6 +106,20 @@ def _command(args: argparse.Namespace) -> int:
     return 0
 
 
+def _how_to_evaluate(data: "DataConfig") -> str:
+    """What a layout of another program does not say, as settings of launch/eval.py."""
+    from pipelines.config import DataConfig
+
+    usual = DataConfig()
+    names = ("num_frames", "max_words", "sampling", "fps", "frame_order", "resize", "crop", "paragraph")
+    words = [
+        f"data.{name}={str(value).lower()}"
+        for name in names
+        if (value := getattr(data, name)) != getattr(usual, name) or name in names[:2]
+    ]
+    return f"the layout does not say how clips and captions are made of videos: evaluate it with {' '.join(words)}"
+
+
 def run(
     ckpt: str, tag: str | None, to: Path, format: str = "c4c", half: bool = False, backbone: str | None = None,
     ema: bool = True,
@@ -136,6 +150,8 @@ def run(
     model, data = open_checkpoint(ckpt, tag, backbone, ema)
     model.resize_pictures(data.image_size)
     notes = export(model, to, format, data, half)
+    if format not in ("c4c", "onnx"):
+        notes.append(_how_to_evaluate(data))
     kind = weights_taken(ckpt, tag, ema)
     if run:
         kind = f", {tag}{kind}"

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from c4c import backbones
-from c4c.export import export, main
+from c4c.export import export, main, run
 from c4c.models import backbone
 from c4c.models.clip4clip import CLIP4Clip
 from c4c.models.heads import HEADS
@@ -69,6 +69,19 @@ def test_a_file_of_any_towers_and_back(family, tmp_path):
     again, read = open_checkpoint(str(tmp_path / "m.safetensors"))
     assert torch.equal(scores(again), scores(model))
     assert read == data
+
+
+def test_the_command_says_what_a_layout_of_another_program_leaves_out(tmp_path):
+    data = DataConfig(num_frames=4, sampling="tail", frame_order="reverse", max_words=12, paragraph=True)
+    export(tiny(), tmp_path / "m.safetensors", "c4c", data)
+    for name in ("official", "open_clip"):
+        notes = run(str(tmp_path / "m.safetensors"), None, tmp_path / name, name)[2]
+        assert notes[-1].endswith(
+            "evaluate it with data.num_frames=4 data.max_words=12 data.sampling=tail data.frame_order=reverse data.paragraph=true"
+        )
+    assert not any(
+        "evaluate it with" in note for note in run(str(tmp_path / "m.safetensors"), None, tmp_path / "n.safetensors")[2]
+    )
 
 
 def folder_and_back(model: CLIP4Clip, folder):
