@@ -6,6 +6,7 @@ import { $, clock, make, range } from "./dom.js";
 const dialog = $("player");
 const video = $("video");
 const MOST_BUTTONS = 2000; // of a timeline
+let asked = null; // the id of the segment that is to be played, whether it can be or not
 let current = null; // {segment: {id, start, end}, video_id, offset}
 let timeline = { of: null, segments: [] };
 let request = null;
@@ -25,6 +26,7 @@ export async function open(id, name = "") {
   request?.abort();
   request = new AbortController();
   const { signal } = request;
+  asked = id;
   current = null;
   stopAt = null;
   waiting = 0;
@@ -50,7 +52,7 @@ export function close() {
   video.pause();
   video.removeAttribute("src");
   video.load();
-  current = null;
+  asked = current = null;
   timeline = { of: null, segments: [] };
   $("timeline").replaceChildren();
   if (dialog.open) dialog.close();
@@ -153,7 +155,7 @@ function toMiddle(button) {
   $("timeline").scrollLeft += inner.left + inner.width / 2 - outer.left - outer.width / 2;
 }
 
-const at = () => timeline.segments.findIndex((one) => one.id === current?.segment.id);
+const at = () => timeline.segments.findIndex((one) => one.id === asked);
 
 function go(id) {
   if (id) callbacks.onMove(id);
