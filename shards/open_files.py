@@ -53,9 +53,9 @@ class OpenFile:
             data += more
         return data
 
-    def __del__(self):
+    def __del__(self, close=os.close):  # bound here: where the interpreter ends, `os` may be gone before the file
         if hasattr(self, "_descriptor"):
-            os.close(self._descriptor)
+            close(self._descriptor)
 
 
 class FilePool:

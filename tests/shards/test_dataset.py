@@ -104,6 +104,14 @@ def test_reads_any_part(items: list[Item], copied: Path) -> None:
     assert split.read(video, 7, 1) == data[7:8]  # opens again
 
 
+def test_a_file_that_outlives_the_interpreters_modules_is_closed(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "a").write_bytes(b"a")
+    file, before = open_files.OpenFile(str(tmp_path / "a")), len(list(Path("/proc/self/fd").iterdir()))
+    monkeypatch.setattr(open_files, "os", None)  # as at the interpreter's end
+    del file
+    assert len(list(Path("/proc/self/fd").iterdir())) == before - 1
+
+
 def test_threads_share_a_split_and_few_open_files(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(open_files, "_MOST", 1)
     monkeypatch.setattr(dataset, "_TABLES_IN_MEMORY", 1)
