@@ -50,7 +50,7 @@ class Split:
 
     @property
     def digest(self) -> str:
-        """What tells this split from every other: a digest of its profile, keys, checksums and captions."""
+        """What tells this split from every other: a digest of its profile, keys, videos and captions, see `shards.digest`."""
         return self.info["digest"]
 
     def video(self, index: int) -> Video:

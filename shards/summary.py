@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from shards import ShardError
+from shards.digest import RULE_KEY, RULES
 from shards.schema import FORMAT_VERSION
 
 _SHARD = re.compile(r"[A-Za-z0-9_-]{1,64}")  # a name of files inside the folder, and of no others
@@ -75,6 +76,8 @@ def _wrong(info) -> str | None:
     for name, kind in kinds.items():
         if not isinstance(info.get(name), kind):
             return f"{name!r} is {_shown(info[name])}" if name in info else f"it lacks {name!r}"
+    if RULE_KEY in info and _int(info[RULE_KEY]) not in RULES:
+        return f"{RULE_KEY!r} is {_shown(info[RULE_KEY])}"
     if wrong := _wrong_numbers(info, ("videos", "captions", "rejected_videos", "rejected_captions")):
         return wrong
     if "plan" in info and not isinstance(info["plan"], dict):

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from crc32c import crc32c
 
 from shards import ShardError, memory, storage
+from shards.digest import BYTES, ROWS, RULE_KEY, fingerprints
 from shards.packing import scheduler
 from shards.packing.plan import READERS
 from shards.packing.rows import NO_CAPTION, is_loss
@@ -37,8 +38,8 @@ class TableTotals:
             return file.getvalue()
 
 
-def read_totals(out: Path, profile: dict, names: list[str]) -> TableTotals:
-    """The totals of the committed shards `names`."""
+def read_totals(out: Path, profile: dict, names: list[str], rule: int = ROWS) -> TableTotals:
+    """The totals of the committed shards `names`. rule: by which the digest is made, see `shards.digest`."""
     target = storage.output(out)
     sizes = target.listing()
     shards: list[dict] = []
@@ -47,12 +48,12 @@ def read_totals(out: Path, profile: dict, names: list[str]) -> TableTotals:
     digest = hashlib.sha256(json.dumps(profile, sort_keys=True).encode())
     with ThreadPoolExecutor(READERS if memory.limit() is None else 1) as pool:
         batches = (names[i : i + 64] for i in range(0, len(names), 64))  # or all tables would be held at once
-        tables = (table for batch in batches for table in pool.map(lambda name: _read(target, name), batch))
-        for name, (table, crc) in zip(names, tables, strict=True):
+        tables = (table for batch in batches for table in pool.map(lambda name: _read(target, name, rule), batch))
+        for name, (table, crc, marks) in zip(names, tables, strict=True):
             rejects += json.loads(table.schema.metadata[REJECTS])
             rows = table.to_pylist()
-            for row in rows:
-                digest.update(json.dumps([row["key"], row["crc32c"], row["captions"]], sort_keys=True).encode())
+            for row, mark in zip(rows, marks, strict=True):
+                digest.update(json.dumps([row["key"], mark, row["captions"]], sort_keys=True).encode())
             per_video = [len(row["captions"]) for row in rows]
             counts += per_video
             shards.append(
@@ -70,15 +71,18 @@ def read_totals(out: Path, profile: dict, names: list[str]) -> TableTotals:
         "rejected_videos": len(rejects) - rejected_captions,
         "rejected_captions": rejected_captions,
         "digest": digest.hexdigest(),
+        **({} if rule == BYTES else {RULE_KEY: rule}),
         "shards": shards,
     }
     return TableTotals(info, lines.encode(errors="backslashreplace"), rejects, counts)  # names need not be Unicode
 
 
-def finish(out: Path, plan: dict, names: list[str], reconciliation: dict | None = None) -> dict:
-    """Write rejects.jsonl and dataset.json from the committed shards `names`; returns what dataset.json says."""
+def finish(out: Path, plan: dict, names: list[str], reconciliation: dict | None = None, rule: int = ROWS) -> dict:
+    """Write rejects.jsonl and dataset.json from the committed shards `names`; returns what dataset.json says.
+
+    rule: by which the digest is made, see `shards.digest`."""
     target = storage.output(out)
-    totals = read_totals(out, plan["profile"], names)
+    totals = read_totals(out, plan["profile"], names, rule)
     storage.write(target, "rejects.jsonl", totals.rejects_text)
     if plan.get("input") is not None and any(map(is_loss, totals.rejects)):
         plan = {**plan, "input": None}  # what a repair had to leave out must not pass for packed
@@ -132,8 +136,10 @@ def _reconciled(counts: dict, packed: dict[str, int], rejects: list[dict], plan:
     return counts | {"missing": missing, "packed": packed, "rejected": rejected}
 
 
-def _read(target: Folder | Bucket, name: str) -> tuple[pa.Table, int]:
-    """What `read_totals` needs of a shard's table, and the file's crc32c."""
+def _read(target: Folder | Bucket, name: str, rule: int) -> tuple[pa.Table, int, list[int] | list[str]]:
+    """What `read_totals` needs of a shard's table, the file's crc32c, and what the digest takes of each row's video."""
     data = target.read(f"{name}.parquet")
     with pq.ParquetFile(io.BytesIO(data)) as file:
-        return file.read(["key", "crc32c", "captions"], use_threads=False), crc32c(data)
+        table = file.read(["key", "crc32c", "captions"], use_threads=False)
+        marks = table.column("crc32c").to_pylist() if rule == BYTES else [mark.hex() for mark in fingerprints(file)]
+        return table, crc32c(data), marks

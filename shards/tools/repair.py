@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from shards import ShardError
 from shards.annotations import Caption, Item
+from shards.digest import BYTES, ROWS, RULE_KEY
 from shards.packing.finish import finish
 from shards.packing.plan import input_digest
 from shards.schema import FORMAT_VERSION, REJECTS
@@ -71,7 +72,8 @@ def repair(
         sorted(profiles[0].items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order))
     )
     plan = old.get("plan") or _plan(path, name or old.get("name"), split or old.get("split"), profile, repaired)
-    finish(path, plan, names, old.get("reconciliation"))
+    # of a split of an earlier version the digest stays what runs and caches know it by
+    finish(path, plan, names, old.get("reconciliation"), old.get(RULE_KEY, BYTES if "digest" in old else ROWS))
     return repaired
 
 

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from crc32c import crc32c
 
 from shards import VideoError, count
+from shards.digest import BYTES, RULE_KEY
 from shards.packing.finish import read_totals
 from shards.schema import CAPTION_COUNTS, JSON_CRCS, SUFFIXES, Video
 from shards.split import Split
@@ -80,7 +81,8 @@ def _verify_split(path: Path, info: dict, readable: bool) -> list[Problem]:
             problems.append(Problem(None, None, f"{file.name} is not a shard of this split", "Move it elsewhere"))
     if not readable:
         return problems
-    totals = read_totals(path, info["profile"], [shard["name"] for shard in info["shards"]])
+    names_in_order = [shard["name"] for shard in info["shards"]]
+    totals = read_totals(path, info["profile"], names_in_order, info.get(RULE_KEY, BYTES))
     for what, value in totals.info.items():
         if info[what] != value:
             differs = f"{what} is {info[what]}" if isinstance(value, str | int) else f"{what} differ"

@@ -17,7 +17,11 @@ from pipelines.loader import Loader
 from pipelines.stages import cache as cache_module
 from pipelines.stages.cache import FrameCache
 from pipelines.stats import Stats
+from shards.annotations import Caption, Item
+from shards.split import Split
 from tests.pipelines import fill
+from tests.shards.sets import packed
+from tests.videos import encode, number_in
 
 pytestmark = pytest.mark.slow  # imports DALI
 
@@ -42,6 +46,18 @@ def same(a, b) -> bool:
         x.keys == y.keys and np.array_equal(x.frame_numbers, y.frame_numbers) and torch.equal(x.frames, y.frames)
         for x, y in zip(a, b, strict=True)
     )
+
+
+def test_a_cut_that_is_moved_finds_none_of_the_frames_of_before(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(encode(60, 20, (64, 64)))  # of which the first frame alone is a keyframe
+    seen = []
+    for start in (0.5, 1.0):
+        items = [Item("a", tmp_path / "a.mp4", (Caption("x"),), {}, start, 3.0)]
+        packed(items, tmp_path / "set", workers=1, update=True)
+        config, cache = replace(SMALL, num_frames=2, image_size=64), CacheConfig(dir=str(tmp_path / "cache"), max_gb=1)
+        with Loader(Split(tmp_path / "set"), config, batch_size=1, seed=0, raw=True, cache=cache) as loader:
+            seen += [[number_in(picture) for picture in batch.frames[0].numpy()] for batch in loader.batches(count=3)]
+    assert seen == [[10, 50]] * 3 + [[20, 40]] * 3
 
 
 @pytest.mark.parametrize("profile", ["copy", "intra"])

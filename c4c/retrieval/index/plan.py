@@ -9,6 +9,8 @@ from pathlib import Path
 from c4c.retrieval.index.rows import FILE, SHARD, Failure, Known
 from shards import count, first_few
 from shards.annotations.files import EXTENSIONS
+from shards.digest import fingerprint
+from shards.schema import Video
 from shards.split import Split
 from shards.storage import is_remote, place
 from shards.summary import is_of_packing
@@ -18,8 +20,8 @@ from shards.summary import is_of_packing
 class ListedVideo:
     """A video as it was listed. name: relative to its folder, or its id in its split; path: absolute, or SPLIT_FOLDER::key; both are valid text.
 
-    place: what opens it: a path of the file system, or a row of the split. size: bytes; mtime_ns: of a file, and of a packed video the
-    crc32c of its bytes, so that both tell whether it has changed."""
+    place: what opens it: a path of the file system, or a row of the split. size: bytes; mtime_ns: of a file, and of a packed video
+    its `state_of`, so that both tell whether it has changed."""
 
     name: str
     path: str
@@ -150,7 +152,12 @@ def _listed(path: str, root: str) -> Iterator[ListedVideo]:
 def _of_split(path: str, split: Split) -> Iterator[ListedVideo]:
     for index in range(len(split)):
         video = split.video(index)
-        yield ListedVideo(video.id, f"{path}::{video.key}", SHARD, path, video.size, video.crc32c, index)
+        yield ListedVideo(video.id, f"{path}::{video.key}", SHARD, path, video.size, state_of(video), index)
+
+
+def state_of(video: Video) -> int:
+    """What changes with a packed video, 63 bits: with its bytes, and with which of their frames are its own and when they are shown."""
+    return int.from_bytes(fingerprint(video)[:8], "little") >> 1
 
 
 def _identity(folder: str) -> tuple[int, int] | str:

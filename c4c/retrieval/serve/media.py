@@ -13,7 +13,7 @@ from typing import Any
 
 from anyio import to_thread
 
-from c4c.retrieval.index.plan import os_path
+from c4c.retrieval.index.plan import os_path, state_of
 from c4c.retrieval.index.rows import SHARD
 from c4c.retrieval.serve.batching import Recent
 from c4c.retrieval.serve.clips import BrowserClip, Clips
@@ -126,9 +126,9 @@ class Media:
                     split.read(row, 0, 1)  # its shard may be gone, and the answer would break off after its first line
             except (ShardError, OSError) as error:
                 raise Refusal(410, REMOVED) from error
-            if (known.size, known.mtime_ns) != (row.size, row.crc32c):  # see index/plan.py
+            if (known.size, known.mtime_ns) != (row.size, state_of(row)):
                 raise Refusal(410, CHANGED)
-            state = f"{row.size} {row.crc32c}"
+            state = f"{row.size} {state_of(row)}"
             return Located(hit, {"split": folder, "video": row.index, "state": state}, split, row)
         located = Located(hit, {"path": os_path(known.path), "state": f"{known.size} {known.mtime_ns}"})
         self._open(located).close()

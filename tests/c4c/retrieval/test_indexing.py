@@ -16,6 +16,7 @@ from pipelines.segment_frames import Described, frames_of_file
 from pipelines.segments import Cutting
 from shards import ShardError
 from shards.annotations import Caption, Item
+from shards.split import Split
 from tests.c4c.retrieval.encoders import encoder
 from tests.pipelines.conftest import pack_videos
 from tests.shards.sets import packed
@@ -218,6 +219,18 @@ def test_what_is_known_and_the_same_is_left(folder):
     assert [job.video for job in changed.jobs] == ["sub/b.MKV", "sub/c.webm"]
     assert changed.before == {"sub/b.MKV": 1, "sub/c.webm": 7}
     assert len(planned(folder, known, refresh=True).jobs) == 3
+
+
+def test_a_packed_video_that_was_cut_elsewhere_has_changed(folder, tmp_path):
+    (tmp_path / "a.mp4").write_bytes(encode(60, 20, (64, 48)))  # of which the first frame alone is a keyframe
+    known, seen = [], []
+    for start in (0.5, 0.5, 1.0):
+        items = [Item("a", tmp_path / "a.mp4", (Caption("x"),), {}, start, 3.0)]
+        packed(items, tmp_path / "set", workers=1, update=True)
+        jobs = planned(tmp_path / "set", known).jobs
+        seen.append((Split(tmp_path / "set").video(0).crc32c, len(jobs)))
+        known = [held(job) for job in jobs] or known
+    assert seen == [(seen[0][0], 1), (seen[0][0], 0), (seen[0][0], 1)]
 
 
 def test_what_has_gone_vanishes_only_where_it_was_looked_for(folder, tmp_path):

@@ -9,7 +9,7 @@ from email.utils import formatdate, parsedate_to_datetime
 import av
 import pytest
 
-from c4c.retrieval.index.plan import text_of
+from c4c.retrieval.index.plan import state_of, text_of
 from c4c.retrieval.index.store import Store
 from c4c.retrieval.serve.media import CHANGED, REMOVED, Splits
 from c4c.retrieval.serve.ranges import parse_range
@@ -125,7 +125,8 @@ def split_served(tmp_path_factory):
             video = Split(out).video(place)
             row = stand_in.indexed(folder / "source", films[name], [name, "grey"])
             rows.append(replace(
-                row, video=f"{profile.name}/{video.key}", path=f"{out}::{video.key}", source="shard", size=video.size, mtime_ns=video.crc32c
+                row, video=f"{profile.name}/{video.key}", path=f"{out}::{video.key}", source="shard", size=video.size,
+                mtime_ns=state_of(video),
             ))  # fmt: skip
     Store.open(index).append(rows)
     it = Served(index)
