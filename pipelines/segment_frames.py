@@ -16,14 +16,17 @@ from PIL import Image
 from pipelines.config import DataConfig
 from pipelines.segments import Cutting, VideoSegment, segments_of, wanted
 from pipelines.stages.resize import resized
-from shards import VideoError
+from shards import ShardError, VideoError
 from shards.dataset import Dataset
+from shards.disk_cache import Full
+from shards.open_files import NoMoreFiles
+from shards.remote import Unreachable
 from shards.schema import Video
 from shards.storage import opened
 from shards.video.decode import WAYS
 from shards.video.frame_pass import Pass, Unpredictable
 from shards.video.picture import upright
-from shards.video.random_access import decode_stored, shape_of_stored
+from shards.video.random_access import checked, decode_stored, shape_of_stored
 from shards.video.source import unsliced
 
 CHUNK = 16  # frames that are handed on at once
@@ -107,16 +110,23 @@ def frames_of_stored(
 ) -> Iterator[Described | Frames]:
     """Of a packed video whose frames are not all JPEGs, decoded on the CPU as the loader's `video` lane does it there.
 
-    Raises VideoError and ShardError."""
+    Bytes of a remote split that fail their checksum are fetched once more. Raises VideoError and ShardError."""
+    try:
+        yield from _of_stored(split, video, config, cutting)
+    except (Unreachable, Full, NoMoreFiles):  # no fault of the video
+        raise
+    except (VideoError, ShardError):
+        if not split.fetch_again(video):
+            raise
+        yield from _of_stored(split, video, config, cutting)
+
+
+def _of_stored(split: Dataset, video: Video, config: DataConfig, cutting: Cutting) -> Iterator[Described | Frames]:
     segments, shape = segments_of(video, config, cutting), shape_of_stored(video)
     yield Described(video.duration, video.width, video.height, segments)
-    read = _read(split, video)
+    read = checked(video, lambda offset, size: split.read(video, offset, size))
     frames = decode_stored(video, read, wanted(segments).tolist())
     yield from made(((position, upright(frame, shape)) for position, frame in frames), segments, config)
-
-
-def _read(split: Dataset, video: Video):
-    return lambda offset, size: split.read(video, offset, size)
 
 
 def made(

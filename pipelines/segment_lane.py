@@ -19,8 +19,6 @@ from pipelines.stages.transfer import handed_over
 from shards import VideoError
 from shards.schema import Video
 from shards.split import Split
-from shards.video.picture import upright
-from shards.video.random_access import decode_stored, shape_of_stored
 
 _AT_ONCE = 64  # frames that the lane makes at once
 
@@ -75,17 +73,13 @@ class SegmentLane:
 
     def _pictures(self, video: Video, positions: list[int]) -> list[bytes]:
         """Thumbnails of whole stored pictures."""
-        if self._intra and positions:
-            assert self._reader is not None
-            try:
+        if not positions:
+            return []
+        assert self._reader is not None
+        try:
+            if self._intra:
                 jpegs = self._reader.jpegs(video, np.array(positions)).pieces
-            except BadSample as error:
-                raise VideoError(str(error)) from error
-            return [thumbnail(Image.open(io.BytesIO(jpeg.tobytes()))) for jpeg in jpegs]
-        shape = shape_of_stored(video)
-
-        def read(offset: int, size: int) -> bytes:
-            return self._split.read(video, offset, size)
-
-        frames = {p: thumbnail(upright(frame, shape)) for p, frame in decode_stored(video, read, positions)}
-        return [frames[position] for position in positions]
+                return [thumbnail(Image.open(io.BytesIO(jpeg.tobytes()))) for jpeg in jpegs]
+            return list(map(thumbnail, self._reader.pictures(video, np.array(positions)).pieces))
+        except BadSample as error:
+            raise VideoError(str(error)) from error

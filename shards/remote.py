@@ -4,6 +4,7 @@ Small tars are fetched as a whole. Of large ones only the bytes of the wanted vi
 bytes: in random order a step needs little of a large shard, and in the order of the shard nothing is fetched twice.
 """
 
+import json
 import os
 import random
 import re
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import ClassVar, TypeVar
+
+from crc32c import crc32c
 
 from shards import ShardError
 from shards.disk_cache import DiskCache
@@ -71,8 +74,9 @@ class RemoteFiles:
         self._server.clear()
         self.pieces = local.pieces()
         self.info = read_summary(self._get("dataset.json"), path)
-        # another split, or this one packed anew, never finds these pieces
-        self._set = "-".join(_plain(self.info[what]) for what in ("name", "split", "digest"))
+        # another split, or this one packed anew, never finds these pieces: tables' checksums tell where in the tars videos stand
+        layout = f"{crc32c(json.dumps(self.info['shards'], sort_keys=True).encode()):08x}"
+        self._set = "-".join([*(_plain(self.info[what]) for what in ("name", "split", "digest")), layout])
         self._tars = {shard["name"]: shard["bytes"] for shard in self.info["shards"]}
 
     def small_file(self, name: str) -> bytes:

@@ -15,7 +15,7 @@ from shards.schema import Video
 from shards.split import Split
 from shards.tar import write_atomic
 from shards.tools.info import title
-from shards.video.random_access import pick_frames
+from shards.video.random_access import checked, pick_frames
 
 COUNT, WIDTH = Limits(int, 1, 10_000), Limits(int, 16, 10_000)  # of videos and of pictures; pixels
 _CAPTIONS = 20  # shown of one video
@@ -89,7 +89,7 @@ def _pictures(split: Split, video: Video, count: int, width: int) -> tuple[list[
     low, high = video.inside
     wanted = sorted({low + (2 * i + 1) * (high - low) // (2 * count) for i in range(count)})
     try:
-        pictures = pick_frames(video, lambda at, size: split.read(video, at, size), wanted)
+        pictures = pick_frames(video, checked(video, lambda at, size: split.read(video, at, size)), wanted)
     except (VideoError, ShardError) as error:
         return [], str(error)
     return [(float(video.frames.time[i]), _data_uri(pictures[i], width)) for i in wanted], None

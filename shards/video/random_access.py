@@ -13,7 +13,7 @@ import numpy as np
 from crc32c import crc32c
 
 from shards import VideoError, first_few
-from shards.schema import Coding, FrameTable
+from shards.schema import Coding, FrameTable, Video
 from shards.video.by_stamps import StampPass
 from shards.video.frame_pass import Unpredictable
 from shards.video.picture import Shape, short, upright
@@ -61,6 +61,19 @@ def pick_frames(video: StoredVideo, read: Callable[[int, int], bytes], wanted: I
     for position, frame in decode_stored(video, read, wanted, out):
         out[position] = upright(frame, shape)
     return out
+
+
+def checked(video: Video, read: Callable[[int, int], bytes]) -> Callable[[int, int], bytes]:
+    """`read` of a packed video, for `decode_stored`, which compares the crc32c of packets only: a file that is read as a whole is
+    compared, too. What is returned raises VideoError if its bytes have changed since packing."""
+
+    def checked_read(offset: int, size: int) -> bytes:
+        data = read(offset, size)
+        if size < 0 and crc32c(data) != video.crc32c:
+            raise VideoError("crc32c of the file differs from the sample table: the shard is damaged")
+        return data
+
+    return checked_read
 
 
 def shape_of_stored(video: StoredVideo) -> Shape:

@@ -17,13 +17,19 @@ from pipelines.eval_loader import EvalLoader
 from pipelines.loader import Loader
 from pipelines.remote_prefetch import RemotePrefetch
 from pipelines.requests import BatchPlan
+from pipelines.segment_frames import Described
+from pipelines.segment_lane import SegmentLane
+from pipelines.segments import Cutting
 from shards import ShardError, remote
+from shards.annotations import Caption, Item
 from shards.concat import Concat, open_splits
 from shards.disk_cache import DiskCache, Full
 from shards.remote import Local, RemoteFiles, Server, Unreachable, patiently
 from shards.split import Split
 from tests.buckets import object_store
 from tests.pipelines.test_loader import SMALL, run
+from tests.shards.sets import packed
+from tests.videos import encode
 
 pytestmark = pytest.mark.slow  # imports DALI
 
@@ -307,6 +313,41 @@ def test_a_local_copy_that_is_damaged_is_fetched_again(numbered, url, tmp_path):
     for table in tmp_path.glob("*/*.parquet"):
         table.write_bytes(b"nothing")
     assert all(map(same, run(numbered.intra, 3), run(at(url["intra"], tmp_path), 3)))
+
+
+def test_an_index_fetches_a_local_copy_that_is_damaged_again(numbered, url, tmp_path):
+    split = at(url["copy"], tmp_path)
+    chosen, config = ("mpegts", "short", "one_frame"), SMALL.filled()
+
+    def read(split: Split) -> dict[str, list]:
+        lane, found = SegmentLane(split, config, torch.device("cpu"), Cutting(0, 0)), {}
+        for video in map(split.find, chosen):
+            for event in lane.read(video):
+                if isinstance(event, Described):  # decoding starts, or starts anew
+                    found[video.id] = []
+                else:
+                    found[video.id].append(event.pixels.tobytes())
+        return found
+
+    expected = read(numbered.copy)
+    assert read(split) == expected
+    for tar in tmp_path.glob("*/*.tar"):
+        tar.write_bytes(bytes(tar.stat().st_size))
+    assert read(split) == expected
+
+
+def test_pieces_of_a_split_that_is_laid_out_anew_are_others(store, tmp_path):
+    _, files = store
+    (tmp_path / "a.mp4").write_bytes(encode(5, 20, (64, 64)))
+    digests, read = set(), []
+    for meta in ({}, {"longer": "x" * 700}):
+        items = [Item(id, tmp_path / "a.mp4", (Caption("x"),), meta) for id in "ab"]
+        packed(items, tmp_path / "set", workers=1, update=True)
+        files.put(f"{tmp_path}/set/", "sets/anew/", recursive=True)
+        split = at("s3://sets/anew", tmp_path / "local")
+        digests.add(split.digest)
+        read.append(split.read(split.video(1)))
+    assert len(digests) == 1 and read == [(tmp_path / "a.mp4").read_bytes()] * 2
 
 
 def test_a_server_that_stays_away_ends_the_run(url, tmp_path, monkeypatch):

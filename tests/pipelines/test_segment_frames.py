@@ -17,6 +17,7 @@ from pipelines.segment_lane import SegmentLane
 from pipelines.segments import Cutting
 from shards import VideoError
 from shards.split import Split
+from shards.tools.preview import preview
 from tests.pipelines.conftest import pack_videos
 from tests.shards.video.matrix import STEPS, made, with_edit
 from tests.shards.video.stored import rotated
@@ -157,6 +158,22 @@ def test_a_damaged_video_of_a_split_is_told(hard, tmp_path):
     with pytest.raises(VideoError, match="crc32c of stored frame 3 differs"):
         taken(lane.read(split.video(0)))
     lane.close()
+
+
+def test_one_wrong_bit_of_a_video_whose_frames_cannot_be_sliced_is_told(tmp_path):
+    split = pack_videos(tmp_path / "set", {"a.ts": encode(40, 20, (64, 64), format="mpegts")}, "copy")
+    video, path = split.video(0), tmp_path / "set" / "packed"
+    tar = path / f"{video.shard}.tar"
+    data = bytearray(tar.read_bytes())
+    data[video.offset + video.size // 2] ^= 0x10
+    tar.write_bytes(bytes(data))
+    assert not video.frames.sliceable
+    lane = SegmentLane(Split(path), CONFIG, torch.device("cpu"), SHORT)
+    with pytest.raises(VideoError, match="crc32c of the file differs"):
+        taken(lane.read(video))
+    lane.close()
+    assert preview([path], tmp_path / "preview.html") == 1
+    assert "crc32c of the file differs" in (tmp_path / "preview.html").read_text()
 
 
 def test_who_stops_reading_leaves_no_thread_and_a_defect_is_raised():

@@ -20,7 +20,7 @@ from shards.video.frame_pass import Unpredictable
 from shards.video.picture import Shape, shape_of, short, standard_range, turned
 from shards.video.probe import JUMP, clock_zero, open_video
 from shards.video.programs import sound_of
-from shards.video.random_access import decode_stored, shape_of_stored
+from shards.video.random_access import checked, decode_stored, shape_of_stored
 from shards.video.writer import usual_priority
 
 _SHORT_SIDE = 480  # pixels of a clip, at most
@@ -136,7 +136,7 @@ def _of_split(job: dict, start: float, end: float) -> Iterator[Picture]:
         wanted = [max(low, min(high, int(np.searchsorted(times[:high], start, "right"))) - 1)]
     keep = _thinned(times[wanted])
     wanted = [frame for place, frame in enumerate(wanted) if keep(place)]
-    found = decode_stored(video, lambda at, size: split.read(video, at, size), wanted)
+    found = decode_stored(video, checked(video, lambda at, size: split.read(video, at, size)), wanted)
     held: dict[int, av.VideoFrame] = {}
     for position, frame in found:  # not always in order
         held[position] = frame
