@@ -11,12 +11,13 @@ from shards.dataset import Dataset
 from shards.split import Split
 
 _SECONDS = 1.0  # for the captions of a split; of a larger one the first are looked at
+_VIDEOS = 100  # of a split whose frames are counted
 
 
 def notes(
     train: Dataset | None, test: Split | None, config: DataConfig, tokenizer: Tokenizer | None = None
 ) -> list[str]:
-    """Warnings: the same videos in training and test, pictures that are scaled up, captions that are cut.
+    """Warnings: the same videos in training and test, pictures that are scaled up, frames that are wanted twice, captions that are cut.
 
     tokenizer: the run's; None: CLIP's.
     """
@@ -35,8 +36,22 @@ def notes(
     for split in (*trained, *tested):
         splits.setdefault(split.digest, split)
     warnings += filter(None, (enlarged(split, config) for split in splits.values()))
+    warnings += filter(None, (_sparse(split, config, split in tested) for split in splits.values()))
     warnings += filter(None, (_cut(split, config, tokenizer) for split in splits.values()))
     return warnings
+
+
+def _sparse(split: Split, config: DataConfig, testing: bool) -> str | None:
+    """That the recipe asks for more frames a second than were kept of the videos; None if it does not."""
+    stored, rule = split.info["profile"].get("fps"), config.sampling
+    if stored is None or config.fps <= stored or rule.startswith("segment") or (rule == "random" and not testing):
+        return None
+    if all(video.source_frames <= len(video.frames) for video in map(split.video, range(min(len(split), _VIDEOS)))):
+        return None  # they have no more
+    return (
+        f"{split.path} was packed with --fps {stored}, and data.fps={config.fps} asks for more frames a second than it stores: clips "
+        f"repeat frames, unevenly. Set data.fps={stored}, or pack it with --fps {config.fps}"
+    )
 
 
 def _cut(split: Split, config: DataConfig, tokenizer: Tokenizer) -> str | None:

@@ -18,8 +18,9 @@ from pipelines.tokens import Tokenizer, clips_tokenizer
 from shards.concat import open_splits
 from shards.split import Split
 from tests import vocabularies
-from tests.pipelines.conftest import SIDE
+from tests.pipelines.conftest import SIDE, pack_videos
 from tests.pipelines.test_tokens import CAPTIONS
+from tests.videos import encode
 
 PLAIN = DataConfig(image_size=SIDE)
 LETTERS = "abcdefghij XYZ0123456789'-,.&;<>\t\n" + "éüß中文字一个男人🎬İſﬁ½…“”‘’ÃÂ©\u00a0\u200b\u3000ＡＢ\u0301\x1b"
@@ -75,6 +76,26 @@ def test_stored_pictures_that_are_smaller_are_a_warning(numbered):
     (note,) = notes(None, numbered.intra, replace(PLAIN, image_size=96))
     assert note.endswith("data.image_size=96 scales it up 1.50 times: pack it with --short-side 96")
     assert notes(numbered.intra, numbered.copy, replace(PLAIN, image_size=48, resize=SIDE)) == []
+
+
+def test_more_frames_a_second_than_are_stored_are_a_warning(numbered, tmp_path):
+    split = numbered.intra
+    for train, test, sampling in (
+        (split, None, "uniform"),
+        (split, None, "tail_by_frame"),
+        (None, split, "head"),
+        (None, split, "random"),
+    ):
+        (note,) = notes(train, test, replace(PLAIN, fps=10, sampling=sampling))
+        assert note == (
+            f"{split.path} was packed with --fps 3, and data.fps=10 asks for more frames a second than it stores: clips repeat frames, "
+            "unevenly. Set data.fps=3, or pack it with --fps 10"
+        )
+    for sampling in ("segment", "random"):
+        assert notes(split, None, replace(PLAIN, fps=10, sampling=sampling)) == []
+    assert notes(split, None, replace(PLAIN, fps=3)) == notes(numbered.copy, None, replace(PLAIN, fps=10)) == []
+    slow = pack_videos(tmp_path / "slow", {"a.mp4": encode(9, 3)}, "intra")
+    assert notes(slow, None, replace(PLAIN, fps=10)) == [], "it has all frames of its videos"
 
 
 @pytest.mark.parametrize("mixed", [False, True])
