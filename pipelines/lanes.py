@@ -238,7 +238,15 @@ class Lane:
         request = sample.request
         if (cached := self._cached(request)) is not None:
             return cached
-        video, wanted = request.video, self._to_decode(request)
+        wanted, own = self._to_decode(request), distinct(request.positions)
+        try:
+            return self._read(request.video, wanted)
+        except BadSample:
+            if np.array_equal(wanted, own):
+                raise
+            return self._read(request.video, own)  # a frame may be bad that the cache alone would have kept
+
+    def _read(self, video: Video, wanted: np.ndarray) -> Source:
         if self.name == "intra":
             return self._reader.jpegs(video, wanted)
         if self._for_nvdec(video):

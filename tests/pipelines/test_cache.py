@@ -20,6 +20,7 @@ from pipelines.stats import Stats
 from shards.annotations import Caption, Item
 from shards.split import Split
 from tests.pipelines import fill
+from tests.pipelines.conftest import pack_videos
 from tests.shards.sets import packed
 from tests.videos import encode, number_in
 
@@ -58,6 +59,20 @@ def test_a_cut_that_is_moved_finds_none_of_the_frames_of_before(tmp_path):
         with Loader(Split(tmp_path / "set"), config, batch_size=1, seed=0, raw=True, cache=cache) as loader:
             seen += [[number_in(picture) for picture in batch.frames[0].numpy()] for batch in loader.batches(count=3)]
     assert seen == [[10, 50]] * 3 + [[20, 40]] * 3
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be used and is replaced")
+def test_a_bad_frame_that_no_clip_shows_makes_no_video_bad(tmp_path):
+    split = pack_videos(tmp_path / "set", {f"{name}.mp4": encode(90, 25, (64, 64)) for name in "abc"}, "intra")
+    video = split.video(1)
+    tar = split.path / f"{video.shard}.tar"
+    data = bytearray(tar.read_bytes())
+    data[video.offset + int(video.frames.offset[5]) + 40] ^= 0xFF
+    tar.write_bytes(bytes(data))
+    config = replace(SMALL, num_frames=2, sampling="random")
+    plain, _ = epochs(Split(split.path), config)
+    cached, _ = epochs(Split(split.path), config, CacheConfig(dir=str(tmp_path / "cache"), max_gb=1, frames=0))
+    assert same(plain, cached) and any("b" in batch.keys for batch in plain)
 
 
 @pytest.mark.parametrize("profile", ["copy", "intra"])
