@@ -145,17 +145,17 @@ def run(
     quiet_libraries()
     check_names(ckpt, tag, backbone, ema)
     ckpt, asked, ema = located(ckpt, tag, ema)
-    run = Path(ckpt) if (Path(ckpt) / "config.yaml").is_file() else None
-    tag = checkpoint.resolve(run, asked) if run else None  # once: the run may go on meanwhile
+    folder = Path(ckpt) if (Path(ckpt) / "config.yaml").is_file() else None
+    tag = checkpoint.resolve(folder, asked) if folder else None  # once: the run may go on meanwhile
     model, data = open_checkpoint(ckpt, tag, backbone, ema)
     model.resize_pictures(data.image_size)
     notes = export(model, to, format, data, half)
     if format not in ("c4c", "onnx"):
         notes.append(_how_to_evaluate(data))
     kind = weights_taken(ckpt, tag, ema)
-    if run:
+    if folder:
         kind = f", {tag}{kind}"
-        notes += [f"note: {gone}"] if (gone := checkpoint.better_gone(run, asked)) else []
+        notes += [f"note: {gone}"] if (gone := checkpoint.better_gone(folder, asked)) else []
     return sum(p.numel() for p in model.parameters()), f"{model.head.name}, {model.linear_patch}{kind}", notes
 
 

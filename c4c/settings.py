@@ -85,18 +85,16 @@ class TrainConfig:
     # captions of a batch with the same tokens, of different videos, are no negatives of each other's videos
     mask_equal_captions: bool = False
     decorrelation: float = 0.0  # weight of DRL's channel decorrelation (CDCR) beside the loss; DRL's is 0.001. 0: off
-    decorrelation_off_diagonal: float = (
-        0.06  # in it, weight of channels that correlate with others; of those that match: 1
-    )
+    # in it, weight of channels that correlate with others; of those that match: 1
+    decorrelation_off_diagonal: float = 0.06
     # a run folder or weights, as launch/eval.py --ckpt takes them: a frozen model whose scores of each batch are learned from as well.
     # Or a file that python -m c4c.features wrote: what such a model made of the videos and captions of data.train
     teacher: str = ""
     teacher_weight: float = 1.0  # with teacher: weight of that beside the loss. 0: off
     teacher_temperature: float = 1.0  # with teacher: both models' scaled scores are divided by it
     batch_size: int = 128  # pairs a step, over all ranks
-    micro_batch_size: int = (
-        0  # pairs a rank encodes at once; fewer than its share: gradient caching. 0: its whole share
-    )
+    # pairs a rank encodes at once; fewer than its share: gradient caching. 0: its whole share
+    micro_batch_size: int = 0
     accumulate: int = 1  # an update averages so many smaller batches, each with only its own negatives
     max_bad_steps: int = 20  # the run ends after so many skipped steps in a row: the loss or a gradient was not finite
     epochs: float = 5.0
@@ -252,9 +250,8 @@ class TrainConfig:
 class EngineConfig:
     """How DeepSpeed runs the model."""
 
-    precision: str = (
-        "bf16"  # of weights and activations; masters, moments, similarities (not tightTransf's) and losses are fp32
-    )
+    # of weights and activations; masters, moments, losses and similarities (but those of tightTransf) are fp32
+    precision: str = "bf16"
     zero_stage: int = 1  # what is partitioned over ranks: 0 nothing, 1 optimizer states, 2 gradients too, 3 weights too
     clip_grad_norm: float = 1.0  # 0: off
     offload: str = "none"  # to the host's memory: optimizer (masters and moments; ZeRO 1-3), all (weights too; ZeRO 3)

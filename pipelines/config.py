@@ -89,12 +89,10 @@ class DataConfig:
     interpolation: str = ""  # bicubic or bilinear, both antialiased; empty: the backbone's
     fill: int = -1  # colour around pictures with resize_mode=longest, 0 (black) to 255; -1: the backbone's
     resize: int = 0  # with resize_mode=shortest, the short side before the crop, pixels; 0: image_size
-    crop: str = (
-        "centre"  # with resize_mode=shortest, which part of the long side is shown: start (left or top), centre or end
-    )
-    random_crop: float = (
-        0.0  # in training: least share of the picture that a random crop keeps, 0.5 say; 0: what resize_mode shows
-    )
+    # with resize_mode=shortest, which part of the long side is shown: start (left or top), centre or end
+    crop: str = "centre"
+    # in training: least share of the picture that a random crop keeps, 0.5 say; 0: what resize_mode shows
+    random_crop: float = 0.0
     flip: float = 0.0  # in training: chance that a clip is mirrored; captions that say left or right turn false
     colour: float = 0.0  # in training: most by which brightness, contrast and saturation change, 0.2 say
     # of frames that the loader normalises; float16: half the memory. Training and evaluation on a GPU normalise in the model

@@ -137,9 +137,8 @@ class TrainingRequests:
     def request(self, pair: np.ndarray, epoch: int, step: int) -> ClipRequest:
         """What the pair (video, caption) shows at a step."""
         video, config = self._split.video(int(pair[0])), self._config
-        own = self.order.own_epoch(
-            video.index, epoch, step
-        )  # a set of a mixture may come round several times in an epoch
+        # a set of a mixture may come round several times in an epoch
+        own = self.order.own_epoch(video.index, epoch, step)
         draw = (self._seed, own, int(pair[0]), int(pair[1]))
         drawn = draws(config.sampling) or config.frame_order == "random"
         random = generator(*draw) if drawn else None

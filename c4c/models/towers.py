@@ -92,9 +92,8 @@ def build(spec: dict) -> CLIP | CustomTextCLIP:
 
     CoCa's are built without the decoder, which writes captions.
     """
-    torch.backends.cudnn.allow_tf32 = (
-        False  # fp32 is fp32 in patch embeddings, too: torch rounds convolutions to TF32 by default
-    )
+    # fp32 is fp32 in patch embeddings, too: torch rounds convolutions to TF32 by default
+    torch.backends.cudnn.allow_tf32 = False
     with quiet(), _hugging_face(spec) as text_over:
         vision = CLIPVisionCfg(**spec["vision_cfg"] | _PLAIN_VISION)
         text = CLIPTextCfg(**spec["text_cfg"] | _PLAIN_TEXT | text_over)

@@ -26,11 +26,8 @@ from shards.video.probe import (
     timeline,
 )
 
-_TOLD_ONCE: tuple[PktSideDataT, ...] = (
-    "palette",
-    "new_extradata",
-    "param_change",
-)  # libav does not tell them again after it was sent back
+# of what stands beside packets, that which libav does not tell again after it was sent back
+_TOLD_ONCE: tuple[PktSideDataT, ...] = ("palette", "new_extradata", "param_change")
 _MARKED = {"h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mpeg2video", "mpeg1video"}  # parsers find their keyframes
 
 

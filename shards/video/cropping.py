@@ -6,12 +6,8 @@ from contextlib import suppress
 
 import av
 
-_CROPPING = {
-    b"\x54\xcc": "left",
-    b"\x54\xbb": "top",
-    b"\x54\xdd": "right",
-    b"\x54\xaa": "bottom",
-}  # RFC 9559, 5.1.4.1.28
+# IDs of elements (RFC 9559, 5.1.4.1.28)
+_CROPPING = {b"\x54\xcc": "left", b"\x54\xbb": "top", b"\x54\xdd": "right", b"\x54\xaa": "bottom"}
 _INSIDE = (b"\x18\x53\x80\x67", b"\x16\x54\xae\x6b", b"\xae", b"\xe0")  # segment, tracks, track, video
 _WRITTEN = ("mov", "matroska")
 

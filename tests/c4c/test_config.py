@@ -4,12 +4,16 @@ import dataclasses
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
+import pipelines.config
+from c4c import settings
 from c4c.config import ConfigError, describe_keys, dump, from_dict, load, require, to_dict
 from c4c.models.heads import HEADS
+from c4c.training import run_folder
 from tests.c4c.configs import SHIPPED, refused
 
 # ---- files ----
@@ -358,3 +362,10 @@ def test_every_key_is_described(write):
     assert load(write("a.yaml", ""), words) == load(write("a.yaml", ""))  # each can be pasted
     assert "train.batch_size=128\n        pairs a step, over all ranks\n" in text
     assert "data.random_crop=0.0\n        in training: least share" in text
+    assert "engine.precision=bf16\n        of weights and activations; masters" in text
+
+
+@pytest.mark.parametrize("module", [settings, pipelines.config, run_folder], ids=lambda module: module.__name__)
+def test_a_setting_and_its_comment_are_not_broken_over_lines(module):
+    """As ruff's formatter does where they are too long for one; the comment is then not found."""
+    assert re.findall(r"^    \w+: .* = \($", Path(module.__file__).read_text(), re.MULTILINE) == []
