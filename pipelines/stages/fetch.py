@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from crc32c import crc32c
 
+from pipelines.stages.jpeg_header import header_fault
 from shards import ShardError, VideoError
 from shards.dataset import Dataset
 from shards.disk_cache import Full
@@ -92,6 +93,8 @@ class Reader:
                 raise BadSample(
                     f"crc32c of stored frame {position} differs from the sample table: the shard is damaged"
                 )
+            if fault := header_fault(data, video.width, video.height):
+                raise BadSample(f"stored frame {position} cannot be decoded: {fault}")
             pieces.append(np.frombuffer(data, np.uint8))
         spent = time.perf_counter() - started
         return Source(pieces, positions, bytes_read=sum(sizes), decoded=len(pieces), read_s=spent)

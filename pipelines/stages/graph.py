@@ -30,6 +30,10 @@ _OF_THE_DEVICE = re.compile(
 _MAYBE_OF_THE_DEVICE = re.compile(r"CUDA_ERROR_(UNKNOWN|LAUNCH)|launch fail", re.IGNORECASE)
 
 
+# how lines of DALI's reports begin that do not say what happened
+_AROUND = ("Critical error in", "Error in", "Error when", "Current pipeline object", "C++ context")
+
+
 class GraphError(Exception):
     """DALI could not turn what it was given into frames. The graph cannot be used any more."""
 
@@ -243,9 +247,10 @@ def _is_broken(device: torch.device) -> bool:
 
 def _reason(error: RuntimeError) -> str:
     """The line of DALI's report that says what happened."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reasons = [line for line in lines if "rror" in line and not line.startswith(("Error in", "Error when"))]
-    return (reasons or lines or [type(error).__name__])[0][:300]
+    lines = [line.strip() for line in str(error).rpartition("encountered:")[2].splitlines() if line.strip()]
+    reasons = [line for line in lines if not line.startswith(_AROUND)]
+    reason = (reasons or lines or [type(error).__name__])[0]
+    return re.sub(r" sample #\d+ *:?", "", reason).strip()[:300]  # its place in the run, which tells nobody anything
 
 
 def copied(frames):

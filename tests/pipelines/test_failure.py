@@ -30,13 +30,15 @@ pytestmark = pytest.mark.slow  # imports DALI
 
 
 def undecodable(monkeypatch, keys: list[str]) -> None:
-    """Have JPEGs of these videos arrive with a valid crc and a picture that no decoder takes."""
+    """Have JPEGs of these videos arrive with a valid crc, and with a picture that no decoder takes."""
     fetch = Reader.jpegs
 
     def spoilt(self, video, positions):
         source = fetch(self, video, positions)
         if video.key in keys:
-            source.pieces[-1] = np.frombuffer(b"\xff\xd8\xff\xe0" + bytes(200), np.uint8)
+            data = source.pieces[-1].tobytes()
+            assert data[2:4] == b"\xff\xdb", "the quantisation table"
+            source.pieces[-1] = np.frombuffer(data[:2] + data[2 + 2 + int.from_bytes(data[4:6], "big") :], np.uint8)
         return source
 
     monkeypatch.setattr(Reader, "jpegs", spoilt)
@@ -100,8 +102,6 @@ def test_evaluation_names_a_video_that_the_graph_rejects(numbered, monkeypatch):
     reader.close()
 
 
-# known defect: on a busy machine this crashes now and then, in a thread of DALI's, while clips behind a rejected one are decoded
-@pytest.mark.nightly
 def test_videos_that_cannot_be_decoded_are_taken_note_of_where_that_is_asked_for(numbered, monkeypatch):
     whole = frames_of(EvalLoader(numbered.intra, SMALL))
     undecodable(monkeypatch, bad := ["short", "wide_30"])
@@ -111,7 +111,7 @@ def test_videos_that_cannot_be_decoded_are_taken_note_of_where_that_is_asked_for
     )
     rows = [i for i in range(len(whole)) if numbered.intra.video(i).id in bad]
     assert sorted(taken) == rows and len(whole) == len(found)
-    assert all("the decoder rejects it" in reason for reason in taken.values())
+    assert set(taken.values()) == {"the decoder rejects it: Failed to decode"}
     for i, (frames, expected) in enumerate(zip(found, whole, strict=True)):
         assert torch.equal(frames, torch.zeros_like(frames) if i in rows else expected)
 

@@ -1,6 +1,7 @@
 """What comes out of the lanes: the frames that were asked for, and their pixels."""
 
 import io
+import json
 from contextlib import closing
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from crc32c import crc32c
 from PIL import Image
 
 from pipelines.config import DataConfig
@@ -16,12 +18,13 @@ from pipelines.frame_sampling import extractor_frames, segment_frames
 from pipelines.lanes import Lane, lane_name
 from pipelines.loader import Loader
 from pipelines.requests import ClipRequest
-from pipelines.stages.fetch import BadSample, Source
+from pipelines.stages.fetch import BadSample, Reader, Source
 from pipelines.stages.resize import resized
 from shards.split import Split
 from shards.video.geometry import scaled_size
 from shards.video.picture import grid
 from tests.pipelines.conftest import NUMBERED, SIDE, pack_videos
+from tests.pipelines.test_loader import run
 from tests.videos import encode_pictures, number_in
 
 pytestmark = pytest.mark.slow  # imports DALI
@@ -320,3 +323,24 @@ def test_the_loader_hands_over_the_frames_asked_for_on_a_gpu(numbered, profile):
             for row, key in enumerate(batch.keys):
                 shown = [number_shown(p) for p in pixels(batch.frames[row][batch.frame_mask[row]])]
                 assert shown == wanted_frames(key, "uniform"), key
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be used and is replaced")
+def test_a_broken_header_that_was_packed_so_does_not_reach_the_decoder(numbered, monkeypatch, tmp_path):
+    read, broken = Reader._bytes, {}
+
+    def spoilt(self, video, offset, size):
+        data = read(self, video, offset, size)
+        if video.key != "wide_30":
+            return data
+        cut = data[:100]
+        broken[cut] = crc32c(data)
+        return cut
+
+    monkeypatch.setattr(Reader, "_bytes", spoilt)
+    monkeypatch.setattr("pipelines.stages.fetch.crc32c", lambda data: broken.get(data) or crc32c(data))
+    listed = tmp_path / "quarantine.jsonl"
+    batches = run(numbered.intra, 6, quarantine=listed)
+    (entry,) = map(json.loads, listed.read_text().splitlines())
+    assert entry["key"] == "wide_30" and "cannot be decoded: its header is cut off" in entry["reason"]
+    assert not any("wide_30" in batch.keys for batch in batches)
