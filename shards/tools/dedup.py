@@ -182,19 +182,19 @@ def _captions(every: _Every) -> tuple[int, int, list[RepeatedCaption]]:
             texts.append(hashes(text for row in rows for text in row))
             owners.append(np.repeat(np.arange(first, first + len(rows)), [len(row) for row in rows]))
             first += len(rows)
-    owner = np.concatenate(owners)
-    groups = [owner[g] for g in repeated(np.concatenate(texts))]
+    owner, text = np.concatenate(owners), np.concatenate(texts)
+    alike = repeated(text)
+    groups = [owner[g] for g in alike]
     where = [np.unique(np.searchsorted(every._starts, g, side="right") - 1) for g in groups]
     order = sorted(range(len(groups)), key=lambda i: (-len(where[i]), -len(groups[i])))[:_EXAMPLES]
-    examples = [_example(every, groups[i], where[i]) for i in order]
+    examples = [_example(every, text[alike[i][0]], groups[i], where[i]) for i in order]
     return len(groups), sum(len(w) > 1 for w in where), examples
 
 
-def _example(every: _Every, owners: np.ndarray, where: np.ndarray) -> RepeatedCaption:
-    """Spells out the caption that the first and the last owner share."""
-    (a, b) = ([c["text"] for c in split.captions(row)] for split, row in map(every.find, (owners[0], owners[-1])))
-    shared = {_normal(t) for t in b}
-    text = next(t for t in a if _normal(t) in shared)
+def _example(every: _Every, wanted: np.uint64, owners: np.ndarray, where: np.ndarray) -> RepeatedCaption:
+    """Spells out the caption with the hash `wanted`, as its first owner has it."""
+    split, row = every.find(owners[0])
+    text = next(c["text"] for c in split.captions(row) if hashes([_normal(c["text"])])[0] == wanted)
     return RepeatedCaption(text, len(owners), tuple(str(every.splits[w].path) for w in where))
 
 

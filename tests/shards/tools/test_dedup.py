@@ -55,6 +55,13 @@ def test_a_leak_is_found_by_its_bytes(copied: Path, again: Path) -> None:
     assert ("bytes", 0, 5) in steps and ("bytes", 5, 5) in steps
 
 
+def test_each_repeated_caption_is_spelled_out(items: list[Item], tmp_path: Path) -> None:
+    said = (Caption("one text"), Caption("another text"))
+    packed([replace(items[i], captions=said) for i in (0, 1)], tmp_path / "train", COPY)
+    told = dedup([tmp_path / "train"]).caption_examples
+    assert sorted(example.text for example in told) == ["another text", "one text"]
+
+
 def test_inside_one_split_it_is_no_leak(again: Path) -> None:
     report = dedup([again])
     assert ids(report.content) == [["leak0", "leak1"]] and not report.content[0].leak
