@@ -84,9 +84,21 @@ def require(config: Config) -> None:
             "model.init_from is not set: name an open_clip tag (openai), a weights file, a run folder, or scratch for "
             "random weights"
         )
+    _require_effect(config)
     _require_kept_source(config)
     _require_other_teacher(config)
     require_wandb(config.run.wandb)
+
+
+def _require_effect(config: Config) -> None:
+    """Raise ConfigError for settings of LoRA without it. A run that ignored them in its day can still be read."""
+    for name in () if config.train.lora else ("lora_on", "lora_alpha"):
+        value = getattr(config.train, name)
+        if value != TrainConfig.__dataclass_fields__[name].default:
+            raise ConfigError(
+                f"train.{name}={_as_word(value)} has no effect without train.lora, and all weights would be trained: set train.lora to a "
+                f"rank, or leave train.{name} out"
+            )
 
 
 def _require_kept_source(config: Config) -> None:
