@@ -42,7 +42,9 @@ def main() -> int:
     parser.add_argument(
         "--ckpt", help="where the checkpoint of the index is now; needed to search by a clip or picture"
     )
-    parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
+    parser.add_argument(
+        "--device", help="cuda or cpu (default: sentences on the CPU, examples on a GPU where there is one)"
+    )
     parser.add_argument(
         "--max-upload-mb",
         type=int,

@@ -20,7 +20,7 @@ class ServeOptions:
     host, port      where; port 0: one that is free
     token           what a request must carry; '' on loopback: nothing
     checkpoint      where the checkpoint of the index is now, for search by example; None: where it was
-    device          cpu, cuda or cuda:N; None: cuda where there is one
+    device          cpu, cuda or cuda:N; None: sentences on the CPU, examples on a GPU where there is one
     max_upload_mb   the largest clip or picture that is accepted, in megabytes
     root_path       the path under which a reverse proxy serves the page, '' or '/search'
     """
