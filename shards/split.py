@@ -66,7 +66,8 @@ class Split:
             for row, names in enumerate(zip(table.column("id"), table.column("key"), strict=True)):
                 if name in names:
                     return self.video(int(first) + row)
-            near = difflib.get_close_matches(name, [*near, *table.column("id")], 3, 0.5)
+            inside = [id for id in table.column("id") if id.endswith(f"/{name}")]  # of a folder that was left out
+            near = [*inside, *difflib.get_close_matches(name, [*near, *table.column("id")], 3, 0.5)][:3]
         hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"It holds {count(len(self), 'video')}."
         raise ShardError(f"{self.path} holds no video called {name!r}. {hint}")
 
@@ -266,7 +267,8 @@ def _read_info(path: Path) -> dict:
     if not (path / "dataset.json").exists():
         inside = sorted(p.parent.name for p in path.glob("*/dataset.json"))
         if inside:
-            raise ShardError(f"{path} is not a split, but holds some: did you mean {path / inside[0]}?")
+            named = " or ".join(str(path / name) for name in inside[:3])
+            raise ShardError(f"{path} is not a split, but holds some: did you mean {named}?")
         if (path / "packing.json").exists():
             total = _shards_planned(path)
             done = len(list(path.glob("[0-9]*.parquet")))

@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 import threading
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from shards.annotations import Item
 from shards.split import Split, find_splits
 from shards.table import Table
 from shards.video.source import scan
-from tests.shards.sets import files, packed
+from tests.shards.sets import COPY, files, packed
 
 
 @pytest.fixture
@@ -134,6 +135,12 @@ def test_threads_share_a_split_and_few_open_files(copied: Path, monkeypatch: pyt
     assert len(list(Path("/proc/self/fd").iterdir())) <= before
 
 
+def test_a_video_that_is_named_without_its_folder_is_suggested(items: list[Item], tmp_path: Path) -> None:
+    packed([replace(items[0], id="kitchen/egg")], tmp_path / "train", COPY)
+    with pytest.raises(ShardError, match=r"no video called 'egg'\. Did you mean 'kitchen/egg'\?"):
+        Split(tmp_path / "train").find("egg")
+
+
 def test_a_folder_that_is_no_split(copied: Path, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     shutil.copytree(copied, tmp_path / "sets" / "train")
@@ -145,6 +152,10 @@ def test_a_folder_that_is_no_split(copied: Path, tmp_path: Path) -> None:
         with pytest.raises(ShardError, match=words):
             Split(path)
     assert find_splits(tmp_path / "sets") == [tmp_path / "sets" / "train"]
+    shutil.copytree(copied, tmp_path / "two" / "test")
+    shutil.copytree(copied, tmp_path / "two" / "train")
+    with pytest.raises(ShardError, match=r"did you mean .*two/test or .*two/train"):
+        Split(tmp_path / "two")
     assert find_splits(copied) == [copied]
     for path in (tmp_path / "missing", tmp_path / "other"):
         with pytest.raises(ShardError, match=path.name):
