@@ -133,8 +133,10 @@ def _describe(say, config: Config, session: Session, steps: list[float], folder:
         say(f"        {config.train.teacher} (the teacher)")
     moves = config.run.resume == "never" and (folder / "config.yaml").exists()
     say(f"writes: {folder}{' (the earlier run there would be moved aside)' if moves else ''}")
-    names = "config.yaml towers.json versions.json metrics.jsonl eval.jsonl tensorboard/ checkpoints/"
-    say(f"        {names}\n        and, if needed: quarantine.jsonl bad_steps.jsonl")
+    names = (
+        "config.yaml towers.json versions.json metrics.jsonl eval.jsonl ranks.jsonl tensorboard/ checkpoints/ done.json"
+    )
+    say(f"        {names}\n        and, if needed: tokenizer/ quarantine.jsonl bad_steps.jsonl")
     if config.cache.dir:
         say(
             f"        {config.cache.dir} (decoded frames, at most {config.cache.max_gb:g} GB; these two steps have written some)"
