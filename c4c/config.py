@@ -91,7 +91,18 @@ def require(config: Config) -> None:
 
 
 def _require_effect(config: Config) -> None:
-    """Raise ConfigError for settings of LoRA without it. A run that ignored them in its day can still be read."""
+    """Raise ConfigError for settings that do nothing beside the others. A run that ignored one in its day can still be read."""
+    train, model = config.train, config.model
+    if train.patience and not (train.eval_every or train.eval_every_steps):
+        raise ConfigError(
+            f"train.patience={train.patience} counts validations, and with train.eval_every=0 the only one comes at the end: set "
+            "train.eval_every or train.eval_every_steps, or leave train.patience out"
+        )
+    if model.init_tag and (model.init_from == "scratch" or Path(model.init_from).is_file()):
+        raise ConfigError(
+            f"model.init_tag={model.init_tag} chooses a checkpoint of a run folder, and model.init_from={model.init_from} is none: name "
+            "the folder, or leave model.init_tag out"
+        )
     for name in () if config.train.lora else ("lora_on", "lora_alpha"):
         value = getattr(config.train, name)
         if value != TrainConfig.__dataclass_fields__[name].default:
