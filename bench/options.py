@@ -122,6 +122,8 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
     rows = chosen(args.only)
+    if args.only and args.json == harness.RESULTS / "options.json":
+        args.json = None  # the kept result is of all rows
     first = args.seeds[0]
     cells = [
         Cell(row, seed, tuple(args.overrides), first)
@@ -164,6 +166,8 @@ def require_data(rows: Sequence[Row]) -> None:
 def chosen(only: Sequence[str]) -> list[Row]:
     """The rows that `--only` names pieces of, with those that they need or are compared with, in the order of ROWS."""
     by_name = {row.name: row for row in ROWS}
+    if unknown := [part for part in only if not any(part in name for name in by_name)]:
+        raise SystemExit(f"--only {unknown[0]}: no row has that in its name; the rows are: {'; '.join(by_name)}")
     wanted = [row for row in ROWS if harness.is_chosen(only, row.name)]
     names: set[str] = set()
     while wanted:

@@ -34,6 +34,25 @@ def test_a_row_brings_what_it_needs_and_comes_after_it():
     ]  # fmt: skip
     assert [row.depth for row in chosen] == [0, 0, 1, 1, 0, 1, 1]
     assert options.chosen([]) == list(options.ROWS)
+    with pytest.raises(SystemExit, match="--only wtii: no row has that in its name; the rows are: plain; wti; "):
+        options.chosen(["wti", "wtii"])
+
+
+@pytest.mark.parametrize(
+    ("words", "kept"), [([], True), (["--only", "wti"], False), (["--only", "wti", "--json", "x.json"], True)]
+)
+def test_some_rows_do_not_replace_the_kept_result_of_all(monkeypatch, words, kept):
+    saved = []
+    monkeypatch.setattr("sys.argv", ["options.py", *words])
+    monkeypatch.setattr(options.harness, "save", lambda path, report: saved.append(path))
+    for name in ("require_data", "beside_baseline", "told"):
+        monkeypatch.setattr(options, name, lambda *given: None)
+    monkeypatch.setattr(options, "inference", lambda *given: {})
+    monkeypatch.setattr(options, "show", lambda found, markdown: None)
+    for name in ("run", "require_current"):
+        monkeypatch.setattr(options.Cell, name, lambda cell: None)
+    options.main()
+    assert (saved[0] is not None) == kept
 
 
 def test_what_is_started(runs, monkeypatch):
