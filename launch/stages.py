@@ -27,10 +27,11 @@ def run(args: argparse.Namespace, folder: Path) -> int:
     """Run the stages. folder: of train.py, eval.py and cfg. Raises ValueError and OSError."""
     from rich.console import Console
 
-    from c4c.training.stages import read, run, table
+    from c4c.training.stages import read, require_data_of, run, table
 
     console = Console(stderr=True, soft_wrap=True)
     stages = read(args.cfg, args.overrides, [folder / "cfg"], args.launcher)
+    require_data_of(stages)
     run(stages, folder, lambda text: console.print(text, highlight=False, markup=False))
     if any(stage.of for stage in stages.stages):
         Console().print(table(stages))

@@ -23,12 +23,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.table import Table
 
-from c4c.config import Config, ConfigError, load
+from c4c.config import Config, ConfigError, load, require_data
 from c4c.files import read_json_object, read_yaml
 from c4c.training.continuation import require_continues
 from c4c.training.run_folder import DONE, read_done
@@ -144,6 +144,19 @@ def _earlier(name: object, before: dict[str, Stage], own: str, path: Path) -> St
         known = ", ".join(s.name for s in before.values() if s.config) or "none"
         raise ConfigError(f"{path}: stage {own} refers to stage {name}; the training stages before it are: {known}")
     return stage
+
+
+def require_data_of(pipeline: Pipeline) -> None:
+    """Raise StageError if the folder of a split is not there that a stage will read which is not done, before the first one runs."""
+    for stage in pipeline.stages:
+        trained = stage.config or (stage.of and stage.of.config)
+        if trained is None or (stage.config and read_done(stage.run)) or (stage.of and stage.result.exists()):
+            continue
+        test = stage.data or trained.data.test
+        try:
+            require_data(trained.data if stage.config else replace(trained.data, train=test, test=test))
+        except ConfigError as error:
+            raise StageError(f"stage {stage.name}: {error}") from error
 
 
 def run(pipeline: Pipeline, scripts: Path, say: Callable[[str], None]) -> None:

@@ -107,6 +107,20 @@ def test_mistakes(write, text, words, said):
     assert said in str(refused.value)
 
 
+def test_data_of_a_later_stage_are_missed_before_the_first_one_runs(write, called, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = write(TWO)
+    for split in ("data/demo/train", "data/demo/test"):
+        (tmp_path / split).mkdir(parents=True)
+    with pytest.raises(StageError, match=r"stage look: there is no folder data/x"):
+        stages.require_data_of(read(path, [], [CFG]))
+    (tmp_path / "data/x").mkdir()
+    stages.require_data_of(read(path, [], [CFG]))
+    go(path)
+    (tmp_path / "data/x").rmdir()  # what is done needs it no more
+    stages.require_data_of(read(path, [], [CFG]))
+
+
 def test_what_is_done_is_skipped(write, called):
     path = write(TWO)
     go(path)
@@ -124,7 +138,8 @@ def test_a_stage_that_does_not_end_ends_all(write, called, tmp_path):
 
 
 @pytest.mark.parametrize("evaluates", [True, False])
-def test_the_end_is_told(write, called, capsys, evaluates):
+def test_the_end_is_told(write, called, capsys, monkeypatch, evaluates):
+    monkeypatch.setattr(stages, "require_data_of", lambda pipeline: None)
     text = TWO if evaluates else "\n".join(line for line in TWO.splitlines() if "eval:" not in line)
     launched = runpy.run_path(str(CFG.parent / "stages.py"))
     launched["run"](argparse.Namespace(cfg=write(text), overrides=[], launcher=""), CFG.parent)
