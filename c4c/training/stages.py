@@ -149,7 +149,7 @@ def _earlier(name: object, before: dict[str, Stage], own: str, path: Path) -> St
 def require_data_of(pipeline: Pipeline) -> None:
     """Raise StageError if the folder of a split is not there that a stage will read which is not done, before the first one runs."""
     for stage in pipeline.stages:
-        trained = stage.config or (stage.of and stage.of.config)
+        trained = stage.of.config if stage.of else stage.config
         if trained is None or (stage.config and read_done(stage.run)) or (stage.of and stage.result.exists()):
             continue
         test = stage.data or trained.data.test
