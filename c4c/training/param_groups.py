@@ -76,6 +76,8 @@ def _named(model: "nn.Module", towers: dict[str, "Tower"], words: str | tuple[st
         else:
             patterns = (word.lower(), f"*.{word.lower()}")  # a star in front would be an alias to YAML
             hits = {name for name in names if any(fnmatchcase(name.lower(), pattern) for pattern in patterns)}
+        if not hits and word in _PARTS:
+            raise ValueError(f"{key}={word}: this model's {word} has no weights: leave {word} out")
         if not hits:
             near = [*difflib.get_close_matches(word, [*_PARTS, *names], 3, 0.4), *names[:3]][:3]
             known = f"{', '.join(_PARTS)}, text.embeddings, video.blocks.0-5, and patterns of names, such as {', '.join(near)}"

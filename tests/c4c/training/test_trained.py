@@ -44,7 +44,7 @@ def test_embeddings_blocks_and_patterns():
     ("word", "said"),
     [("vidoe", "takes text, video, head, temperature, text.embeddings, video.blocks.0-5, and patterns of names, such as video"),
      ("clip.visual.ln_pots.weight", "such as clip.visual.ln_post.weight"),
-     ("head", "no weight of this model is called that"),
+     ("head", "this model's head has no weights: leave head out"),
      ("text.blocks.1-2", "the text tower has 2 blocks, 0 to 1"), ("video.blocks.2", "has 2 blocks, 0 to 1")],
 )  # fmt: skip
 def test_a_word_that_names_nothing_is_refused(word, said):
