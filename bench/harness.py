@@ -45,6 +45,11 @@ def _said(path: Path | None) -> str:
     return "nowhere" if path is None else str(path.relative_to(ROOT))
 
 
+def kept(path: Path, only: Sequence[str]) -> Path | None:
+    """Where a result goes: nowhere if `--only` chose some rows and `path` is the kept result of all."""
+    return None if only and path.parent == RESULTS else path
+
+
 def is_chosen(only: Sequence[str], name: str) -> bool:
     """Whether `--only`'s pieces of names choose a row; none choose all."""
     return not only or any(part in name for part in only)

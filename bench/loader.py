@@ -113,6 +113,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=args.cache) as cache:
         ways = [*bare(args.folder, clips, chosen), *ours(args.folder, clips, chosen, Path(cache)),
                 *others(args.folder, clips, chosen)]  # fmt: skip
+        if not ways:
+            raise SystemExit(f"--only {' '.join(args.only)}: no way of loading has that in its name")
         watch = Stopwatch()
         rounds = harness.in_turn({way.name: way.run for way in ways}, args.repeats)
         seconds, _ = watch.read()
@@ -124,8 +126,9 @@ def main() -> int:
     found = {"clips": len(clips), "repeats": args.repeats, "cores": os.cpu_count(), "processor": harness.machine()["cpu"],
              "seconds": seconds, "load": os.getloadavg(), "versions": harness.versions(*PACKAGES), "ways": rows,
              "targets": met}  # fmt: skip
-    harness.save(args.json, found)
-    chart(rows, args.png)
+    harness.save(harness.kept(args.json, args.only), found)
+    if png := harness.kept(args.png, args.only):
+        chart(rows, png)
     return 0
 
 

@@ -122,8 +122,6 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
     rows = chosen(args.only)
-    if args.only and args.json == harness.RESULTS / "options.json":
-        args.json = None  # the kept result is of all rows
     first = args.seeds[0]
     cells = [
         Cell(row, seed, tuple(args.overrides), first)
@@ -147,7 +145,8 @@ def main() -> int:
     about = harness.machine() | harness.versions("torch", "deepspeed", "open_clip_torch", "nvidia-dali-cuda130")
     settings = [*BASE, *args.overrides]
     harness.save(
-        args.json, {"machine": about, "seeds": args.seeds, "jobs": args.jobs, "settings": settings, "rows": found}
+        harness.kept(args.json, args.only),
+        {"machine": about, "seeds": args.seeds, "jobs": args.jobs, "settings": settings, "rows": found},
     )
     show(found, args.json and args.json.with_suffix(".md"))
     return 0
