@@ -108,7 +108,8 @@ class ReportPage:
 
     def _breakdowns(self) -> list[tuple[str, str, str, list[summary.BinResult]]]:
         """(direction, the gallery's filter, heading, rows) by caption length, and by duration in both directions."""
-        of_texts = self.seconds[self.evaluation.video_of_text.cpu().numpy()]
+        videos = {"t2v": self.evaluation.video_of_text.cpu().numpy(), "v2t": np.arange(len(self.seconds))}
+        of_texts = self.seconds[videos["t2v"]]
         kinds = (
             ("t2v", "words", "Caption length", self.word_bins, self.lengths),
             ("t2v", "duration", "Video duration", self.duration_bins, of_texts),
@@ -116,7 +117,12 @@ class ReportPage:
         )
         lower = {"t2v": len(self.ranks["t2v"]) != len(self.ranks["v2t"]), "v2t": False}  # as in the table of metrics
         return [
-            (way, control, f"{kind}, {_WAYS[way]}", summary.breakdown(bins, values, self.ranks[way], lower[way]))
+            (
+                way,
+                control,
+                f"{kind}, {_WAYS[way]}",
+                summary.breakdown(bins, values, self.ranks[way], videos[way], lower[way]),
+            )
             for way, control, kind, bins, values in kinds
         ]
 

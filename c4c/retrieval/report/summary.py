@@ -26,7 +26,8 @@ class Bin:
 
 @dataclass(frozen=True)
 class BinResult:
-    """A line of a breakdown: queries of one bin. Recalls in percent; low and high bound R@1's 95 % interval (Wilson)."""
+    """A line of a breakdown: queries of one bin. Recalls in percent; low and high bound R@1's 95 % interval (Wilson; of `independent`
+    queries)."""
 
     label: str
     queries: int
@@ -56,12 +57,29 @@ def histogram(ranks: np.ndarray, candidates: int) -> list[tuple[str, int]]:
     return out
 
 
-def interval(hits: int, queries: int) -> tuple[float, float]:
-    """The 95 % interval of a share, in percent (Wilson, 1927)."""
+def interval(hits: float, queries: float) -> tuple[float, float]:
+    """The 95 % interval of a share, in percent (Wilson, 1927), of independent queries."""
     share, z2 = hits / queries, _Z**2
     middle = (share + z2 / (2 * queries)) / (1 + z2 / queries)
     half = _Z / (1 + z2 / queries) * math.sqrt(share * (1 - share) / queries + z2 / (4 * queries**2))
     return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
+
+
+def independent(hits: np.ndarray, videos: np.ndarray) -> float:
+    """How many independent queries say as much of a share as these: captions of one video are found together, or not at all.
+
+    hits: bool [N]; videos: of the queries, [N]. N over the design effect, by the variance of a ratio over videos; at most N. Where all or
+    none are hits, or all are of one video, the spread over videos is not known, and a video counts once. (Kish, "Survey Sampling", 1965.)
+    """
+    _, group, sizes = np.unique(videos, return_inverse=True, return_counts=True)
+    n, m, share = len(hits), len(sizes), float(np.mean(hits))
+    if m == n:
+        return n
+    if m < 2 or share in (0.0, 1.0):
+        return m
+    off = np.bincount(group, weights=hits) - share * sizes
+    variance = m / (m - 1) * float(np.sum(off**2)) / n**2
+    return min(n, share * (1 - share) / variance) if variance else n
 
 
 def word_bins(words: Sequence[int]) -> list[Bin]:
@@ -96,15 +114,17 @@ def duration_bins(seconds: Sequence[float]) -> list[Bin]:
 
 
 def breakdown(
-    bins: Sequence[Bin], values: np.ndarray, ranks: np.ndarray, lower_median: bool = False
+    bins: Sequence[Bin], values: np.ndarray, ranks: np.ndarray, videos: np.ndarray, lower_median: bool = False
 ) -> list[BinResult]:
-    """A row for each bin that has queries. values: of the queries, [N]; ranks: of the queries, from 0, [N]. lower_median: as
-    `summarize` takes it."""
+    """A row for each bin that has queries. values: of the queries, [N]; ranks: of the queries, from 0, [N]; videos: of the queries, [N].
+    lower_median: as `summarize` takes it."""
     out = []
     for one in bins:
-        r = ranks[(values >= one.low) & (values < one.high)]
+        here = (values >= one.low) & (values < one.high)
+        r = ranks[here]
         if len(r):
-            low, high = interval(int(np.sum(r < 1)), len(r))
+            worth = independent(r < 1, videos[here])
+            low, high = interval(float(np.mean(r < 1)) * worth, worth)
             found = summarize(torch.from_numpy(r), lower_median)
             out.append(BinResult(one.label, len(r), found["R1"], low, high, found["R5"], found["MdR"]))
     return out

@@ -299,26 +299,18 @@ def test_breakdown():
     lengths = np.array([2, 3, 4, 5, 6, 7, 8, 30])
     by_text = np.array([0, 0, 1, 9, 0, 0, 0, 7])
     bins = summary.word_bins(lengths.tolist())
-    rows = summary.breakdown(bins, lengths, by_text)
+    rows = summary.breakdown(bins, lengths, by_text, np.arange(8))
     assert sum(row.queries for row in rows) == 8
     assert [row.label for row in rows] == ["up to 3 words", "4–5 words", "6–7 words", "8 or more words"]
     assert [row.r1 for row in rows] == [100, 0, 100, 50] and [row.median for row in rows] == [1, 6, 1, 4.5]
-    assert [row.median for row in summary.breakdown(bins, lengths, by_text, lower_median=True)] == [1, 2, 1, 1]
+    assert [row.median for row in summary.breakdown(bins, lengths, by_text, np.arange(8), True)] == [1, 2, 1, 1]
     for row in rows:
         assert row.low <= row.r1 <= row.high
     assert [b.label for b in summary.word_bins([4, 4, 4])] == ["any length"]
     assert [b.label for b in summary.duration_bins([3.0, 3.0])] == ["any duration"]
     seconds = [1.23, 4.56, 7.89, 101.0]
-    assert (
-        sum(row.queries for row in summary.breakdown(summary.duration_bins(seconds), np.array(seconds), np.zeros(4)))
-        == 4
-    )
-
-
-def test_interval():
-    """Newcombe (1998), table I: 81 of 263 gives 0.2553 to 0.3662; 0 of 20 gives 0 to 0.1611."""
-    assert summary.interval(81, 263) == pytest.approx((25.53, 36.62), abs=0.01)
-    assert summary.interval(0, 20) == pytest.approx((0, 16.11), abs=0.01)
+    of_durations = summary.breakdown(summary.duration_bins(seconds), np.array(seconds), np.zeros(4, int), np.arange(4))
+    assert sum(row.queries for row in of_durations) == 4
 
 
 @pytest.mark.parametrize("candidates", [1, 2, 7, 50, 1000, 4000])
