@@ -76,8 +76,22 @@ class Cell:
         return next((file.resolve() for file in files if file.is_file()), None)
 
     def problem(self) -> str:
-        """Why the result in the folder is not that of this cell: its settings, or the data; '' if it is, or there is none."""
-        return self._other_settings() or self._other_data()
+        """Why the result in the folder is not that of this cell: its settings, the data, or the weights that it started from; '' if it
+        is, or there is none."""
+        return self._other_settings() or self._other_data() or self._other_source()
+
+    def _other_source(self) -> str:
+        """Of a result that was made from a run which is not the one that the study asks for, or which was trained anew since. (An
+        evaluation is then done again by itself.)"""
+        if self.needs is None or not self.job.is_done():
+            return ""
+        if self.needs.job.is_done() and (problem := self.needs.problem()):
+            return f"it was made from {self.needs.name}, and of that one: {problem}"
+        with contextlib.suppress(ValueError, OSError, TypeError):  # as above
+            made, source = ((read_done(cell.folder) or {}).get("time_unix_s") for cell in (self, self.needs))
+            if self.recipe.kind == "train" and made is not None and source is not None and source > made:
+                return f"{self.needs.name}, which it started from, was trained anew since. Move {self.folder} away to make it anew"
+        return ""
 
     def _other_data(self) -> str:
         """Of a result that was made from splits which hold something else now."""

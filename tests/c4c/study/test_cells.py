@@ -156,6 +156,21 @@ def test_an_evaluation_is_done_again_after_its_checkpoint_was_written_again(tmp_
     assert [cell.is_done() for cell in cells] == [False, True]
 
 
+def test_a_training_from_a_run_that_was_trained_anew_is_not_the_cells(tmp_path):
+    study = study_in(tmp_path, tables=[{"name": "t", "rows": ROWS}])
+    cell = named(study, "one, tuned")
+    for folder, ended in ((cell.needs.folder, 50.0), (cell.folder, 60.0)):
+        folder.mkdir(parents=True)
+        (folder / "done.json").write_text(json.dumps({"step": 2, "best": "x", "time_unix_s": ended}))
+    assert cell.is_done() and cell.problem() == ""
+    (cell.needs.folder / "done.json").write_text(json.dumps({"step": 2, "best": "x", "time_unix_s": 70.0}))
+    assert not cell.is_done()
+    told = f"{cell.needs.name}, which it started from, was trained anew since. Move {cell.folder} away"
+    assert told in cell.problem()
+    (cell.needs.folder / "done.json").unlink()  # what is not there tells nothing
+    assert cell.is_done()
+
+
 def packed(folder, digest):
     """As much of a split as tells its digest, with a time of its own."""
     folder.mkdir(exist_ok=True)
@@ -188,6 +203,22 @@ def test_a_result_of_data_that_was_packed_anew_is_not_the_cells(tmp_path):
     packed(tmp_path / "test", "d" * 8)
     for cell in (trained, evaluated):
         assert f"when {test} held other videos or captions. Move {cell.folder} away" in cell.problem()
+
+
+def test_a_result_is_not_the_cells_where_its_source_was_made_of_other_data(tmp_path):
+    train = packed(tmp_path / "train", "a" * 8)
+    study = study_in(
+        tmp_path, tables=[{"name": "t", "rows": ROWS}], recipes={"stage-one": {"set": {"data.train": train}}}
+    )
+    tuned, evaluated = named(study, "one, tuned"), named(study, "one, zero-shot")
+    for cell, name in ((tuned.needs, "done.json"), (tuned, "done.json"), (evaluated, "eval.json")):
+        cell.folder.mkdir(parents=True)
+        data = {"train": "a" * 8} if cell is tuned.needs else {}
+        (cell.folder / name).write_text(json.dumps({"step": 2, "best": "x", "data": data, "time_unix_s": 50.0}))
+    assert tuned.is_done() and evaluated.is_done()
+    packed(tmp_path / "train", "c" * 8)
+    for cell in (tuned, evaluated):
+        assert not cell.is_done() and f"it was made from {cell.needs.name}, and of that one: " in cell.problem()
 
 
 def test_a_run_that_does_not_tell_its_data_is_taken_as_it_is(tmp_path):
