@@ -276,8 +276,9 @@ def _of_pairs(metrics: dict) -> list[str]:
     """A line on the order-only pairs, if there are some."""
     if (pairs := metrics.get("pairs")) is None:
         return []
+    twin, guess = ("its twin", "50 %") if pairs["n_pairs"] else ("all of its twins", "less than 50 %")
     return [
-        f"order pairs {count(pairs['n_texts'], 'text')}: R@1 {pairs['R1']:.1f} %, own video above its twin {pairs['own_first']:.1f} % (guessing: 50 %)"
+        f"order pairs {count(pairs['n_texts'], 'text')}: R@1 {pairs['R1']:.1f} %, own video above {twin} {pairs['own_first']:.1f} % (guessing: {guess})"
     ]
 
 
