@@ -15,25 +15,27 @@ from c4c.models.tokenizer_spec import row_length
 from c4c.performance.hardware import peak_flops
 
 
-def per_pair(spec: dict, frames: int, words: int, captions: float = 1, merging: Merging = NO_MERGING) -> float:
+def per_pair(
+    spec: dict, frames: int, words: int, captions: float = 1, merging: Merging = NO_MERGING, linear_patch: str = "2d"
+) -> float:
     """Of the forward pass of the towers for one (video, caption) pair; a multiplication and an addition are two.
 
     The heads are left out: small beside the towers. spec: see c4c.models.towers. captions: of the video, on average. merging: of
-    tokens in the image tower; what it costs itself is counted too.
+    tokens in the image tower; what it costs itself is counted too. linear_patch: as model.linear_patch; a 3d patch spans three frames.
     """
     if towers.is_plain(spec):
         text = CLIPTextCfg(**spec["text_cfg"])
         caption = text.layers * _block(words, text.width, text.mlp_ratio)
-        return of_video(spec, frames, merging) + captions * caption
+        return of_video(spec, frames, merging, 3 if linear_patch == "3d" else 1) + captions * caption
     picture, caption = counted(json.dumps(spec, sort_keys=True), words)
     return (of_video(spec, frames, merging) if merging else frames * picture) + captions * caption
 
 
-def of_video(spec: dict, frames: int, merging: Merging) -> float:
-    """Of the image tower, one of open_clip's ViTs, for the frames of a video."""
+def of_video(spec: dict, frames: int, merging: Merging, taps: int = 1) -> float:
+    """Of the image tower, one of open_clip's ViTs, for the frames of a video. taps: frames that a patch spans."""
     vision = CLIPVisionCfg(**spec["vision_cfg"])
     width, grid = vision.width, towers.image_size(spec) // vision.patch_size
-    total = frames * 2.0 * grid * grid * 3 * vision.patch_size**2 * width
+    total = frames * taps * 2.0 * grid * grid * 3 * vision.patch_size**2 * width
     for tokens in merging.plan(grid * grid, int(vision.layers)):
         clips = -(-frames // tokens.frames)
         seen = tokens.frames + tokens.patches

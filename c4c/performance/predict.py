@@ -189,8 +189,9 @@ def _useful(config: Config, shape: StepShape, counts: StepCounts) -> float:
         return sum(part.flops * times for part, times, _ in _parts(shape, counts))
     from c4c.models.flops import per_pair
 
-    data, captions = config.data, config.train.captions_per_video
-    return 3 * per_pair(counts.spec, data.num_frames, data.max_words, captions, config.model.merging) * shape.rows
+    data, model, captions = config.data, config.model, config.train.captions_per_video
+    of_pair = per_pair(counts.spec, data.num_frames, data.max_words, captions, model.merging, model.linear_patch)
+    return 3 * of_pair * shape.rows
 
 
 def _parts(shape: StepShape, counts: StepCounts) -> list[tuple[Work, int, bool]]:

@@ -275,7 +275,7 @@ class Trainer:
         self._peak = None if config.train.skips_backward else peak(self.device, config.engine.precision)
         self._flops = 3 * per_pair(
             session.model.spec, config.data.num_frames, session.tokenizer.length(config.data.max_words),
-            session.loader.captions_a_row, config.model.merging,
+            session.loader.captions_a_row, config.model.merging, config.model.linear_patch,
         )  # fmt: skip
         if moved:
             self.report.say(

@@ -22,6 +22,17 @@ def test_of_a_pair_as_torch_counts_them():
     assert 2 * flops.per_pair(spec, 3, 20, captions=2.5) == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
+def test_3d_patches_as_torch_counts_them():
+    spec = backbone.named("ViT-demo-16")
+    model = CLIP4Clip(spec, linear_patch="3d").train()
+    with FlopCounterMode(display=False) as counter:
+        model.encode_video(torch.zeros(2, 3, 3, 64, 64), torch.ones(2, 3).bool())
+        model.encode_text(torch.ones(2, 20).long())
+    counted = counter.get_total_flops()
+    assert 2 * flops.per_pair(spec, 3, 20, linear_patch="3d") == pytest.approx(counted, rel=0.02)
+    assert 2 * flops.per_pair(spec, 3, 20) < 0.9 * counted
+
+
 def test_a_known_gpus_peak(monkeypatch):
     gpu = torch.device("cuda", 0)
     for name, peak in (
