@@ -79,9 +79,7 @@ class ReportPage:
             "metrics": evaluation.metrics,
             "columns": _METRICS,
             "rows": [(name, *_sees(row), row) for name, row in evaluation.rows.items()],
-            "published": [
-                (one, _figures(one)) for one in (() if data.paragraph else published.published(split, n_texts))
-            ],
+            "published": [(one, _figures(one)) for one in self._published()],
             "several": n_texts != n_videos,
             "split_name": f"{split.info.get('name', '')} {split.info.get('split', '')}".strip(),
             "split_path": str(split.path),
@@ -105,6 +103,12 @@ class ReportPage:
             "seed": galleries.SEED,
             "date": time.strftime("%Y-%m-%d"),
         }
+
+    def _published(self) -> tuple[published.Published, ...]:
+        """What was published on the split; () where texts are paragraphs, or videos are seen in several clips or crops: there it is not."""
+        if self.evaluation.data.paragraph or self.views != (1, 1):
+            return ()
+        return published.published(self.evaluation.split, len(self.evaluation.texts))
 
     def _breakdowns(self) -> list[tuple[str, str, str, list[summary.BinResult]]]:
         """(direction, the gallery's filter, heading, rows) by caption length, and by duration in both directions."""

@@ -389,3 +389,10 @@ def test_no_published_rows_beside_paragraphs(write_page, split, monkeypatch):
     data = replace(reports.evaluation(split).data, paragraph=True)
     page, _ = write_page(changes={"data": data})
     assert "mmaction2, mean" not in page
+
+
+@pytest.mark.parametrize("views", [(2, 1), (1, 3)])
+def test_no_published_rows_beside_several_views(write_page, views, monkeypatch):
+    monkeypatch.setattr(published, "published", lambda split, n: published.MSRVTT_1K)
+    page, _ = write_page(views=views)
+    assert "CLIP4Clip meanP" not in page
