@@ -39,10 +39,12 @@ class Choice:
     def where(self) -> list[str]:
         """Conditions that all have to hold."""
         conditions = [] if self.path is None else [of_path(self.path)]
-        if self.min_duration is not None:
-            conditions.append(f"duration >= {self.min_duration!r}")
+        if self.min_duration is not None:  # a number of numpy's names its type, and SQL knows no infinity
+            conditions.append(
+                f"duration >= {float(self.min_duration)!r}" if math.isfinite(self.min_duration) else "false"
+            )
         if self.max_duration is not None and math.isfinite(self.max_duration):
-            conditions.append(f"duration <= {self.max_duration!r}")
+            conditions.append(f"duration <= {float(self.max_duration)!r}")
         return conditions
 
 

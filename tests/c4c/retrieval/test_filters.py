@@ -4,6 +4,7 @@ import itertools
 from fnmatch import fnmatchcase
 
 import lancedb
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -65,5 +66,14 @@ def test_a_choice_that_cannot_be_is_refused(choice, words):
 
 def test_conditions():
     assert Choice().where() == []
-    assert Choice(min_duration=1, max_duration=float("inf")).where() == ["duration >= 1"]
+    assert Choice(min_duration=1, max_duration=float("inf")).where() == ["duration >= 1.0"]
     assert Choice(max_duration=2.5, path="a*").where() == [of_path("a*"), "duration <= 2.5"]
+    assert Choice(min_duration=np.float64(2), max_duration=np.float32(2.5)).where() == [
+        "duration >= 2.0",
+        "duration <= 2.5",
+    ]
+
+
+def test_no_video_lasts_forever(table):
+    (condition,) = Choice(min_duration=float("inf")).where()
+    assert matched(table, condition) == set()
