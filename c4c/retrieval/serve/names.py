@@ -23,7 +23,7 @@ def from_name(name: str) -> str:
     """Undo `to_name`. Raises Refusal for what it never gives."""
     if len(name) <= _LONGEST and re.fullmatch(r"[A-Za-z0-9_-]+", name):
         try:
-            text = base64.urlsafe_b64decode(name + "=" * (-len(name) % 4)).decode("utf-8", "surrogatepass")
+            text = base64.urlsafe_b64decode(name + "=" * (-len(name) % 4)).decode()
         except (binascii.Error, UnicodeDecodeError):
             text = ""
         if text and to_name(text) == name and "\0" not in text:

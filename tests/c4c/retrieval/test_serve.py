@@ -172,7 +172,7 @@ NAMES = [
     "..", "%2e%2e", "../../etc/passwd", "..%2f..%2fetc%2fpasswd", "%2fetc%2fpasswd", "/etc/passwd", "a%00b", "%00", "a b", "ä", "a=",
     "%", "%ff", "A" * 20_000, to_name("../../etc/passwd"), to_name("/etc/passwd"), to_name("scenes/red.mp4"),
     to_name("scenes/../scenes/red.mp4#000000"), to_name("scenes/red.mp4#000000\0"), to_name("scenes/red.mp4#999999"),
-    to_name("' OR 1=1 OR '"), to_name("scenes/red.mp4#000000' OR '1'='1"), "file:", "-", "_", "AAAA",
+    to_name("' OR 1=1 OR '"), to_name("scenes/red.mp4#000000' OR '1'='1"), "file:", "-", "_", "AAAA", to_name("\ud800"),
 ]  # fmt: skip
 
 
