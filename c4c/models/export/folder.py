@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,6 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from c4c.files import with_usual_mode
+
+# files that transformers and open_clip take for parts of a tokenizer, whichever lie in a folder
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+             "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")  # fmt: skip
 
 
 @contextmanager
@@ -39,6 +43,14 @@ def written(folder: Path) -> Iterator[Path]:
         raise OSError(f"{folder} could not be written ({reason}): is there room on the disk?") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def drop_earlier(folder: Path, beside: Path, names: Iterable[str]) -> None:
+    """Delete what an earlier export left in `folder` under these names and the one in `beside` does not replace: it would be read
+    with the new files."""
+    for name in names:
+        if not (beside / name).exists():
+            (folder / name).unlink(missing_ok=True)
 
 
 def save_tensors(state: dict[str, Tensor], path: Path) -> None:

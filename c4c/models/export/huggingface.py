@@ -11,9 +11,9 @@ from torch import nn
 
 from c4c.models import towers
 from c4c.models.clip4clip import CLIP4Clip
-from c4c.models.export.folder import save_json, save_tensors, written
+from c4c.models.export.folder import TOKENIZER, drop_earlier, save_json, save_tensors, written
 from c4c.models.export.towers_only import about_resize, pictures, refuse_more, without_merging
-from c4c.models.weights.huggingface import CONFIG, PREPROCESSOR, from_open_clip
+from c4c.models.weights.huggingface import CONFIG, PREPROCESSOR, PROCESSOR, from_open_clip
 from pipelines.config import DataConfig
 from pipelines.tokens import CLIPS, Tokenizer
 
@@ -49,7 +49,8 @@ def write(model: CLIP4Clip, data: DataConfig | None, folder: Path) -> list[str]:
         save_tensors(from_open_clip(model.clip.state_dict()), beside / WEIGHTS)
         save_json(config, beside / CONFIG)
         save_json(_processor(how, siglip), beside / PREPROCESSOR)
-        notes += _save_tokenizer(model, beside)
+        notes += _save_tokenizer(model, beside, folder)
+        drop_earlier(folder, beside, (PROCESSOR,))
     return notes
 
 
@@ -164,19 +165,20 @@ def _processor(how: dict, siglip: bool) -> dict:
     return about | {"size": square, "do_center_crop": False}
 
 
-def _save_tokenizer(model: CLIP4Clip, folder: Path) -> list[str]:
-    """Returns notes on what could not be written."""
-    about = CLIPS | model.spec.get("tokenizer", {})
+def _save_tokenizer(model: CLIP4Clip, beside: Path, folder: Path) -> list[str]:
+    """Write it into `beside`, and drop what `folder` has of another. Returns notes on what could not be written."""
+    about, notes = CLIPS | model.spec.get("tokenizer", {}), []
     if about["kind"] == "hf":
         try:
-            Tokenizer(about).save(folder)
-        except ValueError as error:
+            Tokenizer(about).save(beside)
+        except ValueError as error:  # the user may have put its files into the folder
             return [f"the tokenizer is not in the folder: {error}"]
-        return []
-    if about["kwargs"] or model.spec["text_cfg"].get("vocab_size", 49408) != 49408:
-        return ["the tokenizer is not in the folder: it is none that transformers has"]
-    save_clips_tokenizer(folder, about["context_length"])
-    return []
+    elif about["kwargs"] or model.spec["text_cfg"].get("vocab_size", 49408) != 49408:
+        notes = ["the tokenizer is not in the folder: it is none that transformers has"]
+    else:
+        save_clips_tokenizer(beside, about["context_length"])
+    drop_earlier(folder, beside, TOKENIZER)
+    return notes
 
 
 def save_clips_tokenizer(folder: Path, length: int) -> None:

@@ -20,7 +20,7 @@ from torch.export import Dim
 
 from c4c.models.backbone import preprocess_of
 from c4c.models.clip4clip import CLIP4Clip
-from c4c.models.export.folder import save_json, written
+from c4c.models.export.folder import drop_earlier, save_json, written
 from c4c.models.heads.mean import Cosine
 from c4c.models.pretrained import kept
 from pipelines.config import DataConfig
@@ -99,6 +99,7 @@ def write(model: CLIP4Clip, data: DataConfig | None, folder: Path, half: bool = 
         if not dot:
             _check(score, {"text": text(**words), "video": video(**clips)}, beside / SCORE, half)
         save_json(about, beside / ABOUT)
+        drop_earlier(folder, beside, (SCORE, *(f"{name}.data" for name in (VIDEO, TEXT, SCORE))))
     return [f"opset {OPSET}, {'towers in fp16' if half else 'fp32'}"]
 
 

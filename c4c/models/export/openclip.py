@@ -9,7 +9,7 @@ from open_clip.model import CLIP, CustomTextCLIP
 
 from c4c.models import towers
 from c4c.models.clip4clip import CLIP4Clip
-from c4c.models.export.folder import save_json, save_tensors, written
+from c4c.models.export.folder import TOKENIZER, drop_earlier, save_json, save_tensors, written
 from c4c.models.export.towers_only import about_resize, pictures, refuse_more, without_merging
 from pipelines.config import DataConfig
 from pipelines.tokens import Tokenizer
@@ -39,6 +39,7 @@ def write(model: CLIP4Clip, data: DataConfig | None, folder: Path) -> list[str]:
         if "hf_tokenizer_name" in text:
             try:
                 Tokenizer(model.spec.get("tokenizer")).save(beside)
+                drop_earlier(folder, beside, TOKENIZER)
             except ValueError as error:
                 notes.append(f"open_clip takes the tokenizer from this folder, and its files are not here: {error}")
     return notes

@@ -121,6 +121,15 @@ def test_half_precision_and_what_the_files_say(tmp_path, monkeypatch):
     assert about["scale"] == pytest.approx(model.scale().item())
 
 
+def test_graphs_of_an_earlier_export_do_not_stay(tmp_path):
+    """A reader would score by the earlier head."""
+    written(tiny("wti", spec=SMALL), tmp_path / "out")
+    assert (tmp_path / "out" / "score.onnx").is_file()
+    model = tiny("meanP", spec=SMALL, seed=1)
+    compare(model, written(model, tmp_path / "out"), 1e-5)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["c4c.json", "text.onnx", "video.onnx"]
+
+
 def test_a_graph_that_gives_something_else_is_refused(tmp_path):
     """As one would be that holds on to the sizes it was made with."""
     module, inputs = torch.nn.Linear(4, 4), {"text": torch.randn(2, 4)}

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from timm.models.vision_transformer import _create_vision_transformer
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, SiglipConfig, SiglipModel
+from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPTokenizer, SiglipConfig, SiglipModel
 
 from c4c.export import export
 from c4c.models.clip4clip import CLIP4Clip, build
@@ -20,6 +20,7 @@ from c4c.models.weights.huggingface import spec_of, stated, timm_name
 from c4c.settings import ModelConfig
 from pipelines.config import DataConfig
 from pipelines.tokens import tokenize
+from tests import vocabularies
 from tests.c4c.models.small import SPEC, register, spec, tiny
 
 pytestmark = pytest.mark.slow
@@ -171,6 +172,23 @@ def test_pixels_as_transformers_5_writes_them(tmp_path):
     (folder / "processor_config.json").write_text(json.dumps({"image_processor": PROCESSOR}))
     data = open_checkpoint(str(folder))[1]
     assert (data.mean, data.std, data.resize_mode) == ((0.5,) * 3, (0.5,) * 3, "squash")
+
+
+def test_a_tokenizer_of_an_earlier_export_does_not_stay(tmp_path):
+    """transformers would take its tokenizer.json before the vocabulary of the new one."""
+    folder, other = tmp_path / "out", vocabularies.sentencepiece(tmp_path / "other")
+    about = {"kind": "hf", "name": other, "context_length": 77, "kwargs": {}, "mode": None, "fixed_length": False}
+    text = SPEC["text_cfg"] | {"vocab_size": 160, "hf_tokenizer_name": other, "pool_type": "eos", "eos_id": 1}
+    export(tiny(spec=spec(text_cfg=text, tokenizer=about)), folder, "transformers")
+    assert (folder / "tokenizer.json").is_file()
+    (folder / "notes.txt").write_text("mine")
+    (folder / "processor_config.json").write_text('{"image_processor": {"image_mean": [0, 0, 0]}}')
+    export(tiny(spec=spec(text_cfg=SPEC["text_cfg"] | {"vocab_size": 49408})), folder, "transformers")
+    caption = "a dog catches a frisbee"
+    assert AutoTokenizer.from_pretrained(folder)(caption)["input_ids"] == tokenize([caption], 7)[0].tolist()
+    export(tiny(), folder, "transformers")
+    left = sorted(path.name for path in folder.iterdir())
+    assert left == ["config.json", "model.safetensors", "notes.txt", "preprocessor_config.json"]
 
 
 @pytest.mark.parametrize(
