@@ -7,6 +7,7 @@ import json
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -272,8 +273,8 @@ class Searcher:
 
 
 def _check(k: int) -> None:
-    if k < 1:
-        raise ValueError(f"k={k}: must be at least 1")
+    if not isinstance(k, Integral) or k < 1:  # numpy's whole numbers are such, too
+        raise ValueError(f"k={k}: must be a whole number, and at least 1")
 
 
 def _apart(results: list[Hit], per_video: bool) -> list[Hit]:

@@ -290,8 +290,9 @@ def test_queries_that_cannot_be(index):
     for sentence in ("", "   ", "\x00", "\t\n"):
         with pytest.raises(ValueError, match="is empty"):
             index.searcher.search(["fine", sentence])
-    with pytest.raises(ValueError, match="k=0"):
-        index.searcher.search(["x"], k=0)
+    for k in (0, -1, 2.5, float("nan"), "3", None):
+        with pytest.raises(ValueError, match=f"k={k}: must be a whole number, and at least 1"):
+            index.searcher.search(["x"], k=k)
     with pytest.raises(ValueError, match="min_duration=-1"):
         index.searcher.search(["x"], min_duration=-1)
     with pytest.raises(TypeError):
