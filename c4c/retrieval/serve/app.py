@@ -220,17 +220,20 @@ def _add_videos(app: FastAPI, engine: Engine) -> None:
 
 
 def _add_health(app: FastAPI, engine: Engine, monitor: Monitor) -> None:
+    @app.head("/healthz", include_in_schema=False, response_class=PlainTextResponse)
     @app.get("/healthz", tags=["operation"], response_class=PlainTextResponse)
     async def healthz() -> str:
         """Whether the server lives."""
         return "ok\n"
 
+    @app.head("/readyz", include_in_schema=False, response_class=PlainTextResponse)
     @app.get("/readyz", tags=["operation"], response_class=PlainTextResponse)
     async def readyz() -> str:
         """Whether the index can be read; 503 if not."""
         await engine.counts()
         return "ready\n"
 
+    @app.head("/metrics", include_in_schema=False, response_class=PlainTextResponse)
     @app.get("/metrics", tags=["operation"], response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Counters for Prometheus."""

@@ -249,6 +249,14 @@ def test_openapi_describes_every_route(served):
     json.dumps(schema, allow_nan=False)
 
 
+def test_monitors_may_ask_without_the_body(served):
+    for address in ("/healthz", "/readyz", "/metrics"):
+        answer, whole = served.client.head(address), served.get(address)
+        assert answer.status_code == 200 and not answer.content
+        assert answer.headers["content-type"] == whole.headers["content-type"]
+        assert list(served.get("/openapi.json").json()["paths"][address]) == ["get"]
+
+
 def test_wrong_methods(served):
     for method, address in (
         ("POST", "/api/search"),
