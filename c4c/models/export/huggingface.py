@@ -26,6 +26,10 @@ _SIGLIP_IMAGE = {"timm_pool": "map", "timm_proj": "none"}
 _SIGLIP_TEXT = {"no_causal_mask": True, "proj_bias": True, "pool_type": "last"}
 _LEGACY_EOS = 2  # which transformers' CLIP does not look for, as early configs of OpenAI's models had it
 _PIL = {"bilinear": 2, "bicubic": 3}
+_AS_IT_IS = (
+    "transformers' tokenizer takes texts as they are, where CLIP's own makes curly quotes straight and HTML's &amp; an &, and repairs what was "
+    "decoded wrongly: such captions get other tokens. Give it what open_clip.tokenizer.basic_clean makes of them"
+)
 
 
 def write(model: CLIP4Clip, data: DataConfig | None, folder: Path) -> list[str]:
@@ -177,6 +181,7 @@ def _save_tokenizer(model: CLIP4Clip, beside: Path, folder: Path) -> list[str]:
         notes = ["the tokenizer is not in the folder: it is none that transformers has"]
     else:
         save_clips_tokenizer(beside, about["context_length"])
+        notes = [_AS_IT_IS]
     drop_earlier(folder, beside, TOKENIZER)
     return notes
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from open_clip.tokenizer import basic_clean
 from timm.models.vision_transformer import _create_vision_transformer
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPTokenizer, SiglipConfig, SiglipModel
 
@@ -120,11 +121,16 @@ def test_its_tokenizer_gives_the_same_ids(tmp_path):
     model = tiny(spec={"embed_dim": 64, "quick_gelu": True, "text_cfg": words, "vision_cfg": {
         "image_size": 32, "patch_size": 16, "width": 64, "layers": 1, "head_width": 64}})  # fmt: skip
     data = DataConfig(num_frames=4, mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bilinear", resize_mode="squash")
-    assert export(model, tmp_path / "written", "transformers", data)[-1].startswith("meanP:")
+    head, repairs = export(model, tmp_path / "written", "transformers", data)
+    assert head.startswith("meanP:") and "open_clip.tokenizer.basic_clean" in repairs
     texts = ["A dog catches a Frisbee!", "a man's 2 naïve cats — and 3,000 dogs", "…"]
     tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "written")
     for text, row in zip(texts, tokenize(texts, 77), strict=True):
         assert tokenizer(text)["input_ids"] == row[: int(row.argmax()) + 1].tolist()
+    for text in ("a “good” dog", "salt &amp; pepper", "lÃ©gende"):  # as the note says
+        own = tokenize([text], 77)[0]
+        own = own[: int(own.argmax()) + 1].tolist()
+        assert tokenizer(text)["input_ids"] != own == tokenizer(basic_clean(text))["input_ids"]
     _, again = open_checkpoint(str(tmp_path / "written"))
     for key in ("mean", "std", "interpolation", "resize_mode"):
         assert getattr(again, key) == getattr(data, key)
