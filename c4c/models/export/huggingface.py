@@ -26,10 +26,6 @@ _SIGLIP_IMAGE = {"timm_pool": "map", "timm_proj": "none"}
 _SIGLIP_TEXT = {"no_causal_mask": True, "proj_bias": True, "pool_type": "last"}
 _LEGACY_EOS = 2  # which transformers' CLIP does not look for, as early configs of OpenAI's models had it
 _PIL = {"bilinear": 2, "bicubic": 3}
-_AS_IT_IS = (
-    "transformers' tokenizer takes texts as they are, where CLIP's own makes curly quotes straight and HTML's &amp; an &, and repairs what was "
-    "decoded wrongly: such captions get other tokens. Give it what open_clip.tokenizer.basic_clean makes of them"
-)
 
 
 def write(model: CLIP4Clip, data: DataConfig | None, folder: Path) -> list[str]:
@@ -171,7 +167,8 @@ def _processor(how: dict, siglip: bool) -> dict:
 
 def _save_tokenizer(model: CLIP4Clip, beside: Path, folder: Path) -> list[str]:
     """Write it into `beside`, and drop what `folder` has of another. Returns notes on what could not be written."""
-    about, notes = CLIPS | model.spec.get("tokenizer", {}), []
+    about = CLIPS | model.spec.get("tokenizer", {})
+    notes = [_about_texts(about)]
     if about["kind"] == "hf":
         try:
             Tokenizer(about).save(beside)
@@ -181,9 +178,19 @@ def _save_tokenizer(model: CLIP4Clip, beside: Path, folder: Path) -> list[str]:
         notes = ["the tokenizer is not in the folder: it is none that transformers has"]
     else:
         save_clips_tokenizer(beside, about["context_length"])
-        notes = [_AS_IT_IS]
     drop_earlier(folder, beside, TOKENIZER)
     return notes
+
+
+def _about_texts(about: dict[str, Any]) -> str:
+    """What the tokenizer is not told by its files: open_clip's classes clean texts before it sees them."""
+    clean = about["kwargs"].get("clean", "lower" if about["kind"] == "clip" else "whitespace")
+    padded = f", padded to {about['context_length']} tokens" if about["fixed_length"] else ""
+    letters = ", capitals and punctuation" if clean == "canonicalize" else ""
+    return (
+        f"transformers' tokenizer takes texts as they are, where this model's are cleaned first: curly quotes, &amp; and the like{letters} get "
+        f"other tokens. Give it what open_clip.tokenizer.get_clean_fn({clean!r}) makes of a text{padded}"
+    )
 
 
 def save_clips_tokenizer(folder: Path, length: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from open_clip.tokenizer import basic_clean
+from open_clip.tokenizer import get_clean_fn
 from timm.models.vision_transformer import _create_vision_transformer
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPTokenizer, SiglipConfig, SiglipModel
 
@@ -20,7 +20,7 @@ from c4c.models.weights.base import Unsaid
 from c4c.models.weights.huggingface import spec_of, stated, timm_name
 from c4c.settings import ModelConfig
 from pipelines.config import DataConfig
-from pipelines.tokens import tokenize
+from pipelines.tokens import Tokenizer, tokenize
 from tests import vocabularies
 from tests.c4c.models.small import SPEC, register, spec, tiny
 
@@ -122,7 +122,7 @@ def test_its_tokenizer_gives_the_same_ids(tmp_path):
         "image_size": 32, "patch_size": 16, "width": 64, "layers": 1, "head_width": 64}})  # fmt: skip
     data = DataConfig(num_frames=4, mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bilinear", resize_mode="squash")
     head, repairs = export(model, tmp_path / "written", "transformers", data)
-    assert head.startswith("meanP:") and "open_clip.tokenizer.basic_clean" in repairs
+    assert head.startswith("meanP:") and "open_clip.tokenizer.get_clean_fn('lower')" in repairs
     texts = ["A dog catches a Frisbee!", "a man's 2 naïve cats — and 3,000 dogs", "…"]
     tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "written")
     for text, row in zip(texts, tokenize(texts, 77), strict=True):
@@ -130,10 +130,25 @@ def test_its_tokenizer_gives_the_same_ids(tmp_path):
     for text in ("a “good” dog", "salt &amp; pepper", "lÃ©gende"):  # as the note says
         own = tokenize([text], 77)[0]
         own = own[: int(own.argmax()) + 1].tolist()
-        assert tokenizer(text)["input_ids"] != own == tokenizer(basic_clean(text))["input_ids"]
+        assert tokenizer(text)["input_ids"] != own == tokenizer(get_clean_fn("lower")(text))["input_ids"]
     _, again = open_checkpoint(str(tmp_path / "written"))
     for key in ("mean", "std", "interpolation", "resize_mode"):
         assert getattr(again, key) == getattr(data, key)
+
+
+def test_it_says_how_siglips_texts_are_cleaned(tmp_path):
+    saved(siglip(vocab_size=160), tmp_path / "model")
+    vocabularies.sentencepiece(tmp_path / "model", pads_with_end=True)
+    model, data = open_checkpoint(str(tmp_path / "model"))
+    note = export(model, tmp_path / "written", "transformers", data)[-1]
+    assert note.endswith("open_clip.tokenizer.get_clean_fn('canonicalize') makes of a text, padded to 16 tokens")
+    tokenizer, text = AutoTokenizer.from_pretrained(tmp_path / "written"), "A Dog, a cat!"
+    own = Tokenizer(model.spec["tokenizer"])([text], 16)[0].tolist()
+    given, cleaned = (
+        tokenizer(one, padding="max_length", max_length=16)["input_ids"]
+        for one in (text, get_clean_fn("canonicalize")(text))
+    )
+    assert given != own == cleaned
 
 
 def test_a_file_alone_needs_its_config_or_a_backbone(tmp_path, monkeypatch):
