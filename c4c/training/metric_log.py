@@ -138,8 +138,8 @@ class Board:
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
         self._file = Appender(folder / name, say)
         self._add(file_version="brain.Event:2")
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # later steps of earlier files do not count
-        self._add(step=resumed_at, session_log=start)
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._add(step=resumed_at + 1, session_log=start)  # from this step on, earlier files do not count
 
     def add(self, step: int, values: dict[str, float]) -> None:
         """Append a point to each of these curves."""

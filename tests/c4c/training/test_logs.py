@@ -72,6 +72,19 @@ def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path):
     assert [line["step"] for line in lines(tmp_path / "eval.jsonl")] == [1, 2, 3]
 
 
+def test_the_curves_of_a_resumed_run_have_each_step_once(tmp_path):
+    metrics = Metrics(tmp_path, 0)
+    for step in (1, 2, 3, 4):
+        metrics.step(step, {"train/loss": 1.0})
+    metrics.validation(3, RESULT)
+    metrics.close()
+    metrics = Metrics(tmp_path, 3)
+    metrics.step(4, {"train/loss": 2.0})
+    metrics.close()
+    assert curve(tmp_path) == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0)]
+    assert curve(tmp_path, "val/t2v_R1_pct") == [(3, 10.0)]
+
+
 HISTORY = ("metrics.jsonl", "eval.jsonl", "bad_steps.jsonl")
 
 
