@@ -108,6 +108,11 @@ def mark_done(folder: Path, step: int, best: str, data: dict[str, str] | None = 
         replace_text({path: json.dumps(about | {"time_unix_s": round(time.time(), 3)}) + "\n"})
 
 
+def reopen(folder: Path) -> None:
+    """A run that goes on is not complete any more: one that `train.patience` has ended, say."""
+    (folder / DONE).unlink(missing_ok=True)
+
+
 def read_done(folder: Path) -> dict | None:
     """What `mark_done` wrote; None if the run was not completed."""
     path = folder / DONE

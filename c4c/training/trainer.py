@@ -26,7 +26,16 @@ from c4c.training.memory import memory_gib
 from c4c.training.metric_log import Metrics
 from c4c.training.outcome import Outcome
 from c4c.training.peers import Peers
-from c4c.training.run_folder import RANKS, last_validation, mark_done, prepare, save_description, scores, validations
+from c4c.training.run_folder import (
+    RANKS,
+    last_validation,
+    mark_done,
+    prepare,
+    reopen,
+    save_description,
+    scores,
+    validations,
+)
 from c4c.training.screen import Report
 from c4c.training.session import Session, make_deterministic
 from c4c.training.signals import Stop
@@ -100,6 +109,8 @@ class Trainer:
         earlier = validations(self.folder, self.session.done)
         dist.barrier()
         self.early = EarlyStopping(config.train.patience, earlier)
+        if rank == 0 and self.session.done < self.total and not self.early.due:
+            reopen(self.folder)
         self.report = Report(rank == 0, self.total, self.per_epoch, self.session.done, earlier)
         self.saver = Saver(self.folder, config.checkpoint, self.report.say)
         self.bad = BadSteps(self.folder, config.train.max_bad_steps, self.session.done)

@@ -18,6 +18,7 @@ from c4c.models.pretrained import open_checkpoint
 from c4c.settings import ModelConfig
 from c4c.training.continuation import require_continues
 from c4c.training.replay import replay
+from c4c.training.run_folder import read_done
 from c4c.training.teacher import load_teacher
 from c4c.training.trainer import Trainer, train
 from c4c.zero import checkpoint
@@ -135,6 +136,15 @@ def test_other_data_is_refused(stopped, launcher, settings):
     with pytest.raises(ValueError, match=f"data.train was {launcher.train}, is {launcher.test}"):
         train(settings(f"run.dir={stopped}", f"data.train={launcher.test}", "run.resume=auto"))
     assert {p: p.read_bytes() for p in stopped.rglob("*") if p.is_file() and p.name != ".lock"} == before
+
+
+def test_a_run_that_goes_on_with_more_patience_is_done_when_it_ends(settings, tmp_path):
+    short = (f"run.dir={tmp_path / 'run'}", "train.lr=0", "train.eval_every_steps=1")
+    train(settings(*short, "train.patience=1"))
+    assert read_done(tmp_path / "run")["step"] == 2
+    train(settings(*short, "train.patience=0", "run.resume=auto", "checkpoint.keep_last=1"))
+    done = read_done(tmp_path / "run")
+    assert done["step"] == STEPS and done["best"] in checkpoint.tags(tmp_path / "run")
 
 
 def test_more_epochs_are_a_new_run_from_the_weights(run, settings):
