@@ -72,10 +72,14 @@ def require_place(folder: Path) -> None:
             )
 
 
-def prepare(folder: Path, resume: str) -> Path | None:
-    """Make the run folder; called on one rank. Returns where an earlier run was moved to, if it was."""
+def prepare(folder: Path, resume: str, continues: bool = True) -> Path | None:
+    """Make the run folder; called on one rank. Returns where an earlier run was moved to, if it was.
+
+    continues: whether there are checkpoints to resume from. A complete run without is not written over.
+    """
     moved = None
-    if resume == "never" and any((folder / name).exists() for name in ("config.yaml", "checkpoints", "metrics.jsonl")):
+    aside = resume == "never" or (not continues and (folder / DONE).exists())
+    if aside and any((folder / name).exists() for name in ("config.yaml", "checkpoints", "metrics.jsonl")):
         moved = _free_name(folder)
         os.rename(folder, moved)
     folder.mkdir(parents=True, exist_ok=True)

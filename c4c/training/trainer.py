@@ -127,7 +127,7 @@ class Trainer:
     def _make_folder(self, resume: str, lock: RunLock) -> Path | None:
         if self.folder.exists():
             lock.take()
-        moved = prepare(self.folder, resume)
+        moved = prepare(self.folder, resume, checkpoint.exist(self.folder))
         lock.take()  # in the new folder, if the old one was moved
         if self.session.notes and self.session.tag:
             checkpoint.point(self.folder, self.session.tag)
@@ -289,9 +289,11 @@ class Trainer:
             session.loader.captions_a_row, config.model.merging, config.model.linear_patch,
         )  # fmt: skip
         if moved:
-            self.report.say(
-                f"an earlier run in {self.folder} was moved to {moved}; run.resume=auto would have continued it"
+            never = config.run.resume == "never"
+            why = (
+                "run.resume=auto would have continued it" if never else "it was done, and holds no checkpoint any more"
             )
+            self.report.say(f"an earlier run in {self.folder} was moved to {moved}; {why}")
         self.report.say(
             f"{config.model.backbone} + {config.model.head}, {session.weights / 1e6:.1f} M weights{trained}; "
             f"{count(len(session.split), 'video')}, {self._rows()}; {count(self.total, 'step')} of {config.train.batch_size} on {self.world} "

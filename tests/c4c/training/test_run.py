@@ -7,7 +7,7 @@ import yaml
 
 from c4c.files import replace_text
 from c4c.training.continuation import note_on_test_split
-from c4c.training.run_folder import RunConfig, check_continuation, prepare, read_config, save_description
+from c4c.training.run_folder import RunConfig, check_continuation, mark_done, prepare, read_config, save_description
 
 
 def test_an_earlier_run_is_moved_aside(tmp_path):
@@ -33,6 +33,17 @@ def test_a_run_to_be_resumed_stays(tmp_path):
     (tmp_path / "config.yaml").write_text("")
     assert prepare(tmp_path, "auto") is None
     assert (tmp_path / "config.yaml").exists()
+
+
+def test_a_complete_run_without_checkpoints_is_not_written_over(tmp_path):
+    run = tmp_path / "a"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert prepare(run, "auto", continues=False) is None  # killed before its first checkpoint
+    mark_done(run, 1, "step00000001")
+    assert prepare(run, "auto", continues=True) is None
+    assert prepare(run, "auto", continues=False) == tmp_path / "a.old1"
+    assert (tmp_path / "a.old1" / "metrics.jsonl").exists() and list(run.iterdir()) == []
 
 
 def test_the_description(tmp_path):
