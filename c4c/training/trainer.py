@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from c4c.config import Config, dump, to_dict
 from c4c.launched import beside_script, command_again, explained_by
@@ -18,7 +17,7 @@ from c4c.models.flops import peak, per_pair
 from c4c.models.tokenizer_spec import FILES, without_files
 from c4c.retrieval.evaluation import Evaluation
 from c4c.retrieval.output import write_ranks
-from c4c.training.agreement import on_first_rank
+from c4c.training.agreement import agree, on_first_rank
 from c4c.training.bad_steps import BadSteps
 from c4c.training.early_stopping import EarlyStopping
 from c4c.training.lock import RunLock
@@ -77,6 +76,11 @@ class _Line:
     seconds: float
 
 
+def _history(folder: Path, done: int) -> tuple[bool, list[float]]:
+    """Whether a run was validated after step `done`, and text-to-video R@1 of all its validations up to then."""
+    return done in scores(folder), validations(folder, done)
+
+
 class Trainer:
     """One rank's part of a run.
 
@@ -98,6 +102,7 @@ class Trainer:
         resume = "auto" if again else config.run.resume
         on_first_rank(lambda: lock.take(make=False, wait_s=_LAST_START_S * again), rank, world)
         resuming = resume == "auto" and checkpoint.exist(self.folder)
+        agree({f"a checkpoint to continue from in {self.folder}": "there" if resuming else "missing"}, world)
         self.session = Session(
             config, rank, world, device, resume=self.folder if resuming else None,
             quarantine=self.folder / "quarantine.jsonl",
@@ -105,9 +110,8 @@ class Trainer:
         self.per_epoch, self.total = self.session.per_epoch, self.session.total
         # only now that nothing is left to be refused: a mistake must not move an earlier run aside
         moved = on_first_rank(lambda: self._make_folder(resume, lock), rank, world)
-        self.validated = self.session.done in scores(self.folder)
-        earlier = validations(self.folder, self.session.done)
-        dist.barrier()
+        # as rank 0 reads it: to other machines a shared folder may show what was there seconds ago
+        self.validated, earlier = on_first_rank(lambda: _history(self.folder, self.session.done), rank, world)
         self.early = EarlyStopping(config.train.patience, earlier)
         if rank == 0 and self.session.done < self.total and not self.early.due:
             reopen(self.folder)

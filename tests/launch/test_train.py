@@ -251,6 +251,31 @@ def test_a_run_goes_on_after_a_fault_in_its_checkpoints(fault, launcher, forks, 
     assert f"python launch/eval.py --ckpt '{run}'" in err  # its name has spaces
 
 
+OTHER_MACHINE = """
+import os, runpy
+from c4c.training import trainer
+from c4c.zero import checkpoint
+if os.environ["RANK"] == "1":
+    {}
+runpy.run_path("launch/train.py", run_name="__main__")
+"""
+
+
+def test_ranks_that_see_other_states_of_the_run_folder(launcher, forks, tmp_path):
+    """One machine without the folder is refused; one that a shared folder has not reached yet does as the first rank does."""
+    words = launcher.words(f"run.dir={tmp_path / 'run'}", "train.max_steps=1", "run.resume=auto", "engine.timeout_s=60")
+    code, out, err = forks.run(["launch/train.py", *words], 2)
+    assert code == 0, out + err
+    script = tmp_path / "other.py"
+    script.write_text(OTHER_MACHINE.format("trainer.scores = lambda run: {}"))
+    code, out, err = forks.run([str(script), *words], 2)
+    assert code == 0, out + err
+    script.write_text(OTHER_MACHINE.format("checkpoint.exist = lambda run: False"))
+    code, _, err = forks.run([str(script), *words], 2)
+    said = f"a checkpoint to continue from in {tmp_path / 'run'} is there on rank 0 and missing on rank 1"
+    assert code == 1 and said in err, err
+
+
 def test_a_mistake_without_the_launcher(launcher):
     code, _, err = launcher.finish(launcher.without_deepspeed("data.train=nowhere"))
     assert (code, err) == (
