@@ -252,6 +252,7 @@ def refresh(engine) -> None:
     """Copy the fp32 masters into the weights that the model computes with: the accessors set the masters alone."""
     optimizer = engine.optimizer
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # stage 3
+        optimizer._partition_all_parameters()  # weights that are whole by now would stay so, with the old numbers
         flats, parts = optimizer.fp16_partitioned_groups_flat, optimizer.fp16_partitioned_groups
         for flat, fp32, group in zip(flats, optimizer.fp32_partitioned_groups_flat, parts, strict=True):
             flat.data.copy_(fp32.data)

@@ -154,6 +154,15 @@ def test_going_on_with_another_number_of_ranks_and_stage(stopped, run, forks, la
         torch.testing.assert_close(again[key], tensor, rtol=1e-3, atol=2e-4)
 
 
+def test_zero_3_validates_the_average_and_trains_on_with_the_last_weights(run, forks, launcher, tmp_path):
+    """On several ranks it keeps weights whole after a pass, which then are to change with their parts."""
+    words = launcher.words(f"run.dir={tmp_path / 'run'}", "train.ema=0.7", "engine.zero_stage=3")
+    code, out, err = forks.run(["launch/train.py", *words], 2)
+    assert code == 0, out + err
+    assert losses(tmp_path / "run") == pytest.approx(losses(run), rel=1e-4)
+    assert validations(tmp_path / "run") == validations(run)
+
+
 def test_another_decay_is_no_continuation(stopped, forks, launcher):
     for word, said in (("train.ema=0.9", "train.ema was 0.7, is 0.9"), ("train.ema=0", "train.ema was 0.7, is 0.0")):
         code, out, err = forks.run(
