@@ -20,6 +20,8 @@ _BY_FRAME = "_by_frame"
 _COUNTING = ("uniform", "head", "tail", "segment")
 RULES = (*_COUNTING, "random", *(rule + _BY_FRAME for rule in _COUNTING))
 ORDERS = ("forward", "reverse", "random")
+# a clip that begins with so many seconds without a new frame shows the one before, too, by rules that look at every second
+_STANDS_S, _EVERY_SECOND = 1.0, ("uniform", "head", "tail", "random")
 _FRAMES, _VIEW = 1, 2  # what a generator draws; numbers of their own keep the draws apart
 
 
@@ -162,6 +164,19 @@ def _by_time(
         return nearest_time(times, moments)
     moments = first + np.arange(max(1, int(np.ceil((last - first) * rate - 1e-6)))) / rate
     return _few(np.unique(nearest_time(times, moments)), num_frames, rule)
+
+
+def shown_between(video: Video, start: float, end: float, rule: str) -> tuple[int, int]:
+    """Positions [low, high) in the frame table of what a player shows in [start, end) seconds: the frames that begin there, and
+    before them the one that is still shown at `start`, if none begins, or none for a second and the rule looks at every
+    second. Before the first picture it is that one."""
+    low, high = video.inside
+    times = video.frames.time[low:high]
+    first, last = (low + int(i) for i in np.searchsorted(times, [start - 1e-6, end - 1e-6]))
+    looks = rule in _EVERY_SECOND
+    if first > low and (first == last or (looks and times[first - low] - start >= _STANDS_S)):
+        first -= 1
+    return first, max(first + 1, last)
 
 
 def candidates(video: Video, count: int) -> np.ndarray:

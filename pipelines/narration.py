@@ -11,7 +11,6 @@ import numpy as np
 
 from pipelines.config import CacheConfig, ClipsConfig, DataConfig
 from shards.dataset import Dataset
-from shards.schema import Video
 
 
 def check(split: Dataset, clips: ClipsConfig, data: DataConfig, cache: CacheConfig | None) -> None:
@@ -104,15 +103,3 @@ def _neighbours(captions: list[dict], first: int, last: int, bag: int) -> list[i
             finish = max(finish, captions[last]["end"])
             neighbours.append(last)
     return neighbours
-
-
-def stored_between(video: Video, start: float, end: float) -> tuple[int, int]:
-    """Positions [low, high) in the frame table of the frames shown in [start, end) seconds; the nearest one if none is."""
-    first, last = video.inside
-    times = video.frames.time[first:last]
-    low, high = (int(i) for i in np.searchsorted(times, [start, end]))
-    if low < high:
-        return first + low, first + high
-    middle = (start + end) / 2
-    nearest = first + int(np.abs(times - middle).argmin())
-    return nearest, nearest + 1

@@ -10,8 +10,8 @@ import torch
 
 from pipelines.captions import CaptionGroups
 from pipelines.config import ClipsConfig, DataConfig
-from pipelines.frame_sampling import candidates, choose, draws, generator, ordered
-from pipelines.narration import clip_of_pair, stored_between
+from pipelines.frame_sampling import candidates, choose, draws, generator, ordered, shown_between
+from pipelines.narration import clip_of_pair
 from pipelines.pair_order import PairOrder, check_rank
 from pipelines.stages.fetch import NOTHING, BadSample, Source
 from shards.dataset import Dataset
@@ -145,7 +145,7 @@ class TrainingRequests:
         numbers: tuple[int, ...] = ()
         if self._clips.cut:
             clip = clip_of_pair(self._split.captions(video.index), int(pair[1]), video.duration, self._clips)
-            between, texts = stored_between(video, clip.start, clip.end), clip.texts
+            between, texts = shown_between(video, clip.start, clip.end, config.sampling), clip.texts
         else:
             between, (numbers, texts) = None, self._captions.numbered(video.index, int(pair[1]), own)
         among = candidates(video, self._pool) if self._pool and draws(config.sampling) else None

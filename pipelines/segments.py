@@ -5,13 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipelines.config import DataConfig
-from pipelines.frame_sampling import choose, ordered
+from pipelines.frame_sampling import choose, ordered, shown_between
 from shards.schema import Video
 
 _LEAST_STRIDE_S = 0.01  # less than a frame: more segments of a video show nothing else
 _LEFT_OVER = 0.25  # of a stride: so little at a video's end makes its last segment longer, and no segment of its own
-# a segment that begins with so many seconds without a new frame shows the one before, too, by rules that look at every second
-_STANDS_S, _EVERY_SECOND = 1.0, ("uniform", "head", "tail", "random")
 
 
 @dataclass(frozen=True)
@@ -73,20 +71,15 @@ def segments_of(video: Video, config: DataConfig, cutting: Cutting) -> list[Vide
     """The segments of a video with the frames that the model's own rule takes of each, as of a video of that length.
 
     Of a video that is one segment, they are those of evaluation. No segment ends before the first picture is shown."""
-    low, high = video.inside
-    times = video.frames.time[low:high]
+    times = video.frames.time[slice(*video.inside)]
     parts = spans(video.duration, cutting)
-    looks = config.sampling in _EVERY_SECOND
     out = []
     for start, end in parts:
         between = None
         if len(parts) > 1:
-            first, last = (low + int(i) for i in np.searchsorted(times, [start - 1e-6, end - 1e-6]))
-            if last == low and (start, end) != parts[-1]:  # sound alone: the picture begins later
+            if times[0] >= end - 1e-6 and (start, end) != parts[-1]:  # sound alone: the picture begins later
                 continue
-            if first > low and (first == last or (looks and times[first - low] - start >= _STANDS_S)):
-                first -= 1  # it is still shown when the segment begins
-            between = first, max(first + 1, last)
+            between = shown_between(video, start, end, config.sampling)
         positions = choose(video, config.sampling, config.num_frames, config.fps, between=between)
         out.append(VideoSegment(start, end, ordered(positions, config.frame_order)))
     return out

@@ -3,7 +3,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pipelines.narration import clip_of, stored_between
+from pipelines.frame_sampling import shown_between
+from pipelines.narration import clip_of
 
 
 def said(*times, words=None) -> list[dict]:
@@ -63,10 +64,26 @@ def test_captions_without_times_mark_no_clip():
 
 def test_stored_frames_of_a_clip():
     video = SimpleNamespace(frames=SimpleNamespace(time=np.arange(10) / 2), inside=(0, 10))
-    assert stored_between(video, 1.0, 2.0) == (2, 4)  # 1.0 and 1.5; 2.0 is the next clip's
-    assert stored_between(video, 1.1, 1.2) == (2, 3)  # none inside: the nearest
-    assert stored_between(video, 40, 50) == (9, 10)
-    assert stored_between(video, 0, 99) == (0, 10)
+    assert shown_between(video, 1.0, 2.0, "uniform") == (2, 4)  # 1.0 and 1.5; 2.0 is the next clip's
+    assert shown_between(video, 1.1, 1.2, "uniform") == (2, 3)  # none begins there: what is shown
+    assert shown_between(video, 40, 50, "uniform") == (9, 10)
+    assert shown_between(video, 0, 99, "uniform") == (0, 10)
     video.inside = (2, 8)  # frames around a cut, which others refer to, are never shown
-    assert stored_between(video, 0, 99) == (2, 8)
-    assert stored_between(video, 40, 50) == (7, 8)
+    assert shown_between(video, 0, 99, "uniform") == (2, 8)
+    assert shown_between(video, 40, 50, "uniform") == (7, 8)
+    assert shown_between(video, 0, 0.5, "uniform") == (2, 3)  # the picture begins later
+
+
+@pytest.mark.parametrize("rule", ["uniform", "head", "tail", "random"])
+def test_a_clip_shows_the_slide_that_stands_in_its_seconds_and_not_the_next(rule):
+    video = SimpleNamespace(frames=SimpleNamespace(time=np.array([0.0, 10, 20, 30, 40, 41])), inside=(0, 6))
+    assert shown_between(video, 4, 9.9, rule) == (0, 1)
+    assert shown_between(video, 31, 39, rule) == (3, 4)
+    assert shown_between(video, 17, 22, rule) == (1, 3)  # the second for its first 3 s, then the third
+    assert shown_between(video, 19.5, 25, rule) == (2, 3)  # half a second counts for nothing
+
+
+def test_a_rule_of_equal_spans_of_time_has_no_frame_from_before_the_clip_beside_others():
+    video = SimpleNamespace(frames=SimpleNamespace(time=np.array([0.0, 10, 20, 30, 40, 41])), inside=(0, 6))
+    assert shown_between(video, 17, 22, "segment") == (2, 3)
+    assert shown_between(video, 12, 19, "segment") == (1, 2)
