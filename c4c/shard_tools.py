@@ -265,6 +265,8 @@ def _split(args) -> int:
         )  # fmt: skip
     for one in made:
         _say_made(one)
+    if left := len(Split(args.path)) - sum(one.info["videos"] for one in made):
+        say(f"{count(left, 'video')} of {args.path} in no part: NAME=rest takes those that are left", "note")
     return 0
 
 

@@ -103,6 +103,14 @@ def test_lists_of_ids(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert not (tmp_path / "no").exists()
 
 
+def test_videos_that_no_part_takes_are_told(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    command = ["split", str(copied), "--parts", "a=0.4", "b=1"]
+    assert main([*command, "--out", str(tmp_path / "two")]) == 0
+    assert f"2 videos of {copied} in no part" in " ".join(capsys.readouterr().err.split())
+    assert main([*command, "c=rest", "--out", str(tmp_path / "three")]) == 0
+    assert "in no part" not in capsys.readouterr().err
+
+
 def test_rejects_go_along(rough: Path, tmp_path: Path) -> None:
     parts = [tmp_path / "a", tmp_path / "b"]
     made = split(rough, tmp_path, [SplitPart("a", 2), SplitPart("b")], seed=3)
