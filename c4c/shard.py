@@ -17,6 +17,7 @@ from shards.annotations.files import Files
 from shards.demo import narrated, shapes
 from shards.limits import POSITIVE, SEED, Limits
 from shards.packing.pack import finish_parts, missing, pack
+from shards.packing.update import refuse_update
 from shards.storage import is_remote, place
 from shards.tools.info import title
 from shards.video.profiles import CHROMAS, ENCODERS, FPS, GOP, PROFILES, QUALITY, SIDE, Profile
@@ -209,6 +210,7 @@ def _demo_narrated(args) -> int:
 
 
 def _dataset(args) -> int:
+    _check_options(args)
     for text in refuse_place(args.out, args.videos):
         say(text, "note")
     with shard_console.console.status("listing videos and reading annotations"):
@@ -227,9 +229,24 @@ def _dataset(args) -> int:
 
 
 def _check_demo(args) -> None:
+    _check_options(args)
     if is_remote(args.out):
         raise ShardError(f"--out {args.out}: the demo set needs a local folder")
     require_folder(f"--out {args.out}", args.out)
+
+
+def _check_options(args) -> None:
+    """Raises ShardError for what packing would refuse, before hours are spent on a list of videos."""
+    _profile(args)
+    if args.update:
+        refuse_update(args.out, args.part)
+
+
+def _profile(args, short_side: int = Profile.short_side) -> Profile:
+    return Profile(
+        name=args.profile, fps=args.fps, short_side=short_side if args.short_side is None else args.short_side,
+        long_side=args.long_side or 0, squash=args.squash or 0, quality=args.quality, chroma=args.chroma, gop=args.gop, encoder=args.encoder,
+    ).resolved()  # fmt: skip
 
 
 def _unused(args, profile: Profile) -> list[str]:
@@ -244,10 +261,7 @@ def _pack(
     args, items: list[Item], out: Path, dataset: str, split: str, short_side: int = Profile.short_side,
     reconciliation: dict | None = None,
 ) -> int:  # fmt: skip
-    profile = Profile(
-        name=args.profile, fps=args.fps, short_side=short_side if args.short_side is None else args.short_side,
-        long_side=args.long_side or 0, squash=args.squash or 0, quality=args.quality, chroma=args.chroma, gop=args.gop, encoder=args.encoder,
-    ).resolved()  # fmt: skip
+    profile = _profile(args, short_side)
     for text in _unused(args, profile):
         say(text, "note")
     with PackingScreen(title(dataset, split), len(items)) as screen:

@@ -257,3 +257,16 @@ def test_captions_that_are_repeated_or_in_other_letters_are_told(videos: Path, t
     said = capsys.readouterr().err
     assert "note 1 caption repeated word for word in one video (data.drop_duplicate_captions)" in said
     assert "note 2 captions in Chinese, Cyrillic letters, on which CLIP's text tower was not trained" in said
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    (["--quality", "50"], "--quality 50: must be a whole number from 1 to 31"),
+    (["--update", "--part", "1/2"], "--update and --part exclude each other"),
+    (["--profile", "h264", "--short-side", "65"], "--short-side 65: h264 needs an even number of pixels"),
+])  # fmt: skip
+def test_options_that_cannot_be_are_refused_before_any_work(options, said, tmp_path, capsys):
+    out = ["--out", str(tmp_path / "out"), *options]
+    for command in (["webvid", "--videos", str(tmp_path), "--annotations", "none.csv"], ["demo"], ["demo-narrated"]):
+        assert shard.main([*command, *out]) == 1
+        assert said in " ".join(capsys.readouterr().err.split())
+    assert not list(tmp_path.iterdir())
