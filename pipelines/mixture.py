@@ -1,5 +1,6 @@
 """Batches from several splits at once, each in its own exact order."""
 
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,6 +12,7 @@ from shards import count
 from shards.dataset import Dataset
 
 _SMALL_BATCH = 1024  # pairs; one up to this may be larger than the set, as in trials on a few videos
+_NEARLY = 0.95  # of its share of a batch: a set that gets less is told
 
 
 class Mixture:
@@ -76,7 +78,24 @@ def order_of(
             zip(splits, groups.counts, shares(weights, batch_size), strict=True)
         )
     ]
+    if config.weights and len(splits) > 1:
+        for one, order in zip(splits, orders, strict=True):
+            _say_if_short(one.path, order)
     return Mixture(orders, config.epoch_samples) if len(splits) > 1 or config.epoch_samples else orders[0]
+
+
+def _say_if_short(path: object, order: Order) -> None:
+    """Warn of a set that is too small for its share: its epochs are exact, so it cannot begin anew within a batch."""
+    pairs = order.pairs / order.steps_per_epoch
+    if pairs >= _NEARLY * order.batch_size:
+        return
+    full, steps = order.pairs // order.batch_size, order.steps_per_epoch
+    way = "give it a smaller weight" if full < order.counts.max() else "train.drop_last=true fills them all"
+    warnings.warn(
+        f"data.weights: {path} fills {pairs:.3g} of its {order.batch_size} rows of a batch, the others stay empty: its "
+        f"{count(order.pairs, 'pair')} are shared out evenly over {steps} batch{'es' * (steps > 1)}, an epoch of its own; {way}",
+        stacklevel=3,
+    )
 
 
 def shares(weights: Sequence[float], batch_size: int) -> list[int]:

@@ -1,7 +1,9 @@
 """Several splits in every batch: by weight, each in its own exact epochs."""
 
 import json
+import re
 import shutil
+import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -69,6 +71,23 @@ def test_weights_become_whole_numbers():
         DataConfig(train=("a", "b"), weights=(1.0, 0.0))
     with pytest.raises(ValueError, match=r"data\.shuffle_block=-1: must be at least 0"):
         DataConfig(shuffle_block=-1)
+
+
+@pytest.mark.parametrize(("pairs", "drop_last", "said"), [
+    (65, False, "fills 32.5 of its 64 rows of a batch, .*65 pairs .* over 2 batches, .*drop_last=true fills them"),
+    (40, False, "fills 40 of its 64 rows of a batch, .*40 pairs .* over 1 batch, .*give it a smaller weight"),
+    (65, True, None), (64, False, None), (1300, False, None),
+])  # fmt: skip
+def test_a_set_that_is_too_small_for_its_weight_is_told(pairs, drop_last, said):
+    both = SimpleNamespace(parts=[SimpleNamespace(path=name, shard_starts=None) for name in ("small", "large")])
+    sizes, config = [pairs, 6400], DataConfig(train=("small", "large"), weights=(1.0, 1.0))
+    groups = SimpleNamespace(size=1, sizes=sizes, counts=[np.ones(n, np.uint8) for n in sizes])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        mixed = order_of(both, config, 128, 0, drop_last, groups)
+    here = np.mean([(mixed.batch(0, step)[:, 0] < pairs).sum() for step in range(20)])
+    assert (here >= 0.95 * 64) == (said is None)
+    assert len(caught) == (said is not None) and all(re.search(f"small {said}", str(w.message)) for w in caught)
 
 
 def test_a_batch_far_larger_than_the_set_is_refused(numbered):
