@@ -29,13 +29,14 @@ def read(args: Namespace) -> Reading:
     """Clips in the order of the csv; `meta` keeps their times in the film."""
     captions: dict[str, list[Caption]] = {}
     times: dict[str, list[dict]] = {}
-    for number, line in numbered_lines(args.annotations):
+    for number, line in numbered_lines(args.annotations, " "):  # a tab at a line's beginning: no clip is named
         fields = [field.strip() for field in line.split("\t")]
         if len(fields) == 5:  # an empty sentence, cut off with the tab before it
             fields.append("")
         if len(fields) != 6 or not fields[0]:
+            wrong = " instead of 6" if len(fields) != 6 else ", the first of them empty"
             raise ShardError(
-                f"{args.annotations}, line {number}: {len(fields)} fields between tabs instead of 6 "
+                f"{args.annotations}, line {number}: {len(fields)} fields between tabs{wrong} "
                 "(clip, start and end aligned, start and end extracted, sentence)"
             )
         clip, *when, sentence = fields

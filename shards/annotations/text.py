@@ -63,10 +63,11 @@ def read_lines(path: Path) -> list[str]:
     return [line for _, line in numbered_lines(path)]
 
 
-def numbered_lines(path: Path) -> list[tuple[int, str]]:
-    """(number, line) of the lines that hold something, without the spaces around them; the first line is number 1."""
+def numbered_lines(path: Path, indent: str | None = None) -> list[tuple[int, str]]:
+    """(number, line) of the lines that hold something, without the spaces around them; the first line is number 1.
+    `indent`: of spaces at a line's beginning only these are taken off (None: all)."""
     lines = enumerate(re.split("\r\n|\r|\n", _text(path)), 1)
-    return [(number, line.strip()) for number, line in lines if line.strip()]
+    return [(number, line.rstrip().lstrip(indent)) for number, line in lines if line.strip()]
 
 
 def read_csv(

@@ -27,11 +27,11 @@ def test_lsmdc(tmp_path: Path) -> None:
     videos(tmp_path / "videos", f"1012_Unbreakable/{one}.avi", f"0001_American_Beauty/{two}.avi")
     times = "00.05.16.065\t00.05.21.941\t00.05.16.000\t00.05.22.000"
     lines = [
-        f'{one}\t{times}\tSOMEONE "smiles, and\r',
+        f'{one}\t{times}\tSOMEONE "smiles, and\t \r',
         f"{two}\t{times}\tShe reads.",
         f"{one}\t{times}\tHe\u2028turns.",
         f"0003_GONE_00.00.01.000-00.00.02.000\t{times}\tLost.",
-        f"{two}\t{times}\t",
+        f" {two}\t{times}\t",
     ]
     file = write(tmp_path / "LSMDC16_annos_training.csv", "\n".join(lines) + "\n")
     read = reading("lsmdc", tmp_path / "videos", "--annotations", file)
@@ -51,6 +51,9 @@ def test_lsmdc(tmp_path: Path) -> None:
     assert reading("lsmdc", tmp_path / "videos", "--annotations", test).published == Counts(1000, 1000)
     with pytest.raises(ShardError, match="line 1: 1 fields between tabs instead of 6"):
         reading("lsmdc", tmp_path / "videos", "--annotations", write(tmp_path / "x.csv", "clip,a,b,c,d,text\n"))
+    nameless = write(tmp_path / "y.csv", "\t0\t1\t0\t1\tSomeone leaves.\n")  # not the clip '0' without a sentence
+    with pytest.raises(ShardError, match="line 1: 6 fields between tabs, the first of them empty"):
+        reading("lsmdc", tmp_path / "videos", "--annotations", nameless)
 
 
 # ---- ActivityNet ----
