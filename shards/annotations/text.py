@@ -199,7 +199,8 @@ def seconds(value: object, where: str) -> float | None:
     if type(value) is float and math.isfinite(value):  # nearly all, where there are millions
         return value
     try:
-        number = float(value)  # type: ignore[arg-type]
+        # Python would read 1_30, which may be a minute and a half, as 130, and true as 1
+        number = math.nan if isinstance(value, bool) or "_" in str(value) else float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):

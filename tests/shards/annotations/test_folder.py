@@ -93,6 +93,7 @@ def test_times_and_other_columns(videos: Path) -> None:
         ("file,text\na,1\n", r"no column caption and video in its header \['file', 'text'\].*video,caption"),
         ("video|caption\na|1\n", "no column caption and video.*semicolons or tabs"),
         ("video,caption,start\na,1,soon\n", "line 2: start is 'soon', not a number of seconds"),
+        ("video,caption,start\na,1,1_30\n", "line 2: start is '1_30', not a number of seconds"),
         ("video,caption,end\na,1,nan\n", "line 2: end is 'nan'"),
         ("video,caption\na,1\n,2\n", "line 3: the video is not named"),
         ("video,caption\na,a man, running\n", "line 2: more cells than the header has.*double quotes"),
