@@ -72,7 +72,7 @@ class _FullPass(Pass):
         low, high = np.searchsorted(every, [self.start - eps, self.end - eps]) if not self.is_whole else (0, len(every))
         if self.start > 0 and low > 0:
             over = timeline(every, last_two, self._claimed, tick).duration
-            low -= stands(self.start, self.end, float(np.append(every, over)[low]))
+            low -= stands(self.start, min(self.end, over), float(np.append(every, over)[low]))
         self._range = int(low), int(high)
         if low >= high:
             self._refuse_empty()

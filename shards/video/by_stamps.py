@@ -116,8 +116,9 @@ class StampPass(Pass):
         high = int(np.searchsorted(stamps, self._stamp(self._zero, self.end)))
         if self.start > 0 and low > 0:
             last = self.packets.duration[shown[-1]] * self._tick or float(1 / (self._claimed or 25))
-            next_one = np.append(self.seconds(stamps[low:]), self.seconds(stamps[-1:]) + last)[0]
-            low -= stands(0.0, self.end - self.start, float(next_one))
+            over = float(self.seconds(stamps[-1:])[0] + last)
+            until = float(self.seconds(stamps[low:])[0]) if low < len(stamps) else over
+            low -= stands(0.0, min(self.end - self.start, over), until)
         return low, high
 
     def _heed(self, packet: av.Packet) -> None:

@@ -25,5 +25,5 @@ def within(when: Timeline, length: float, goes_on: bool) -> Timeline:
 
 def stands(start: float, end: float, until: float) -> bool:
     """Whether a cut begins with the frame that is shown before `start`, and `until` then: where the cut's first second, or
-    all of it, shows nothing else."""
-    return min(until, end) - start >= min(_STANDS, end - start) - 1e-6
+    all of it, shows nothing else. `end` is no later than the video's, which may be over before `start`."""
+    return end - start > 1e-6 and min(until, end) - start >= min(_STANDS, end - start) - 1e-6

@@ -141,9 +141,10 @@ class Pass(ABC):
             self.notes.append("its video ends where another stream's begins, as in joined recordings: only one is read")
 
     def _refuse_empty(self) -> None:
-        raise VideoError(
-            "not one frame decodes" if self.is_whole else f"no frame between {self.start:g} and {self.end:g} s"
-        )
+        if self.is_whole:
+            raise VideoError("not one frame decodes")
+        where = f"from {self.start:g} s on" if self.end == math.inf else f"between {self.start:g} and {self.end:g} s"
+        raise VideoError(f"no frame {where}")
 
     def _reopen(self) -> None:
         self.container.close()

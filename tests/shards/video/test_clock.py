@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 from fractions import Fraction
 
 import av
@@ -206,9 +207,15 @@ def test_a_copied_cut_of_one_packet_shows_it() -> None:
 def test_a_cut_behind_the_last_picture_is_refused() -> None:
     data = lasting("mp4", 10, 3.0)
     assert stored(data, start=2.0, end=3.0).source.duration == pytest.approx(1.0)
-    for start in (3.3, 3.36, 10.0):  # less than a second of it is left
-        with pytest.raises(VideoError, match="no frame between"):
-            stored(data, start=start, end=start + 2)
+    for start in (3.3, 3.35):  # less than a second of it is left
+        for end in (start + 0.01, start + 2, math.inf):
+            cut = stored(data, start=start, end=end)
+            assert list(shown(cut).values()) == [9]
+            assert cut.source.duration == pytest.approx(min(end, 3.36) - start)
+    with pytest.raises(VideoError, match="no frame between 10 and 12 s"):
+        stored(data, start=10.0, end=12.0)
+    with pytest.raises(VideoError, match=r"no frame from 3\.4 s on"):
+        stored(data, start=3.4, end=math.inf)
 
 
 def test_captions_of_a_cut_reach_over_the_picture_that_stays(tmp_path) -> None:
