@@ -16,7 +16,7 @@ A mean is bold if it leads every other row of its table (or sweep) by more than 
 their squared standard deviations. *Difference*: R@1 less the baseline's, paired by seed, with Student's 95 % interval. *p seeds*: would
 other seeds say the same? (Student's paired t test.) *p texts*: would other test texts say the same? (Sign-flip test over test
 texts, differences averaged over seeds.) No p is corrected for the number of rows. *order pairs*: how often the own video stands before a twin
-that differs in order only; guessing gives 50. *Time*: all attempts of the row's own training or evaluation, without the training it starts from. *clips/s*: median over the steps without the first tenth.
+that differs in order only; guessing gives 50, and less where more than two videos differ so. *Time*: all attempts of the row's own training or evaluation, without the training it starts from. *clips/s*: median over the steps without the first tenth.
 *GiB*: the most that rank 0 used, of its GPU, or of the host without one. Time, clips/s and GiB are means over seeds.
 """
 

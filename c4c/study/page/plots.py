@@ -19,7 +19,7 @@ METRICS = {  # what can be plotted: its short name, and the axis
     "t2v_R5": ("R@5", "R@5, %"),
     "t2v_R10": ("R@10", "R@10, %"),
     "t2v_MdR": ("MdR", "median rank, lower is better"),
-    "pairs_own_first": ("Pairs", "own video before its twin, % (chance: 50)"),
+    "pairs_own_first": ("Pairs", "own video before its twin, % (chance of pairs: 50)"),
 }
 _CHANCE = {"pairs_own_first": 50.0}
 _LINES = "abdefg"  # classes of colours and dashes; c is chance
@@ -100,6 +100,11 @@ def _fits(rows: Sequence[RowResult], key: str) -> bool:
     return len({_x(row, key) for row in placed}) > 1 and len(set(_others(placed, key))) <= len(_LINES)
 
 
+def _chance(metric: str, rows: Sequence[RowResult]) -> float | None:
+    """What guessing gives; None where that is nothing, or not known: more than two videos may differ in order only."""
+    return _CHANCE.get(metric) if all(seed.n_pairs for row in rows for seed in row.done) else None
+
+
 def _lines(table: TableResult, rows: Sequence[RowResult], plot: Plot) -> Figure:
     placed = [(x, row) for row in rows if (x := _x(row, plot.key)) is not None]
     by_line: dict[str, list[tuple[float, RowResult]]] = {}
@@ -117,8 +122,8 @@ def _lines(table: TableResult, rows: Sequence[RowResult], plot: Plot) -> Figure:
         if not any(one.points for one in series):
             charts.append((metric, Markup("")))
             continue
-        if metric in _CHANCE:
-            series.insert(0, Series("chance", "c", [(x, _CHANCE[metric]) for x in (values[0], values[-1])]))
+        if (chance := _chance(metric, table.rows)) is not None:
+            series.insert(0, Series("chance", "c", [(x, chance) for x in (values[0], values[-1])]))
         title, axis = f"{METRICS[metric][1]}, by {plot.key}. The table below has the numbers.", METRICS[metric][1]
         chart = line_chart(title, series, x_name, axis, y_range=_room(series), values=values, log=log)
         charts.append((metric, chart))
@@ -185,7 +190,7 @@ def _dot_plot(rows: Sequence[RowResult], metric: str) -> DotPlot | Markup:
     ends = [end for row, estimate in known if estimate for end in _ends(row, estimate, metric)]
     if not ends:
         return Markup("")
-    chance = _CHANCE.get(metric)
+    chance = _chance(metric, rows)
     ends += [] if chance is None else [chance]
     axis = ticks(min(ends), max(ends), 5)
     low, high = min(axis[0], *ends), max(axis[-1], *ends)

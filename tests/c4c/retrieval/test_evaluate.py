@@ -10,7 +10,7 @@ import torch
 
 from c4c.models.heads.mean import MeanPooling
 from c4c.retrieval import features as encoding
-from c4c.retrieval.evaluate import _better, evaluate, rerank_by_dsl
+from c4c.retrieval.evaluate import _better, _of_pairs, evaluate, rerank_by_dsl
 from c4c.retrieval.metrics import ScoreGrid, of_matrix
 from c4c.retrieval.output import write_ranks, write_top
 from c4c.retrieval.work import EvalWork
@@ -160,3 +160,13 @@ def test_the_line_of_the_checkpoint_names_a_better_one(tmp_path):
     assert f"(the best of the run's own validations is {seventh}: --tag best)" in _better(str(tmp_path), ninth, None)
     assert "step00000003 was better (30.0) and is gone" in _better(str(tmp_path), seventh, "best")
     assert _better(str(tmp_path), seventh, None) == _better("openai:ViT-B-32", None, None) == ""
+
+
+@pytest.mark.parametrize(
+    ("n_pairs", "said"),
+    [(3, "its twin 40.0 % (guessing: 50 %)"), (0, "all of its twins 40.0 % (guessing: less than 50 %)")],
+)
+def test_what_a_guess_is_worth(n_pairs, said):
+    """Among three videos that differ in order only, a guess is right once in three times."""
+    (line,) = _of_pairs({"pairs": {"R1": 1.0, "own_first": 40.0, "n_texts": 6, "n_pairs": n_pairs}})
+    assert line == f"order pairs 6 texts: R@1 1.0 %, own video above {said}"

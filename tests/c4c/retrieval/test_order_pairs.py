@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from c4c.retrieval.evaluate import _of_pairs
 from c4c.retrieval.metrics import ScoreGrid, grid_ranks, of_matrix
 from c4c.retrieval.order_pairs import pair_groups, score_pairs
 from c4c.retrieval.work import EvalWork
@@ -80,13 +79,3 @@ def test_a_model_that_ignores_order_has_nothing():
     by_text, _ = grid_ranks(grid)
     found = score_pairs(grid, torch.tensor([0, 0, -1]), by_text, EvalWork(torch.device("cpu"), ranks=False))
     assert found == {"R1": 0.0, "own_first": 0.0, "n_texts": 2, "n_pairs": 1}
-
-
-@pytest.mark.parametrize(
-    ("n_pairs", "said"),
-    [(3, "its twin 40.0 % (guessing: 50 %)"), (0, "all of its twins 40.0 % (guessing: less than 50 %)")],
-)
-def test_what_a_guess_is_worth(n_pairs, said):
-    """Among three videos that differ in order only, a guess is right once in three times."""
-    (line,) = _of_pairs({"pairs": {"R1": 1.0, "own_first": 40.0, "n_texts": 6, "n_pairs": n_pairs}})
-    assert line == f"order pairs 6 texts: R@1 1.0 %, own video above {said}"

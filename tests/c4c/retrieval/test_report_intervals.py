@@ -5,6 +5,8 @@ import pytest
 
 from c4c.retrieval.report import summary
 
+pytestmark = pytest.mark.slow  # imports DALI
+
 
 def test_interval():
     """Newcombe (1998), table I: 81 of 263 gives 0.2553 to 0.3662; 0 of 20 gives 0 to 0.1611."""
