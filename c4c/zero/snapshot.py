@@ -56,11 +56,15 @@ class Saver:
             checkpoint.write(self.run, step, tensors, about)
             checkpoint.prune(self.run, self.config)
             self.error = None
-        except OSError as error:
-            pointer = self.run / checkpoint.FOLDER / "latest"
-            last = f"the last good one is {checkpoint.latest(self.run)}" if pointer.exists() else "there is none"
-            self.error = f"the checkpoint after step {step} could not be written: {error}; {last}"
+        except (OSError, CheckpointError) as error:
+            self.error = f"the checkpoint after step {step} could not be written: {error}; {self._last_good()}"
             self._say(f"warning: {self.error}. Make room; the next one is tried when it is due")
+
+    def _last_good(self) -> str:
+        try:
+            return f"the last good one is {checkpoint.latest(self.run)}"
+        except (OSError, CheckpointError):  # also where someone deleted the one that was
+            return "there is none"
 
 
 def save(engine, run: Path, step: int, keep_last: int = 1, extra: dict | None = None) -> None:

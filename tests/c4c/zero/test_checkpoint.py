@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pickle
+import shutil
 import threading
 from pathlib import Path
 
@@ -105,10 +106,14 @@ def test_a_full_disk_keeps_the_last_one_and_is_told(tmp_path, monkeypatch):
         saver.wait()
         with pytest.raises(CheckpointError, match="No space left"):
             save(engine, tmp_path, 7)
-    (text,) = said
+        assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["latest", "step00000005"]
+        shutil.rmtree(tmp_path / "checkpoints" / "step00000005")
+        saver.save(engine, 7)
+        saver.wait()
+    text, deleted = said
     assert "the checkpoint after step 6 could not be written" in text
     assert "the last good one is step00000005" in text
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["latest", "step00000005"]
+    assert "the checkpoint after step 7 could not be written" in deleted and "there is none. Make room" in deleted
     assert saver.error
     saver.save(engine, 8)
     saver.wait()
