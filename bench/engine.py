@@ -111,8 +111,11 @@ def measure(args: argparse.Namespace) -> None:
     with suppress(Finished):
         trainer.run()
     if rank == 0:
-        data = config.data
-        flops = 3 * per_pair(session.model.spec, data.num_frames, data.max_words) * config.train.batch_size
+        data, model, captions = config.data, config.model, config.train.captions_per_video
+        of_pair = per_pair(
+            session.model.spec, data.num_frames, data.max_words, captions, model.merging, model.linear_patch
+        )
+        flops = 3 * of_pair * config.train.batch_size
         report(args, config, session, turns, flops, peak(device, config.engine.precision))
     stop_distributed()
 

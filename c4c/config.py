@@ -103,13 +103,19 @@ def _require_effect(config: Config) -> None:
             f"model.init_tag={model.init_tag} chooses a checkpoint of a run folder, and model.init_from={model.init_from} is none: name "
             "the folder, or leave model.init_tag out"
         )
-    for name in () if config.train.lora else ("lora_on", "lora_alpha"):
-        value = getattr(config.train, name)
-        if value != TrainConfig.__dataclass_fields__[name].default:
-            raise ConfigError(
-                f"train.{name}={_as_word(value)} has no effect without train.lora, and all weights would be trained: set train.lora to a "
-                f"rank, or leave train.{name} out"
-            )
+    set_ones = {
+        name for name, field in TrainConfig.__dataclass_fields__.items() if getattr(train, name) != field.default
+    }
+    for name in sorted(set_ones & {"lora_on", "lora_alpha"}) if not train.lora else ():
+        raise ConfigError(
+            f"train.{name}={_as_word(getattr(train, name))} has no effect without train.lora, and all weights would be trained: set "
+            f"train.lora to a rank, or leave train.{name} out"
+        )
+    if "logit_bias" in set_ones and train.loss != "sigmoid":
+        raise ConfigError(
+            f"train.logit_bias={train.logit_bias:g} is of train.loss=sigmoid, and train.loss={train.loss}: leave train.logit_bias out, or "
+            "set train.loss=sigmoid"
+        )
 
 
 def _require_kept_source(config: Config) -> None:
