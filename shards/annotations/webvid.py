@@ -22,6 +22,7 @@ def read(args: Namespace) -> Reading:
     """Videos in the order of the csv; a video of several rows has several captions."""
     items: dict[str, Item] = {}
     repeated: list[str] = []
+    elsewhere: list[str] = []
     for row in read_csv(args.annotations, COLUMNS):
         id, folder = row["videoid"].strip(), row["page_dir"].strip().strip("/")
         if not id:
@@ -31,9 +32,16 @@ def read(args: Namespace) -> Reading:
             path = args.videos.find(f"{folder}/{id}.mp4" if folder else id, id)
             meta = {"url": row["contentUrl"], "duration": row["duration"], "page_dir": row["page_dir"]}
             items[id] = Item(id, path, (caption,), meta)
-        elif caption not in known.captions:
+            continue
+        if folder != known.meta["page_dir"].strip().strip("/"):
+            elsewhere.append(id)
+        if caption not in known.captions:
             items[id] = Item(id, known.path, (*known.captions, caption), known.meta)
         else:
             repeated.append(id)
     warnings = [f"{examples(repeated, 'row')} with the caption of an earlier row left out"] if repeated else []
+    if elsewhere:
+        warnings.append(
+            f"{examples(elsewhere, 'row')} with another page_dir than an earlier row of the video: the file is that one's"
+        )
     return conclude(list(items.values()), args.videos, warnings=warnings)

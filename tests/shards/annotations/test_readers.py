@@ -148,6 +148,11 @@ def test_webvid(tmp_path: Path, extra: str) -> None:
         ]  # fmt: skip
         assert read.items[0].meta["duration"] == "PT00H00M10S" and read.missing == Counts(1, 1)
         assert read.warnings == ("1 row ('21179416') with the caption of an earlier row left out",)
+    two = "videoid,contentUrl,duration,page_dir,name\n21179416,u,d,000051_000100,a\n21179416,u,d,000001_000050,b\n"
+    read = reading("webvid", folder, "--annotations", write(tmp_path / "two.csv", two))
+    assert texts(read) == {"21179416": ["a", "b"]} and read.warnings == (
+        "1 row ('21179416') with another page_dir than an earlier row of the video: the file is that one's",
+    )
     with pytest.raises(ShardError, match="line 2: more cells than the header has"):
         reading("webvid", folder, "--annotations", write(tmp_path / "x.csv", "videoid,contentUrl,duration,page_dir,name\n1,u,d,p,a, b\n"))  # fmt: skip
 
