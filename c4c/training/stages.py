@@ -23,7 +23,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.table import Table
@@ -32,6 +32,7 @@ from c4c.config import Config, ConfigError, load, require_data
 from c4c.files import read_json_object, read_yaml
 from c4c.training.continuation import require_continues
 from c4c.training.run_folder import DONE, read_done
+from pipelines.config import DataConfig
 
 _STARTED_FROM = "started_from.json"
 _KEYS = {"train": {"name", "cfg", "from", "set"}, "eval": {"name", "eval", "data", "set"}}
@@ -154,7 +155,7 @@ def require_data_of(pipeline: Pipeline) -> None:
             continue
         test = stage.data or trained.data.test
         try:
-            require_data(trained.data if stage.config else replace(trained.data, train=test, test=test))
+            require_data(trained.data if stage.config else DataConfig(train=test, test=test))
         except ConfigError as error:
             raise StageError(f"stage {stage.name}: {error}") from error
 

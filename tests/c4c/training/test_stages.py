@@ -121,6 +121,18 @@ def test_data_of_a_later_stage_are_missed_before_the_first_one_runs(write, calle
     stages.require_data_of(read(path, [], [CFG]))
 
 
+def test_an_evaluation_of_a_mixtures_run_has_one_split(write, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sets = "set: {run.dir: runs/a, data.train: [data/a, data/b], data.weights: [2, 1], data.test: data/a}"
+    path = write(f"stages: [{{name: a, cfg: demo.yaml, {sets}}}, {{name: look, eval: a, data: data/x}}]")
+    for split in ("data/a", "data/b"):
+        (tmp_path / split).mkdir(parents=True)
+    with pytest.raises(StageError, match=r"stage look: there is no folder data/x"):
+        stages.require_data_of(read(path, [], [CFG]))
+    (tmp_path / "data/x").mkdir()
+    stages.require_data_of(read(path, [], [CFG]))
+
+
 def test_what_is_done_is_skipped(write, called):
     path = write(TWO)
     go(path)
