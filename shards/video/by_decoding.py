@@ -71,7 +71,7 @@ class _FullPass(Pass):
         eps = min(1e-6, tick / 4)
         low, high = np.searchsorted(every, [self.start - eps, self.end - eps]) if not self.is_whole else (0, len(every))
         if self.start > 0 and low > 0:
-            over = timeline(every, last_two, self._claimed, tick).duration
+            over = float(every[-1]) + (last_two[1] or float(1 / (self._claimed or 25)))  # as by stamps
             low -= stands(self.start, min(self.end, over), float(np.append(every, over)[low]))
         self._range = int(low), int(high)
         if low >= high:

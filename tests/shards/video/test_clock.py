@@ -218,6 +218,26 @@ def test_a_cut_behind_the_last_picture_is_refused() -> None:
         stored(data, start=3.4, end=math.inf)
 
 
+def test_no_cut_begins_after_the_last_picture_says_that_it_is_over() -> None:
+    """It says 0.04 s, however long the picture before it stood. Where decoding decides, a cut lasted less than 0 s."""
+    target = io.BytesIO()
+    with av.open(target, "w", format="mpegts") as file:
+        stream = file.add_stream(
+            "libx264", rate=FPS, options={"g": "1"}
+        )  # which frames are keyframes is then not certain
+        stream.width, stream.height, stream.pix_fmt = 160, 120, "yuv420p"
+        for i, at in enumerate((0, 1, 76, 101)):
+            frame = av.VideoFrame.from_ndarray(picture(i), format="rgb24")
+            frame.pts, frame.time_base = at, Fraction(1, FPS)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+    cut = stored(target.getvalue(), start=4.05, end=5.0)  # 101 / 25 is 4.04
+    assert list(shown(cut).values()) == [3] and cut.source.duration == pytest.approx(0.03, abs=2e-3)
+    for end in (4.5, math.inf):
+        with pytest.raises(VideoError, match=r"no frame (between|from) 4\.1 "):
+            stored(target.getvalue(), start=4.1, end=end)
+
+
 def test_captions_of_a_cut_reach_over_the_picture_that_stays(tmp_path) -> None:
     caption = Caption("a slide", 1.0, 9.0)
     item = Item(id="a", path=tmp_path / "a.mp4", captions=[caption], start=0.5, end=8.0)
