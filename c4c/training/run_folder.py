@@ -210,6 +210,7 @@ def check_continuation(folder: Path, config: dict, defaults: dict | None = None,
         raise ValueError(
             f"run.resume=auto: {error}. Put a copy of the file back, or start anew with run.resume=never, which moves the old run aside"
         ) from error
+    free = (*free, *(_idle(before) & _idle(now)))
     kept = [k for k in sorted(before.keys() | now.keys()) if k not in free and not k.startswith(_FREE)]
     keys = [k for k in kept if before.get(k) != now.get(k)]
     if keys:
@@ -221,6 +222,14 @@ def check_continuation(folder: Path, config: dict, defaults: dict | None = None,
             f"run.resume=auto: {folder} was made with other settings ({changes}{why}). Set them back, or train its weights "
             f"further as a new run: {anew} (run.resume=never moves the old run aside and starts anew)"
         )
+
+
+def _idle(settings: dict[str, object]) -> set[str]:
+    """Which of those that `c4c.config.require` refuses by now did nothing: a run that has one goes on without it."""
+    out = set() if settings.get("train.lora") else {"train.lora_on", "train.lora_alpha"}
+    out |= set() if settings.get("train.loss") == "sigmoid" else {"train.logit_bias"}
+    start = str(settings.get("model.init_from") or "")
+    return out | ({"model.init_tag"} if start == "scratch" or Path(start).is_file() else set())
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:

@@ -99,6 +99,28 @@ def test_a_continuation_must_compute_the_same(tmp_path):
     assert "run.dir was" not in str(caught.value)
 
 
+def test_a_run_goes_on_without_a_setting_that_did_nothing(tmp_path):
+    """It is refused by now, and "leave it out" must not make another run of it."""
+
+    def settings(lora=0, loss="cross_entropy", start="scratch", *, on="attention", bias=-10.0, tag=""):
+        train = {"lora": lora, "lora_on": on, "loss": loss, "logit_bias": bias}
+        return {"train": train, "model": {"init_from": start, "init_tag": tag}}
+
+    idle = {"on": "all", "bias": -4.0, "tag": "best"}
+    save_description(tmp_path, yaml.safe_dump(settings(**idle)), {})
+    check_continuation(tmp_path, settings())
+    (tmp_path / "w.safetensors").touch()  # nor is a file a run folder
+    file = {"start": str(tmp_path / "w.safetensors")}
+    save_description(tmp_path, yaml.safe_dump(settings(**file, tag="best")), {})
+    check_continuation(tmp_path, settings(**file))
+    for change, said in (
+        ({"lora": 4}, "lora_on was all"), ({"loss": "sigmoid"}, "logit_bias was -4"), ({"start": "runs/b"}, "init_tag was best"),
+    ):  # fmt: skip
+        save_description(tmp_path, yaml.safe_dump(settings(**change, **idle)), {})
+        with pytest.raises(ValueError, match=said):
+            check_continuation(tmp_path, settings(**change))
+
+
 # ---- full disks, torn lines ----
 
 
