@@ -79,18 +79,22 @@ def order_of(
         )
     ]
     if config.weights and len(splits) > 1:
+        drops = all(
+            order.pairs // order.batch_size >= order.counts.max() for order in orders
+        )  # train.drop_last takes them all
         for one, order in zip(splits, orders, strict=True):
-            _say_if_short(one.path, order)
+            _say_if_short(one.path, order, drops)
     return Mixture(orders, config.epoch_samples) if len(splits) > 1 or config.epoch_samples else orders[0]
 
 
-def _say_if_short(path: object, order: Order) -> None:
-    """Warn of a set that is too small for its share: its epochs are exact, so it cannot begin anew within a batch."""
+def _say_if_short(path: object, order: Order, drops: bool) -> None:
+    """Warn of a set that is too small for its share: its epochs are exact, so it cannot begin anew within a batch. drops: whether
+    train.drop_last is possible."""
     pairs = order.pairs / order.steps_per_epoch
     if pairs >= _NEARLY * order.batch_size:
         return
-    full, steps = order.pairs // order.batch_size, order.steps_per_epoch
-    way = "give it a smaller weight" if full < order.counts.max() else "train.drop_last=true fills them all"
+    steps = order.steps_per_epoch
+    way = "train.drop_last=true fills them all" if drops else "give it a smaller weight"
     warnings.warn(
         f"data.weights: {path} fills {pairs:.3g} of its {order.batch_size} rows of a batch, the others stay empty: its "
         f"{count(order.pairs, 'pair')} are shared out evenly over {steps} batch{'es' * (steps > 1)}, an epoch of its own; {way}",

@@ -90,6 +90,18 @@ def test_a_set_that_is_too_small_for_its_weight_is_told(pairs, drop_last, said):
     assert len(caught) == (said is not None) and all(re.search(f"small {said}", str(w.message)) for w in caught)
 
 
+def test_drop_last_is_not_advised_where_another_set_is_too_small_for_it():
+    both = SimpleNamespace(parts=[SimpleNamespace(path=name, shard_starts=None) for name in ("small", "tiny")])
+    sizes, config = [65, 40], DataConfig(train=("small", "tiny"), weights=(1.0, 1.0))
+    groups = SimpleNamespace(size=1, sizes=sizes, counts=[np.ones(n, np.uint8) for n in sizes])
+    with pytest.raises(ValueError, match=r"train\.drop_last: 0 full batches"):
+        order_of(both, config, 128, 0, True, groups)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        order_of(both, config, 128, 0, False, groups)
+    assert [str(one.message).rpartition("; ")[2] for one in caught] == ["give it a smaller weight"] * 2
+
+
 def test_a_batch_far_larger_than_the_set_is_refused(numbered):
     pairs = int(sum(numbered.intra.caption_counts))
     with pytest.warns(UserWarning, match="batches hold 12 pairs"):
