@@ -61,13 +61,15 @@ class Split:
     def find(self, name: str) -> Video:
         """The video whose id or key is `name`. Raises ShardError if there is none, and names some that are alike."""
         near: list[str] = []
+        inside: list[str] = []  # of a folder that was left out
         for shard, first in enumerate(self._starts[:-1]):
             table = self._table(shard)
             for row, names in enumerate(zip(table.column("id"), table.column("key"), strict=True)):
                 if name in names:
                     return self.video(int(first) + row)
-            inside = [id for id in table.column("id") if id.endswith(f"/{name}")]  # of a folder that was left out
-            near = [*inside, *difflib.get_close_matches(name, [*near, *table.column("id")], 3, 0.5)][:3]
+            inside += [id for id in table.column("id") if id.endswith(f"/{name}")]
+            near = difflib.get_close_matches(name, [*near, *table.column("id")], 3, 0.5)
+        near = list(dict.fromkeys([*inside, *near]))[:3]
         hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"It holds {count(len(self), 'video')}."
         raise ShardError(f"{self.path} holds no video called {name!r}. {hint}")
 

@@ -136,9 +136,14 @@ def test_threads_share_a_split_and_few_open_files(copied: Path, monkeypatch: pyt
 
 
 def test_a_video_that_is_named_without_its_folder_is_suggested(items: list[Item], tmp_path: Path) -> None:
-    packed([replace(items[0], id="kitchen/egg")], tmp_path / "train", COPY)
-    with pytest.raises(ShardError, match=r"no video called 'egg'\. Did you mean 'kitchen/egg'\?"):
-        Split(tmp_path / "train").find("egg")
+    named = [replace(item, id=id) for item, id in zip(items, ("kitchen/egg", "k/cup", "sea", "sky"), strict=False)]
+    packed(named, tmp_path / "train", COPY)
+    for name, id in (
+        ("egg", "kitchen/egg"),
+        ("cup", "k/cup"),
+    ):  # of the first of two shards; once, if it is much alike, too
+        with pytest.raises(ShardError, match=rf"no video called '{name}'\. Did you mean '{id}'\?"):
+            Split(tmp_path / "train").find(name)
 
 
 def test_a_folder_that_is_no_split(copied: Path, tmp_path: Path) -> None:
