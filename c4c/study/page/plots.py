@@ -102,7 +102,8 @@ def _fits(rows: Sequence[RowResult], key: str) -> bool:
 
 def _chance(metric: str, rows: Sequence[RowResult]) -> float | None:
     """What guessing gives; None where that is nothing, or not known: more than two videos may differ in order only."""
-    return _CHANCE.get(metric) if all(seed.n_pairs for row in rows for seed in row.done) else None
+    having = [seed for row in rows for seed in row.done if metric in seed.metrics]
+    return _CHANCE.get(metric) if all(seed.n_pairs for seed in having) else None
 
 
 def _lines(table: TableResult, rows: Sequence[RowResult], plot: Plot) -> Figure:

@@ -7,12 +7,13 @@ import re
 from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pytest
 from scipy import stats
 
 from c4c.pages.charts import Series, line_chart
-from c4c.study.page import write_page
+from c4c.study.page import plots, write_page
 from c4c.study.page.columns import decimal, duration, p_text, rate, signed
 from c4c.study.statistics import estimate
 from tests.c4c.study import pages
@@ -233,6 +234,16 @@ def test_lines_show_means_spread_and_seeds(tmp_path):
     assert len(circles(svg, "dot p")) == 3
     steps = [(dots[i + 1][0] - dots[i][0]) for i in range(5)]
     assert [round(step / steps[0]) for step in steps] == [1, 2, 2, 2, 4]
+
+
+def test_chance_is_drawn_where_every_row_that_has_pairs_has_pairs_of_two():
+    def row(n_pairs: int, *metrics: str) -> SimpleNamespace:
+        return SimpleNamespace(done=(SimpleNamespace(n_pairs=n_pairs, metrics=dict.fromkeys(metrics, 60.0)),))
+
+    of_two, without, of_three = row(24, "pairs_own_first"), row(0, "t2v_R1"), row(0, "pairs_own_first")
+    assert plots._chance("pairs_own_first", [of_two, without]) == 50.0  # one row may be of a set without pairs
+    assert plots._chance("pairs_own_first", [of_two, of_three]) is None
+    assert plots._chance("t2v_R1", [of_two]) is None
 
 
 def test_an_axis_can_be_logarithmic(tmp_path):
