@@ -20,6 +20,8 @@ def header_fault(data: bytes, width: int, height: int) -> str:
                 return f"its header is broken at byte {at}"
             while (marker := data[at + 1]) == 0xFF:  # bytes to fill up with, T.81 B.1.1.2
                 at += 1
+            if marker == 0:  # of all markers the one that the decoder refuses
+                return f"its header is broken at byte {at + 1}"
             if marker == _SCAN:
                 return "" if framed else "its header has no size"
             if marker in _FRAMES:
