@@ -97,8 +97,10 @@ def read(content: Content, spec: dict | None) -> Weights:
 
 
 def to_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights in open_clip's names. Raises ValueError naming what is missing."""
+    """Weights in open_clip's names; what has no place there keeps its own, so that loading tells of it. Raises ValueError naming what is
+    missing."""
     out: dict[str, Tensor] = {}
+    rest = {name for name in state if not name.endswith(".position_ids")}  # numbers that early versions stored
     for ours, theirs, how in pairs(
         "vision_model.head.probe" in state, *_depths(state, r"{}_model\.encoder\.layers\.(\d+)\.")
     ):
@@ -110,7 +112,8 @@ def to_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
         whole = whole.T if how == "T" else whole[None] if how == "1" else whole.reshape(()) if how == "()" else whole
         parts = whole.split((len(whole) // 3, 2 * (len(whole) // 3))) if len(ours) == 2 else (whole,)
         out |= {name: part.contiguous() for name, part in zip(ours, parts, strict=True)}
-    return out
+        rest -= set(theirs)
+    return out | {name: state[name] for name in rest}
 
 
 def from_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from open_clip.tokenizer import get_clean_fn
+from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import _create_vision_transformer
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPTokenizer, SiglipConfig, SiglipModel
 
@@ -164,6 +165,18 @@ def test_a_file_alone_needs_its_config_or_a_backbone(tmp_path, monkeypatch):
     config = ModelConfig(backbone="mine", init_from=str(folder))
     trained = build(config, 4, 32).eval()
     torch.testing.assert_close(ours(trained)[1], theirs(model)[1], rtol=0, atol=1e-5)
+
+
+def test_a_tensor_without_a_place_is_told(tmp_path):
+    """As an adapter that was left beside the towers: without it features are others."""
+    folder = saved(clip(), tmp_path / "model")
+    state = load_file(folder / "model.safetensors")
+    places = {"text_model.embeddings.position_ids": torch.arange(16)}  # of early versions, and no weights
+    save_file(state | places, folder / "model.safetensors")
+    CLIP4Clip.from_checkpoint(folder)
+    save_file(state | {"vision_model.adapter.weight": torch.ones(4, 64)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"unexpected clip\.vision_model\.adapter\.weight"):
+        CLIP4Clip.from_checkpoint(folder)
 
 
 def test_pixels_and_pieces_of_a_folder(tmp_path):
