@@ -38,6 +38,7 @@ _SIGLIPS_PIXELS = {
 _RESAMPLING = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 _BLOCKS = {"layer_norm1": ("ln_1", "norm1"), "layer_norm2": ("ln_2", "norm2"), "mlp.fc1": ("mlp.c_fc", "mlp.fc1"),
            "mlp.fc2": ("mlp.c_proj", "mlp.fc2"), "self_attn.out_proj": ("attn.out_proj", "attn.proj")}  # fmt: skip
+_TIMMS_EPS = 1e-6  # of the norms of SigLIP's image towers in timm
 _CLIPS_VOCABULARY = 49408  # of its own tokenizer
 # SigLIP's tokenizers by the size of their vocabulary, for folders that have none
 _TOKENIZERS = {32000: "timm/ViT-B-16-SigLIP", 250000: "timm/ViT-B-16-SigLIP-i18n-256", 256000: "timm/ViT-B-16-SigLIP2"}
@@ -290,6 +291,10 @@ def _siglip(vision: Any, text: Any) -> dict:
     (_, image_arguments), (quick, text_arguments) = _activation(vision), _activation(text)
     if quick:
         raise ValueError("a SigLIP with QuickGELU is not supported: timm's image towers have GELU")
+    if vision.layer_norm_eps != _TIMMS_EPS:
+        raise ValueError(
+            f"its image tower has layer_norm_eps={vision.layer_norm_eps:g}; supported is that of timm's image towers, {_TIMMS_EPS:g}"
+        )
     words = {
         "no_causal_mask": True,
         "tokenizer_kwargs": {"clean": "canonicalize"}, "proj_bias": True, "pool_type": "last",

@@ -264,6 +264,7 @@ def test_a_siglip_that_is_not_squashed_is_noted(tmp_path):
         ),
         ({"num_patches": 256}, "of any shape"),
         ({"vision_use_head": False}, "no pooling head"),
+        ({"layer_norm_eps": 1e-3}, "layer_norm_eps=0.001; supported is .* 1e-06"),
     ],
 )
 def test_siglips_that_cannot_be_had_are_refused_with_the_reason(change, reason, tmp_path):
