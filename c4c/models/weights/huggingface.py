@@ -36,6 +36,8 @@ _SIGLIPS_PIXELS = {
     "fill_color": 0,
 }
 _RESAMPLING = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
+# of a processor: pixels from 0 to 1, normalised
+_USUAL = {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
 _BLOCKS = {"layer_norm1": ("ln_1", "norm1"), "layer_norm2": ("ln_2", "norm2"), "mlp.fc1": ("mlp.c_fc", "mlp.fc1"),
            "mlp.fc2": ("mlp.c_proj", "mlp.fc2"), "self_attn.out_proj": ("attn.out_proj", "attn.proj")}  # fmt: skip
 _TIMMS_EPS = 1e-6  # of the norms of SigLIP's image towers in timm
@@ -340,6 +342,9 @@ def _preprocess(folder: Path, size: int) -> dict | None:
     if (found := _processor(folder)) is None:
         return None
     path, about = found
+    for key, usual in _USUAL.items():
+        if about.get(key, usual) not in (usual, None):
+            raise ValueError(f"{path}: {key}={about[key]} is not supported: it has to be {usual}")
     sides = about.get("size", size)
     if isinstance(sides, dict) and "shortest_edge" not in sides and "height" not in sides:
         raise ValueError(f"{path}: size={sides} is not supported: it has to name shortest_edge, or height and width")

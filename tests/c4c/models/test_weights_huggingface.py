@@ -230,6 +230,8 @@ def test_a_tokenizer_of_an_earlier_export_does_not_stay(tmp_path):
     [
         ("preprocessor_config.json", PROCESSOR | {"image_mean": None}, "image_mean=None: it has to be three numbers"),
         ("preprocessor_config.json", PROCESSOR | {"resample": 1}, "resample=1 is not supported"),
+        ("preprocessor_config.json", PROCESSOR | {"do_normalize": False}, "do_normalize=False is not supported"),
+        ("preprocessor_config.json", PROCESSOR | {"rescale_factor": 1 / 127.5}, "rescale_factor=.* is not supported"),
         ("preprocessor_config.json", PROCESSOR | {"size": {"longest_edge": 32}}, "longest_edge.* is not supported"),
         ("preprocessor_config.json", [PROCESSOR], "is damaged"),
         ("processor_config.json", {"image_processor": [PROCESSOR]}, "is damaged"),
