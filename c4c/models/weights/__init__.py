@@ -50,7 +50,12 @@ def require_size(weights: Weights, backbone: str, source: object) -> None:
             ", ".join(f"{key} {sizes[key]}" for key in differ if key in sizes)
             for sizes in (towers.sizes(weights.spec), towers.sizes(spec))
         )
-        raise ValueError(f"{source} has {given}; {backbone} has {wanted}: name the backbone that the weights are of")
+        what = (
+            f"that {openclip.CONFIG} is of other weights"
+            if is_schema(backbone)
+            else "name the backbone that the weights are of"
+        )
+        raise ValueError(f"{source} has {given}; {backbone} has {wanted}: {what}")
 
 
 def _read(path: Path, backbone: str | dict | None, tag: str | None, ema: bool = True) -> Weights:
@@ -70,6 +75,8 @@ def _read(path: Path, backbone: str | dict | None, tag: str | None, ema: bool = 
     if path.suffix == ".npz" and spec is not None:
         return openclip.read_big_vision(path, spec)
     weights = _recognised(load(path), spec)
+    if folder:
+        require_size(weights, folder, path)
     unsaid = weights.kind in ("open_clip", "transformers") and not (folder or huggingface.is_described(path))
     if unsaid and isinstance(backbone, str):
         openclip.warn_of_other_tags(path, backbone)
@@ -78,8 +85,10 @@ def _read(path: Path, backbone: str | dict | None, tag: str | None, ema: bool = 
 
 def _named(name: str) -> Weights:
     """Of `local-dir:DIR` or `hf-hub:ID`, whose config counts."""
-    spec = named(name)
-    return _recognised(load(openclip.located(name)), spec)
+    spec, path = named(name), openclip.located(name)
+    weights = _recognised(load(path), spec)
+    require_size(weights, name, path)  # else the tensors' sizes would count, without the config's heads and pixels
+    return weights
 
 
 def recognise(raw: dict, backbone: str | dict | None = None) -> Weights:

@@ -211,6 +211,17 @@ def test_a_folder_of_open_clips_needs_no_name(tmp_path, monkeypatch):
         open_checkpoint(str(folder))
 
 
+def test_a_folder_whose_config_is_of_other_weights_is_refused(tmp_path):
+    """Else its heads, activation and pixels would be guessed from the tensors."""
+    model = tiny(spec=GELU)
+    folder = folder_of(model, tmp_path / "mine")
+    about = spec(quick_gelu=False, text_cfg=SPEC["text_cfg"] | {"context_length": 32})
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": about}))
+    for name in (str(folder), f"local-dir:{folder}", str(folder / "open_clip_model.safetensors")):
+        with pytest.raises(ValueError, match=r"has words 77; local-dir:.* has words 32: that open_clip_config\.json"):
+            open_checkpoint(name)
+
+
 def test_tags_keep_their_activation_and_pixels(tmp_path, monkeypatch):
     torch.save(clip_state(), tmp_path / "fetched.pt")
     register(monkeypatch, "tiny", GELU)
