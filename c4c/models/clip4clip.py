@@ -364,7 +364,7 @@ def _same_size(name: str, spec: dict, weights: Weights, source: str) -> None:
 
 
 def load_strictly(model: nn.Module, state: dict[str, Tensor], source: object, allow: tuple[str, ...] = ()) -> None:
-    """Load weights; raises ValueError that counts missing, unexpected and mis-shaped ones, and names the first of each.
+    """Load weights; raises ValueError that counts missing, unexpected, mis-shaped and not finite ones, and names the first of each.
 
     Missing and unexpected ones that a pattern in `allow` matches are left out.
     """
@@ -377,6 +377,7 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor], source: object, al
             for k in own.keys() & state.keys()
             if own[k].shape != state[k].shape
         ],
+        [f"{k} holds numbers that are not finite" for k in own.keys() & state.keys() if not state[k].isfinite().all()],
     ]
     if any(wrong):
         raise ValueError(f"the weights in {source} do not fit the model: {'; '.join(map(_few, filter(None, wrong)))}")

@@ -138,6 +138,16 @@ def test_what_does_not_fit_is_listed(tmp_path):
     CLIP4Clip.from_checkpoint(tmp_path / "w.bin", allow=("head.stranger", "head.transformerClip.*.ln_1.bias"))
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(number, tmp_path):
+    """As of a run that diverged: every score would be no number, and each rank the last."""
+    state = load_file(GOLDEN / "meanP.safetensors")
+    state["clip.text_projection"][0, 0] = number
+    torch.save(state, tmp_path / "pytorch_model.bin.0")
+    with pytest.raises(ValueError, match=r"clip\.text_projection holds numbers that are not finite"):
+        CLIP4Clip.from_checkpoint(tmp_path / "pytorch_model.bin.0")
+
+
 def test_nothing_in_a_file_is_run(tmp_path):
     """Old pickles are refused; from torch's archives the tensors are taken, and what else a pickle asks for is passed over."""
 
