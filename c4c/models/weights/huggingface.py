@@ -5,6 +5,7 @@ in open_clip; timm's names fix its sizes.
 """
 
 import json
+import math
 import re
 import warnings
 from collections.abc import Iterator
@@ -343,8 +344,9 @@ def _preprocess(folder: Path, size: int) -> dict | None:
         return None
     path, about = found
     for key, usual in _USUAL.items():
-        if about.get(key, usual) not in (usual, None):
-            raise ValueError(f"{path}: {key}={about[key]} is not supported: it has to be {usual}")
+        given = usual if about.get(key) is None else about[key]
+        if not isinstance(given, int | float) or not math.isclose(given, usual, rel_tol=1e-5):  # some were rounded
+            raise ValueError(f"{path}: {key}={given} is not supported: it has to be {usual}")
     sides = about.get("size", size)
     if isinstance(sides, dict) and "shortest_edge" not in sides and "height" not in sides:
         raise ValueError(f"{path}: size={sides} is not supported: it has to name shortest_edge, or height and width")

@@ -246,6 +246,15 @@ def test_damaged_settings_of_a_folder_are_named(name, content, reason, tmp_path)
         stated(tmp_path)
 
 
+def test_a_rounded_scale_of_pixels_is_the_usual_one(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
+    found = []
+    for more in ({}, {"rescale_factor": 0.00392156862}):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(PROCESSOR | more))
+        found.append(stated(tmp_path))
+    assert found[0] == found[1]
+
+
 def test_a_siglip_that_is_not_squashed_is_noted(tmp_path):
     saved(siglip(), tmp_path / "model")
     model, data = open_checkpoint(str(tmp_path / "model"))
