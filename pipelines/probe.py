@@ -26,6 +26,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from shards.user_cache import user_cache
+
 FORMS = ("roi", "whole", "video")
 TIMEOUT_S = 60.0
 LEAST_DB = {"roi": 38.0, "whole": 38.0, "video": 30.0}  # of the frame that differs most from the CPU's
@@ -103,8 +105,7 @@ def _kept(form: str, device: str, load: float) -> Path:
     if gpu.type == "cuda":
         about += [torch.cuda.get_device_name(gpu), _driver()]
     name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "c4c"
-    return folder / f"decoder-{form}-{name}.json"
+    return user_cache() / f"decoder-{form}-{name}.json"
 
 
 _PACKAGES = ("nvidia-dali-cuda130", "nvidia-nvimgcodec-cu13", "nvidia-nvjpeg", "torch")

@@ -5,7 +5,6 @@ bytes: in random order a step needs little of a large shard, and in the order of
 """
 
 import json
-import os
 import random
 import re
 import threading
@@ -24,6 +23,7 @@ from shards.disk_cache import DiskCache
 from shards.schema import Video
 from shards.storage import filesystem, short, status_of, unreachable
 from shards.summary import read_summary
+from shards.user_cache import user_cache
 
 T = TypeVar("T")
 _SHORTEST = 1.0  # seconds that a request gets at least, also when its server has been silent for long
@@ -57,8 +57,7 @@ class Local:
 
     def pieces(self) -> DiskCache:
         """The cache of pieces on disk."""
-        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        return DiskCache(self.folder or Path(caches) / "c4c" / "shards", int(self.max_gb * 1e9))
+        return DiskCache(self.folder or user_cache() / "shards", int(self.max_gb * 1e9))
 
 
 class RemoteFiles:

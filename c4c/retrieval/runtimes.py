@@ -25,6 +25,7 @@ from torch import Tensor
 from c4c.models.clip4clip import CLIP4Clip
 from c4c.models.export import onnx
 from c4c.models.towers import match_statistics
+from shards.user_cache import user_cache
 
 NAMES = ("torch", "torch-bf16", "onnx", "onnx-int8", "auto")
 # cosine with torch's fp32 on every picture of the measured block, below which `auto` does not take a runtime; and the same of what
@@ -206,7 +207,7 @@ def _to_stderr(line: str) -> None:
 
 def _cache() -> Path:
     """Where graphs are kept, a folder each. Any of them may be deleted."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "c4c" / "towers"
+    return user_cache() / "towers"
 
 
 def _graph(model: CLIP4Clip, digest: str, int8: bool) -> Path:

@@ -6,11 +6,12 @@ import os
 import platform
 import re
 import sys
-import tempfile
 from pathlib import Path
 
 import cpuinfo
 from torch.utils import file_baton
+
+from shards.user_cache import own_temporary
 
 ARCHITECTURES = "TORCH_CUDA_ARCH_LIST"
 
@@ -40,12 +41,10 @@ def _extensions_folder() -> Path | None:
         return own
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     above = next(folder for folder in (cache, *cache.parents) if folder.exists())
-    if os.access(above, os.W_OK):
-        return None
-    # what lies there is executed, so nobody else may have made it
-    folder = Path(tempfile.gettempdir()) / f"c4c-torch-extensions-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    return folder if folder.stat().st_uid == os.getuid() else Path(tempfile.mkdtemp(prefix=f"{folder.name}-"))
+    homeless = (
+        cache.parts[0] == "~"
+    )  # a user whom nobody knows but by number: torch would make a folder of that name here
+    return None if os.access(above, os.W_OK) and not homeless else own_temporary("c4c-torch-extensions")
 
 
 def prepare() -> None:

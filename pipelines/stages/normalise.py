@@ -23,6 +23,7 @@ import torch
 
 from pipelines.config import DataConfig
 from pipelines.stages.pixels import Pixels
+from shards.user_cache import user_cache
 
 SOURCE = Path(__file__).with_name("normalise.c")
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -102,8 +103,8 @@ def _compiled(command: list[str]) -> Iterator[Path]:
     gone on leaving, and stays loaded."""
     machine = f"{platform.node()} {platform.processor()} {_cpu()}"
     name = hashlib.sha256(f"{command} {machine}".encode() + SOURCE.read_bytes()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "c4c"
     try:
+        folder = user_cache()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if folder.stat().st_uid != os.getuid():  # nobody else's library is loaded into this process
             raise PermissionError

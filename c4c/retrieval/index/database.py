@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from c4c.retrieval.index.filters import sql_text
 from shards.storage import filesystem, place
+from shards.user_cache import user_cache
 
 _TRIES = 30  # of a commit that another process's came before
 _AT_ONCE = 500  # names in one condition
@@ -144,7 +145,7 @@ def fetched_text(uri: str, digest: str) -> Path:
         if not (folder := Path(uri) / _TEXT).is_dir():
             raise ValueError(missing)
         return folder
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "c4c" / "text"
+    cache = user_cache() / "text"
     if not (target := cache / digest).is_dir():
         folder = place(f"{uri}/{_TEXT}")
         files = filesystem(folder)

@@ -73,6 +73,21 @@ def test_an_environment_that_is_read_only_compiles_elsewhere(home, monkeypatch, 
     assert Path(os.environ["TORCH_EXTENSIONS_DIR"]).parent.name.startswith(f"c4c-torch-extensions-{os.getuid()}-")
 
 
+def test_a_user_without_a_home_compiles_in_the_temporary_folder(monkeypatch, tmp_path):
+    def nobody(uid):
+        raise KeyError(uid)
+
+    monkeypatch.chdir(tmp_path)  # where torch would make a folder called ~
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    monkeypatch.setattr(sys, "prefix", sys.base_prefix)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for name in ("HOME", "XDG_CACHE_HOME", "TORCH_EXTENSIONS_DIR"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    compiling.choose_folder()
+    assert Path(os.environ["TORCH_EXTENSIONS_DIR"]).parents[1] == tmp_path
+
+
 def test_ninja_is_looked_for_on_path_alone(monkeypatch):
     from torch.utils import cpp_extension
 
