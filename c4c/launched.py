@@ -70,7 +70,8 @@ def open_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # it is not, for instance, in a notebook
             stream.reconfigure(errors="c4c-escape")
-    sys.stderr = Lossy(sys.stderr)
+    if not isinstance(sys.stderr, Lossy):
+        sys.stderr = Lossy(sys.stderr)
 
 
 def _escaped(error: UnicodeError) -> tuple[str, int]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from c4c import shard_console, shard_tools
 from c4c.files import require_folder
+from c4c.launched import open_streams
 from c4c.packing import PackingScreen, closing, refuse_place
 from c4c.shard_console import bar, say, show, size
 from shards import ShardError, count, first_few, memory
@@ -27,6 +28,7 @@ _TIMEOUT = Limits(float, 0, 1e6)  # seconds
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status: 1 for an error, which is printed, 130 if it was stopped by Ctrl-C."""
+    open_streams()
     args = argparse.Namespace(packs=False)
     try:
         args = _parser().parse_args(argv)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,8 @@ from rich.console import Console
 from c4c import packing, shard, shard_console, shard_tools
 from shards.tools.info import describe, measure
 from tests.videos import encode
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -270,3 +275,17 @@ def test_options_that_cannot_be_are_refused_before_any_work(options, said, tmp_p
         assert shard.main([*command, *out]) == 1
         assert said in " ".join(capsys.readouterr().err.split())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_screen_that_is_gone_or_lacks_letters_ends_no_packing(videos: Path, tmp_path: Path) -> None:
+    """A full disk behind 2>log, and a terminal of ASCII."""
+    command = [sys.executable, "-m", "c4c.shard"]
+    captions = tmp_path / "captions.csv"
+    captions.write_text(f"video,caption\n{next(videos.iterdir()).name},é 视\n", encoding="utf-8")
+    words = ["folder", "--videos", videos, "--captions", captions, "--out", tmp_path / "set", "--profile", "copy"]
+    with open("/dev/full", "w") as full:
+        subprocess.run([*command, *map(str, words), "--name", "视频"], cwd=ROOT, stderr=full, check=True)
+    ascii = os.environ | {"PYTHONIOENCODING": "ascii"}
+    for words in (["info", tmp_path / "set"], ["folder", "--help"]):
+        done = subprocess.run([*command, *map(str, words)], cwd=ROOT, env=ascii, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
