@@ -14,12 +14,13 @@ sys.path.append(str(Path(__file__).parents[1]))  # outside its environment too: 
 
 from c4c.errors import exit_code
 from c4c.helptext import NO_EMA
-from c4c.launched import let_threads_sleep, quick_imports
+from c4c.launched import let_threads_sleep, open_streams, quick_imports
 
 
 def main() -> int:
     """The command; returns its exit code."""
     let_threads_sleep()
+    open_streams()  # for --help, too
     parser = argparse.ArgumentParser(
         description="Evaluate a checkpoint, of a run or any other: how well captions find their videos in a test split, and "
         "videos their captions. Started by deepspeed, torchrun or srun, ranks share the work."

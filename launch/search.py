@@ -13,12 +13,13 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))  # outside its environment too: then an error says what to do
 
 from c4c.errors import exit_code
-from c4c.launched import let_threads_sleep, quick_imports
+from c4c.launched import let_threads_sleep, open_streams, quick_imports
 
 
 def main() -> int:
     """The command; returns its exit code."""
     let_threads_sleep()
+    open_streams()  # for --help, too
     parser = argparse.ArgumentParser(
         description="Find the videos of an index that show what a sentence says, and when in them they do. Or search by an example: "
         "a clip or a picture.", allow_abbrev=False,

@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))  # outside its environment too: then an error says what to do
 
 from c4c.errors import exit_code
-from c4c.launched import let_threads_sleep, quick_imports
+from c4c.launched import let_threads_sleep, open_streams, quick_imports
 from c4c.retrieval.serve.options import (
     MAX_UPLOAD_MB,
     TOKEN_VARIABLE,
@@ -25,6 +25,7 @@ from c4c.retrieval.serve.options import (
 def main() -> int:
     """The command; returns its exit code."""
     let_threads_sleep()
+    open_streams()  # for --help, too
     parser = argparse.ArgumentParser(
         description="Serve a page that searches an index: type a sentence, or drop a clip or a picture, and play what is found.",
         allow_abbrev=False,

@@ -10,10 +10,12 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))  # outside its environment too: then an error says what to do
 
 from c4c.errors import exit_code
+from c4c.launched import open_streams
 
 
 def main() -> int:
     """The command; returns its exit code."""
+    open_streams()  # for --help, too
     parser = argparse.ArgumentParser(description="Run training stages and evaluations in order.", epilog="STAGE.key=value "
                                      "words override settings of one stage, for example pretrain.train.lr=1e-6")  # fmt: skip
     parser.add_argument("--cfg", type=Path, required=True, help="a yaml file: a path, or the name of one in launch/cfg")

@@ -12,7 +12,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # outside its environment too: 
 
 from c4c.errors import exit_code
 from c4c.helptext import PrintKeys, describe_recipes
-from c4c.launched import Starting, let_threads_sleep, own_rank, quick_imports, require_port
+from c4c.launched import Starting, let_threads_sleep, open_streams, own_rank, quick_imports, require_port
 
 _RECIPES = Path(__file__).parent / "cfg"
 
@@ -20,6 +20,7 @@ _RECIPES = Path(__file__).parent / "cfg"
 def main() -> int:
     """The command; returns its exit code."""
     let_threads_sleep()
+    open_streams()  # for --help, too
     args = _parser().parse_intermixed_args()
 
     def command() -> int:

@@ -185,6 +185,14 @@ def test_letters_that_the_terminal_lacks_are_escaped_as_in_json(encoding, shown)
     assert (done.returncode, line) == (0, f'"{shown}"\n') and json.loads(line) == text
 
 
+@pytest.mark.parametrize("script", ["train", "search", "serve", "eval", "stages"])
+def test_help_is_printed_on_a_terminal_that_lacks_letters(script):
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    words = [sys.executable, f"launch/{script}.py", "--help"]
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_reader_that_has_seen_enough():
     """`| head`: the program goes on, and says nothing of it, at its end either."""
     reader, writer = os.pipe()
