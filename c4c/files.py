@@ -4,7 +4,8 @@ new text."""
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,8 @@ def read_json_object(path: Path) -> dict:
     return row
 
 
-def replace_text(files: dict[Path, str]) -> None:
-    """Give each file its new text. All are written beside first and then renamed, so a full disk changes none of them.
+def replace_text(files: Mapping[Path, Iterable[str]]) -> None:
+    """Give each file its new text, or pieces of it. All are written beside first and then renamed, so a full disk changes none of them.
 
     Raises OSError that names the file.
     """
@@ -89,10 +90,10 @@ def discard(temporary: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _write(path: Path, beside: Path, text: str) -> None:
+def _write(path: Path, beside: Path, text: Iterable[str]) -> None:
     try:
         with open(beside, "w", encoding="utf-8") as file:
-            file.write(text)
+            file.writelines([text] if isinstance(text, str) else text)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
@@ -151,10 +152,21 @@ def looked_in(path: str | Path) -> str:
     return "" if Path(path).is_absolute() else f" (looked in {Path.cwd()})"
 
 
-def lines_up_to(path: Path, step: int) -> str:
-    """The text of a JSON-lines file without torn lines and without those whose `step` is above `step`."""
-    kept = [line for line in path.read_text(errors="replace").split("\n") if _step(line) <= step]
-    return "".join(f"{line}\n" for line in kept)
+def lines_up_to(path: Path, step: int) -> Iterator[str]:
+    """The lines of a JSON-lines file, with their ends, without torn ones and without those whose `step` is above `step`.
+
+    One is read at a time: of a long run the file is larger than memory should be."""
+    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+        for line in file:
+            if _step(line) <= step:
+                yield f"{line.rstrip(chr(10))}\n"
+
+
+def is_up_to(path: Path, step: int) -> bool:
+    """Whether those lines are all that the file holds."""
+    with open(path, "rb") as file:
+        pairs = zip_longest(file, lines_up_to(path, step))
+        return all(kept is not None and kept.encode() == line for line, kept in pairs)
 
 
 def _step(line: str) -> float:

@@ -19,7 +19,7 @@ class BadSteps:
 
     def __init__(self, folder: Path, most: int, done: int = 0):
         listing = folder / BAD_STEPS
-        self.total = len(lines_up_to(listing, done).splitlines()) if done and listing.exists() else 0
+        self.total = sum(1 for _ in lines_up_to(listing, done)) if done and listing.exists() else 0
         self._folder, self._most, self._in_a_row = folder, most, 0
 
     def note(self, step: int, bad: bool, loss: float, keys: list[str], world: int, rank: int) -> str:

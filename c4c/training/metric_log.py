@@ -13,7 +13,7 @@ from pathlib import Path
 
 from crc32c import crc32c
 
-from c4c.files import lines_up_to, replace_text
+from c4c.files import is_up_to, lines_up_to, replace_text
 from shards import count
 
 _MOST_WAITING_BYTES = 64 << 20  # a step is about 3 kB
@@ -178,10 +178,5 @@ def _start_wandb(folder: Path, project: str, config: dict | None):
 
 def _forget_after(folder: Path, step: int) -> None:
     """A resumed run writes the steps after its checkpoint anew."""
-    texts = {}
-    for name in ("metrics.jsonl", "eval.jsonl", "bad_steps.jsonl"):
-        if (path := folder / name).exists():
-            kept = lines_up_to(path, step)
-            if kept.encode() != path.read_bytes():
-                texts[path] = kept
-    replace_text(texts)
+    paths = [folder / name for name in ("metrics.jsonl", "eval.jsonl", "bad_steps.jsonl")]
+    replace_text({path: lines_up_to(path, step) for path in paths if path.exists() and not is_up_to(path, step)})

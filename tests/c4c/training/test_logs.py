@@ -3,6 +3,7 @@
 import contextlib
 import json
 import sys
+import tracemalloc
 import types
 
 import pytest
@@ -108,6 +109,19 @@ def test_a_full_disk_takes_nothing_from_the_history_of_a_resumed_run(left, small
     (disk / "filling").unlink()
     with contextlib.closing(Metrics(disk, 390)):
         assert all((disk / name).read_text().count("\n") == 390 for name in HISTORY)
+
+
+def test_a_long_history_is_forgotten_line_by_line(tmp_path):
+    Metrics(tmp_path, 0).close()  # so that what it imports is not counted
+    history(tmp_path, 20_000)
+    tracemalloc.start()
+    try:
+        Metrics(tmp_path, 19_000).close()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert [len(lines(tmp_path / name)) for name in HISTORY] == [19_000] * len(HISTORY)
+    assert peak < (tmp_path / "metrics.jsonl").stat().st_size / 4
 
 
 def test_history_that_needs_no_change_is_not_written(tmp_path):
