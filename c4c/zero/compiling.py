@@ -41,9 +41,7 @@ def _extensions_folder() -> Path | None:
         return own
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     above = next(folder for folder in (cache, *cache.parents) if folder.exists())
-    homeless = (
-        cache.parts[0] == "~"
-    )  # a user whom nobody knows but by number: torch would make a folder of that name here
+    homeless = cache.parts[0] == "~"  # nobody knows the user but by number: torch would make a folder of that name here
     return None if os.access(above, os.W_OK) and not homeless else own_temporary("c4c-torch-extensions")
 
 
