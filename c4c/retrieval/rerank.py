@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from c4c.retrieval.metrics import ScoreGrid, grid_ranks, top_of_rows
+from c4c.retrieval.metrics import ScoreGrid, grid_ranks
 from c4c.retrieval.work import EvalWork
 
 DSL_SCALE = 100.0  # inverse temperature over cosines, as published
@@ -123,8 +123,14 @@ def _sums(grid: ScoreGrid, work: EvalWork, scale: float) -> tuple[Tensor, Tensor
 
 
 def _best_videos(grid: ScoreGrid, work: EvalWork) -> Tensor:
-    """Of each text the best video, int64 [N]."""
-    return torch.cat([found for _, found in _of_tiles(lambda texts: top_of_rows(grid, texts, 1)[0][:, 0], grid, work)])
+    """Of each text the best video, the first of equal ones, int64 [N]."""
+
+    def job(texts: slice) -> Tensor:
+        best = [grid.tile(texts, videos).nan_to_num(nan=float("-inf")).max(dim=1) for videos in grid.video_tiles]
+        places = torch.stack([one.indices + videos.start for one, videos in zip(best, grid.video_tiles, strict=True)])
+        return places.gather(0, torch.stack([one.values for one in best]).argmax(dim=0, keepdim=True))[0]
+
+    return torch.cat([found for _, found in _of_tiles(job, grid, work)])
 
 
 def _best_texts(grid: ScoreGrid, work: EvalWork) -> Tensor:
