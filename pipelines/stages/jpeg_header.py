@@ -5,8 +5,11 @@ go on in memory that is given up by then, and the process crashes. So it gets no
 broken further on, it refuses without harm.
 """
 
-_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers that begin a frame; ITU-T T.81, table B.1
-_SCAN = 0xDA
+import struct
+
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # markers that begin a frame; ITU-T T.81, table B.1
+_SCAN, _FILL = 0xDA, 0xFF  # the end of the header; a byte to fill up with, B.1.1.2
+_BITS = 8
 
 
 def header_fault(data: bytes, width: int, height: int) -> str:
@@ -15,23 +18,28 @@ def header_fault(data: bytes, width: int, height: int) -> str:
         return "it is no JPEG"
     at, framed = 2, False
     try:
-        while True:
-            if data[at] != 0xFF:
-                return f"its header is broken at byte {at}"
-            while (marker := data[at + 1]) == 0xFF:  # bytes to fill up with, T.81 B.1.1.2
+        while data[at] == 0xFF and (marker := data[at + 1]):
+            if marker == _FILL:
                 at += 1
-            if marker == 0:  # of all markers the one that the decoder refuses
-                return f"its header is broken at byte {at + 1}"
+                continue
             if marker == _SCAN:
                 return "" if framed else "its header has no size"
             if marker in _FRAMES:
-                bits, rows, columns = data[at + 4], data[at + 5 : at + 7], data[at + 7 : at + 9]
-                if bits != 8 or data[at + 9] not in (1, 3, 4):
-                    return f"it has {data[at + 9]} components of {bits} bits"
-                size = (int.from_bytes(columns, "big"), int.from_bytes(rows, "big"))
-                if size != (width, height):
-                    return f"it has {size[0]}x{size[1]} pixels, and the sample table says {width}x{height}"
                 framed = True
+                if fault := _frame_fault(data[at + 4 : at + 10], width, height):
+                    return fault
             at += 2 + (data[at + 2] << 8) + data[at + 3]
     except IndexError:
         return "its header is cut off"
+    return f"its header is broken at byte {at}"
+
+
+def _frame_fault(frame: bytes, width: int, height: int) -> str:
+    """Raises IndexError where it is too short."""
+    components = frame[5]
+    if components in (1, 3, 4) and frame[:5] == struct.pack(">BHH", _BITS, height, width):
+        return ""
+    bits, rows, columns, _ = struct.unpack(">BHHB", frame)
+    if bits != _BITS or components not in (1, 3, 4):
+        return f"it has {components} components of {bits} bits"
+    return f"it has {columns}x{rows} pixels, and the sample table says {width}x{height}"

@@ -47,7 +47,7 @@ BROKEN = {
     "zeros": (b"\xff\xd8\xff\xe0" + bytes(200), "its header is broken at byte 4"),
     "no marker": (jpeg()[:20] + jpeg()[21:], "its header is broken at byte 20"),
     "marker 0": (b"\xff\xd8\xff\x00" + bytes(200), "its header is broken"),
-    "marker 0 with a length": (b"\xff\xd8\xff\x00\x00\x04\x00\x00" + jpeg()[2:], "its header is broken at byte 3"),
+    "marker 0 with a length": (b"\xff\xd8\xff\x00\x00\x04\x00\x00" + jpeg()[2:], "its header is broken at byte 2"),
     "two bytes": (b"\xff\xd8", "its header is cut off"),
     "cut": (jpeg()[:170], "its header is cut off"),
     "cut in the frame": (jpeg()[: frame_at(jpeg()) + 7], "its header is cut off"),
