@@ -36,11 +36,20 @@ def limit_text() -> str:
 
 def is_short(error: BaseException) -> bool:
     """Whether an error says that there was not enough memory, or none for another thread or library."""
-    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+    # EAGAIN is what libav says where it gets no thread
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in (errno.ENOMEM, errno.EAGAIN)):
         return True
     if isinstance(error, ImportError) and any(words in str(error) for words in _NO_LIBRARY):
         return True
     return any(words in str(error) for words in _NO_THREAD)
+
+
+def refuse_short(error: BaseException) -> None:
+    """Raise MemoryError if that is what an error comes from: another way to do the same would succeed by chance, with another
+    result. Where memory has no limit, it is a damaged file that asks for too much."""
+    for one in (error, error.__cause__):
+        if one is not None and is_short(one) and (limit() is not None or isinstance(one, BlockingIOError)):
+            raise MemoryError(str(error)) from error
 
 
 def prepare() -> str | None:

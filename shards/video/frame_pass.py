@@ -11,7 +11,7 @@ from typing import BinaryIO, Self
 import av
 import numpy as np
 
-from shards import VideoError
+from shards import VideoError, memory
 from shards.video.damage import is_part, refuse_cut_short, refuse_passed_over
 from shards.video.picture import Shape, shape_of, short
 from shards.video.probe import Packets, Timeline, clock_zero, has_jumps, open_video
@@ -173,6 +173,7 @@ def _library_errors(kind: type[Exception] | None) -> Iterator[None]:
     except VideoError:
         raise
     except (av.FFmpegError, ValueError) as error:
+        memory.refuse_short(error)
         if kind:
             raise kind(str(error)) from error
         raise VideoError(f"it cannot be decoded ({short(error)})") from error

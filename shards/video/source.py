@@ -10,6 +10,7 @@ import av
 import numpy as np
 from crc32c import crc32c
 
+from shards import memory
 from shards.schema import Coding, FrameTable
 from shards.video.by_stamps import StampPass
 from shards.video.cropping import cropping_note
@@ -142,6 +143,7 @@ def _sliced(file: BinaryIO, video_pass: StampPass) -> SourceVideo:
             )
         return source if sure else replace(source, frames=_with_true_keys(file, source, crcs))
     except (av.FFmpegError, ValueError) as error:
+        memory.refuse_short(error)
         raise Unpredictable(str(error)) from error
 
 
@@ -160,7 +162,8 @@ def _begins_right(file: BinaryIO, source: SourceVideo, position: int, crc: int) 
     decoder = stored_decoder(source)
     try:
         pictures = decoder.decode(_stored_packet(file, source.frames, position)) + decoder.decode(None)
-    except (av.FFmpegError, ValueError):
+    except (av.FFmpegError, ValueError) as error:
+        memory.refuse_short(error)
         return False
     return [(p.pts, crc32c(upright(p).data)) for p in pictures] == [(position, crc)]
 

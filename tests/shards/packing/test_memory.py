@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import av
 import pytest
 
 from shards import memory
@@ -14,6 +15,7 @@ from shards.annotations import Item
 from shards.packing import scheduler
 from shards.packing.scheduler import Supervisor
 from shards.packing.worker import Job
+from shards.video.source import scan
 from tests.shards.sets import COPY, files, packed
 
 pytestmark = pytest.mark.slow
@@ -62,6 +64,7 @@ def test_under_a_limit_the_bytes_are_the_same_or_the_reason_is_said(videos, tmp_
     [
         (MemoryError(), True),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
+        (av.error.BlockingIOError(errno.EAGAIN, "Failed initializing scaling graph"), True),
         (RuntimeError("can't start new thread"), True),
         (ImportError("/x/_regex.so: failed to map segment from shared object"), True),
         (ImportError("No module named 'regex'"), False),
@@ -70,6 +73,23 @@ def test_under_a_limit_the_bytes_are_the_same_or_the_reason_is_said(videos, tmp_
 )
 def test_what_says_that_memory_is_short(error, short):
     assert memory.is_short(error) == short
+
+
+@pytest.mark.parametrize(
+    "kind", [av.error.MemoryError(errno.ENOMEM, "no memory"), av.error.BlockingIOError(errno.EAGAIN, "no thread")]
+)
+def test_no_other_way_is_taken_where_memory_is_short(items, monkeypatch, kind):
+    """It would succeed by chance, and its table would say that no frame can be read alone."""
+    data = next(item for item in items if item.path.suffix == ".webm").path.read_bytes()
+    assert (scan(data).frames.offset >= 0).all()
+
+    def short(frame):
+        raise kind
+
+    monkeypatch.setattr("shards.video.source.upright", short)
+    monkeypatch.setattr("shards.memory.limit", lambda: (600_000_000, "-v"))
+    with pytest.raises(MemoryError):
+        scan(data)
 
 
 def test_a_video_that_takes_too_much_memory_is_named(items, tmp_path, monkeypatch):
