@@ -337,6 +337,29 @@ def test_it_runs_what_a_checkpoint_asks_for(tmp_path):
     assert not went_off.exists()
 
 
+class Gets:
+    """Pickled as getattr of two things, as Python 3.11.2 pickles the members of enumerations."""
+
+    def __init__(self, owner: object, name: str):
+        self.parts = owner, name
+
+    def __reduce__(self):
+        return getattr, self.parts
+
+
+def test_members_that_an_older_python_stored_are_read_and_nothing_else_is_got(tmp_path):
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    with patches.safe_loading():
+        torch.save(Gets(ZeroStageEnum, "weights"), tmp_path / "a.pt")
+        assert torch.load(tmp_path / "a.pt") is ZeroStageEnum.weights
+        for owner, name in ((ZeroStageEnum, "__init_subclass__"), (LossScaler, "backward"), (ZeroStageEnum, "mro")):
+            torch.save(Gets(owner, name), tmp_path / "b.pt")
+            with pytest.raises(pickle.UnpicklingError, match=f"getattr of '{name}' is not allowed"):
+                torch.load(tmp_path / "b.pt")
+
+
 def test_it_prints_while_it_reads_a_checkpoint(tmp_path, capsys):
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
