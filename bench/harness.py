@@ -37,7 +37,13 @@ def parser(doc: str, name: str | None, *, repeats: int = 0, parts: Sequence[str]
     if parts:
         out.add_argument("--only", nargs="+", choices=parts, default=list(parts), metavar="PART", help=", ".join(parts))
     elif only:
-        out.add_argument("--only", nargs="+", default=[], metavar="PART", help="rows whose names hold one of these")
+        out.add_argument(
+            "--only",
+            nargs="+",
+            default=[],
+            metavar="PART",
+            help="rows whose names hold one of these; they do not replace the kept result of all",
+        )
     return out
 
 
@@ -45,9 +51,9 @@ def _said(path: Path | None) -> str:
     return "nowhere" if path is None else str(path.relative_to(ROOT))
 
 
-def kept(path: Path, only: Sequence[str]) -> Path | None:
-    """Where a result goes: nowhere if `--only` chose some rows and `path` is the kept result of all."""
-    return None if only and path.parent == RESULTS else path
+def kept(path: Path, name: str, only: Sequence[str]) -> Path | None:
+    """Where a result goes: nowhere if `--only` chose some rows and `path` is RESULTS / `name`, the kept result of all."""
+    return None if only and path.resolve() == (RESULTS / name).resolve() else path
 
 
 def is_chosen(only: Sequence[str], name: str) -> bool:

@@ -126,8 +126,8 @@ def main() -> int:
     found = {"clips": len(clips), "repeats": args.repeats, "cores": os.cpu_count(), "processor": harness.machine()["cpu"],
              "seconds": seconds, "load": os.getloadavg(), "versions": harness.versions(*PACKAGES), "ways": rows,
              "targets": met}  # fmt: skip
-    harness.save(harness.kept(args.json, args.only), found)
-    if png := harness.kept(args.png, args.only):
+    harness.save(harness.kept(args.json, "loader.json", args.only), found)
+    if png := harness.kept(args.png, "loader.png", args.only):
         chart(rows, png)
     return 0
 

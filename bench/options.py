@@ -144,7 +144,7 @@ def main() -> int:
     beside_baseline(found)
     about = harness.machine() | harness.versions("torch", "deepspeed", "open_clip_torch", "nvidia-dali-cuda130")
     settings = [*BASE, *args.overrides]
-    place = harness.kept(args.json, args.only)
+    place = harness.kept(args.json, "options.json", args.only)
     harness.save(place, {"machine": about, "seeds": args.seeds, "jobs": args.jobs, "settings": settings, "rows": found})
     show(found, place and place.with_suffix(".md"))
     return 0

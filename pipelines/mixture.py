@@ -79,9 +79,8 @@ def order_of(
         )
     ]
     if config.weights and len(splits) > 1:
-        drops = all(
-            order.pairs // order.batch_size >= order.counts.max() for order in orders
-        )  # as train.drop_last needs
+        # as train.drop_last needs
+        drops = all(order.pairs // order.batch_size >= order.counts.max() for order in orders)
         for one, order in zip(splits, orders, strict=True):
             _say_if_short(one.path, order, drops)
     return Mixture(orders, config.epoch_samples) if len(splits) > 1 or config.epoch_samples else orders[0]

@@ -35,7 +35,7 @@ def header_fault(data: bytes, width: int, height: int) -> str:
 
 
 def _frame_fault(frame: bytes, width: int, height: int) -> str:
-    """Raises IndexError where it is too short."""
+    """What is wrong with precision, size and number of components; empty if nothing is. Raises IndexError where they are cut off."""
     components = frame[5]
     if components in (1, 3, 4) and frame[:5] == struct.pack(">BHH", _BITS, height, width):
         return ""

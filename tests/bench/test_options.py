@@ -39,7 +39,14 @@ def test_a_row_brings_what_it_needs_and_comes_after_it():
 
 
 @pytest.mark.parametrize(
-    ("words", "kept"), [([], True), (["--only", "wti"], False), (["--only", "wti", "--json", "x.json"], True)]
+    ("words", "kept"),
+    [
+        ([], True),
+        (["--only", "wti"], False),
+        (["--only", "wti", "--json", "x.json"], True),
+        (["--only", "wti", "--json", str(options.harness.RESULTS / "x.json")], True),
+        (["--only", "wti", "--json", str(options.harness.RESULTS / "options.json")], False),
+    ],
 )
 def test_some_rows_do_not_replace_the_kept_result_of_all(monkeypatch, words, kept):
     saved = []
