@@ -1,6 +1,8 @@
 """Steps that changed nothing because the loss or a gradient was not finite."""
 
+import json
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 
 import torch.distributed as dist
@@ -14,13 +16,16 @@ BAD_STEPS = "bad_steps.jsonl"
 class BadSteps:
     """Counts the steps that changed nothing because the loss or a gradient was not finite, and lists them in the run folder.
 
-    done: steps that a resumed run has behind it, whose bad ones count.
+    done: steps that a resumed run has behind it, whose bad ones count. Those at its end count as in a row with the next ones: a
+    run that is started again and again may not go on for ever without learning anything.
     """
 
     def __init__(self, folder: Path, most: int, done: int = 0):
-        listing = folder / BAD_STEPS
-        self.total = sum(1 for _ in lines_up_to(listing, done)) if done and listing.exists() else 0
-        self._folder, self._most, self._in_a_row = folder, most, 0
+        self._folder, self._most, self.total, self._in_a_row = folder, most, 0, 0
+        if done and (listing := folder / BAD_STEPS).exists():
+            steps = [json.loads(line).get("step") for line in lines_up_to(listing, done)]
+            self.total, bad = len(steps), set(steps)
+            self._in_a_row = next(back for back in count() if done - back not in bad)
 
     def note(self, step: int, bad: bool, loss: float, keys: list[str], world: int, rank: int) -> str:
         """After step `step`, on every rank; keys: of this rank's videos. Returns the warning to show, '' if there is none.
@@ -42,7 +47,7 @@ class BadSteps:
         what = f"step {step} was skipped: its loss is {loss}, or a gradient is not finite"
         if self._in_a_row >= self._most:
             raise ValueError(
-                f"{what}; that is the {self._in_a_row}th in a row (train.max_bad_steps). The videos of these steps are in "
+                f"{what}; so were all of the last {self._in_a_row} steps (train.max_bad_steps={self._most}). The videos of these steps are in "
                 f"{listing}; --replay {step} runs one again. Usual causes: train.lr is too high, "
                 "engine.precision=fp16 where bf16 is possible"
             )
