@@ -6,6 +6,7 @@ import os
 import secrets
 import socket
 import struct
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -174,6 +175,14 @@ def _start_wandb(folder: Path, project: str, config: dict | None):
     return wandb.init(
         project=project, name=folder.name, id=known.read_text(), resume="allow", dir=str(folder), config=config or {}
     )
+
+
+def last_step(folder: Path) -> int:
+    """The last step of which the run folder holds metrics, 0 if there is none."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return 0
+    return max((json.loads(line).get("step", 0) for line in lines_up_to(path, sys.maxsize)), default=0)
 
 
 def _forget_after(folder: Path, step: int) -> None:

@@ -22,7 +22,7 @@ from c4c.training.bad_steps import BadSteps
 from c4c.training.early_stopping import EarlyStopping
 from c4c.training.lock import RunLock
 from c4c.training.memory import memory_gib
-from c4c.training.metric_log import Metrics
+from c4c.training.metric_log import Metrics, last_step
 from c4c.training.outcome import Outcome
 from c4c.training.peers import Peers
 from c4c.training.run_folder import (
@@ -115,6 +115,7 @@ class Trainer:
         self.early = EarlyStopping(config.train.patience, earlier)
         if rank == 0 and self.session.done < self.total and not self.early.due:
             reopen(self.folder)
+        self._lost = last_step(self.folder) if rank == 0 and not resuming else 0
         self.report = Report(rank == 0, self.total, self.per_epoch, self.session.done, earlier)
         self.saver = Saver(self.folder, config.checkpoint, self.report.say)
         self.bad = BadSteps(self.folder, config.train.max_bad_steps, self.session.done)
@@ -298,6 +299,11 @@ class Trainer:
                 "run.resume=auto would have continued it" if never else "it was done, and holds no checkpoint any more"
             )
             self.report.say(f"an earlier run in {self.folder} was moved to {moved}; {why}")
+        if self._lost:
+            self.report.say(
+                f"warning: {self.folder} has metrics up to step {self._lost}, but no checkpoint to continue from: this run starts from "
+                "the first step"
+            )
         self.report.say(
             f"{config.model.backbone} + {config.model.head}, {session.weights / 1e6:.1f} M weights{trained}; "
             f"{count(len(session.split), 'video')}, {self._rows()}; {count(self.total, 'step')} of {config.train.batch_size} on {self.world} "

@@ -83,6 +83,18 @@ def test_the_same_data_at_another_path_is_continued(stopped, run, launcher, sett
     assert f"weights: {tag}, continuing after step 3\n" in capsys.readouterr().err
 
 
+def test_a_run_that_lost_its_checkpoints_says_that_it_starts_from_the_first_step(stopped, settings, capsys):
+    shutil.rmtree(stopped / "checkpoints")
+    train(settings(f"run.dir={stopped}", "run.resume=auto", "train.max_steps=1"))
+    said = "has metrics up to step 5, but no checkpoint to continue from: this run starts from the first step"
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert [row["step"] for row in lines(stopped / "metrics.jsonl")] == [1]
+    train(
+        settings(f"run.dir={stopped}", "train.max_steps=1")
+    )  # run.resume=never: there are no metrics in the new folder
+    assert "no checkpoint to continue from" not in capsys.readouterr().err
+
+
 def test_lines_that_are_written_a_step_late_are_the_same(run, settings, tmp_path, monkeypatch):
     """As on a GPU: line N comes after the launch of step N + 1, but before a checkpoint and the end."""
     events, made = [], Trainer.__init__
