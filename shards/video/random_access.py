@@ -220,7 +220,8 @@ def _positions(video_pass: StampPass, video: StoredVideo) -> np.ndarray:
         places = np.flatnonzero(np.asarray(packets.discard)[order] == 0)
     if len(places) != len(times) or len(times) > len(table):
         raise Unpredictable("the table lists other frames")
-    if video_pass.context.has_b_frames and np.array_equal(packets.pts, packets.dts):
+    # stamps that never go back may be those of decoding, also where all are a few frames later than they should be (ASF)
+    if video_pass.context.has_b_frames and not table.sliceable and (np.diff(packets.pts) > 0).all():
         raise Unpredictable("its stamps may be those of decoding")
     listed = table.time[places]
     if np.abs((times - times[0]) - (listed - listed[0])).max() > 2e-3:

@@ -78,15 +78,18 @@ def remuxed(data: bytes, container: str, stamp=lambda packet: None, options: dic
     return target.getvalue()
 
 
-def test_stamps_of_decoding_in_place_of_those_of_showing() -> None:
-    """An mp4 made of an AVI with B-frames without new time stamps."""
+@pytest.mark.parametrize(("codec", "later"), [("mpeg4", 0), ("h264", 0), ("h264", 2)])
+def test_stamps_of_decoding_in_place_of_those_of_showing(codec: str, later: int) -> None:
+    """An mp4 made of an AVI with B-frames without new time stamps, or, `later`, of frames all moved to be no earlier than they
+    are decoded, as ffmpeg's WMV of H.264."""
     place = iter(range(10**6))
 
     def in_order(packet: av.Packet) -> None:
-        packet.pts = packet.dts = next(place)
+        packet.dts = next(place)
+        packet.pts = packet.dts + later
         packet.time_base = Fraction(1, FPS)
 
-    data = remuxed(made("mp4", "mpeg4"), "mp4", in_order)
+    data = remuxed(made("mp4", codec), "mp4", in_order)
     whole_and_cuts(data, "a.mp4", CUTS)
     what = store(io.BytesIO(data), "a.mp4", Profile(name="copy"))
     assert what.frames.time == pytest.approx(np.arange(COUNT) / FPS, abs=1e-6)
