@@ -160,15 +160,19 @@ class StampPass(Pass):
     def _first_shown(self) -> int:
         """The stamp of the first frame shown."""
         stamps: list[int] = []
+        first = UNKNOWN  # stamp of the first packet
         for place, packet in enumerate(self.container.demux(self.stream)):
             if packet.pts is None:  # among them the empty one at the end
                 break
             self._heed(packet)
+            first = packet.pts if place == 0 else first
             if place == 0 and not packet.is_keyframe:
                 self._reopen()
                 return self._first_decoded()
             if not packet.is_discard:
                 stamps.append(packet.pts)
+                if packet.pts < first:  # it may refer to what was before the file, and give no picture
+                    raise Unpredictable("frames are shown before the first keyframe")
             if len(stamps) > 1 and packet.dts is not None and packet.dts >= min(stamps):
                 break
         if not stamps:

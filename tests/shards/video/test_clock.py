@@ -204,6 +204,31 @@ def test_a_copied_cut_of_one_packet_shows_it() -> None:
     assert (shown(cut), cut.source.times.tolist(), cut.source.duration) == ({0: 0}, [0.0], 0.5)
 
 
+def from_the_second_keyframe(container: str) -> bytes:
+    """Pictures 10, 11, … of a video of open GOPs. Of the first two, which are shown before the keyframe, the references are lost."""
+    target, begun = io.BytesIO(), False
+    options = {"use_editlist": "0"} if container == "mp4" else {}
+    with av.open(io.BytesIO(made("mp4", "open"))) as file, av.open(target, "w", container, options=options) as out:
+        stream = out.add_stream_from_template(file.streams.video[0])
+        for packet in file.demux(video=0):
+            begun = begun or (packet.is_keyframe and packet.pts is not None and packet.pts > 0)
+            if begun and packet.size:
+                packet.stream = stream
+                out.mux(packet)
+    return target.getvalue()
+
+
+@pytest.mark.parametrize("container", ["mp4", "matroska", "flv"])
+def test_a_cut_counts_from_the_first_picture_that_decodes(container: str) -> None:
+    data = from_the_second_keyframe(container)
+    assert list(shown(stored(data, fps=240)).values()) == list(range(12, 36))
+    for start, end in ((0.4, 0.6), (0.02, 0.2), (0.6, math.inf)):
+        cut = stored(data, "intra", start, end, fps=240)
+        first, last = math.ceil(start * FPS), min(24, math.ceil(end * FPS) if end < math.inf else 24)
+        assert list(shown(cut).values()) == list(range(12 + first, 12 + last))
+        assert cut.source.times == pytest.approx(np.arange(first, last) / FPS - start, abs=2e-3)
+
+
 def test_a_cut_behind_the_last_picture_is_refused() -> None:
     data = lasting("mp4", 10, 3.0)
     assert stored(data, start=2.0, end=3.0).source.duration == pytest.approx(1.0)
