@@ -12,6 +12,7 @@ import av
 import numpy as np
 
 from shards import VideoError
+from shards.schema import Coding
 from shards.video.by_stamps import AllStampPass, StampPass
 from shards.video.decode import WAYS, on_grid
 from shards.video.frame_pass import Unpredictable
@@ -22,6 +23,7 @@ from shards.video.writer import Layout, Writer, WrittenVideo, spool
 
 os.environ.setdefault("SVT_LOG", "1")  # errors only: SVT-AV1 prints a page for every file
 
+_COLOURS = ("colorspace", "color_range", "color_trc", "color_primaries")
 _MP4 = ("h264", "hevc", "av1", "vp9", "mpeg4", "mjpeg")  # what a cut keeps in an mp4; the rest goes into Matroska
 
 # Settings that make an encoder's output a function of its input, with closed GOPs that begin at keyframes only. x265
@@ -131,7 +133,7 @@ def cut_copy(file: BinaryIO, start: float, end: float) -> tuple[SourceVideo, Wri
             when, fps = cut.timeline, cut.timeline.fps
             times = cut.seconds(np.sort(np.asarray(cut.packets.pts)[:packets]))
             next(cut.frames())
-            shape = cut.shape  # what is written may have lost how it is shown
+            shape, told = cut.shape, Coding.of(cut.context)  # what is written may have lost how it is shown
     except (Unpredictable, av.FFmpegError, ValueError) as error:
         if isinstance(error, VideoError):
             raise
@@ -153,9 +155,10 @@ def cut_copy(file: BinaryIO, start: float, end: float) -> tuple[SourceVideo, Wri
     number = np.arange(packets, dtype=np.int32) - before
     times[before] = when.times[0]  # 0 of one that stands when the cut begins
     frames = replace(stored.frames, number=number, time=times)
+    coding = replace(stored.coding, **{name: getattr(told, name) for name in _COLOURS})
     return source, WrittenVideo(
         file=out, frames=frames, codec=stored.codec, extension=extension, extradata=stored.extradata, width=shape.width,
-        height=shape.height, rotation=shape.rotation, mirrored=shape.mirrored, coding=stored.coding,
+        height=shape.height, rotation=shape.rotation, mirrored=shape.mirrored, coding=coding,
     )  # fmt: skip
 
 

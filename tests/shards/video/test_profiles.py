@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
+import av
 import numpy as np
 import pytest
+from av.video.reformatter import ColorRange, Colorspace
 
 from pipelines.frame_sampling import choose
 from shards import ShardError, VideoError
@@ -16,6 +19,7 @@ from shards.video import encode, frame_pass, profiles
 from shards.video.decode import WAYS
 from shards.video.picture import grid
 from shards.video.profiles import PROFILES, Profile, store
+from shards.video.random_access import pick_frames
 from tests import videos
 from tests.shards.video.stored import GOP, VP9, Counted, rotated, shown, stored
 
@@ -84,6 +88,26 @@ def test_a_copied_cut_keeps_its_rotation_and_its_last_frame() -> None:
         what = stored(turned, "copy", start, end)
         assert (what.rotation % 360, what.width, what.height) == (90, 120, 160)
         assert what.frames.number[-1] >= len(what.source.times) - 1
+
+
+def test_a_copied_cut_keeps_the_colours_that_its_container_tells() -> None:
+    """H.264 that does not say what its colours are, in a Matroska that does: an mp4 need not say it again."""
+    target = io.BytesIO()
+    with av.open(io.BytesIO(videos.encode(FRAMES, options=GOP))) as file, av.open(target, "w", "matroska") as out:
+        stream = out.add_stream_from_template(file.streams.video[0], opaque=False)
+        stream.codec_context.colorspace, stream.codec_context.color_range = Colorspace.ITU709, ColorRange.JPEG
+        for packet in file.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                out.mux(packet)
+    whole, cut = stored(target.getvalue(), "copy"), stored(target.getvalue(), "copy", 0.52, 1.0)
+    pictures = []
+    for what, number in ((whole, 13), (cut, 0)):
+        data = what.file.read()
+        at = int(np.flatnonzero(what.frames.number == number)[0])
+        pictures.append(pick_frames(what, lambda offset, size, d=data: d[offset : offset + size], [at])[at])
+    assert (whole.coding.colorspace, whole.coding.color_range) == (Colorspace.ITU709, ColorRange.JPEG)
+    assert np.array_equal(*pictures)
 
 
 def count_decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
