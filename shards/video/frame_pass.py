@@ -13,7 +13,7 @@ import numpy as np
 
 from shards import VideoError, memory
 from shards.video.damage import is_part, refuse_cut_short, refuse_passed_over
-from shards.video.picture import Shape, shape_of, short
+from shards.video.picture import Shape, refuse_unknown_colours, shape_of, short
 from shards.video.probe import Packets, Timeline, clock_zero, has_jumps, open_video
 from shards.video.programs import sound_of
 
@@ -111,6 +111,7 @@ class Pass(ABC):
 
     def _note_shape(self, frame: av.VideoFrame) -> None:
         if self.shape is None:
+            refuse_unknown_colours(frame)
             self.shape = shape_of(frame, self.stream.sample_aspect_ratio)
 
     @property

@@ -10,6 +10,8 @@ import numpy as np
 from av.sidedata.sidedata import Type as SideData
 from av.video.reformatter import ColorPrimaries, ColorRange, ColorTrc, Interpolation, VideoReformatter
 
+from shards import VideoError, memory
+
 BICUBIC = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT  # the same on every processor
 _HDR = (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)  # PQ and HLG
 _NEWER = 16  # kinds of side data that may be newer than PyAV
@@ -129,6 +131,18 @@ def standard_range(frame: av.VideoFrame) -> av.VideoFrame:
     return scaler.reformat(
         frame, format="rgb24", dst_color_trc=ColorTrc.BT709, dst_color_primaries=ColorPrimaries.BT709, threads=1
     )
+
+
+def refuse_unknown_colours(frame: av.VideoFrame) -> None:
+    """Raise VideoError if libswscale does not know the frame's matrix, such as YCgCo or BT.2020 with constant luminance."""
+    blank = av.VideoFrame(16, 16, frame.format.name)
+    blank.colorspace, blank.color_range = frame.colorspace, frame.color_range
+    try:
+        blank.reformat(format="rgb24", threads=1)
+    except (av.FFmpegError, ValueError) as error:
+        memory.refuse_short(error)
+        what = f"libswscale does not convert {frame.format.name} of matrix {int(frame.colorspace)} (ITU-T H.273) to RGB"
+        raise VideoError(f"its colours are not known: {what}") from error
 
 
 _scalers = threading.local()

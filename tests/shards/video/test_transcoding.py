@@ -84,6 +84,18 @@ def test_other_pixel_formats_and_interlaced_video(codec, pix_fmt, options) -> No
     assert shown(stored(data, "copy")) == {n: n for n in range(20)}
 
 
+@pytest.mark.parametrize("matrix", [8, 10])  # YCgCo, and BT.2020 with constant luminance
+def test_colours_that_nobody_converts_are_refused(matrix: int) -> None:
+    """Also where nothing is converted yet, or the loader could not read what was packed."""
+    frames = [frame.reformat(format="yuv420p") for frame in numbered(5)]
+    for frame in frames:
+        frame.colorspace = matrix
+    data = encoded(frames, "libx264", "yuv420p", {})
+    for name in ("copy", "intra", "h264"):
+        with pytest.raises(VideoError, match=f"its colours are not known: .* of matrix {matrix} "):
+            stored(data, name)
+
+
 @pytest.mark.parametrize("size", [(161, 121), (97, 33)])
 def test_odd_sizes(size) -> None:
     data = encoded(numbered(9, size), "libx264", "yuv444p", {"preset": "veryfast"})
