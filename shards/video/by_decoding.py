@@ -8,9 +8,8 @@ import av
 import numpy as np
 
 from shards import VideoError
-from shards.video import frame_pass
 from shards.video.cuts import stands, within
-from shards.video.frame_pass import CUT_MARGIN, Pass, Shown, Unpredictable, resized_note
+from shards.video.frame_pass import CUT_MARGIN, Pass, Shown, Unpredictable, WholeDecoder, resized_note
 from shards.video.picture import short
 from shards.video.probe import (
     JUMP,
@@ -39,9 +38,10 @@ class _FullPass(Pass):
         self._reopen()
         low, high = self._range
         given = seen = 0
+        decoder = WholeDecoder(self.container, self.stream)
         for packet in self.container.demux(self.stream):
             given += packet.size > 0
-            for frame in self._frames_of(packet, seen):
+            for frame in _frames_of(decoder, packet, seen):
                 self._note_shape(frame)
                 number, seen = seen - low, seen + 1
                 if 0 <= number < high - low and wanted(number):
@@ -54,15 +54,6 @@ class _FullPass(Pass):
             raise Unpredictable(f"{seen} frames of {len(self.packets)} packets")
         if seen < high:
             raise VideoError(f"{high} frames decode the first time, {seen} the second")
-
-    def _frames_of(self, packet: av.Packet, seen: int) -> list[av.VideoFrame]:
-        try:
-            frames = frame_pass.decode(self.context, packet if packet.size else None)
-        except (av.FFmpegError, ValueError) as error:
-            raise VideoError(f"decoding fails after frame {seen} ({short(error)})") from error
-        if any(frame.is_corrupt for frame in frames):
-            raise VideoError(f"frame {seen + [f.is_corrupt for f in frames].index(True)} is damaged")
-        return frames
 
     def _cut(self, every: np.ndarray, last_two: tuple[float, float], tick: float) -> Timeline:
         """The times of the cut's frames, from its start on, of the times of all; `_range` is which they are.
@@ -80,6 +71,16 @@ class _FullPass(Pass):
         start = max(0.0, self.start)
         when = timeline(every[low:high] - start, last_two, self._claimed, tick)
         return within(when, self.end - start, bool(high < len(every)))
+
+
+def _frames_of(decoder: WholeDecoder, packet: av.Packet, seen: int) -> list[av.VideoFrame]:
+    try:
+        frames = decoder(packet)
+    except (av.FFmpegError, ValueError) as error:
+        raise VideoError(f"decoding fails after frame {seen} ({short(error)})") from error
+    if any(frame.is_corrupt for frame in frames):
+        raise VideoError(f"frame {seen + [f.is_corrupt for f in frames].index(True)} is damaged")
+    return frames
 
 
 class OrderPass(_FullPass):
@@ -126,6 +127,7 @@ class DecodingPass(_FullPass):
         clock, latest = 0.0, None
         suspect = None  # place of a packet that is marked as damaged
         resized = -1  # the first frame of another size
+        decoder = WholeDecoder(self.container, self.stream)
         for packet in self.container.demux(self.stream):
             if suspect is not None and self._jumps(packets, packet):
                 suspect = None
@@ -135,7 +137,7 @@ class DecodingPass(_FullPass):
                 suspect = len(packets)
             if packet.size:
                 self._on_packet(packets, packet)
-            for frame in self._frames_of(packet, len(stamps)):
+            for frame in _frames_of(decoder, packet, len(stamps)):
                 resized = len(stamps) if self._heed_size(frame) else resized
                 if frame.pts is not None:
                     step = 0.0 if latest is None else (frame.pts - latest) * self._tick

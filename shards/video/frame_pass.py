@@ -14,7 +14,7 @@ import numpy as np
 from shards import VideoError, memory
 from shards.video.damage import is_part, refuse_cut_short, refuse_passed_over
 from shards.video.picture import Shape, refuse_unknown_colours, shape_of, short
-from shards.video.probe import Packets, Timeline, clock_zero, has_jumps, open_video
+from shards.video.probe import Packets, Timeline, clock_zero, edits_twice, has_jumps, open_video
 from shards.video.programs import sound_of
 
 CUT_MARGIN = 1.0  # seconds read beyond the end of a cut
@@ -164,6 +164,25 @@ def resized_note(seconds: float) -> str:
 def decode(context: av.VideoCodecContext, packet: av.Packet | None) -> list[av.VideoFrame]:
     """Every packet that is decoded for packing goes through here; None at the end of the file."""
     return context.decode(packet)
+
+
+class WholeDecoder:
+    """Decodes the packets of a file one after the other. Where the edit list of an mp4 goes back in the file, it gives what is left
+    and begins anew: libav's HEVC decoder would take the next frames for repeated ones, and leave them out."""
+
+    def __init__(self, container: av.container.InputContainer, stream: av.VideoStream):
+        self._context, self._edited = stream.codec_context, edits_twice(container, stream)
+        self._before: int | None = None
+
+    def __call__(self, packet: av.Packet) -> list[av.VideoFrame]:
+        """The frames that come out for a packet; an empty one ends the file."""
+        frames: list[av.VideoFrame] = []
+        if self._edited and packet.dts is not None:
+            if self._before is not None and packet.dts < self._before:
+                frames = decode(self._context, None)
+                self._context.flush_buffers()
+            self._before = packet.dts
+        return frames + decode(self._context, packet if packet.size else None)
 
 
 @contextmanager

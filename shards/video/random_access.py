@@ -15,7 +15,7 @@ from crc32c import crc32c
 from shards import VideoError, first_few
 from shards.schema import Coding, FrameTable, Video
 from shards.video.by_stamps import StampPass
-from shards.video.frame_pass import Unpredictable
+from shards.video.frame_pass import Unpredictable, WholeDecoder
 from shards.video.picture import Shape, short, upright
 from shards.video.probe import open_video
 
@@ -197,8 +197,10 @@ def _decode_container(
         pass
     container, stream = open_video(io.BytesIO(data))
     with container:
+        decoder = WholeDecoder(container, stream)
+        frames = (frame for packet in container.demux(stream) for frame in decoder(packet))
         try:
-            for position, frame in enumerate(container.decode(stream), first):
+            for position, frame in enumerate(frames, first):
                 count.decoded += 1
                 if position in left:
                     left.discard(position)

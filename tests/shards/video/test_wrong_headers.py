@@ -127,6 +127,23 @@ def test_an_edit_list_of_several_parts(parts: list[tuple[float, float]]) -> None
         assert [number_in(found[i]) for i in range(len(inside))] == inside and len(what.frames) == len(inside)
 
 
+@pytest.mark.parametrize("parts", [[(0.2, 0.4), (0.8, 0.4)], [(0.2, 0.4), (0.6, 0.4)]])
+def test_no_picture_of_an_edit_list_of_several_parts_is_lost(parts: list[tuple[float, float]]) -> None:
+    """libav's HEVC decoder leaves out pictures that it has seen before."""
+    data = with_edits(made("mp4", "hevc"), parts)
+    expected = [round(start * FPS) + i for start, length in parts for i in range(round(length * FPS))]
+    for profile in ("copy", "intra"):
+        settings = {} if profile == "copy" else {"fps": 240, "short_side": 64, "quality": 1}
+        what = store(io.BytesIO(data), "a.mp4", Profile(name=profile, **settings))
+        held = what.file.read()
+        read = lambda at, size, d=held: d[at:] if size < 0 else d[at : at + size]  # noqa: E731
+        assert len(what.source.times) == len(what.frames) == len(expected), profile
+        found = pick_frames(what, read, range(len(expected)))
+        assert [number_in(found[i]) for i in range(len(expected))] == expected, profile
+        for i in (3, 11, 19):
+            assert number_in(pick_frames(what, read, [i])[i]) == expected[i], profile
+
+
 def test_cuts_of_joined_broadcasts_count_on() -> None:
     both = made("mpegts", "h264") * 2
     numbers = list(range(COUNT)) * 2
