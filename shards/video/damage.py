@@ -19,11 +19,26 @@ _PASSED_OVER = {
     "mpegts": "max resync size reached",
     "ogg": "CRC mismatch",
 }
+# What decoders say, by codec, of a picture that they give all the same, and do not mark as damaged
+_CONCEALED = {"ffv1": "CRC mismatch", "mjpeg": r"^(error (y|dc|count)|overread)\b"}
 _PLACE = re.compile(r"\bat (?:pos )?(0x[0-9a-f]+|\d+)")
 _HEADER = 12  # bytes of an IVF frame's header, which a packet's size does not count; a Y4M's is counted
 _SHARE = 0.1  # of a file's bytes, at its beginning or end, in which streams that go together have packets
 _NOTHING = 256  # bytes that may follow the end of a recording and hold no other
 Line = tuple[int, str, str]  # of libav's log: level, who says it, text
+
+
+def decode_sound(context: av.VideoCodecContext, packet: av.Packet | None) -> list[av.VideoFrame]:
+    """The frames that come out for a packet. Raises VideoError if the decoder says that it is damaged."""
+    said = _CONCEALED.get(context.codec.canonical_name)
+    if said is None:
+        return context.decode(packet)
+    with av.logging.Capture() as lines:
+        frames = context.decode(packet)
+    for _, name, text in lines:
+        if name == context.name and re.search(said, text):
+            raise VideoError(f"a picture is damaged ({text.strip()[:100]})")
+    return frames
 
 
 def refuse_passed_over(

@@ -12,7 +12,7 @@ import av
 import numpy as np
 
 from shards import VideoError, memory
-from shards.video.damage import is_part, refuse_cut_short, refuse_passed_over
+from shards.video.damage import decode_sound, is_part, refuse_cut_short, refuse_passed_over
 from shards.video.picture import Shape, refuse_unknown_colours, shape_of, short
 from shards.video.probe import Packets, Timeline, clock_zero, edits_twice, has_jumps, open_video
 from shards.video.programs import sound_of
@@ -163,7 +163,7 @@ def resized_note(seconds: float) -> str:
 
 def decode(context: av.VideoCodecContext, packet: av.Packet | None) -> list[av.VideoFrame]:
     """Every packet that is decoded for packing goes through here; None at the end of the file."""
-    return context.decode(packet)
+    return decode_sound(context, packet)
 
 
 class WholeDecoder:
