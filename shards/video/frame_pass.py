@@ -13,6 +13,7 @@ import numpy as np
 
 from shards import VideoError, memory
 from shards.video.damage import decode_sound, is_part, refuse_cut_short, refuse_passed_over
+from shards.video.edits import gap_note
 from shards.video.picture import Shape, refuse_unknown_colours, shape_of, short
 from shards.video.probe import Packets, Timeline, clock_zero, edits_twice, has_jumps, open_video
 from shards.video.programs import sound_of
@@ -64,6 +65,7 @@ class Pass(ABC):
                         self.timeline: Timeline = self._plan()
                 finally:  # where this is why it failed, it is the better reason
                     refuse_passed_over(self.container, self.stream, self.packets, lines, self._at_end)
+                self.notes += gap_note(self._file, self.container, self.stream)
             except BaseException:
                 self.container.close()
                 raise

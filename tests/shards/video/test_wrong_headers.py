@@ -96,13 +96,16 @@ def test_stamps_of_decoding_in_place_of_those_of_showing(codec: str, later: int)
 
 
 def with_edits(data: bytes, parts: list[tuple[float, float]]) -> bytes:
-    """The mp4 with an edit list of several parts, each so many seconds from a moment on."""
+    """The mp4 with an edit list of several parts, each so many seconds from a moment on; before 0: of nothing."""
     out = bytearray(data)
     movie = struct.unpack(">I", out[box(out, b"moov", b"mvhd") + 20 :][:4])[0]
     media = struct.unpack(">I", out[box(out, b"moov", b"trak", b"mdia", b"mdhd") + 20 :][:4])[0]
     at = box(out, b"moov", b"trak", b"edts", b"elst")
     begin, old = struct.unpack(">i", out[at + 20 : at + 24])[0], struct.unpack(">I", out[at : at + 4])[0]
-    entries = b"".join(struct.pack(">IiI", round(n * movie), begin + round(s * media), 1 << 16) for s, n in parts)
+    starts = [-1 if s < 0 else begin + round(s * media) for s, _ in parts]
+    entries = b"".join(
+        struct.pack(">IiI", round(n * movie), s, 1 << 16) for s, (_, n) in zip(starts, parts, strict=True)
+    )
     new = struct.pack(">I4sII", 16 + len(entries), b"elst", 0, len(parts)) + entries
     assert box(out, b"moov") > box(out, b"mdat")  # nothing that the table of chunks points at moves
     for path in ((b"moov",), (b"moov", b"trak"), (b"moov", b"trak", b"edts")):
@@ -142,6 +145,18 @@ def test_no_picture_of_an_edit_list_of_several_parts_is_lost(parts: list[tuple[f
         assert [number_in(found[i]) for i in range(len(expected))] == expected, profile
         for i in (3, 11, 19):
             assert number_in(pick_frames(what, read, [i])[i]) == expected[i], profile
+
+
+@pytest.mark.parametrize(
+    ("parts", "noted"),
+    [([(0.2, 0.6)], False), ([(-1, 0.4), (0.2, 0.6)], False), ([(0.0, 0.4), (-1, 0.4), (0.4, 0.4)], True), ([(0.2, 0.6), (-1, 0.4)], True)],
+)  # fmt: skip
+def test_an_edit_list_that_shows_nothing_for_a_while_is_noted(parts: list[tuple[float, float]], noted: bool) -> None:
+    """Not at the beginning, where a late start is respected."""
+    data = with_edits(made("mp4", "h264"), parts)
+    for name in ("copy", "intra"):
+        notes = store(io.BytesIO(data), "a.mp4", Profile(name=name)).source.notes
+        assert any("shows nothing for a while" in note for note in notes) is noted
 
 
 def test_cuts_of_joined_broadcasts_count_on() -> None:
