@@ -108,6 +108,9 @@ def _alike(one: pa.DataType, other: pa.DataType) -> bool:
     return one == other
 
 
+COUNTED = -2  # offset of frames that are counted
+
+
 @dataclass(frozen=True)
 class FrameTable:
     """The stored frames of a video, in display order. Every array has shape [stored frames]."""
@@ -126,6 +129,11 @@ class FrameTable:
     def sliceable(self) -> bool:
         """Whether each frame is one packet whose bytes stand at `offset` in the file."""
         return len(self.offset) > 0 and bool(self.offset[0] >= 0)
+
+    @property
+    def counted(self) -> bool:
+        """Whether frames are to be counted as they come out of the decoder, since the file's stamps tell another order."""
+        return len(self.offset) > 0 and bool(self.offset[0] == COUNTED)
 
 
 @dataclass(frozen=True)

@@ -153,6 +153,7 @@ class DecodingPass(_FullPass):
         if not stamps:
             raise VideoError("not one frame decodes")
         at = np.asarray(stamps)
+        self.jumbled = bool((at[1:] <= at[:-1]).any())
         if stores_no_stamps(self.container):
             at = self._places(np.asarray(came))
         known = np.flatnonzero(at != UNKNOWN)

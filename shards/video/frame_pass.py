@@ -44,6 +44,7 @@ class Pass(ABC):
     """
 
     gives_up: type[Exception] | None = Unpredictable  # what libav's errors become; None: VideoError, no way is left
+    jumbled = False  # whether frames come in another order than that of their stamps
 
     def __init__(
         self, file: BinaryIO, start: float = 0.0, end: float = math.inf,

@@ -6,7 +6,7 @@ it commits a video. What the container told the decoder stands in the row of the
 
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import av
 import numpy as np
@@ -212,10 +212,22 @@ def _decode_container(
     raise VideoError(f"stored frames {_some(sorted(left))} did not come out of the decoder")
 
 
+def goes_by_stamps(video: StoredVideo, file: BinaryIO) -> bool:
+    """Whether frames of this file, which cannot be sliced, are found by their stamps if its table does not say `counted`."""
+    try:
+        with StampPass(file) as video_pass:
+            _positions(video_pass, video)
+    except (Unpredictable, VideoError):
+        return False
+    return True
+
+
 def _positions(video_pass: StampPass, video: StoredVideo) -> np.ndarray:
     """int64 [frames shown]: their positions in the frame table, which lists those that an edit list hides, too. Raises
     Unpredictable if the table was made another way than by the packets' stamps."""
     packets, times, table = video_pass.packets, video_pass.timeline.times, video.frames
+    if table.counted:
+        raise Unpredictable("the table counts frames")
     places = np.arange(len(times))
     if len(packets) == len(table):
         order = np.argsort(np.asarray(packets.pts), kind="stable")

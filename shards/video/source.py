@@ -11,7 +11,7 @@ import numpy as np
 from crc32c import crc32c
 
 from shards import memory
-from shards.schema import Coding, FrameTable
+from shards.schema import COUNTED, Coding, FrameTable
 from shards.video.by_stamps import StampPass
 from shards.video.cropping import cropping_note
 from shards.video.damage import decode_sound
@@ -19,7 +19,7 @@ from shards.video.decode import WAYS
 from shards.video.frame_pass import Pass, Unpredictable, resized_note
 from shards.video.picture import Shape, upright
 from shards.video.probe import Packets
-from shards.video.random_access import packet_of, stored_decoder
+from shards.video.random_access import goes_by_stamps, packet_of, stored_decoder
 
 _HEADER = 64  # bytes that may stand between where a container says a packet is and where its data begins
 # decoders that need nothing of the container but the extradata, as every player relies on
@@ -66,7 +66,8 @@ def scan(file: BinaryIO | bytes) -> SourceVideo:
                 for _ in video_pass.frames():
                     if name == "decoding":  # once has been enough; this tells the shape
                         break
-                return describe(video_pass, unsliced(video_pass.timeline.times))
+                source = describe(video_pass, unsliced(video_pass.timeline.times))
+            return _counted(file, source) if video_pass.jumbled else source
         except Unpredictable:
             continue
     raise AssertionError("decoding decides")
@@ -109,6 +110,13 @@ def unsliced(times) -> FrameTable:
         key=np.arange(count) == 0,
         crc32c=none.astype(np.uint32),
     )
+
+
+def _counted(file: BinaryIO, source: SourceVideo) -> SourceVideo:
+    """The same, its table marked if readers would go by its jumbled stamps."""
+    if not goes_by_stamps(source, file):
+        return source
+    return replace(source, frames=replace(source.frames, offset=np.full_like(source.frames.offset, COUNTED)))
 
 
 def _sliced(file: BinaryIO, video_pass: StampPass) -> SourceVideo:

@@ -95,6 +95,19 @@ def test_stamps_of_decoding_in_place_of_those_of_showing(codec: str, later: int)
     assert what.frames.time == pytest.approx(np.arange(COUNT) / FPS, abs=1e-6)
 
 
+@pytest.mark.parametrize("codec", ["hevc", "open"])
+def test_a_gap_of_the_stamps_between_pictures_that_are_reordered(codec: str) -> None:
+    """Recordings joined without regard to it: by their stamps, a picture behind the gap would be shown before one in front of it."""
+    place = iter(range(10**6))
+
+    def behind_a_gap(packet: av.Packet) -> None:
+        if next(place) >= 14:
+            gap = round(3 / packet.time_base)
+            packet.pts, packet.dts = packet.pts + gap, packet.dts + gap
+
+    whole_and_cuts(remuxed(made("mp4", codec), "mp4", behind_a_gap), "a.mp4", {})
+
+
 def with_edits(data: bytes, parts: list[tuple[float, float]]) -> bytes:
     """The mp4 with an edit list of several parts, each so many seconds from a moment on; before 0: of nothing."""
     out = bytearray(data)
