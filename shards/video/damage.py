@@ -159,6 +159,24 @@ def _refuse_cut_short(
         )  # fmt: skip
 
 
+def cut_short_note(
+    file: BinaryIO, container: av.container.InputContainer, stream: av.VideoStream, packets: Packets
+) -> tuple[str, ...]:
+    """What is said of a Matroska file that ends early, though not so much that pictures are missing for certain: its header
+    tells the seconds of what is longest, which may be the sound."""
+    if container.format.name.split(",")[0] != "matroska" or not packets:
+        return ()
+    before = file.tell()
+    size = file.seek(0, 2)
+    end = _segment_end(file)
+    file.seek(before)  # libav goes on reading there
+    promised, there = _promised_and_there(container, stream, packets)
+    missing = promised - there
+    if end <= size or missing <= packets.duration[-1] * float(stream.time_base or 0) / 2:
+        return ()
+    return (f"its file ends before its header says: pictures of its last {missing:.2f} s may be missing",)
+
+
 def is_part(file: BinaryIO, container: av.container.InputContainer, packets: Packets) -> bool:
     """Whether there are other video streams, and the packets of this one stand in a part of the file only."""
     if len(container.streams.video) < 2 or not packets:

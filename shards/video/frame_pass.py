@@ -12,7 +12,7 @@ import av
 import numpy as np
 
 from shards import VideoError, memory
-from shards.video.damage import decode_sound, is_part, refuse_cut_short, refuse_passed_over
+from shards.video.damage import cut_short_note, decode_sound, is_part, refuse_cut_short, refuse_passed_over
 from shards.video.edits import gap_note
 from shards.video.picture import Shape, refuse_unknown_colours, shape_of, short
 from shards.video.probe import Packets, Timeline, clock_zero, edits_twice, has_jumps, open_video
@@ -141,6 +141,7 @@ class Pass(ABC):
     def _refuse_cut_short(self) -> None:
         self._at_end = True
         refuse_cut_short(self._file, self.container, self.stream, self.packets)
+        self.notes += cut_short_note(self._file, self.container, self.stream, self.packets)
         if has_jumps(self.container) and is_part(self._file, self.container, self.packets):
             self.notes.append("its video ends where another stream's begins, as in joined recordings: only one is read")
 

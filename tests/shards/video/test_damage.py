@@ -107,6 +107,17 @@ def test_a_damaged_file_does_not_spoil_those_of_other_threads() -> None:
     assert not wrong
 
 
+def test_a_matroska_that_ends_a_little_early_is_noted() -> None:
+    """Half a second may be sound alone, so it is no reason to refuse it."""
+    data, places = noise("webm")
+    for end, missing in ((len(data), None), (places[-1] - 8, "0.04"), (places[-5] - 8, "0.20")):
+        for name in ("copy", "intra"):
+            notes = [
+                note for note in stored(data[:end], name, fps=240, short_side=16).source.notes if "ends before" in note
+            ]
+            assert len(notes) == bool(missing) and all(f"last {missing} s" in note for note in notes)
+
+
 def test_what_stands_behind_a_whole_video_is_no_damage() -> None:
     for kind in ("matroska", "webm", "avi", "asf"):
         data, _ = noise(kind)
