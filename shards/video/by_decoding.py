@@ -157,7 +157,7 @@ class DecodingPass(_FullPass):
         if stores_no_stamps(self.container):
             at = self._places(np.asarray(came))
         known = np.flatnonzero(at != UNKNOWN)
-        interval = self._interval(at[known])
+        interval = self._interval(at[known], known)
         if len(known):  # what has no stamp follows the one before
             before = np.maximum.accumulate(np.where(at != UNKNOWN, np.arange(len(at)), -1))
             back = np.where(before < 0, known[0], before)
@@ -238,8 +238,8 @@ class DecodingPass(_FullPass):
             places = np.arange(len(came))
         return np.where(places < len(dts), dts[np.minimum(places, len(dts) - 1)], UNKNOWN)
 
-    def _interval(self, stamps: np.ndarray) -> float:
-        """Seconds between two frames, most of the time."""
-        steps = np.diff(stamps)
+    def _interval(self, stamps: np.ndarray, numbers: np.ndarray) -> float:
+        """Seconds between two frames, most of the time; `numbers` of frames have `stamps`."""
+        steps = np.diff(stamps) / np.diff(numbers)
         steps = steps[steps > 0]
         return float(np.median(steps)) * self._tick if len(steps) else float(1 / (self._claimed or 25))

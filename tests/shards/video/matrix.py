@@ -45,7 +45,7 @@ PLAIN = [
     ("avi", "h264"), ("avi", "mpeg4"), ("avi", "mjpeg"), ("avi", "huffyuv"), ("avi", "png"), ("avi", "raw"),
     ("avi", "msmpeg4v2"), ("avi", "ffv1"), ("mpegts", "h264"), ("mpegts", "open"), ("mpegts", "mpeg2"), ("mpegts", "hevc"),
     ("mpeg", "mpeg2"), ("flv", "h264"), ("flv", "flv1"), ("asf", "wmv2"), ("asf", "mpeg4"), ("ogg", "theora"), ("gif", "gif"),
-    ("h264", "h264"), ("hevc", "hevc"), ("nut", "mpeg4"),
+    ("h264", "h264"), ("hevc", "hevc"), ("nut", "mpeg4"), ("mpeg", "open"), ("mpeg", "hevc"),
 ]  # fmt: skip
 STEPS = [1, 1, 1, 2, 1, 4, 1, 1, 9, 1, 1, 1]  # of a variable rate, in frames of 25 a second
 
