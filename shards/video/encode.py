@@ -142,6 +142,11 @@ def cut_copy(file: BinaryIO, start: float, end: float) -> tuple[SourceVideo, Wri
         ) from error
     stored = scan(out)
     out.seek(0)
+    if stored.frames.counted:
+        raise VideoError(
+            f"this {codec} file cannot be cut without re-encoding (its stamps tell another order than its decoder): use another "
+            "profile than copy"
+        )
     if len(stored.times) != packets:
         raise VideoError(
             f"of {packets} frames cut out of this {codec} file without re-encoding, {len(stored.times)} decode: "

@@ -105,7 +105,10 @@ def test_a_gap_of_the_stamps_between_pictures_that_are_reordered(codec: str) -> 
             gap = round(3 / packet.time_base)
             packet.pts, packet.dts = packet.pts + gap, packet.dts + gap
 
-    whole_and_cuts(remuxed(made("mp4", codec), "mp4", behind_a_gap), "a.mp4", {})
+    data = remuxed(made("mp4", codec), "mp4", behind_a_gap)
+    whole_and_cuts(data, "a.mp4", {})
+    with pytest.raises(VideoError, match="without re-encoding"):
+        store(io.BytesIO(data), "a.mp4", Profile(name="copy"), 0.2, 4.0)
 
 
 def with_edits(data: bytes, parts: list[tuple[float, float]]) -> bytes:
