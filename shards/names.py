@@ -26,10 +26,7 @@ class Names:
 
     def rows(self, name: str) -> list[int]:
         """Videos whose id or key may be `name`, in the split's order: all that have it, and seldom one that has not."""
-        low, high = (
-            np.searchsorted(self._hashes, hash(name), "left"),
-            np.searchsorted(self._hashes, hash(name), "right"),
-        )
+        low, high = (np.searchsorted(self._hashes, hash(name), side) for side in ("left", "right"))
         return self._rows[low:high].tolist()
 
 
