@@ -5,7 +5,7 @@ import subprocess
 from typing import TYPE_CHECKING
 
 from c4c.settings import PRECISIONS, EngineConfig, TrainConfig
-from c4c.training.param_groups import parameter_groups
+from c4c.training.param_groups import parameter_groups, put_odd_sizes_last
 from c4c.zero import patches
 from c4c.zero.adam import use_torchs_adam
 from c4c.zero.config import deepspeed_config
@@ -45,9 +45,11 @@ def build_engine(learner: "Learner", config: EngineConfig, train: TrainConfig, w
     weights = dict(learner.named_parameters())
     learner.exact_buffers = {name: value.clone() for name, value in learner.state_dict().items() if name not in weights}
     groups = parameter_groups(learner, train)
+    if on_gpu := get_accelerator().device_name() == "cuda":
+        put_odd_sizes_last(groups)
     learner.peak_lrs = [group["lr"] for group in groups]
     learner.parts = [group.pop("part") for group in groups]
-    torchs_adam, note = use_torchs_adam(config, train, world, extra, get_accelerator().device_name() == "cuda")
+    torchs_adam, note = use_torchs_adam(config, train, world, extra, on_gpu)
     learner.notes += [note] if note else []
     settings = deepspeed_config(config, train, world, extra, torchs_adam)
     require_supported(settings, config, extra)
