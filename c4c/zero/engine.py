@@ -25,6 +25,7 @@ def build_engine(learner: "Learner", config: EngineConfig, train: TrainConfig, w
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
+    from c4c.models.attention import attend_directly
     from c4c.models.towers import match_statistics
 
     model = learner.model
@@ -39,13 +40,16 @@ def build_engine(learner: "Learner", config: EngineConfig, train: TrainConfig, w
     learner.notes += model.use_shortcuts(
         fold_pixels=config.fold_pixels, trim_captions=config.trim_captions, share_captions=config.share_captions
     )
+    on_gpu = get_accelerator().device_name() == "cuda"
+    if on_gpu:
+        attend_directly(model)
     if config.activation_checkpointing:
         model.clip.set_grad_checkpointing()
     # training changes no buffer, such as a batch norm's statistics, but a precision of 16 bits rounds them
     weights = dict(learner.named_parameters())
     learner.exact_buffers = {name: value.clone() for name, value in learner.state_dict().items() if name not in weights}
     groups = parameter_groups(learner, train)
-    if on_gpu := get_accelerator().device_name() == "cuda":
+    if on_gpu:
         put_odd_sizes_last(groups)
     learner.peak_lrs = [group["lr"] for group in groups]
     learner.parts = [group.pop("part") for group in groups]

@@ -12,6 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from c4c.models import caption_rows, clip4clip
+from c4c.models.attention import attend_directly
 from c4c.models.clip4clip import CLIP4Clip
 from c4c.models.heads import HEADS
 from c4c.objective import LossOptions
@@ -37,8 +38,9 @@ SPEC = {
 def learner(
     head: str, patch: str, loss: str, dtype: torch.dtype, device: str = "cuda", options: LossOptions | None = None
 ) -> Learner:
-    """As DeepSpeed has it: every weight in the precision of the engine."""
+    """As DeepSpeed has it on a GPU: every weight in the precision of the engine."""
     whole = Learner(CLIP4Clip(SPEC, head, patch, blocks=2, segments=FRAMES), loss, options=options)
+    attend_directly(whole)
     for module in whole.modules():  # fake tensors do not stand Module.to
         for name, weight in module._parameters.items():
             if weight is not None:

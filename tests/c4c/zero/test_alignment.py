@@ -1,10 +1,12 @@
-"""Where weights begin in DeepSpeed's flat tensors: on a GPU at places from which its kernels read fast."""
+"""What a model is given on a GPU alone: weights that begin in DeepSpeed's flat tensors where kernels read fast, and its attention."""
 
 from types import SimpleNamespace
 
 import deepspeed
 import pytest
+from torch import nn
 
+from c4c.models.attention import DirectAttention
 from c4c.models.clip4clip import build
 from c4c.settings import EngineConfig, ModelConfig, TrainConfig
 from c4c.training.param_groups import parameter_groups, put_odd_sizes_last
@@ -25,8 +27,8 @@ def learner(loss: str = "cross_entropy") -> Learner:
     return Learner(build(ModelConfig(backbone="ViT-demo-16", init_from="scratch", head="seqTransf"), 4), loss)
 
 
-def groups_given(device: str, decay: str, monkeypatch) -> tuple[list[list], list]:
-    """Weights that DeepSpeed is given on such a device, in groups, and all of the model."""
+def groups_given(device: str, decay: str, monkeypatch) -> tuple[list[list], Learner]:
+    """Weights that DeepSpeed is given on such a device, in groups, and the module."""
 
     def caught(**given):
         raise Caught(given["model_parameters"])
@@ -38,13 +40,13 @@ def groups_given(device: str, decay: str, monkeypatch) -> tuple[list[list], list
     extra = {"optimizer": {"params": {"torch_adam": True}}}
     with pytest.raises(Caught) as found:
         engine.build_engine(module, EngineConfig(precision="bf16"), train, 1, extra)
-    return [group["params"] for group in found.value.args[0]], list(module.parameters())
+    return [group["params"] for group in found.value.args[0]], module
 
 
 @pytest.mark.parametrize("decay", ["mmaction2", "official"])
 def test_on_a_gpu_no_weight_stands_behind_one_of_an_odder_size(decay, monkeypatch):
-    groups, weights = groups_given("cuda", decay, monkeypatch)
-    assert {id(w) for group in groups for w in group} == {id(w) for w in weights}
+    groups, module = groups_given("cuda", decay, monkeypatch)
+    assert {id(w) for group in groups for w in group} == {id(w) for w in module.parameters()}
     for group in groups:
         begin = 0
         for weight in group:
@@ -53,10 +55,17 @@ def test_on_a_gpu_no_weight_stands_behind_one_of_an_odder_size(decay, monkeypatc
 
 
 def test_on_a_cpu_weights_keep_their_order(monkeypatch):
-    groups, weights = groups_given("cpu", "official", monkeypatch)
-    places = {id(weight): place for place, weight in enumerate(weights)}
+    groups, module = groups_given("cpu", "official", monkeypatch)
+    places = {id(weight): place for place, weight in enumerate(module.parameters())}
     for group in groups:
         assert [places[id(w)] for w in group] == sorted(places[id(w)] for w in group)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_attention_goes_the_direct_way_on_a_gpu_alone(device, monkeypatch):
+    _, module = groups_given(device, "mmaction2", monkeypatch)
+    kinds = {type(part) for part in module.modules() if isinstance(part, nn.MultiheadAttention)}
+    assert kinds == {DirectAttention if device == "cuda" else nn.MultiheadAttention}
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "sigmoid"])
