@@ -1,7 +1,8 @@
 """torch.compile of the towers, where it can, and what became of it."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,13 @@ class CompiledTowers:
             return or_as_it_is(graph, inputs)
 
         return compiled
+
+    @staticmethod
+    @contextmanager
+    def paused() -> Iterator[None]:
+        """Inside, nothing is compiled, and nothing that is compiled is used: towers run as they are."""
+        with torch.compiler.set_stance("force_eager"):
+            yield
 
     @property
     def problem(self) -> str:

@@ -240,9 +240,11 @@ class Session:
             if kind != "texts":  # of those, ranks have different numbers of tiles
                 each()
 
-        average = self.engine.average
+        average, compiled = self.engine.average, self.engine.module.compiled
+        # its blocks have other shapes than training's: to compile towers for them takes a GPU's minutes, and saves seconds
+        as_they_are = compiled.paused() if compiled and self.device.type != "cpu" else nullcontext()
         self.engine.eval()
-        with average.in_use(self.engine) if average else nullcontext(), self._memory(f"validation encodes {block_sizes(self.device, data.num_frames)[0]} videos of {data.num_frames} frames "
+        with average.in_use(self.engine) if average else nullcontext(), as_they_are, self._memory(f"validation encodes {block_sizes(self.device, data.num_frames)[0]} videos of {data.num_frames} frames "
                           f"at once, and decodes {data.eval_batch_size} meanwhile", "a smaller data.eval_batch_size"):  # fmt: skip
             found = evaluate(self.model, encode, split or self.test, data, work, told, tokenizer=self.tokenizer)
         self.engine.train()

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from c4c.models import compiled
+from c4c.models.attention import attend_directly
 from c4c.models.clip4clip import build
 from c4c.models.compiled import CompiledTowers, compile_towers
 from c4c.models.heads import HEADS
@@ -75,6 +76,18 @@ def test_a_tower_with_lora_is_one_graph_too(head):
     assert all(p.grad is not None for n, p in model.named_parameters() if "lora" in n)
 
 
+def test_towers_that_attend_directly_are_one_graph_too():
+    """As on a GPU."""
+    model = model_of("tightTransf")
+    expected = model(*batch_of_ones())
+    attend_directly(model)
+    found = compile_towers(model, 1)
+    text, video = model(*batch_of_ones())
+    (text.sum() + video.sum()).backward()
+    assert found is not None and not found.problem and found.graphs == {"video": 1, "text": 1}
+    torch.testing.assert_close((text, video), expected, rtol=1e-4, atol=1e-5)
+
+
 def batch_of_ones() -> tuple:
     return torch.ones(2, FRAMES, 3, 64, 64), torch.ones(2, FRAMES).bool(), torch.ones(2, WORDS).long()
 
@@ -95,6 +108,45 @@ def test_a_step_compiles_each_tower_once(head, patch):
         ours.sum().backward(retain_graph=True)
     assert towers.graphs == {"video": 1, "text": 1}
     assert towers.problem == ""
+
+
+def test_other_shapes_compile_nothing_while_it_is_paused():
+    model = model_of()
+    towers = compile_towers(model, 1)
+    model(*batch())
+    with towers.paused(), torch.no_grad():
+        paused = model(*batch_of_ones()), model(*batch(5))[0].shape
+    assert towers.graphs == {"video": 1, "text": 1}
+    model(*batch())
+    assert towers.graphs == {"video": 1, "text": 1}  # what was compiled is used again
+    torch.testing.assert_close(model(*batch_of_ones()), paused[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("device", "as_they_are"), [("cuda", True), ("cpu", False)])
+def test_validation_on_a_gpu_runs_the_towers_as_they_are(device, as_they_are, monkeypatch):
+    """It shows them blocks of other sizes than training: each would compile both towers once more."""
+    from c4c.training import session as module
+
+    layer, eager = torch.nn.Linear(3, 3), []
+    towers = CompiledTowers({"video": layer, "text": torch.nn.Linear(3, 3)})
+    engine = SimpleNamespace(
+        average=None, eval=lambda: None, train=lambda: None, module=SimpleNamespace(compiled=towers),
+        zero_optimization_stage=lambda: 0,
+    )  # fmt: skip
+    session = module.Session.__new__(module.Session)
+    session.device, session.engine, session.model, session.test = torch.device(device), engine, None, None
+    session.config = SimpleNamespace(data=SimpleNamespace(num_frames=FRAMES, eval_batch_size=2))
+    session.tokenizer = None
+
+    def evaluate(*_, **__):
+        layer(torch.ones(2, 3))
+        eager.append(towers.graphs["video"] == 0)
+
+    monkeypatch.setattr(module, "evaluate", evaluate)
+    session.evaluate()
+    assert eager == [as_they_are]
+    layer(torch.ones(2, 3))
+    assert towers.graphs["video"] == 1  # afterwards they are compiled as before
 
 
 class Breaking(torch.nn.Module):
