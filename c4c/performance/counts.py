@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from c4c.config import Config
+from c4c.models.attention import attend_directly
 from c4c.models.backbone import settled, spec_of
 from c4c.models.clip4clip import CLIP4Clip
 from c4c.models.tokenizer_spec import row_length
@@ -99,7 +100,7 @@ def _size(tensor: Tensor) -> int:
 
 
 def meta_model(config: Config) -> CLIP4Clip:
-    """The model that a run would train, in the engine's precision, without memory for its weights. Raises ValueError."""
+    """The model that a run on a GPU would train, in the engine's precision, without memory for its weights. Raises ValueError."""
     config = settled(config)
     spec = spec_of(config.model)
     with _META:
@@ -112,6 +113,7 @@ def meta_model(config: Config) -> CLIP4Clip:
     model.resize_pictures(config.data.image_size)
     model.check_data(config.data, config.model.backbone)
     choose_trained(model, config.train)
+    attend_directly(model)
     if config.engine.activation_checkpointing:
         model.clip.set_grad_checkpointing()
     return model.to(DTYPES[config.engine.precision]).train()
