@@ -44,6 +44,22 @@ def test_outputs_and_gradients_are_those_of_torchs_module(mask):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("mask", masks())
+def test_a_gpu_comes_to_the_same_in_bf16(mask):
+    plain, direct = (block().to("cuda", torch.bfloat16) for _ in range(2))
+    attend_directly(direct)
+    given = masks()[mask]
+    x, bias = torch.randn(N, L, D, device="cuda", dtype=torch.bfloat16), None if given is None else given.cuda()
+    made = []
+    for one in (plain, direct):
+        out = one(x, attn_mask=bias)
+        out.float().square().sum().backward()
+        made.append([out, *(weight.grad for weight in one.parameters())])
+    for theirs, ours in zip(*made, strict=True):
+        assert (ours.float() - theirs.float()).norm() < 0.02 * theirs.float().norm()
+
+
 def test_other_keys_than_queries():
     """As CoCa's blocks have them."""
     plain, direct, x, other = block(), block(), torch.randn(N, L, D), torch.randn(N, L + 2, D)
