@@ -19,6 +19,7 @@ import sys
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -235,11 +236,31 @@ def _picture(size: tuple[int, int], number: int) -> np.ndarray:
 
 
 def _jpeg(size: tuple[int, int], number: int) -> bytes:
+    """By turns as libjpeg and as libav write one: what `intra` shards store has no JFIF header, and Huffman tables of its own."""
+    if number // len(_SIZES) % 2:
+        return _libavs_jpeg(_picture(size, number))
     from PIL import Image
 
     with io.BytesIO() as file:
         Image.fromarray(_picture(size, number)).save(file, "JPEG", quality=90, subsampling="4:2:0")
         return file.getvalue()
+
+
+def _libavs_jpeg(picture: np.ndarray) -> bytes:
+    import av
+    from av.codec.context import Flags
+    from av.video.reformatter import ColorRange
+
+    height, width, _ = picture.shape
+    encoder = av.CodecContext.create("mjpeg", "w")
+    assert isinstance(encoder, av.VideoCodecContext)
+    encoder.width, encoder.height, encoder.pix_fmt = width, height, "yuvj420p"
+    encoder.time_base, encoder.qmin, encoder.qmax = Fraction(1, 3), 3, 3
+    encoder.color_range = ColorRange.JPEG
+    encoder.flags |= Flags.bitexact
+    frame = av.VideoFrame.from_ndarray(picture, "rgb24").reformat(format="yuvj420p")
+    frame.pts = 0
+    return b"".join(map(bytes, [*encoder.encode(frame), *encoder.encode(None)]))
 
 
 def _h264(pictures: list[np.ndarray]) -> bytes:
