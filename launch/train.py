@@ -51,9 +51,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="STEP",
         help="run one step of the run in run.dir again, from a checkpoint before it",
     )
-    parser.add_argument(
-        "--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS
-    )  # launchers pass it
+    # launchers pass it
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
     return parser
 

@@ -118,9 +118,8 @@ class Lane:
         self._nvdec = self._decoding.type == "cuda" and self.name == "video"
         self._draws = training and draws(config.sampling)
         self._pool = cache.frames if cache is not None else 0  # stored frames to draw from; 0: all
-        self._uncropped = (
-            self._augments and cache is not None and bool(cache.dir)
-        )  # what is cached is augmented afterwards
+        # what is cached is augmented afterwards
+        self._uncropped = self._augments and cache is not None and bool(cache.dir)
         self._shape = None  # what makes frames of pictures, where no graph does
         if self.name == "video" and (self._uncropped or not self._augments):
             self._shape = partial(resized, config=config, uncropped=self._uncropped)

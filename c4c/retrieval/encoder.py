@@ -293,9 +293,8 @@ def _used(model: CLIP4Clip, data: DataConfig) -> dict[str, Any]:
     Of settings, those that are not the default ones: a version of c4c that has more of them gives the same digest.
     """
     usual = kept(DataConfig())
-    spec = {
-        key: value for key, value in model.spec.items() if key not in ("preprocess_cfg", "hf_config")
-    }  # `data` says the first
+    # `data` holds the settings of preprocess_cfg
+    spec = {key: value for key, value in model.spec.items() if key not in ("preprocess_cfg", "hf_config")}
     about = {key: value for key, value in spec.get("tokenizer", {}).items() if key not in _PATHS}
     if Path(about.get("name", "")).is_absolute():
         about["name"] = ""

@@ -184,9 +184,8 @@ def environment(job: CellJob, own: Mapping[str, str]) -> dict[str, str]:
     env |= {processes.MARK: job.folder, SHARE: str(share)}
     if job.commands and job.commands[0][0] == "python":  # one process: what torch takes before anybody tells it
         env["OMP_NUM_THREADS"] = str(share)
-    if (
-        job.commands and Path(job.commands[0][0]).name == "srun"
-    ):  # by Slurm's own rule, all of an allocation meet at one port
+    # by Slurm's own rule, all of an allocation meet at one port
+    if job.commands and Path(job.commands[0][0]).name == "srun":
         env["MASTER_PORT"] = str(_free_port())
     if job.gpus is not None:
         env["CUDA_VISIBLE_DEVICES"] = job.gpus

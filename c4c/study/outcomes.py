@@ -98,9 +98,8 @@ def ranks_of(folder: Path, metrics: dict[str, float]) -> TextRanks | None:
     path = folder / "ranks.jsonl"
     if not path.is_file():
         return None
-    lines = (
-        path.read_text(errors="replace").rstrip("\n").split("\n")
-    )  # not splitlines(): captions may hold other line ends
+    # not splitlines(): captions may hold other line ends
+    lines = path.read_text(errors="replace").rstrip("\n").split("\n")
     rows = [row for line in lines if (row := json_object(line)) is not None]
     ranks = [row.get("rank") for row in rows]
     if not rows or len(rows) != len(lines) or not all(isinstance(rank, int) and rank >= 1 for rank in ranks):

@@ -90,9 +90,8 @@ def p_of_texts(
     hits = [np.stack([np.asarray(one, np.int64) for one in side]) for side in (row, baseline)]
     if hits[0].shape != hits[1].shape:
         raise ValueError(f"hits of {hits[0].shape} and {hits[1].shape} (seeds, texts) cannot be paired")
-    differences = (hits[0] - hits[1]).sum(
-        axis=0
-    )  # whole numbers, so that draws as far from 0 as the data compare exactly
+    # whole numbers, so that draws as far from 0 as the data compare exactly
+    differences = (hits[0] - hits[1]).sum(axis=0)
     if videos is not None:
         _, group = np.unique(videos, return_inverse=True)
         totals = np.zeros(group.max(initial=-1) + 1, np.int64)

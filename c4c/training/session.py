@@ -125,9 +125,8 @@ class Session:
             Tokenizer(spec_of(model).get("tokenizer"))  # fails here before large towers are built or fetched
         torch.manual_seed(config.run.seed)
         known, told = (read_towers(resume), resume / "towers.json") if resume else (None, None)
-        if (
-            about and known and not before
-        ):  # all weights come from the checkpoint: what they started from counts no more
+        # all weights come from the checkpoint: what they started from counts no more
+        if about and known and not before:
             self.model = CLIP4Clip(
                 known, model.head, model.linear_patch, model.head_layers, config.data.num_frames, model.merging
             )
@@ -144,9 +143,8 @@ class Session:
             self._frozen = on_first_rank(
                 lambda: origin.describe(self.model, names, model, before), self.rank, self.world
             )
-        if config.checkpoint.whole or (
-            about and not before
-        ):  # whole checkpoints stay so: what the source holds now counts no more
+        # whole checkpoints stay so: what the source holds now counts no more
+        if config.checkpoint.whole or (about and not before):
             self._frozen = {}
         return names if self._frozen else frozenset()
 

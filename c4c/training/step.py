@@ -159,9 +159,8 @@ def _accumulated_step(
     engine, inputs: Inputs, parts: int, on_host: Tensor | None = None, taught_rows: Tensor | None = None
 ) -> Tensor:
     """Plain accumulation: `parts` smaller global batches, each with only its own negatives; one update with their mean."""
-    rows = [
-        slice(i, None, parts) for i in range(parts)
-    ]  # in turn, so that every part gets some of the padding at the end
+    # in turn, so that every part gets some of the padding at the end
+    rows = [slice(i, None, parts) for i in range(parts)]
     valid = inputs[-1].flatten(1).any(dim=1) if inputs[-1].dim() > 1 else inputs[-1]
     counts = torch.stack([valid[r].sum() for r in rows]).float()
     if world_size() > 1:

@@ -233,15 +233,14 @@ def make_moments(engine, names: list[str], count: int) -> None:
     """
     optimizer = engine.basic_optimizer
     as_tensor = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
-    beside = as_tensor and bool(
-        optimizer.defaults["fused"] or optimizer.defaults["capturable"]
-    )  # the weights, on their device
+    # torch counts steps on the device of the weights where its Adam is fused or capturable
+    on_device = as_tensor and bool(optimizer.defaults["fused"] or optimizer.defaults["capturable"])
     for tensor in masters(engine):
         state = optimizer.state[tensor]
         for name in names:
             state[name] = torch.zeros_like(tensor.detach())
         if names or "step" in state:
-            device = tensor.device if beside else "cpu"
+            device = tensor.device if on_device else "cpu"
             state["step"] = torch.tensor(float(count), device=device) if as_tensor else count
     for group in optimizer.param_groups:
         group.pop("step", None)  # from which FusedAdam counts new states

@@ -34,9 +34,8 @@ def skip_bad_steps(engine, for_zero: bool = False) -> None:
         if engine.bfloat16_enabled() and (for_zero or verdict.on_device):
             _without_zero_in_bf16(engine, verdict)
         else:
-            wrapper.overflow_checker.has_overflow = lambda *_, **__: (
-                False
-            )  # the norm, which is read next, is not finite either then
+            # the norm, which is read next, is not finite either then
+            wrapper.overflow_checker.has_overflow = lambda *_, **__: False
     elif (
         engine.zero_optimization_stage() in (1, 2)
         and hasattr(wrapper, "scaled_global_norm")

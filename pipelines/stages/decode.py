@@ -250,9 +250,8 @@ class Decoder:
     def _view(self, size: tuple[int, int], given: tuple[int, int], random: Generator | None) -> View:
         if self._config.resize_mode == "shortest":
             return view(given, self._config, random)
-        return view(size, self._config, random).within(
-            size, given
-        )  # a random window is drawn in the stored picture's shape
+        # a random window is drawn in the stored picture's shape
+        return view(size, self._config, random).within(size, given)
 
 
 def _halves(samples: list[Sample]) -> list[list[Sample]]:

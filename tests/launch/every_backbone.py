@@ -49,9 +49,8 @@ def main(folder: Path, data: Path, part: str) -> None:
     tiny_backbones.register()
     rank, world, device = start_distributed(300)
     (folder / "empty.yaml").write_text("{}\n")
-    if (
-        part == "second"
-    ):  # as if a later open_clip meant other towers by the name: a run keeps those that it was trained with
+    # as if a later open_clip meant other towers by the name: a run keeps those that it was trained with
+    if part == "second":
         open_clip.factory._MODEL_CONFIGS["tiny-vit"]["quick_gelu"] = False
     found = {}
     for name in tiny_backbones.NAMES:

@@ -11,10 +11,8 @@ from tests.launch.every_head import OFTEN as HEADS_OFTEN
 from tests.launch.every_head import WAYS as HEADS
 from tests.often import ranked, ways
 
-pytestmark = [
-    pytest.mark.launch,
-    pytest.mark.timeout(1200),
-]  # the first launch in a new environment compiles DeepSpeed's optimizer
+# the first launch in a new environment compiles DeepSpeed's optimizer
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(1200)]
 ROUNDING = 2e-5  # relative, in fp32
 HALF_ROUNDING = 0.15  # relative, in 16 bits
 ONE_RANK = "ZeRO 0"

@@ -17,10 +17,8 @@ from tests.buckets import object_store
 from tests.launch.kills import curve, kill_and_go_on, validations
 from tests.launch.runs import ROOT, STEPS_PER_EPOCH, lines, losses
 
-pytestmark = [
-    pytest.mark.launch,
-    pytest.mark.timeout(1200),
-]  # the first launch in a new environment compiles DeepSpeed's optimizer
+# the first launch in a new environment compiles DeepSpeed's optimizer
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(1200)]
 TOTAL = 2 * STEPS_PER_EPOCH
 ROUNDING = 1e-5  # relative, after ten steps in fp32
 

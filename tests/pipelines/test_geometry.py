@@ -32,9 +32,8 @@ MODES = ("shortest", "longest", "squash")
 INTERPOLATIONS = ("bicubic", "bilinear")
 RECIPES = [
     DataConfig(num_frames=2, image_size=side, resize_mode=mode, interpolation=interpolation, fill=37).filled()
-    for mode, interpolation, side in product(
-        MODES, INTERPOLATIONS, (97, 256)
-    )  # smaller, and larger than what is stored
+    # smaller, and larger than what is stored
+    for mode, interpolation, side in product(MODES, INTERPOLATIONS, (97, 256))
 ]
 NAMES = [f"{c.resize_mode} {c.interpolation} {c.image_size}" for c in RECIPES]
 

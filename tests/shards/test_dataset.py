@@ -138,10 +138,8 @@ def test_threads_share_a_split_and_few_open_files(copied: Path, monkeypatch: pyt
 def test_a_video_that_is_named_without_its_folder_is_suggested(items: list[Item], tmp_path: Path) -> None:
     named = [replace(item, id=id) for item, id in zip(items, ("kitchen/egg", "k/cup", "sea", "sky"), strict=False)]
     packed(named, tmp_path / "train", COPY)
-    for name, id in (
-        ("egg", "kitchen/egg"),
-        ("cup", "k/cup"),
-    ):  # of the first of two shards; once, if it is much alike, too
+    # of the first of two shards; once, if it is much alike, too
+    for name, id in (("egg", "kitchen/egg"), ("cup", "k/cup")):
         with pytest.raises(ShardError, match=rf"no video called '{name}'\. Did you mean '{id}'\?"):
             Split(tmp_path / "train").find(name)
 

@@ -78,9 +78,8 @@ def in_names_of(spec: dict, state: dict[str, Tensor]) -> dict[str, Tensor]:
     useless = ("attn_mask", ".position_ids")
     state = {k: v for k, v in state.items() if not (k in decoder or k.endswith(useless))}
     if spec.get("init_logit_bias") is not None and "logit_bias" not in state and "logit_scale" in state:
-        state["logit_bias"] = torch.zeros_like(
-            state["logit_scale"]
-        )  # as open_clip starts SigLIP's loss from CLIP's weights
+        # as open_clip starts SigLIP's loss from CLIP's weights
+        state["logit_bias"] = torch.zeros_like(state["logit_scale"])
     for name in ("logit_scale", "logit_bias"):
         if name in state and state[name].numel() == 1:
             state[name] = state[name].reshape(())

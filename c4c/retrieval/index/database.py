@@ -23,10 +23,8 @@ _TRIES = 30  # of a commit that another process's came before
 _AT_ONCE = 500  # names in one condition
 # versions older than that are read by nobody any more, as readers look for the latest at each query, or every few seconds
 _OLD, _OLD_REMOTE = timedelta(seconds=10), timedelta(minutes=5)
-_LARGE, _MANY_FILES = (
-    100_000,
-    16,
-)  # rows of a table that is not written anew for each small change, but with so many files
+# a table of so many rows is written anew only once it has that many files, not at each small change
+_LARGE, _MANY_FILES = 100_000, 16
 _REMOTE_INTERVAL = timedelta(seconds=5)  # between two looks whether a remote table has changed
 _TEXT = "text"
 _COMPLETE = "complete.json"  # of a remote text folder: names of its files

@@ -11,12 +11,8 @@ from c4c.retrieval.evaluation import Evaluation
 from c4c.retrieval.report.near import find, normal
 
 TOP = 5
-ALL, WORST, SAMPLE, SEED = (
-    600,
-    300,
-    200,
-    0,
-)  # up to ALL queries are shown; of more, the worst and a sample of the others
+# up to ALL queries are shown; of more, the worst and a sample of the others
+ALL, WORST, SAMPLE, SEED = 600, 300, 200, 0
 _CAPTIONS = 5  # shown of a video
 _LONGEST = 400  # characters shown of a caption
 

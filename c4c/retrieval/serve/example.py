@@ -17,19 +17,8 @@ _FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,live_flv,asf,ogg,gif,m4v,h264,hevc,vvc,mpegvideo,obu,ivf,mxf,rm,dv,apng,nut,"
     "yuv4mpegpipe,av1,amr,swf,vob,vc1,avif"
 )
-_PICTURES = {
-    "JPEG",
-    "MPO",
-    "PNG",
-    "WEBP",
-    "GIF",
-    "BMP",
-    "DIB",
-    "TIFF",
-    "AVIF",
-    "PPM",
-    "JPEG2000",
-}  # PIL gives EPS to Ghostscript
+# not EPS: PIL gives it to Ghostscript
+_PICTURES = {"JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "PPM", "JPEG2000"}
 _LARGEST = 1 << 27  # pixels of a picture
 
 

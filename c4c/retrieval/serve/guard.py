@@ -24,12 +24,8 @@ _HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
 }
-OPEN_ROUTES = (
-    "/healthz",
-    "/readyz",
-    "/page/style.css",
-    "/page/icon.svg",
-)  # without a token: nothing of the index is in them
+# without a token: nothing of the index is in them
+OPEN_ROUTES = ("/healthz", "/readyz", "/page/style.css", "/page/icon.svg")
 
 _LONGEST_HEADERS = 32 << 10  # bytes
 _LONGEST_ADDRESS = 192 << 10  # bytes: a sentence of 10 000 characters may take 12 each

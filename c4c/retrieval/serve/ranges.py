@@ -96,9 +96,8 @@ class RangedResponse(Response):
         while low < high and not gone.done():
             data = await anyio.to_thread.run_sync(self._source.read, min(_CHUNK, high - low), low)
             if not data:
-                raise ConnectionError(
-                    "the file became shorter while it was sent"
-                )  # the client sees that bytes are missing
+                # the client sees that bytes are missing
+                raise ConnectionError("the file became shorter while it was sent")
             low += len(data)
             async with asyncio.timeout(_PATIENCE_S):
                 await send({"type": "http.response.body", "body": data, "more_body": low < high})

@@ -95,10 +95,8 @@ def clip(job: dict) -> dict:
             encoder.add(picture, picture.time - first)
         if first is None:
             raise VideoError(f"it shows nothing between {start:.1f} and {end:.1f} s")
-        with (
-            suppress(av.FFmpegError, ValueError, OSError),
-            source_of(job) as file,
-        ):  # better without sound than not at all
+        # better without sound than not at all
+        with suppress(av.FFmpegError, ValueError, OSError), source_of(job) as file:
             for samples in sound(file, first, end):
                 encoder.add_sound(samples)
         encoder.finish(end - first)

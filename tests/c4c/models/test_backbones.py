@@ -216,12 +216,8 @@ def test_what_backbones_bring():
         backbone.named("ViT-B-32", "openai")["quick_gelu"]
         and not backbone.named("ViT-B-32", "laion2b_s34b_b79k")["quick_gelu"]
     )
-    old = {
-        "embed_dim": 8,
-        "quick_gelu": True,
-        "vision_cfg": {"image_size": 64},
-        "text_cfg": {},
-    }  # of before there was such a thing
+    # a description from before there was such a thing
+    old = {"embed_dim": 8, "quick_gelu": True, "vision_cfg": {"image_size": 64}, "text_cfg": {}}
     assert backbone.preprocess_of(old).interpolation == "bicubic" and backbone.preprocess_of(old).image_size == 64
 
 

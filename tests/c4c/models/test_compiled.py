@@ -99,9 +99,8 @@ def test_a_step_compiles_each_tower_once(head, patch):
     model = model_of(head, patch)
     model.load_state_dict(plain.state_dict())
     towers = compile_towers(model, 1)
-    assert towers.problem.startswith(
-        "engine.compile: the video and text towers ran uncompiled"
-    )  # nothing was called yet
+    # nothing was called yet
+    assert towers.problem.startswith("engine.compile: the video and text towers ran uncompiled")
     given = batch()
     for ours, theirs in zip(model(*given), plain(*given), strict=True):
         assert torch.equal(ours, theirs)

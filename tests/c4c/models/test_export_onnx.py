@@ -96,9 +96,8 @@ def test_no_head_is_left_out():
 
 
 def test_half_precision_and_what_the_files_say(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "c4c.models.export.onnx._ONE_FILE", 0
-    )  # weights in a file of their own, as of models above 1 GB
+    # weights in a file of their own, as of models above 1 GB
+    monkeypatch.setattr("c4c.models.export.onnx._ONE_FILE", 0)
     model = tiny("seqTransf", spec=SMALL)
     data = DataConfig(num_frames=5, image_size=32, mean=(0.5,) * 3, std=(0.25,) * 3, max_words=9)
     notes = export(model, tmp_path / "out", "onnx", data, half=True)

@@ -28,10 +28,8 @@ pytestmark = pytest.mark.slow
 CAPTIONS, FRAMES = 3, 2
 SIZES = [3, 1, 2, 3, 1, 3, 2, 0]  # captions of each video; the last row is padding
 SMOOTH, EQUAL, ALONE = {"label_smoothing": 0.1}, {"mask_equal_captions": True}, {"decorrelation": 0.02}
-TAUGHT = {
-    "teacher_weight": 0.7,
-    "teacher_temperature": 2.0,
-}  # of cases whose name begins with it: by a teacher with the head wti
+# of cases whose name begins with it: by a teacher with the head wti
+TAUGHT = {"teacher_weight": 0.7, "teacher_temperature": 2.0}
 # name: (loss, captions a row, options, heads)
 CASES = {
     "captions": ("cross_entropy", CAPTIONS, {}, ["meanP", "wti", "tightTransf"]),

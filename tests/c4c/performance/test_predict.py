@@ -94,9 +94,8 @@ def test_zero_3_starts_a_collective_for_each_weight_that_it_partitions():
         - predicted(f"engine.zero_stage={stage}", *words, gpus=8).seconds.communication
         for stage, words in ((2, ()), (3, ()), (3, ("train.micro_batch_size=4",)))
     ]
-    assert more == pytest.approx(
-        [0.008, 0.008 + 0.2, 0.008 + 0.1 * 3 * 4]
-    )  # forward and backward; cached, forward twice
+    # forward and backward; cached, forward twice
+    assert more == pytest.approx([0.008, 0.008 + 0.2, 0.008 + 0.1 * 3 * 4])
 
 
 def test_the_optimizer_is_partitioned():

@@ -9,15 +9,8 @@ import torch
 from c4c.retrieval.metrics import of_matrix, ranks, report, summarize
 
 GOLDEN = np.load(Path(__file__).parents[2] / "golden" / "metrics.npz")
-SQUARE = [
-    "random",
-    "clear_diag",
-    "weak_diag",
-    "anti_diag",
-    "hub_column",
-    "tiny3",
-    "even_n_median",
-]  # those without ties
+# those without ties
+SQUARE = ["random", "clear_diag", "weak_diag", "anti_diag", "hub_column", "tiny3", "even_n_median"]
 MULTI = ["ragged", "ragged_even", "clear", "single_each", "uniform", "half_median"]
 
 

@@ -278,10 +278,8 @@ def test_learning_curves(write_page, tmp_path):
     assert "Learning curves" in page and page.count(">this checkpoint<") == 3
     curves = learning(run, "runs/x/checkpoints/step000020")
     assert curves.t2v == [(20, 20.0), (40, 40.0)] and curves.v2t == [(20, 10.0), (40, 20.0)]
-    assert len(curves.loss) == 39 and curves.loss[0] == (
-        1,
-        5.0,
-    )  # the torn line and the one without a loss are left out
+    # the torn line and the one without a loss are left out
+    assert len(curves.loss) == 39 and curves.loss[0] == (1, 5.0)
     assert (curves.steps, curves.marker) == (40, 20)
     assert (curves.step_s, curves.wait_s) == (pytest.approx(20), pytest.approx(4))
     assert "40 steps recorded, 20 s in all, of which 20.0 %" in " ".join(page.split())

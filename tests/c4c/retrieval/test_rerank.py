@@ -35,9 +35,8 @@ def text_ranks(scores: np.ndarray, owner: np.ndarray) -> list[int]:
 
 
 def video_ranks(scores: np.ndarray, owner: np.ndarray) -> list[int]:
-    best = np.stack(
-        [scores[owner == v].max(axis=0) for v in range(scores.shape[1])]
-    )  # [video that a text is of, video]
+    # [video that a text is of, video]
+    best = np.stack([scores[owner == v].max(axis=0) for v in range(scores.shape[1])])
     return [int((best[:, v] >= best[v, v]).sum()) - 1 for v in range(scores.shape[1])]
 
 

@@ -95,9 +95,8 @@ def test_rotated_and_mirrored_videos_are_shown_as_players_do(tmp_path, name, ang
     halves = {"top": shown[: len(shown) // 2], "right": shown[:, shown.shape[1] // 2 :]}
     assert halves[at].mean() > 200 and shown.mean() < 160
     assert shown.shape[:2] == ((64, 32) if angle == 90 else (32, 64))
-    assert transcode.probe({"path": str(turned)}) == {
-        "type": None if angle is None else "video/mp4"
-    }  # players differ on mirrors
+    # players differ on mirrors
+    assert transcode.probe({"path": str(turned)}) == {"type": None if angle is None else "video/mp4"}
 
 
 @pytest.mark.parametrize("codec", ["libx264", "libx265", "mpeg4", "mjpeg"])
@@ -116,9 +115,8 @@ def test_clips_have_the_colours_of_their_video(tmp_path, space, full):
     path, out, side = tmp_path / "colours.mp4", tmp_path / "out.mp4", 40
     picture = np.repeat(np.array([list(stand_in.COLOURS.values())], np.uint8), side, axis=1).repeat(64, axis=0)
     kinds = {"dst_color_range": ColorRange.JPEG if full else ColorRange.MPEG}
-    kinds["dst_colorspace"] = (
-        Colorspace.ITU709 if space == "ITU709" else Colorspace.ITU601
-    )  # what players take for granted, too
+    # what players take for granted, too
+    kinds["dst_colorspace"] = Colorspace.ITU709 if space == "ITU709" else Colorspace.ITU601
     with av.open(path, "w") as file:
         stream = file.add_stream("libx264", rate=10, options={"crf": "1", "preset": "ultrafast"})
         stream.width, stream.height, stream.pix_fmt = picture.shape[1], 64, "yuv420p"

@@ -124,9 +124,8 @@ def test_an_upload_that_is_too_large(served):
         yield b"\r\n--b--\r\n"
 
     headers = {"content-type": "multipart/form-data; boundary=b"}
-    answer = served.client.post(
-        "/api/search/example", content=parts(), headers=headers
-    )  # it does not say how long it is
+    # a request that does not say how long it is
+    answer = served.client.post("/api/search/example", content=parts(), headers=headers)
     assert answer.status_code == 413
     answer = served.client.post(
         "/api/search/example", content=b"", headers={**headers, "content-length": "99999999999999"}

@@ -111,10 +111,8 @@ def test_done_is_a_run_with_the_settings_of_the_cell(tmp_path):
     (cell.folder / "done.json").write_text("{}")
     settings = yaml.safe_load(dump(cell.recipe.config))
     settings["run"] |= {"seed": 1, "dir": "elsewhere"}
-    settings["data"] |= {
-        "mean": [0.1, 0.2, 0.3],
-        "resize_mode": "squash",
-    }  # the backbone's, which the study leaves to it
+    # the backbone's, which the study leaves to it
+    settings["data"] |= {"mean": [0.1, 0.2, 0.3], "resize_mode": "squash"}
     (cell.folder / "config.yaml").write_text(yaml.safe_dump(settings))
     assert cell.problem() == "" and cell.is_done()
     settings["train"]["lr"] = 0.5

@@ -119,9 +119,8 @@ def test_a_study_that_is_killed_finds_its_slurm_jobs_again(tmp_path, slurm):
     study = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
     until = time.monotonic() + 60
     out = tmp_path / "out"
-    while (
-        not (out / "starts.jsonl").exists() or len(list(out.glob("cells/*/slurm.json"))) < 4
-    ):  # all that need no other
+    # four cells need no other one
+    while not (out / "starts.jsonl").exists() or len(list(out.glob("cells/*/slurm.json"))) < 4:
         assert time.monotonic() < until and study.poll() is None
         time.sleep(0.05)
     study.send_signal(signal.SIGKILL)

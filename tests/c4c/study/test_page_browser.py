@@ -186,9 +186,8 @@ def test_a_phone_scrolls_in_one_direction_only(opened, width):
     assert page.evaluate(wide) == []
     region = page.locator("#frames .scroll")
     region.evaluate("e => { e.scrollLeft = 300; }")
-    assert (
-        region.evaluate("e => e.scrollLeft") == 300
-    )  # the table scrolls in its own region, and its rows keep their names
+    # the table scrolls in its own region, and its rows keep their names
+    assert region.evaluate("e => e.scrollLeft") == 300
     assert page.locator("#frames .row th").first.bounding_box()["x"] >= 0
 
 
@@ -217,9 +216,8 @@ def test_numbers_under_the_pointer(opened):
         return readout.text_content()
 
     estimate = pages.whole().tables[0].rows[-1].estimate("t2v_R1")
-    assert (
-        read(0.93) == f"data.num_frames 12: ours {estimate.mean:.1f} ± {estimate.sd:.1f}"
-    )  # nothing was published there
+    # nothing was published there
+    assert read(0.93) == f"data.num_frames 12: ours {estimate.mean:.1f} ± {estimate.sd:.1f}"
     assert "published" in read(0.14)
 
 

@@ -271,9 +271,8 @@ def test_a_run_goes_on_with_the_teacher_that_it_began_with_only(teacher, setting
     with pytest.raises(ValueError, match=rf"train\.teacher was {own}, is \)"):
         train(settings(*again))
     other = settings(f"train.teacher={tmp_path / 'another'}", *again)
-    with pytest.raises(
-        ValueError, match=r"train\.teacher was "
-    ):  # where nobody compares digests, as for a stage that is done
+    # where nobody compares digests, as for a stage that is done
+    with pytest.raises(ValueError, match=r"train\.teacher was "):
         require_continues(folder, other)
     require_continues(folder, other, "a digest")
     moved = own.rename(tmp_path / "moved.safetensors")

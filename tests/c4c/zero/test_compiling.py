@@ -144,10 +144,8 @@ def test_a_file_system_without_locks_has_torchs_lock(tmp_path, monkeypatch):
 def test_what_the_processor_can_do_is_known_without_a_process(monkeypatch):
     import cpuinfo
 
-    builder, asked = (
-        FusedAdamBuilder(),
-        cpuinfo.get_cpu_info(),
-    )  # by the package, or already by what is put in its place
+    # by the package, or already by what is put in its place
+    builder, asked = FusedAdamBuilder(), cpuinfo.get_cpu_info()
     expected = [builder.cpu_arch(), builder.simd_width()]
     monkeypatch.setattr(cpuinfo, "get_cpu_info", lambda: asked)
     monkeypatch.setenv("PATH", os.environ["PATH"])

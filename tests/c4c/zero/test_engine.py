@@ -68,9 +68,8 @@ def test_the_deepspeed_block_lies_on_top():
     assert config["optimizer"]["type"] == "Lion"
     assert config["optimizer"]["params"]["lr"] == 0.1
     assert config["comms_logger"] == {"enabled": True}
-    assert (
-        derived({"gradient_clipping": 1.0, "zero_optimization": {"stage": 1}}) == derived()
-    )  # saying the same is no harm
+    # saying the same is no harm
+    assert derived({"gradient_clipping": 1.0, "zero_optimization": {"stage": 1}}) == derived()
 
 
 @pytest.mark.parametrize(

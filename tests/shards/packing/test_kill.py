@@ -115,9 +115,8 @@ def test_kill_9_at_any_moment(folder: Path, unbroken, tmp_path: Path) -> None:
         torn = set(out.glob(".*.tmp"))
         with start(folder, out, workers=1 + nth % 2) as process:
             wait_for_work(process, out, torn)
-            if (
-                nth % 4 == 1
-            ):  # where the machine is much busier than it was for the unbroken run, no shard would be finished
+            # where the machine is much busier than it was for the unbroken run, no shard would be finished
+            if nth % 4 == 1:
                 wait_for_shard(process, out)
             else:
                 time.sleep(seconds * rng.uniform(0, 0.5))
