@@ -6,7 +6,6 @@ model that is trained. Started by torchrun or deepspeed (`torchrun --nproc_per_n
 """
 
 import argparse
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 from c4c.errors import exit_code
 from c4c.helptext import add_checkpoint_options
 from c4c.launched import let_threads_sleep, quick_imports
+from c4c.option_checks import require_device, require_not_empty
 
 if TYPE_CHECKING:  # imports come after what they would hold up: --help and mistakes in the arguments
     from c4c.retrieval.request import Request
@@ -61,14 +61,9 @@ def _checked(args: argparse.Namespace) -> "Request":
     named = [word for words in args.data or [] for word in words]
     words = [*args.overrides, *filter(SETTING.match, named)]  # an option takes all words after it
     places = [word for word in named if not SETTING.match(word)]
-    for option, value in (
-        *((name, getattr(args, name)) for name in ("ckpt", "tag", "backbone", "device")),
-        *(("data", p) for p in places),
-    ):
-        if value == "":
-            raise ValueError(f"--{option} is empty: is a variable of the shell not set?")
-    if args.device and not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
-        raise ValueError(f"--device {args.device}: must be cpu, cuda or cuda:N")
+    given = [(name, getattr(args, name)) for name in ("ckpt", "tag", "backbone", "device")]
+    require_not_empty([*given, *(("data", path) for path in places)])
+    require_device(args.device)
     if args.out.suffix != ".safetensors":
         raise ValueError(f"--out {args.out}: the name must end with .safetensors")
     require_writable(f"--out {args.out}", args.out, lambda start: b'"c4c.features.' in start)

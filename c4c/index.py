@@ -6,7 +6,6 @@ deepspeed (`torchrun --nproc_per_node 4 -m c4c.index ...`), ranks share the vide
 
 import argparse
 import os
-import re
 import signal
 import sys
 import threading
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 from c4c.errors import Stopped, exit_code
 from c4c.helptext import add_checkpoint_options
 from c4c.launched import let_threads_sleep, own_rank, quick_imports
+from c4c.option_checks import require_device, require_not_empty
 
 if TYPE_CHECKING:  # imports come after what they would hold up: --help and mistakes in the arguments
     from c4c.retrieval.index.plan import ListedVideo
@@ -71,11 +71,8 @@ def run(args: argparse.Namespace) -> int:
     from pipelines.segments import Cutting
     from shards import count
 
-    for option in ("ckpt", "out", "backbone", "tag"):
-        if getattr(args, option) == "":
-            raise ValueError(f"--{option} is empty: is a variable of the shell not set?")
-    if args.device and not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
-        raise ValueError(f"--device {args.device}: must be cpu, cuda or cuda:N")
+    require_not_empty((name, getattr(args, name)) for name in ("ckpt", "out", "backbone", "tag"))
+    require_device(args.device)
     for option, least in (("threads", 0), ("commit", 1)):
         if getattr(args, option) < least:
             raise ValueError(f"--{option} {getattr(args, option)}: must be at least {least}")

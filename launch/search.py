@@ -6,7 +6,6 @@ python launch/search.py my.index "a cake" --path 'cooking/*' --max-duration 60 -
 """
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # outside its environment too: 
 
 from c4c.errors import exit_code
 from c4c.launched import let_threads_sleep, open_streams, quick_imports
+from c4c.option_checks import require_device
 
 
 def main() -> int:
@@ -68,8 +68,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json not in (None, "-") and not (args.sentences or args.queries or args.video or args.image):
         raise ValueError(f"--json took {args.json!r} for the name of its file: put --json behind the sentences")
     queries = choose_queries(args.sentences, args.queries, args.video, args.image, args.ckpt)
-    if args.device and not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
-        raise ValueError(f"--device {args.device}: must be cpu, cuda or cuda:N")
+    require_device(args.device)
     if args.k < 1:
         raise ValueError(f"-k {args.k}: must be at least 1")
     how = {

@@ -12,6 +12,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # outside its environment too: 
 
 from c4c.errors import exit_code
 from c4c.launched import let_threads_sleep, open_streams, quick_imports
+from c4c.option_checks import require_not_empty
 from c4c.retrieval.serve.options import (
     MAX_UPLOAD_MB,
     TOKEN_VARIABLE,
@@ -62,8 +63,7 @@ def main() -> int:
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal comes. Mistakes are found first; what takes long to import comes after that."""
     token = os.environ.get(TOKEN_VARIABLE, "") if args.token is None else args.token
-    if args.token == "":
-        raise ValueError("--token is empty: is a variable of the shell not set?")
+    require_not_empty([("token", args.token)])
     options = ServeOptions(
         index=args.index, host=args.host, port=args.port, token=token, checkpoint=args.ckpt, device=args.device,
         max_upload_mb=args.max_upload_mb, root_path=args.root_path.rstrip("/"),

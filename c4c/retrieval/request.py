@@ -7,6 +7,7 @@ from pathlib import Path
 from c4c.config import from_dict, override_data
 from c4c.files import require_writable
 from c4c.merging import Merging
+from c4c.option_checks import require_device, require_not_empty
 from c4c.training.run_folder import is_run, located, read_config
 from pipelines.config import DataConfig
 from shards import ShardError
@@ -63,14 +64,11 @@ class Request:
 
 def checked(args) -> Request:
     """The request that a command line makes. Raises ValueError, or OSError, for what cannot be done."""
-    if args.device and not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
-        raise ValueError(f"--device {args.device}: must be cpu, cuda or cuda:N")
+    require_device(args.device)
     words, places, methods = list(args.overrides), _own(args.data or []), _own([args.rerank or []])
     for taken in [*(args.data or []), args.rerank or []]:  # an option takes all words after it
         words += [word for word in taken if SETTING.match(word)]
-    for option, value in (*((name, getattr(args, name)) for name in _WORDS), *(("data", p) for p in places)):
-        if value == "":
-            raise ValueError(f"--{option} is empty: is a variable of the shell not set?")
+    require_not_empty([*((name, getattr(args, name)) for name in _WORDS), *(("data", path) for path in places)])
     if args.data and not places:
         raise ValueError("--data is not given: name the folder of a packed split")
     _check_files(args)

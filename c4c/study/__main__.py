@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from c4c.errors import Stopped, exit_code
 from c4c.launched import let_threads_sleep
+from c4c.option_checks import require_not_empty
 
 if TYPE_CHECKING:
     from c4c.study.config import Study
@@ -61,9 +62,7 @@ def command(args: argparse.Namespace) -> int:
 
     if args.jobs is not None and not 1 <= args.jobs <= MOST:
         raise ValueError(f"--jobs {args.jobs}: must be from 1 to {MOST}")
-    for option in ("cfg", "out", "on"):
-        if getattr(args, option) == "":
-            raise ValueError(f"--{option} is empty: is a variable of the shell not set?")
+    require_not_empty((name, getattr(args, name)) for name in ("cfg", "out", "on"))
     only, seeds, words = _taken(args)
     study = read_study(Path(args.cfg), words, Path(args.out) if args.out else None, seeds, args.jobs or 0)
     _require_tables(study, only)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from c4c.option_checks import require_not_empty
 from c4c.retrieval.index.rows import FILE, SHARD, Failure, Known
 from shards import count, first_few
 from shards.annotations.files import EXTENSIONS
@@ -78,9 +79,8 @@ class VideoSources:
         self.splits: dict[str, Split] = {}
         self._roots: list[str] = []
         self._index = index
+        require_not_empty(("videos", name) for name in names)
         for name in names:
-            if not name:
-                raise ValueError("--videos is empty: is a variable of the shell not set?")
             folder = place(name)
             if is_remote(folder):
                 self.splits[name.rstrip("/")] = Split(name)

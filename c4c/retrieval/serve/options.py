@@ -8,6 +8,8 @@ import secrets
 import socket
 from dataclasses import dataclass, replace
 
+from c4c.option_checks import require_device, require_not_empty
+
 MAX_UPLOAD_MB = 200
 _SHORTEST_TOKEN = 12  # characters
 TOKEN_VARIABLE = "C4C_TOKEN"  # unlike an option, other users of the machine cannot read it in the list of processes
@@ -39,10 +41,8 @@ class ServeOptions:
             raise ValueError("the index is not given: name what `python -m c4c.index --out` wrote")
         if not 0 <= self.port <= 65535:
             raise ValueError(f"--port {self.port}: must be from 1 to 65535, or 0 for one that is free")
-        if not self.host:
-            raise ValueError("--host is empty: is a variable of the shell not set?")
-        if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
-            raise ValueError(f"--device {self.device}: must be cpu, cuda or cuda:N")
+        require_not_empty([("host", self.host), ("device", self.device)])
+        require_device(self.device)
         if not 1 <= self.max_upload_mb <= 100_000:
             raise ValueError(f"--max-upload-mb {self.max_upload_mb}: must be from 1 to 100000")
         if self.root_path and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", self.root_path):
@@ -85,8 +85,7 @@ def require_checkpoint(name: str | None) -> None:
     """Raise ValueError if --ckpt names what is not there, which would come out with the first upload."""
     from c4c.files import looked_in
 
-    if name == "":
-        raise ValueError("--ckpt is empty: is a variable of the shell not set?")
+    require_not_empty([("ckpt", name)])
     if name is not None and ":" not in name and not os.path.exists(name):
         raise ValueError(f"--ckpt {name}: there is no such file or folder{looked_in(name)}")
 
