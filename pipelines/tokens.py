@@ -15,6 +15,7 @@ from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from pipelines.hub import mind_the_network
 from pipelines.lengths import CONTEXT, token_count
 from pipelines.lengths import TOKENIZER as CLIP_NAME
+from shards import first_line
 
 CLIPS: dict[str, Any] = {
     "kind": "clip", "name": "", "context_length": CONTEXT, "kwargs": {}, "mode": None, "fixed_length": False,
@@ -171,7 +172,7 @@ def _loaded(source: str, mode: str | None, kwargs: str) -> HFTokenizer:
 
 def _cannot_be_had(about: dict[str, Any], source: str, error: Exception) -> str:
     """Why there is no such tokenizer, and what to do."""
-    reason = (str(error).strip().partition("\n")[0] or type(error).__name__).rstrip(".")
+    reason = first_line(error).rstrip(".")
     if not Path(source).is_absolute() and not Path(source).is_dir():
         return (
             f"the tokenizer {source} cannot be had ({reason}): with a network it is fetched by itself. Without, run "

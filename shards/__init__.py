@@ -18,6 +18,14 @@ def first_few(words: Iterable[str], most: int = 3) -> str:
     return ", ".join(shown[:most]) + ", …" * (len(shown) > most)
 
 
+def first_line(error: BaseException, named: bool = False) -> str:
+    """An error in one line of at most 200 characters: the first line of its text, or the name of its class if it has none.
+
+    named: with the name of its class in any case, for errors that say little without it."""
+    kind, line = type(error).__name__, (str(error).strip().splitlines() or [""])[0][:200]
+    return f"{kind}: {line}" if named and line else line or kind
+
+
 class ShardError(ValueError):
     """Something is wrong on disk, or in a command that writes to disk. The message says what to do."""
 

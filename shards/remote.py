@@ -18,10 +18,10 @@ from typing import ClassVar, TypeVar
 
 from crc32c import crc32c
 
-from shards import ShardError
+from shards import ShardError, first_line
 from shards.disk_cache import DiskCache
 from shards.schema import Video
-from shards.storage import filesystem, short, status_of, unreachable
+from shards.storage import filesystem, status_of, unreachable
 from shards.summary import read_summary
 from shards.user_cache import user_cache
 
@@ -213,7 +213,7 @@ def patiently(action: Callable[[float], T], what: str, patience_s: float, server
         except _BUGS:
             raise
         except Exception as error:  # each library has its own
-            status, server.error = status_of(error), short(error)
+            status, server.error = status_of(error), first_line(error)
             if status is not None and status < 500:
                 server.clear()
             if isinstance(error, FileNotFoundError) or status in (404, 410):
@@ -221,9 +221,13 @@ def patiently(action: Callable[[float], T], what: str, patience_s: float, server
             refused = isinstance(error, PermissionError) or type(error).__name__ == "NoCredentialsError"
             if refused or (status is not None and 400 <= status < 500 and status not in (408, 429)):
                 kind = Refused if refused or status in (401, 403) else ShardError
-                raise kind(f"{what} may not be read: {short(error)}. Check the address and the credentials") from error
+                raise kind(
+                    f"{what} may not be read: {first_line(error)}. Check the address and the credentials"
+                ) from error
             if waited() + pause > patience_s:
                 failure = "cannot be reached" if status is None and unreachable(error) else "cannot be read"
-                raise Unreachable(f"{what} {failure}, for {waited():.0f} s now ({short(error)}). {_LATER}") from error
+                raise Unreachable(
+                    f"{what} {failure}, for {waited():.0f} s now ({first_line(error)}). {_LATER}"
+                ) from error
         time.sleep(pause * random.uniform(0.5, 1.0))  # not all threads at once
         pause = min(2 * pause, _PAUSES[1])

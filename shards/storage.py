@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from shards import ShardError, VideoError
+from shards import ShardError, VideoError, first_line
 from shards.tar import DISK_FULL, UNSUPPORTED, commit, naming, sync_and_close
 
 _PACKAGES = {
@@ -134,18 +134,18 @@ def _retried(action: Callable[[], object], path) -> None:
                 raise VideoError(MISSING) from error
             refused = isinstance(error, PermissionError) or type(error).__name__ == "NoCredentialsError"
             if refused and path.protocol not in ("http", "https"):
-                raise ShardError(f"access to {path} is denied: {short(error)}. Check the credentials") from error
+                raise ShardError(f"access to {path} is denied: {first_line(error)}. Check the credentials") from error
             final = refused or (status is not None and 400 <= status < 500 and status not in (408, 429))
             if wait is not None and not final:
                 time.sleep(wait)
                 continue
             if status is None and not refused and unreachable(error):
                 raise ShardError(
-                    f"{path} cannot be reached ({short(error)}; {_TRIES} tries). Committed shards are kept: run the same "
+                    f"{path} cannot be reached ({first_line(error)}; {_TRIES} tries). Committed shards are kept: run the same "
                     "command again when the network is back. If that server is gone for good, take its videos out of "
                     "the annotations."
                 ) from error
-            reason = f"the server answers {status}" if status else f"the file cannot be read ({short(error)})"
+            reason = f"the server answers {status}" if status else f"the file cannot be read ({first_line(error)})"
             raise VideoError(reason) from error
 
 
@@ -165,11 +165,6 @@ def unreachable(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def short(error: Exception) -> str:
-    """The error in one line of at most 200 characters."""
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
 # ---- outputs ----

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from crc32c import crc32c
 
-from shards import ShardError, memory
+from shards import ShardError, first_line, memory
 from shards.open_files import NoMoreFiles, limit_reached
 from shards.schema import FRAME_COLUMNS, Coding, FrameTable, Video, difference
 
@@ -40,8 +40,7 @@ def read_table(
     except Exception as error:  # Arrow raises many kinds for a damaged file
         if memory.is_short(error):
             raise ShardError(f"there is not enough memory to read {path}{memory.limit_text()}") from error
-        what = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise ShardError(f"{path} cannot be read ({what}). {COPY_AGAIN}") from error
+        raise ShardError(f"{path} cannot be read ({first_line(error)}). {COPY_AGAIN}") from error
     if wrong:
         raise ShardError(f"{path} cannot be read ({wrong}). {COPY_AGAIN}")
     return table
@@ -52,7 +51,7 @@ def read_counts(data: bytes) -> np.ndarray:
     try:
         counts = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
     except Exception as error:  # numpy parses its header as Python
-        raise ValueError(f"cannot be read ({(str(error) or type(error).__name__).splitlines()[0][:200]})") from error
+        raise ValueError(f"cannot be read ({first_line(error)})") from error
     if counts.ndim != 1 or counts.dtype.kind != "u":
         raise ValueError(f"holds {counts.dtype} of {counts.ndim} dimensions, not a list of counts")
     return counts

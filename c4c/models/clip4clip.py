@@ -19,6 +19,7 @@ from c4c.models.weights import Weights, read, read_backbone
 from c4c.settings import ModelConfig, names_weights
 from pipelines.config import DataConfig
 from pipelines.stages.pixels import Pixels
+from shards import first_line
 
 _NAMED = 3  # weights of each kind that an error names
 MAX_SCALE = 100.0  # CLIP's bound on the temperature's inverse
@@ -77,7 +78,7 @@ class CLIP4Clip(nn.Module):
                 weights.spec, weights.head, weights.linear_patch, weights.blocks, weights.segments, weights.merging
             )
         except (KeyError, TypeError, AttributeError, ArithmeticError, AssertionError, RuntimeError) as error:
-            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+            reason = first_line(error, named=True)
             raise ValueError(f"{source}: its description of the towers is damaged ({reason})") from error
         model.start_head()  # what `allow` lets be missing stays so
         add_prompts(model.clip, weights.prompts)

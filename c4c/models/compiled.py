@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from c4c.models.clip4clip import CLIP4Clip
 from pipelines.stages.pixels import normalised
+from shards import first_line
 
 
 def compile_towers(model: CLIP4Clip, stage: int) -> "CompiledTowers | None":
@@ -80,7 +81,7 @@ def or_as_it_is(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
     try:
         return torch._dynamo.lookup_backend("inductor")(graph, inputs)
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0][:200]
+        reason = first_line(error)
         warnings.warn(f"engine.compile: a part of a tower runs uncompiled ({reason})", stacklevel=2)
         return graph.forward
 
@@ -90,5 +91,5 @@ def _cannot_compile(device: torch.device) -> str:
     try:
         torch.compile(lambda x: torch.nn.functional.gelu(x) + 1, fullgraph=True)(torch.zeros(8, device=device))
     except Exception as error:  # a missing compiler, an unsupported device, ...: any of dynamo's and inductor's errors
-        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+        return first_line(error, named=True)
     return ""

@@ -24,6 +24,7 @@ from torch.nn.functional import interpolate
 from torch.overrides import TorchFunctionMode
 
 from c4c.models.text_tower import give_words
+from shards import first_line
 
 _OF_LOSS = ("init_logit_scale", "init_logit_bias")  # numbers that a spec hands to open_clip's models
 # what makes a step random, and what only pretraining by their authors needs: the first is left out, nothing is fetched
@@ -228,7 +229,7 @@ def resize_pictures(clip: nn.Module, size: int) -> None:
         else:
             _resize_timm(visual, size)
     except (AssertionError, RuntimeError, NotImplementedError, TypeError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = first_line(error)
         raise ValueError(f"its image tower cannot take pictures of {size} pixels ({reason})") from error
 
 

@@ -35,6 +35,7 @@ from c4c.zero import checkpoint as run_checkpoint
 from c4c.zero.patches import quiet_libraries
 from pipelines.config import DataConfig
 from pipelines.tokens import Tokenizer
+from shards import first_line
 
 FORMAT = 1  # of the folder that TextEncoder.save writes
 WEIGHTS, ABOUT = "text.safetensors", "encoder.json"
@@ -115,7 +116,7 @@ class TextEncoder:
             _assign(model, tensors)
             identity = Identity.from_dict(about["identity"])
         except (KeyError, TypeError, AttributeError, RuntimeError, OSError, safetensors.SafetensorError) as error:
-            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+            reason = first_line(error, named=True)
             raise ValueError(f"{folder}: the text encoder is damaged ({reason})") from error
         return TextEncoder(model.to(place).eval().requires_grad_(False), identity, place)
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from c4c.models.heads import HEADS, Head
 from c4c.models.heads.mean import MeanPooling
 from c4c.retrieval.output import beside
-from shards import count
+from shards import count, first_line
 
 FORMAT = "c4c.features.1"
 _NEEDED = ("ids", "caption_counts", "videos", "texts")
@@ -181,7 +181,7 @@ class FeatureFile:
                 head.score(*(torch.from_numpy(array[:1].astype(np.float32)) for array in (self.texts, self.videos)))
         except (TypeError, ValueError, ArithmeticError, AssertionError, RuntimeError, IndexError) as error:
             raise ValueError(
-                f"its weights or features do not fit the head {self.head_name} ({str(error).partition(chr(10))[0][:200]})"
+                f"its weights or features do not fit the head {self.head_name} ({first_line(error)})"
             ) from error
         return head
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from c4c.models.clip4clip import CLIP4Clip
 from c4c.models.export import onnx
 from c4c.models.towers import match_statistics
+from shards import first_line
 from shards.user_cache import user_cache
 
 NAMES = ("torch", "torch-bf16", "onnx", "onnx-int8", "auto")
@@ -228,7 +229,7 @@ def _made(folder: Path, write: Callable[[Path], None]) -> Path:
             try:
                 write(beside / _GRAPH)
             except RuntimeError as error:  # of torch's exporter
-                reason = str(error).strip().partition("\n")[0][:200]
+                reason = first_line(error)
                 raise ValueError(f"the image tower cannot be written as ONNX ({reason})") from error
             os.rename(beside, folder)
         except OSError:

@@ -12,7 +12,7 @@ from c4c.training.screen import Report, span
 from c4c.training.session import Session, make_deterministic
 from c4c.zero import checkpoint
 from c4c.zero.distributed import start_distributed, stop_distributed
-from shards import count
+from shards import count, first_line
 from shards.remote import Local
 from shards.split import Split
 
@@ -101,7 +101,7 @@ def _memory_lines(config: Config, world: int) -> list[str]:
     try:
         return memory_table(config, world)
     except (ValueError, NotImplementedError, RuntimeError) as error:  # what a tower makes of torch's meta device
-        reason = str(error).strip().partition("\n")[0][:200]
+        reason = first_line(error)
         return [f"what fits a card of 24 GB cannot be counted for {config.model.backbone} ({reason})"]
 
 

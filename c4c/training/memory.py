@@ -6,6 +6,7 @@ import resource
 import torch
 
 from c4c.errors import is_out_of_memory
+from shards import first_line
 
 _FRAGMENTED_GIB = 2.0  # reserved by torch and not in use: enough to matter
 
@@ -14,7 +15,7 @@ def out_of_memory(error: BaseException, doing: str, remedies: str) -> str | None
     """If that is what `error` is: what it was needed for, how much there is, and which keys to change."""
     if not is_out_of_memory(error):
         return None
-    reason = str(error).strip().partition("\n")[0][:200]
+    reason = first_line(error)
     if not torch.cuda.is_available():
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
         return f"out of memory: {doing}; the machine has {total:.1f} GiB. Set {remedies} ({reason})"

@@ -29,6 +29,7 @@ from c4c.files import looked_in, with_usual_mode
 from c4c.settings import CheckpointConfig
 from c4c.training.run_folder import scores
 from c4c.zero import patches
+from shards import first_line
 
 FOLDER = "checkpoints"
 STATE = "state.json"
@@ -230,7 +231,7 @@ def damage(folder: Path, parts: tuple[str, ...] = ()) -> str:
     except CheckpointError as error:
         return str(error)
     except Exception as error:  # safetensors' own kind is a plain Exception
-        return f"{name}: {str(error).partition(chr(10))[0]}"
+        return f"{name}: {first_line(error)}"
     return ""
 
 
@@ -344,6 +345,6 @@ def reading(folder: Path) -> Iterator[None]:
     except CheckpointError:
         raise
     except Exception as error:  # DeepSpeed raises whatever its file formats lead to
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        reason = first_line(error, named=True)
         known = _listed(folder.parent.parent)
         raise CheckpointError(f"{folder} cannot be read ({reason}); the run has {known}") from error

@@ -19,7 +19,7 @@ from typing import BinaryIO
 import pyarrow as pa
 from crc32c import crc32c
 
-from shards import ShardError, VideoError, memory, storage
+from shards import ShardError, VideoError, first_line, memory, storage
 from shards.annotations import Caption, Item
 from shards.packing.rows import (
     description,
@@ -230,8 +230,7 @@ def _stored(file, item: Item, profile: Profile) -> Stored:
             raise
         if memory.is_short(error):
             raise VideoError(f"there is not enough memory to decode it{memory.limit_text()}") from error
-        what = str(error).splitlines()[0][:200] if str(error) else ""
-        raise VideoError(f"it cannot be decoded ({type(error).__name__}: {what})") from error
+        raise VideoError(f"it cannot be decoded ({first_line(error, named=True)})") from error
 
 
 def main(descriptor: int, parent: int) -> None:

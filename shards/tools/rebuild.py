@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from crc32c import crc32c
 
-from shards import ShardError, VideoError
+from shards import ShardError, VideoError, first_line
 from shards.packing.rows import frame_columns, is_loss, loss, write_table
 from shards.schema import JSON_CRCS, SCHEMA, FrameTable
 from shards.table import Table
@@ -221,8 +221,7 @@ def _row(sample: TarSample, described: dict, file: BinaryIO) -> tuple[dict, int]
     except VideoError:
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, pa.ArrowException) as error:
-        what = (str(error) or type(error).__name__).splitlines()[0][:120]
-        raise VideoError(f"its .json member has values that the packer never writes ({what})") from error
+        raise VideoError(f"its .json member has values that the packer never writes ({first_line(error)})") from error
 
 
 def _row_of(sample: TarSample, described: dict, file: BinaryIO) -> tuple[dict, int]:

@@ -14,7 +14,7 @@ from typing import BinaryIO
 import pyarrow.parquet as pq
 from crc32c import crc32c
 
-from shards import VideoError, count
+from shards import VideoError, count, first_line
 from shards.digest import BYTES, RULE_KEY
 from shards.packing.finish import read_totals
 from shards.schema import CAPTION_COUNTS, JSON_CRCS, SUFFIXES, Video
@@ -122,7 +122,7 @@ def _verify_shard(job: tuple[Path, dict, int, dict]) -> list[Problem]:
         if len(json_crcs) != table.rows:
             raise ValueError(f"it has {table.rows} rows and {len(json_crcs)} checksums")
     except Exception as error:  # Arrow raises many kinds for a damaged file
-        return [Problem(name, None, f"the sample table cannot be read ({str(error).splitlines()[0]})", rebuild)]
+        return [Problem(name, None, f"the sample table cannot be read ({first_line(error)})", rebuild)]
     size = tar_path.stat().st_size
     if size != shard["bytes"]:
         remedy = f"Copy the tar again, or keep the samples that are whole: {repair_command(path, '--truncate')}"

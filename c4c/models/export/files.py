@@ -18,6 +18,7 @@ from c4c.models.tokenizer_spec import without_files
 from c4c.models.weights.clip4clip import to_official, unsaid_pictures
 from pipelines.config import DataConfig
 from pipelines.tokens import Tokenizer
+from shards import first_line
 
 _OFFICIAL_HEADS = ("meanP", "seqLSTM", "seqTransf", "tightTransf")
 _DRL = {"wti": "None", "seqWTI": "seqTransf"}  # heads of DRL's code, which writes CLIP4Clip's layout: its --agg_module
@@ -74,7 +75,7 @@ def write(model: CLIP4Clip, data: DataConfig | None, path: Path, official: bool)
         with_usual_mode(beside)
         os.replace(beside, path)
     except (RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
         raise OSError(f"{path} could not be written ({reason}): is there room on the disk?") from error
     finally:
         discard(beside)

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from c4c.files import with_usual_mode
+from shards import first_line
 
 # files that transformers and open_clip take for parts of a tokenizer, whichever lie in a folder
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
@@ -39,7 +40,7 @@ def written(folder: Path) -> Iterator[Path]:
     except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and "write" not in str(error) and "space" not in str(error):
             raise
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
         raise OSError(f"{folder} could not be written ({reason}): is there room on the disk?") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)

@@ -25,6 +25,7 @@ from c4c.models.heads.mean import Cosine
 from c4c.models.pretrained import kept
 from pipelines.config import DataConfig
 from pipelines.tokens import CLIPS
+from shards import first_line
 
 OPSET = 18
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
@@ -177,7 +178,7 @@ def _check(module: nn.Module, inputs: dict[str, Tensor], path: Path, half: bool)
         worst = float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
         reason = f"it is off by {worst:.1e}" if not worst <= (1e-2 if half else 1e-4) else ""
     except Exception as error:  # onnxruntime's own kinds are plain Exceptions
-        reason = str(error).partition("\n")[0][:300]
+        reason = first_line(error)
     if reason:
         raise ValueError(
             f"the graph {path.name} does not do in onnxruntime what the model does ({reason}), and is not kept"

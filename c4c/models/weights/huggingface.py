@@ -251,11 +251,11 @@ def _towers_of(config: dict, folder: Path) -> tuple[Any, Any, int]:
     except ValueError:
         raise
     except Exception as error:  # transformers checks its settings in many ways
-        raise ValueError(f"{folder / CONFIG} is damaged ({_first_line(error)})") from error
+        raise ValueError(f"{folder / CONFIG} is damaged ({_in_one_line(error)})") from error
     return full.vision_config, full.text_config, full.projection_dim if clip else 0
 
 
-def _first_line(error: Exception) -> str:
+def _in_one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
