@@ -21,7 +21,7 @@ from crc32c import crc32c
 from shards import ShardError, first_line
 from shards.disk_cache import DiskCache
 from shards.schema import Video
-from shards.storage import filesystem, status_of, unreachable
+from shards.storage import filesystem, is_final, is_refused, status_of, unreachable
 from shards.summary import read_summary
 from shards.user_cache import user_cache
 
@@ -218,8 +218,8 @@ def patiently(action: Callable[[float], T], what: str, patience_s: float, server
                 server.clear()
             if isinstance(error, FileNotFoundError) or status in (404, 410):
                 raise ShardError(f"{what} is missing") from error
-            refused = isinstance(error, PermissionError) or type(error).__name__ == "NoCredentialsError"
-            if refused or (status is not None and 400 <= status < 500 and status not in (408, 429)):
+            refused = is_refused(error)
+            if refused or is_final(status):
                 kind = Refused if refused or status in (401, 403) else ShardError
                 raise kind(
                     f"{what} may not be read: {first_line(error)}. Check the address and the credentials"

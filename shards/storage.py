@@ -132,11 +132,10 @@ def _retried(action: Callable[[], object], path) -> None:
                 raise
             if isinstance(error, FileNotFoundError):
                 raise VideoError(MISSING) from error
-            refused = isinstance(error, PermissionError) or type(error).__name__ == "NoCredentialsError"
+            refused = is_refused(error)
             if refused and path.protocol not in ("http", "https"):
                 raise ShardError(f"access to {path} is denied: {first_line(error)}. Check the credentials") from error
-            final = refused or (status is not None and 400 <= status < 500 and status not in (408, 429))
-            if wait is not None and not final:
+            if wait is not None and not (refused or is_final(status)):
                 time.sleep(wait)
                 continue
             if status is None and not refused and unreachable(error):
@@ -155,6 +154,16 @@ def status_of(error: Exception) -> int | None:
     if isinstance(answer, dict):  # botocore's
         return answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
     return getattr(error, "status", None) or getattr(answer, "status_code", None)
+
+
+def is_refused(error: Exception) -> bool:
+    """Whether a library says that these credentials, or none, do not suffice."""
+    return isinstance(error, PermissionError) or type(error).__name__ == "NoCredentialsError"  # botocore's
+
+
+def is_final(status: int | None) -> bool:
+    """Whether asking again cannot help: the client's mistake, but for 408 (request timeout) and 429 (too many requests)."""
+    return status is not None and 400 <= status < 500 and status not in (408, 429)
 
 
 def unreachable(error: BaseException | None) -> bool:
