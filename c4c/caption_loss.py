@@ -1,10 +1,9 @@
 """The softmax loss of videos with several captions each, with smoothed targets, and without false negatives."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from c4c.losses import Score, both_ways, equal_rows, gather, world_size
+from c4c.losses import Score, both_ways, equal_rows, gather, process_rank, world_size
 
 
 def caption_loss(
@@ -27,7 +26,7 @@ def caption_loss(
     https://arxiv.org/abs/1512.00567, section 7). tokens int64 [B, N, L]: if given, a caption and a video of which another
     caption has the same tokens are no candidates of each other.
     """
-    rank = dist.get_rank() if world_size() > 1 else 0
+    rank = process_rank()
     rows, captions = present.shape
     all_present = gather(present.to(video.dtype)).detach().bool()  # [V, N], V rows of all ranks
     owner = torch.arange(len(all_present), device=video.device)

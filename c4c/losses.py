@@ -42,6 +42,11 @@ class _Gather(torch.autograd.Function):
         return grad[dist.get_rank() * ctx.rows : (dist.get_rank() + 1) * ctx.rows]
 
 
+def process_rank() -> int:
+    """This process's number in the process group; 0 without one."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
 def gather(local: Tensor) -> Tensor:
     """[B, ...] of each rank -> [world * B, ...] on all of them, differentiable."""
     return local if world_size() == 1 else _Gather.apply(local)
@@ -93,7 +98,7 @@ def contrastive_loss(text: Tensor, video: Tensor, valid: Tensor, scale: Tensor, 
     text [B, ...], video [B, ...]: this rank's, row i of one belonging to row i of the other. valid bool [B]: rows that
     are not padding. score(texts, videos) -> [N, M], multiplied by `scale`.
     """
-    world, rank = world_size(), dist.get_rank() if world_size() > 1 else 0
+    world, rank = world_size(), process_rank()
     all_valid = gather(valid.to(text.dtype)).detach().bool()
     own = torch.arange(len(text), device=text.device) + rank * len(text)
     # padding is nobody's negative; each row keeps its own column so that padded rows, weighted 0, stay finite
@@ -119,7 +124,7 @@ def mil_nce_loss(text: Tensor, video: Tensor, owner: Tensor, valid: Tensor, scal
     video [B, ...]; text [T, ...] the captions of this rank's bags, T equal on all ranks; owner int64 [T]: the row in
     `video` of each, -1 for padding; valid bool [B]: rows that are not padding. Bags may differ in size.
     """
-    world, rank = world_size(), dist.get_rank() if world_size() > 1 else 0
+    world, rank = world_size(), process_rank()
     rows = len(video)
     own_rows = torch.where(owner >= 0, owner + rank * rows, owner)
     owners = gather(own_rows.double()).detach().long()
@@ -160,7 +165,7 @@ def sigmoid_loss(
 
     tokens int64 [B, L]: of the texts; rows with the same ones are in no pair with each other. None: they are.
     """
-    world, rank = world_size(), dist.get_rank() if world_size() > 1 else 0
+    world, rank = world_size(), process_rank()
     all_valid = gather(valid.to(text.dtype)).detach().bool().unflatten(0, (world, len(valid)))
     factor = world / all_valid.sum().clamp(min=1).to(text.dtype)
     all_tokens = None if tokens is None else gather(tokens).unflatten(0, (world, len(tokens)))
