@@ -219,6 +219,10 @@ class TrainConfig:
         """What a row of a batch is called."""
         return "pair" if self.captions_per_video == 1 else "video"
 
+    def rows_at_once(self, rows: int) -> int:
+        """How many of a rank's `rows` of a batch one forward pass takes."""
+        return rows // self.accumulate if self.accumulate > 1 else min(self.micro_batch_size or rows, rows)
+
     def total_steps(self, steps_per_epoch: int) -> int:
         """Steps of the run."""
         return self.max_steps or max(1, round(self.epochs * steps_per_epoch))

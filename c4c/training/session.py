@@ -269,7 +269,7 @@ class Session:
 
     def _step_memory(self, rows: int) -> tuple[str, str]:
         train, frames = self.config.train, self.config.data.num_frames
-        encoded = rows // train.accumulate if train.accumulate > 1 else min(train.micro_batch_size or rows, rows)
+        encoded = train.rows_at_once(rows)
         return (
             f"each rank encodes {encoded} of its {rows} {train.row}s at once, {encoded * frames} frames",
             f"train.micro_batch_size={max(1, encoded // 2)} (same losses, a second forward pass), "

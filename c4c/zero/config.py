@@ -36,7 +36,7 @@ def deepspeed_config(
     rows = rank_rows(train.batch_size, 0, world).stop
     if rows % train.accumulate:
         raise ValueError(f"train.accumulate={train.accumulate} does not divide the {rows} pairs of a rank evenly")
-    micro = rows // train.accumulate if train.accumulate > 1 else min(train.micro_batch_size or rows, rows)
+    micro = train.rows_at_once(rows)
     passes = -(-rows // micro)  # to DeepSpeed, the passes of gradient caching are accumulation too
     offload = {"offload_optimizer": {"device": "cpu"}} if engine.offload != "none" else {}
     offload |= {"offload_param": {"device": "cpu"}} if engine.offload == "all" else {}
