@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from c4c.errors import exit_code
+from c4c.launched import seen_enough
 from c4c.settings import names_weights
 
 _COLUMNS = (
@@ -112,11 +113,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _print(args: argparse.Namespace) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    try:
+    with seen_enough():
         for line in _lines(args):
             print(line, flush=True)
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

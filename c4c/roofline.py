@@ -5,12 +5,12 @@ It counts the operations and bytes of the real model, and needs neither data nor
 
 import argparse
 import json
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 from c4c.errors import exit_code
+from c4c.launched import seen_enough
 from c4c.performance.hardware import GPUS, gpu_named
 from shards.limits import POSITIVE
 
@@ -71,16 +71,9 @@ def run(args: argparse.Namespace) -> int:
         about = {"gpu": args.gpu, "assumptions": asdict(assumptions), "predictions": rows}
         replace_text({args.json: json.dumps(about, indent=2) + "\n"})
     text = report.text(*found[0], config, assumptions) if len(found) == 1 else report.table(found, config)
-    _show("\n".join([text, "\nassumptions (--assume name=value; * marks those you set)", *describe(assumptions)]))
+    with seen_enough():
+        print("\n".join([text, "\nassumptions (--assume name=value; * marks those you set)", *describe(assumptions)]))
     return 0
-
-
-def _show(text: str) -> None:
-    """Print as much as somebody reads: `| head` closes the pipe."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes there at exit
 
 
 if __name__ == "__main__":
