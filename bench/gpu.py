@@ -204,7 +204,7 @@ def show_plan(parts: Sequence[Part], runs: int) -> int:
 def machine(gpu: str | None) -> dict:
     found: dict = {"gpu": gpu or "cpu", "driver": None, "nvdec": None}
     if gpu:
-        found |= {"driver": smi.asked("driver_version"), "nvdec": smi.has_nvdec()}
+        found |= {"driver": smi.query("driver_version"), "nvdec": smi.has_nvdec()}
     return found | harness.machine() | {"versions": harness.versions(*PACKAGES)}
 
 

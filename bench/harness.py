@@ -51,7 +51,7 @@ def _said(path: Path | None) -> str:
     return "nowhere" if path is None else str(path.relative_to(ROOT))
 
 
-def kept(path: Path, name: str, only: Sequence[str]) -> Path | None:
+def result_path(path: Path, name: str, only: Sequence[str]) -> Path | None:
     """Where a result goes: nowhere if `--only` chose some rows and `path` is RESULTS / `name`, the kept result of all."""
     return None if only and path.resolve() == (RESULTS / name).resolve() else path
 

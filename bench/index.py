@@ -112,7 +112,7 @@ def decoding(folder: Path, ckpt: str) -> dict[str, float]:
     """Seconds of one thread in each stage of reading all videos of a folder."""
     from c4c.models.pretrained import open_checkpoint
     from pipelines.segment_frames import frames_of_file
-    from pipelines.segments import Cutting, segments_of, wanted
+    from pipelines.segments import Cutting, positions_of, segments_of
     from shards.video.by_stamps import StampPass
 
     _, data = open_checkpoint(ckpt)
@@ -125,10 +125,10 @@ def decoding(folder: Path, ckpt: str) -> dict[str, float]:
             pass
 
     def decode(path: Path) -> None:
-        from pipelines.segment_frames import _row
+        from pipelines.segment_frames import video_of_pass
 
         with path.open("rb") as file, StampPass(file) as video_pass:
-            chosen = set(wanted(segments_of(_row(video_pass), data, cutting)).tolist())
+            chosen = set(positions_of(segments_of(video_of_pass(video_pass), data, cutting)).tolist())
             for _ in video_pass.frames(chosen.__contains__):
                 pass
 

@@ -38,8 +38,8 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 from bench import harness, rivals
 from bench.harness import ROOT, Stopwatch
+from bench.loader_report import COMPRESSED, DALI, PSNR_CLIPS, TURBO, chart, missing, pixels, report, show, targets
 from bench.packing import FFMPEG, ffmpeg, make_clips, run_ffmpeg
-from bench.told import COMPRESSED, DALI, PSNR_CLIPS, TURBO, chart, missing, pixels, report, show, targets
 from pipelines.config import CacheConfig, DataConfig
 from pipelines.frame_sampling import choose
 from pipelines.loader import Loader
@@ -126,8 +126,8 @@ def main() -> int:
     found = {"clips": len(clips), "repeats": args.repeats, "cores": os.cpu_count(), "processor": harness.machine()["cpu"],
              "seconds": seconds, "load": os.getloadavg(), "versions": harness.versions(*PACKAGES), "ways": rows,
              "targets": met}  # fmt: skip
-    harness.save(harness.kept(args.json, "loader.json", args.only), found)
-    if png := harness.kept(args.png, "loader.png", args.only):
+    harness.save(harness.result_path(args.json, "loader.json", args.only), found)
+    if png := harness.result_path(args.png, "loader.png", args.only):
         chart(rows, png)
     return 0
 

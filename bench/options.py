@@ -140,11 +140,11 @@ def main() -> int:
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(Cell.run, timed))
     speeds = inference([cell for cell in cells if cell.seed == first], args.rounds)
-    found = [told(row, [cell for cell in cells if cell.row is row], speeds) for row in rows]
+    found = [outcome_of(row, [cell for cell in cells if cell.row is row], speeds) for row in rows]
     beside_baseline(found)
     about = harness.machine() | harness.versions("torch", "deepspeed", "open_clip_torch", "nvidia-dali-cuda130")
     settings = [*BASE, *args.overrides]
-    place = harness.kept(args.json, "options.json", args.only)
+    place = harness.result_path(args.json, "options.json", args.only)
     harness.save(place, {"machine": about, "seeds": args.seeds, "jobs": args.jobs, "settings": settings, "rows": found})
     show(found, place and place.with_suffix(".md"))
     return 0
@@ -294,7 +294,7 @@ def inference(cells: Iterable[Cell], rounds: int) -> dict[str, dict]:
     }
 
 
-def told(row: Row, cells: Sequence[Cell], speeds: dict[str, dict]) -> dict:
+def outcome_of(row: Row, cells: Sequence[Cell], speeds: dict[str, dict]) -> dict:
     """What the runs of a row came to."""
     from c4c.config import from_dict
     from c4c.performance.counts import meta_model

@@ -62,7 +62,7 @@ def decord(path: str):
     from decord import VideoReader
 
     video = VideoReader(path, num_threads=1)
-    numbers = wanted(len(video), Fraction(video.get_avg_fps()).limit_denominator(1001))
+    numbers = clip_frames(len(video), Fraction(video.get_avg_fps()).limit_denominator(1001))
     pictures = video.get_batch(numbers).asnumpy()
     height, width = pictures.shape[1:3]
     scale = _RESIZE / min(height, width)
@@ -79,7 +79,7 @@ def torchcodec(path: str):
     from torchcodec.decoders import VideoDecoder
 
     video = VideoDecoder(path, seek_mode="approximate", num_ffmpeg_threads=1)
-    numbers = wanted(video.metadata.num_frames, Fraction(video.metadata.average_fps).limit_denominator(1001))
+    numbers = clip_frames(video.metadata.num_frames, Fraction(video.metadata.average_fps).limit_denominator(1001))
     return transformed(video.get_frames_at(numbers.tolist()).data), numbers
 
 
@@ -90,7 +90,7 @@ def pyav_sequential(path: str):
     with av.open(path) as file:
         stream = file.streams.video[0]
         stream.codec_context.thread_count = 1
-        numbers = wanted(stream.frames, stream.average_rate)
+        numbers = clip_frames(stream.frames, stream.average_rate)
         due, pictures = set(numbers.tolist()), []
         for number, frame in enumerate(file.decode(stream)):
             if number in due:
@@ -107,7 +107,7 @@ def pyav_seek(path: str):
     with av.open(path) as file:
         stream = file.streams.video[0]
         stream.codec_context.thread_count = 1
-        numbers = wanted(stream.frames, stream.average_rate)
+        numbers = clip_frames(stream.frames, stream.average_rate)
         tick = 1 / (stream.average_rate * stream.time_base)
         keys = np.array([e.timestamp for e in stream.index_entries if e.is_keyframe])
         pictures, frames, group = [], iter(()), -1
@@ -121,7 +121,7 @@ def pyav_seek(path: str):
     return transformed(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)), numbers
 
 
-def wanted(count: int, fps: Fraction) -> np.ndarray:
+def clip_frames(count: int, fps: Fraction) -> np.ndarray:
     """CLIP4Clip's rule: the first frame of every second, and of more than FRAMES an even choice."""
     seconds = np.arange(0, count, max(1, int(fps)))
     return seconds[np.linspace(0, len(seconds) - 1, min(FRAMES, len(seconds)), dtype=int)]
@@ -151,7 +151,7 @@ def decoded(way: str, path: Path) -> tuple[int, int]:
     with av.open(str(path)) as file:
         stream = file.streams.video[0]
         packets = sorted((p.pts, p.is_keyframe) for p in file.demux(stream) if p.size)
-        numbers = wanted(len(packets), stream.average_rate)
+        numbers = clip_frames(len(packets), stream.average_rate)
     keys = np.array([number for number, (_, key) in enumerate(packets) if key])
     if way == "official":
         every = np.arange(0, len(packets), max(1, int(stream.average_rate)))

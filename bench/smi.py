@@ -29,7 +29,7 @@ def has_nvdec() -> bool:
     return True
 
 
-def asked(fields: str) -> str | None:
+def query(fields: str) -> str | None:
     """What nvidia-smi says of the first GPU."""
     with suppress(OSError, subprocess.SubprocessError, IndexError):
         command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
@@ -55,7 +55,7 @@ class Busy:
 
     def _ask(self) -> None:
         while not self._over.wait(0.5):
-            if (answer := asked(",".join(self.FIELDS))) is None:
+            if (answer := query(",".join(self.FIELDS))) is None:
                 return
             self._found.append([float(n) if n.strip().isdigit() else None for n in answer.split(",")])
 

@@ -54,7 +54,7 @@ class Retriever:
         if index is None:
             return cls(Encoder.load(str(name), tag, backbone, device, ema=ema is not False), None)
         searcher = Searcher.open(str(index), checkpoint=name, device=device, tag=tag, backbone=backbone, ema=ema)
-        return cls(None if name is None else searcher.whole, searcher)
+        return cls(None if name is None else searcher.full_encoder, searcher)
 
     @property
     def width(self) -> int:
@@ -108,12 +108,12 @@ class Retriever:
 
         Raises ValueError for a file that is neither, and where the checkpoint cannot be had.
         """
-        return self._whole.video_vectors(self._video(file))[0].cpu().numpy()
+        return self._full_encoder.video_vectors(self._video(file))[0].cpu().numpy()
 
     def similarity(self, texts: str | Sequence[str], videos: File | Sequence[File]) -> np.ndarray:
         """float32 [N, M]: how well sentences and video files go together, by the head's own score, without the temperature: the
         cosine, for most heads. One sentence or file that is no list counts as a list of one."""
-        encoder = self._whole
+        encoder = self._full_encoder
         texts = [texts] if isinstance(texts, str) else texts
         videos = [videos] if isinstance(videos, str | PathLike) else videos
         if not videos:
@@ -123,14 +123,14 @@ class Retriever:
         )
 
     def _video(self, file: File) -> torch.Tensor:
-        encoder = self._whole
+        encoder = self._full_encoder
         pixels, mask = clip_of_file(Path(file), encoder.data)
         return encoder.videos(encoder.clips(pixels[None], mask[None]), mask[None])
 
     @property
-    def _whole(self) -> Encoder:
+    def _full_encoder(self) -> Encoder:
         if self._encoder is None:
-            self._encoder = self.searcher.whole
+            self._encoder = self.searcher.full_encoder
         return self._encoder
 
     @property

@@ -23,8 +23,10 @@ _CHOICES = {
     "interpolation": INTERPOLATIONS, "resize_mode": RESIZE_MODES, "crop": CROPS,
 }  # fmt: skip
 # what a model sees of a clip and its captions in evaluation depends on these alone
-SEEN = ("num_frames", "sampling", "fps", "frame_order", "image_size", "resize_mode", "interpolation", "fill", "resize", "crop",
-        "max_words", "paragraph", "mean", "std")  # fmt: skip
+EVALUATION_SETTINGS = (
+    "num_frames", "sampling", "fps", "frame_order", "image_size", "resize_mode", "interpolation", "fill", "resize", "crop",
+    "max_words", "paragraph", "mean", "std",
+)  # fmt: skip
 # what is left to the backbone, and the value that says so
 BLANKS = {"image_size": 0, "max_words": 0, "mean": (), "std": (), "interpolation": "", "resize_mode": "", "fill": -1}
 

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from pipelines.config import DataConfig
-from pipelines.segments import Cutting, VideoSegment, segments_of, wanted
+from pipelines.segments import Cutting, VideoSegment, positions_of, segments_of
 from pipelines.stages.resize import resized
 from shards import ShardError, VideoError
 from shards.dataset import Dataset
@@ -72,10 +72,10 @@ def frames_of_file(path: str | Path, config: DataConfig, cutting: Cutting) -> It
 
 
 def _of_pass(video_pass: Pass, config: DataConfig, cutting: Cutting) -> Iterator[Described | Frames]:
-    video = _row(video_pass)
+    video = video_of_pass(video_pass)
     segments = segments_of(video, config, cutting)
     chosen = np.zeros(len(video.frames), bool)
-    chosen[wanted(segments)] = True
+    chosen[positions_of(segments)] = True
     shown = video_pass.frames(lambda number: bool(chosen[number]))
 
     def pictures() -> Iterator[tuple[int, np.ndarray]]:
@@ -87,10 +87,10 @@ def _of_pass(video_pass: Pass, config: DataConfig, cutting: Cutting) -> Iterator
     if first is None or shape is None:
         raise VideoError("not one frame decodes")
     yield Described(video.duration, shape.width, shape.height, segments)
-    yield from made(_again(first, pairs), segments, config)
+    yield from frames_of_pictures(_again(first, pairs), segments, config)
 
 
-def _row(video_pass: Pass) -> Video:
+def video_of_pass(video_pass: Pass) -> Video:
     """The row of the sample table that packing with `--profile copy` would write, as far as choosing frames needs it."""
     when = video_pass.timeline
     return Video(
@@ -125,11 +125,11 @@ def _of_stored(split: Dataset, video: Video, config: DataConfig, cutting: Cuttin
     segments, shape = segments_of(video, config, cutting), shape_of_stored(video)
     yield Described(video.duration, video.width, video.height, segments)
     read = checked(video, lambda offset, size: split.read(video, offset, size))
-    frames = decode_stored(video, read, wanted(segments).tolist())
-    yield from made(((position, upright(frame, shape)) for position, frame in frames), segments, config)
+    frames = decode_stored(video, read, positions_of(segments).tolist())
+    yield from frames_of_pictures(((position, upright(frame, shape)) for position, frame in frames), segments, config)
 
 
-def made(
+def frames_of_pictures(
     pictures: Iterable[tuple[int, np.ndarray]], segments: list[VideoSegment], config: DataConfig
 ) -> Iterator[Frames]:
     """Frames of whole pictures (position, uint8 RGB [H, W, 3]), a chunk at a time."""

@@ -13,7 +13,7 @@ from pipelines.config import DataConfig
 from pipelines.lanes import Lane, lane_name
 from pipelines.requests import ClipRequest
 from pipelines.segment_frames import Described, Frames, frames_of_stored, shown_of, thumbnail
-from pipelines.segments import Cutting, segments_of, wanted
+from pipelines.segments import Cutting, positions_of, segments_of
 from pipelines.stages.fetch import BadSample, Reader
 from pipelines.stages.transfer import handed_over
 from shards import VideoError
@@ -44,7 +44,7 @@ class SegmentLane:
             return
         segments = segments_of(video, self._config, self._cutting)
         yield Described(video.duration, video.width, video.height, segments)
-        positions, shows = wanted(segments), shown_of(segments)
+        positions, shows = positions_of(segments), shown_of(segments)
         for start in range(0, len(positions), _AT_ONCE):
             part = positions[start : start + _AT_ONCE]
             pixels = self._pixels(video, part)

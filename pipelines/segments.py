@@ -85,6 +85,6 @@ def segments_of(video: Video, config: DataConfig, cutting: Cutting) -> list[Vide
     return out
 
 
-def wanted(segments: list[VideoSegment]) -> np.ndarray:
+def positions_of(segments: list[VideoSegment]) -> np.ndarray:
     """The frames of all segments, each once, increasing: int64."""
     return np.unique(np.concatenate([segment.positions for segment in segments]))

@@ -156,7 +156,7 @@ class Server:
             return cls._known.setdefault("/".join(str(path).split("/")[:3]), cls())
 
     @contextmanager
-    def asked(self) -> Iterator[None]:
+    def pending_request(self) -> Iterator[None]:
         """While a request is under way."""
         with self._lock:
             if self._since is None or self._idle():
@@ -206,7 +206,7 @@ def patiently(action: Callable[[float], T], what: str, patience_s: float, server
                 f"{what} cannot be read: its server has failed for {waited():.0f} s ({server.error}). {_LATER}"
             )
         try:
-            with server.asked():
+            with server.pending_request():
                 answer = action(max(_SHORTEST, patience_s - waited()))
             server.clear()
             return answer

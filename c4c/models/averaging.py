@@ -24,7 +24,7 @@ from c4c.models.backbone import named, other_towers, preprocess_of
 from c4c.models.clip4clip import CLIP4Clip
 from c4c.models.lora import A, B, merged
 from c4c.models.origin import frozen_weights
-from c4c.models.pretrained import kept
+from c4c.models.pretrained import evaluation_settings
 from c4c.models.prompts import prompts_in
 from c4c.models.tokenizer_spec import FILES, with_files
 from c4c.models.weights.base import Weights
@@ -207,9 +207,9 @@ def averaged_tensor(name: str, parts: Sequence[CheckpointWeights], shares: Seque
 def _notes(parts: Sequence[CheckpointWeights]) -> list[str]:
     """On settings of the data that runs do not share."""
     first, notes = parts[0], []
-    ours = kept(first.config.data.filled(preprocess_of(first.spec)))
+    ours = evaluation_settings(first.config.data.filled(preprocess_of(first.spec)))
     for run, part in {part.run: part for part in parts[1:] if part.run != first.run}.items():
-        theirs = kept(part.config.data.filled(preprocess_of(part.spec)))
+        theirs = evaluation_settings(part.config.data.filled(preprocess_of(part.spec)))
         if differ := [f"data.{key} is {theirs[key]}" for key in ours if ours[key] != theirs[key]]:
             notes.append(f"note: in {run}, {', '.join(differ)}; the average keeps the settings of {first.run}")
     return notes

@@ -107,7 +107,7 @@ def require_same(before: dict, now: str, config: ModelConfig) -> None:
         )
 
 
-def whole(run: Path, tag: str, state: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
+def full_weights(run: Path, tag: str, state: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
     """A run's stored weights with those that its checkpoint leaves out, and with LoRA merged into the matrices it belongs to.
 
     Raises ValueError if the source of the frozen weights cannot be read, or holds others by now.
@@ -116,7 +116,7 @@ def whole(run: Path, tag: str, state: dict[str, Tensor], config: Config) -> dict
 
 
 def frozen_weights(run: Path, tag: str, stored: Collection[str], config: Config) -> dict[str, Tensor]:
-    """What a run's checkpoint leaves out. stored: the names of what it holds. Raises ValueError as `whole` does."""
+    """What a run's checkpoint leaves out. stored: the names of what it holds. Raises ValueError as `full_weights` does."""
     about: dict = {}
     with suppress(FileNotFoundError, checkpoint.CheckpointError):  # of before there was such a file
         about = checkpoint.read_state(run / checkpoint.FOLDER / tag)

@@ -10,7 +10,7 @@ from c4c.models.clip4clip import CLIP4Clip
 from c4c.models.weights import Weights, is_schema, read, read_backbone
 from c4c.training.run_folder import is_run, located, read_config
 from c4c.zero import checkpoint
-from pipelines.config import SEEN, DataConfig
+from pipelines.config import EVALUATION_SETTINGS, DataConfig
 from pipelines.tokens import CLIPS
 
 # how each project samples and sizes pictures and captions; a run says so itself
@@ -93,7 +93,8 @@ def _data(weights: Weights, model: CLIP4Clip) -> DataConfig:
     return replace(data, num_frames=weights.segments, image_size=size, resize=resize, max_words=words).filled(known)
 
 
-# of a run's settings, what an exported file keeps: how clips and captions are made in evaluation
-def kept(data: DataConfig) -> dict:
-    """The settings that `open_checkpoint` takes back from an exported file, plain."""
-    return {name: list(value) if isinstance(value := getattr(data, name), tuple) else value for name in SEEN}
+def evaluation_settings(data: DataConfig) -> dict:
+    """How clips and captions are made in evaluation, as plain values: what an exported file keeps of a run's settings, and
+    `open_checkpoint` takes back."""
+    values = {name: getattr(data, name) for name in EVALUATION_SETTINGS}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

@@ -26,7 +26,7 @@ from c4c.models import towers
 from c4c.models.backbone import FOLDER, preprocess_of
 from c4c.models.clip4clip import CLIP4Clip
 from c4c.models.export.folder import save_json, save_tensors, written
-from c4c.models.pretrained import check_names, kept, open_checkpoint
+from c4c.models.pretrained import check_names, evaluation_settings, open_checkpoint
 from c4c.models.prompts import add_prompts, prompts_in, prompts_of
 from c4c.models.tokenizer_spec import with_files, without_files
 from c4c.retrieval import runtimes
@@ -53,7 +53,7 @@ class Identity:
     checkpoint: what `Encoder.load` took, with an absolute path where it was one; tag: of a run's checkpoint. backbone_option: what
     --backbone named. digest: hex sha256 of all weights in fp32, of what the model is built by, and of `settings`: the same for a run,
     the file that was exported from it, and any device. backbone: the image tower in words. width: of the features. settings: how clips
-    and captions are made (`c4c.models.pretrained.kept`). ema: whether a run's averaged weights were asked for.
+    and captions are made (`c4c.models.pretrained.evaluation_settings`). ema: whether a run's averaged weights were asked for.
     """
 
     checkpoint: str
@@ -207,7 +207,7 @@ class Encoder(TextEncoder):
         model.set_pixels(data)
         identity = Identity(
             checkpoint=_absolute(name), tag=tag, backbone_option=backbone, digest=digest(model, data),
-            backbone=_tower_in_words(model.spec), head=model.head.name, width=model.spec["embed_dim"], settings=kept(data), ema=ema,
+            backbone=_tower_in_words(model.spec), head=model.head.name, width=model.spec["embed_dim"], settings=evaluation_settings(data), ema=ema,
         )  # fmt: skip
         return cls(model.to(place).eval().requires_grad_(False), identity, data, place, runtime)
 
@@ -293,7 +293,7 @@ def _used(model: CLIP4Clip, data: DataConfig) -> dict[str, Any]:
 
     Of settings, those that are not the default ones: a version of c4c that has more of them gives the same digest.
     """
-    usual = kept(DataConfig())
+    usual = evaluation_settings(DataConfig())
     # `data` holds the settings of preprocess_cfg
     spec = {key: value for key, value in model.spec.items() if key not in ("preprocess_cfg", "hf_config")}
     about = {key: value for key, value in spec.get("tokenizer", {}).items() if key not in _PATHS}
@@ -307,7 +307,7 @@ def _used(model: CLIP4Clip, data: DataConfig) -> dict[str, Any]:
     return {
         "spec": spec | {"tokenizer": about, "text_cfg": text}, "hf_config": hugging_face, "head": model.head.name,
         "linear_patch": model.linear_patch, "blocks": model.blocks, "segments": model.segments,
-        "data": {name: value for name, value in kept(data).items() if value != usual[name]},
+        "data": {name: value for name, value in evaluation_settings(data).items() if value != usual[name]},
     } | ({"merging": asdict(model.merging)} if model.merging else {})  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from c4c.merging import Merging
 from c4c.models.backbone import preprocess_of
 from c4c.models.clip4clip import CLIP4Clip
 from c4c.models.heads.mean import Cosine
-from c4c.models.pretrained import check_names, kept, open_checkpoint, weights_taken
+from c4c.models.pretrained import check_names, evaluation_settings, open_checkpoint, weights_taken
 from c4c.retrieval import rerank
 from c4c.retrieval.evaluation import Evaluation
 from c4c.retrieval.features import Encode, Tell, captions_of, encode_texts, encode_videos
@@ -227,7 +227,7 @@ def _result(found: Evaluation, what: str, request: Request) -> dict:
         "checkpoint": what,
         "split": str(found.split.path),
         "split_digest": found.split.digest,
-        "data": kept(found.data),
+        "data": evaluation_settings(found.data),
     }
     if request.clips * request.crops > 1:
         result |= {"clips": request.clips, "crops": request.crops}

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from c4c.models.clip4clip import CLIP4Clip, head_sizes
-from c4c.models.pretrained import kept
+from c4c.models.pretrained import evaluation_settings
 from c4c.retrieval.evaluate import OpenedCheckpoint, open_request
 from c4c.retrieval.feature_file import FeatureHeader, SplitFeatures, write_features
 from c4c.retrieval.features import Tell, block_sizes, captions_of, encode_texts, encode_videos
@@ -145,7 +145,7 @@ def _header(
         sizes={"width": model.head.width, "blocks": model.blocks, "segments": model.segments, **head_sizes(model.spec)},
         about={
             "splits": [asdict(one) for one in splits],
-            "data": kept(data),
+            "data": evaluation_settings(data),
             "checkpoint": f"{opened.what}{opened.kind}",
             "versions": {name: version(name) for name in ("c4c", "torch", "open_clip_torch")},
             **({"unreadable": unreadable} if unreadable else {}),

@@ -12,7 +12,7 @@ from c4c.study.config import LAUNCH, Recipe
 from c4c.study.entries import cfg_of, settings_of
 from c4c.study.words import as_text, flat, label_of
 from c4c.training.run_folder import is_run, located, read_config
-from pipelines.config import BLANKS, SEEN
+from pipelines.config import BLANKS, EVALUATION_SETTINGS
 
 # what only training uses, or how fast data is read: not of an evaluation
 NOT_EVALUATED = ("data.train", "data.test", "data.weights", "data.epoch_samples", "data.shuffle_block", "data.random_crop", "data.flip",
@@ -99,7 +99,11 @@ class Base:
             had = {key for key in wanted if wanted[key] == own_values[key]}
             had |= set() if source else {key for key in _LEFT if wanted[key] == usual[key]}
         else:  # other weights come with settings of their own, which only reading them would tell
-            had = {key for key in wanted if wanted[key] == usual[key] and key.removeprefix("data.") not in SEEN}
+            had = {
+                key
+                for key in wanted
+                if wanted[key] == usual[key] and key.removeprefix("data.") not in EVALUATION_SETTINGS
+            }
         words = [f"{key}={as_text(value)}" for key, value in wanted.items() if key not in had]
         return Recipe("evaluate", self.cfg, tuple(words), source, "" if source else of, config)
 

@@ -28,7 +28,7 @@ def replay(config: Config, step: int) -> bool:
         raise ValueError(f"--replay {step}: there is no run folder {folder}{looked_in(folder)}")
     then = recorded(folder, step)
     before = [t for t in checkpoint.tags(folder) if checkpoint.step_of(t) < step]
-    tag, notes = checkpoint.newest_whole(folder, before=step) if before else (None, [])
+    tag, notes = checkpoint.newest_intact(folder, before=step) if before else (None, [])
     rank, world, device = start_distributed(config.engine.timeout_s + 300)
     try:
         session = Session(config, rank, world, device, resume=folder, tag=tag, from_start=not tag)

@@ -70,7 +70,7 @@ class Session:
         self.tag = tag  # of the checkpoint to go on from, None at the start of a run
         self.notes: list[str] = []
         if resume and tag is None and not from_start:
-            self.tag, self.notes = on_first_rank(lambda: checkpoint.newest_whole(resume), rank, world)
+            self.tag, self.notes = on_first_rank(lambda: checkpoint.newest_intact(resume), rank, world)
         self._frozen: dict = {}  # what checkpoints say of the weights that they leave out
         left_out = self._build(resume)
         self.model.check_data(config.data, config.model.backbone)

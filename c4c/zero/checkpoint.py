@@ -160,7 +160,7 @@ def latest(run: Path) -> str:
         raise CheckpointError(f"there is no run folder {run}{looked_in(run)}")
     if tag is None and not tags(run):
         raise CheckpointError(f"{run} holds no checkpoint (no {FOLDER}/latest): train it first, or for longer")
-    return newest_whole(run)[0]
+    return newest_intact(run)[0]
 
 
 def newest_state(run: Path) -> dict:
@@ -171,7 +171,7 @@ def newest_state(run: Path) -> dict:
     return {}
 
 
-def newest_whole(run: Path, before: float = float("inf")) -> tuple[str, list[str]]:
+def newest_intact(run: Path, before: float = float("inf")) -> tuple[str, list[str]]:
     """(the checkpoint to continue from, a line for each reason why it is not the latest); before: only of earlier steps.
 
     Reads every file of it to compare checksums. Raises CheckpointError if none is intact.

@@ -52,7 +52,7 @@ def test_some_rows_do_not_replace_the_kept_result_of_all(monkeypatch, words, kep
     saved = []
     monkeypatch.setattr("sys.argv", ["options.py", *words])
     monkeypatch.setattr(options.harness, "save", lambda path, report: saved.append(path))
-    for name in ("require_data", "beside_baseline", "told"):
+    for name in ("require_data", "beside_baseline", "outcome_of"):
         monkeypatch.setattr(options, name, lambda *given: None)
     monkeypatch.setattr(options, "inference", lambda *given: {})
     monkeypatch.setattr(options, "show", lambda found, markdown: saved.append(markdown))

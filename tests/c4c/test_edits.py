@@ -66,7 +66,7 @@ def read_run(run: Path) -> None:
 def read_checkpoints(run: Path) -> None:
     checkpoint.exist(run)
     checkpoint.best(run)
-    tag, _ = checkpoint.newest_whole(run)
+    tag, _ = checkpoint.newest_intact(run)
     checkpoint.read_state(run / checkpoint.FOLDER / tag)
     checkpoint.resolve(run, "best")
 

@@ -98,7 +98,7 @@ def test_scores_are_the_heads(folder):
     assert scores.shape == (3, 2) and scores.dtype == np.float32
     videos = np.stack([retriever.embed_video(folder / "clip.mp4"), retriever.embed_video(str(folder / "photo.png"))])
     cosines = retriever.embed_text(sentences) @ videos.T
-    assert np.allclose(scores, cosines, atol=1e-5) == (retriever._whole.identity.head == "meanP")
+    assert np.allclose(scores, cosines, atol=1e-5) == (retriever._full_encoder.identity.head == "meanP")
     alone = retriever.similarity("a red disc", folder / "clip.mp4")
     assert alone.shape == (1, 1) and alone[0, 0] == pytest.approx(float(scores[0, 0]), abs=1e-5)
     assert retriever.similarity([], [folder / "clip.mp4"]).shape == (0, 1) and retriever.similarity(

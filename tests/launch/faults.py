@@ -171,10 +171,10 @@ def validations(run: Path) -> list[dict]:
 
 def saved_step(run: Path) -> int:
     """The newest step that a checkpoint, which a resumed run may go on from, keeps."""
-    from c4c.zero.checkpoint import CheckpointError, newest_whole
+    from c4c.zero.checkpoint import CheckpointError, newest_intact
 
     try:
-        return int(newest_whole(run)[0].removeprefix("step"))
+        return int(newest_intact(run)[0].removeprefix("step"))
     except CheckpointError:
         return 0
 

@@ -207,6 +207,7 @@ def test_an_index_remembers_which_weights_made_it(run, launcher, forks, tmp_path
     assert f"checkpoint  {run}/checkpoints/step00000010, last weights (not averaged)" in out
     last, averaged = (Encoder.load(str(run), device="cpu", ema=ema).identity for ema in (False, True))
     assert last.digest != averaged.digest and (last.ema, averaged.ema) == (False, True)
-    assert Retriever.load(index=index, device="cpu").searcher.whole.identity == last  # as for a search by example
+    by_example = Retriever.load(index=index, device="cpu").searcher.full_encoder
+    assert by_example.identity == last
     with pytest.raises(ValueError, match="is not the model that made"):
         Retriever.load(run, index, device="cpu", ema=True)

@@ -10,7 +10,7 @@ import pytest
 
 from c4c.training.run_folder import read_config
 from c4c.training.screen import EvalReport
-from pipelines.config import SEEN, DataConfig
+from pipelines.config import EVALUATION_SETTINGS, DataConfig
 from pipelines.loader import Loader
 from shards.demo import shapes
 from shards.packing.pack import pack
@@ -31,7 +31,7 @@ def test_every_stage_and_number_of_ranks_gives_the_runs_own_metrics(way, runs, e
     result, run = json.loads(file.read_text()), runs[way]
     assert metrics_of(file) == validated(run, 10)
     assert list(result) == ["t2v", "v2t", "n_texts", "n_videos", "pairs", "checkpoint", "split", "split_digest", "data"]
-    assert result["data"] == {name: read_config(run)["data"][name] for name in SEEN}
+    assert result["data"] == {name: read_config(run)["data"][name] for name in EVALUATION_SETTINGS}
     last = next(line for line in lines(run / "eval.jsonl") if line["step"] == 10)
     names = {"R1": "R1_pct", "own_first": "own_first_pct", "n_texts": "n_texts", "n_pairs": "n_pairs"}
     assert result["pairs"] == {name: last[f"val/pairs_{key}"] for name, key in names.items()}

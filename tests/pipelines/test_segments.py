@@ -8,7 +8,7 @@ import pytest
 
 from pipelines.config import DataConfig
 from pipelines.frame_sampling import choose
-from pipelines.segments import Cutting, segments_of, spans, wanted
+from pipelines.segments import Cutting, positions_of, segments_of, spans
 from shards.schema import Video
 from shards.video.source import unsliced
 
@@ -66,7 +66,7 @@ def test_a_segment_shows_frames_of_its_seconds_as_a_video_of_that_length_would()
     for k, segment in enumerate(segments):
         assert segment.positions.tolist() == (alone + 100 * k).tolist()
         assert segment.middle == segment.positions[2]
-    assert wanted(segments).tolist() == sorted({p for s in segments for p in s.positions.tolist()})
+    assert positions_of(segments).tolist() == sorted({p for s in segments for p in s.positions.tolist()})
 
 
 def test_a_video_of_one_segment_shows_what_evaluation_shows():

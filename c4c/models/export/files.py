@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from c4c.files import discard, replace_text, with_usual_mode
 from c4c.models.clip4clip import CLIP4Clip
 from c4c.models.export.towers_only import pictures, refuse_prompts, without_merging
-from c4c.models.pretrained import kept
+from c4c.models.pretrained import evaluation_settings
 from c4c.models.prompts import prompts_of
 from c4c.models.tokenizer_spec import without_files
 from c4c.models.weights.clip4clip import to_official, unsaid_pictures
@@ -35,7 +35,7 @@ def describe(model: CLIP4Clip, data: DataConfig | None) -> dict:
     }
     merging = {"merging": {"tokens": model.merging.tokens, "joins": list(model.merging.joins)}} if model.merging else {}
     prompts = {"prompts": number} if (number := prompts_of(model)) else {}
-    return about | merging | prompts | ({"data": kept(data)} if data else {})
+    return about | merging | prompts | ({"data": evaluation_settings(data)} if data else {})
 
 
 def unsaid(model: CLIP4Clip, data: DataConfig | None) -> list[str]:

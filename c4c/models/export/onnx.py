@@ -22,7 +22,7 @@ from c4c.models.backbone import preprocess_of
 from c4c.models.clip4clip import CLIP4Clip
 from c4c.models.export.folder import drop_earlier, save_json, written
 from c4c.models.heads.mean import Cosine
-from c4c.models.pretrained import kept
+from c4c.models.pretrained import evaluation_settings
 from pipelines.config import DataConfig
 from pipelines.tokens import CLIPS
 from shards import first_line
@@ -204,7 +204,7 @@ def _about(model: CLIP4Clip, data: DataConfig, half: bool) -> dict:
         "score": "scale * text @ video.T" if dot else f"scale * {SCORE}(text, video)",
         "scale": float(model.scale()), "logit_bias": None if bias is None else float(bias),
         "most_frames": model.head.most_frames, "most_words": model.context_length,
-        "words_fixed": _fixed_length(model.spec), "data": kept(data), "tokenizer": CLIPS | model.spec.get("tokenizer", {}),
+        "words_fixed": _fixed_length(model.spec), "data": evaluation_settings(data), "tokenizer": CLIPS | model.spec.get("tokenizer", {}),
     }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from c4c.files import read_json_object
 from c4c.merging import Merging
 from c4c.models import towers
 from c4c.models.backbone import named, preprocess_of
-from c4c.models.origin import whole
+from c4c.models.origin import full_weights
 from c4c.models.prompts import prompts_in
 from c4c.models.tokenizer_spec import FILES, with_files
 from c4c.models.weights.base import Content, Unsaid, Weights, floats
@@ -24,7 +24,7 @@ def from_run(folder: Path, tag: str | None, ema: bool = True) -> Weights:
     config = from_dict(read_config(folder))
     model, about = config.model, folder / "towers.json"
     tag = resolve(folder, tag)
-    state = whole(folder, tag, load_weights(folder, tag, ema), config)
+    state = full_weights(folder, tag, load_weights(folder, tag, ema), config)
     spec = with_files(read_json_object(about) if about.is_file() else named(model.backbone), folder / FILES)
     return Weights(
         state, spec, model.head, model.linear_patch, model.head_layers, config.data.num_frames, "c4c run",

@@ -15,7 +15,7 @@ from c4c.retrieval.index.store import Store
 from pipelines.config import DataConfig
 from pipelines.reading import Finished, ReadAtOnce
 from pipelines.segment_frames import Described, Frames, frames_of_file
-from pipelines.segments import Cutting, wanted
+from pipelines.segments import Cutting, positions_of
 
 _SEGMENTS_AT_ONCE = 64  # given to the head
 _SEGMENTS_A_COMMIT = 2048  # at most
@@ -51,7 +51,7 @@ class _Coming:
 
     def __init__(self, job: IndexJob, about: Described, width: int):
         self.job, self.about = job, about
-        self.positions = wanted(about.segments)
+        self.positions = positions_of(about.segments)
         self.features = np.zeros((len(self.positions), width), np.float32)
         self.thumbnails: dict[int, bytes] = {}
         self.filled = 0  # frames that have features

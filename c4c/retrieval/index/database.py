@@ -214,7 +214,7 @@ def index_columns(table: Any, names: Sequence[str]) -> None:
         again(lambda name=name: table.create_index(name, config=BTree()))  # type: ignore[misc]
 
 
-def asked(query: Callable[[], T], where: str | None) -> T:
+def run_query(query: Callable[[], T], where: str | None) -> T:
     """What a query returns. where: a condition of the user's in it, which is then the likeliest to be at fault: ValueError.
 
     Raises OSError otherwise."""

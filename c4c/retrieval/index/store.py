@@ -199,7 +199,7 @@ class Store:
             query = query.bypass_vector_index()
         else:
             query = query.refine_factor(candidates(k)).nprobes(nprobes or NPROBES)
-        rows = database.asked(query.to_arrow, where).to_pylist()
+        rows = database.run_query(query.to_arrow, where).to_pylist()
         # by their name: another process may have committed the same video between two looks at the table
         hits = {row["id"]: _hit(row, 1.0 - row["_distance"]) for row in rows}
         return sorted(hits.values(), key=lambda hit: (-hit.score, hit.id))
@@ -208,7 +208,7 @@ class Store:
         query = self._segments.search().select(["vector"]).with_row_id(True)
         if shown := self._shown(where):
             query = query.where(shown)
-        rows, scores = database.asked(lambda: best_rows(query.to_batches(_SCANNED_AT_ONCE), vectors, k), where)
+        rows, scores = database.run_query(lambda: best_rows(query.to_batches(_SCANNED_AT_ONCE), vectors, k), where)
         wanted = np.unique(rows)
         if not len(wanted):
             return [[] for _ in vectors]
@@ -279,11 +279,11 @@ class Store:
     @property
     def n_videos(self) -> int:
         """How many videos the index holds."""
-        return database.asked(lambda: self._segments.count_rows(self._shown("segment = 0")), None)
+        return database.run_query(lambda: self._segments.count_rows(self._shown("segment = 0")), None)
 
     def __len__(self) -> int:
         """How many segments the index holds."""
-        return database.asked(lambda: self._segments.count_rows(self._shown(None)), None)
+        return database.run_query(lambda: self._segments.count_rows(self._shown(None)), None)
 
     def failures(self) -> list[tuple[str, str]]:
         """(path, reason) of the videos that could not be read, sorted."""
@@ -301,7 +301,7 @@ class Store:
 
     def _rows(self, columns: list[str], where: str, most: int | None = None) -> pa.Table:
         query = self._segments.search().select(columns).where(self._shown(where))
-        return database.asked((query if most is None else query.limit(most)).to_arrow, None)
+        return database.run_query((query if most is None else query.limit(most)).to_arrow, None)
 
     def _shown(self, where: str | None) -> str | None:
         """The condition, and that no superseded rows are meant."""
@@ -318,7 +318,7 @@ class Store:
     def _superseded(self) -> list[tuple[str, int]]:
         """(video, written) of sets of rows that later ones of the same file replace."""
         columns = ["video", "path", "written"]
-        firsts = database.asked(self._segments.search().select(columns).where("segment = 0").to_arrow, None)
+        firsts = database.run_query(self._segments.search().select(columns).where("segment = 0").to_arrow, None)
         latest = firsts.group_by(["video", "path"]).aggregate([("written", "max"), ("written", "count")])
         several = latest.filter(pa.compute.greater(latest["written_count"], 1))
         if not len(several):

@@ -41,9 +41,9 @@ class Searcher:
         self.store = store
         self._checkpoint, self._device, self._tag, self._backbone, self._ema = checkpoint, device, tag, backbone, ema
         # two of them, so that sentences are answered while the whole model is loaded
-        self._text_lock, self._whole_lock = threading.Lock(), threading.Lock()
+        self._text_lock, self._encoder_lock = threading.Lock(), threading.Lock()
         self._text: TextEncoder | None = None
-        self._whole: Encoder | None = None
+        self._encoder: Encoder | None = None
 
     @classmethod
     def open(
@@ -126,7 +126,7 @@ class Searcher:
         """The same by a clip, uint8 [F, S, S, 3], bool [F]."""
         _check(k)
         choice = Choice(**how)
-        encoder = self.whole
+        encoder = self.full_encoder
         videos = encoder.videos(encoder.clips(pixels[None], mask[None]), mask[None])
         return self._like(encoder.video_vectors(videos)[0].cpu().numpy(), k, choice)
 
@@ -183,12 +183,12 @@ class Searcher:
         return DataConfig.from_plain(self.example_settings)
 
     @property
-    def whole(self) -> "Encoder":
-        """The whole model that made the index. Raises ValueError if it cannot be had, or is another one by now."""
-        with self._whole_lock:
-            if self._whole is None:
-                self._whole = self._load()
-            return self._whole
+    def full_encoder(self) -> "Encoder":
+        """The whole model that made the index, both towers. Raises ValueError if it cannot be had, or is another one by now."""
+        with self._encoder_lock:
+            if self._encoder is None:
+                self._encoder = self._load()
+            return self._encoder
 
     def _load(self) -> "Encoder":
         from c4c.retrieval.encoder import Encoder, Identity, usable

@@ -4,7 +4,7 @@ from dataclasses import fields
 
 import pytest
 
-from c4c.models.pretrained import kept
+from c4c.models.pretrained import evaluation_settings
 from c4c.study.bases import NOT_EVALUATED
 from pipelines.config import DataConfig
 
@@ -20,8 +20,8 @@ OTHERS = {
 
 def test_every_setting_that_evaluation_depends_on_is_kept():
     """A new setting goes into one of the two lists."""
-    assert set(kept(DataConfig())) | OTHERS == {field.name for field in fields(DataConfig)}
-    assert not set(kept(DataConfig())) & OTHERS
+    assert set(evaluation_settings(DataConfig())) | OTHERS == {field.name for field in fields(DataConfig)}
+    assert not set(evaluation_settings(DataConfig())) & OTHERS
 
 
 def test_a_study_takes_no_setting_that_evaluation_ignores():
@@ -42,6 +42,6 @@ def test_a_study_takes_no_setting_that_evaluation_ignores():
 
 def test_they_are_kept_as_they_are():
     data = DataConfig(num_frames=5, frame_order="reverse", crop="end", mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0))
-    plain = kept(data)
+    plain = evaluation_settings(data)
     assert (plain["num_frames"], plain["frame_order"], plain["crop"]) == (5, "reverse", "end")
     assert plain["mean"] == [0.1, 0.2, 0.3]

@@ -152,7 +152,7 @@ def test_a_new_setting_changes_no_digest(tmp_path, monkeypatch):
     """A later version of c4c keeps one more setting of the data: indexes from before go on."""
     path = write(tmp_path / "model.safetensors")
     before = encoder(path).identity
-    monkeypatch.setattr("c4c.models.pretrained.SEEN", (*before.settings, "frame_order"))
+    monkeypatch.setattr("c4c.models.pretrained.EVALUATION_SETTINGS", (*before.settings, "frame_order"))
     now = encoder(path).identity
     assert "frame_order" in now.settings and now.digest == before.digest
     assert encoder(path, overrides=["data.frame_order=reverse"]).identity.digest != before.digest

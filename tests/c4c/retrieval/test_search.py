@@ -183,7 +183,7 @@ def test_a_clip_as_an_example(each, tmp_path):
     ]
     np.savez(tmp_path / "clip.npz", pixels=pixels, mask=mask)
     assert each.searcher.by_frames(tmp_path / "clip.npz", k=3) == results
-    assert each.searcher.whole.identity == each.encoder.identity
+    assert each.searcher.full_encoder.identity == each.encoder.identity
 
 
 def best_hits(each, vector) -> list:
@@ -271,7 +271,10 @@ def test_settings_of_the_index_count(tmp_path):
     store = make(tmp_path / "my.index", changed, {"a.mp4": 8.0})
     searcher = Searcher.open(store.uri)
     assert searcher.by_video(draw(tmp_path / "clip.mp4"), k=1)[0].video == "a.mp4"
-    assert searcher.whole.data.interpolation == "bilinear" and searcher.example_settings["interpolation"] == "bilinear"
+    assert (
+        searcher.full_encoder.data.interpolation == "bilinear"
+        and searcher.example_settings["interpolation"] == "bilinear"
+    )
 
 
 def test_a_text_tower_of_another_model_is_refused(tmp_path):

@@ -10,7 +10,7 @@ import yaml
 from c4c.config import Config, ConfigError, override_data, to_dict
 from c4c.study.config import Plot, require_splits
 from c4c.study.reading import read_study
-from pipelines.config import BLANKS, SEEN, DataConfig
+from pipelines.config import BLANKS, EVALUATION_SETTINGS, DataConfig
 from tests.c4c.study.studies import FILE, study_in, written
 
 BASE = {"data.num_frames": [1, 2]}
@@ -96,7 +96,9 @@ def test_an_evaluation_of_a_file_takes_all_that_its_clips_depend_on(tmp_path):
     for row in study.tables[0].rows:
         assert {"data.num_frames=12", "data.sampling=uniform"} <= set(row.recipe.words)
         found, wanted = override_data(mmaction, list(row.recipe.words)), row.recipe.config.data
-        assert {name: getattr(found, name) for name in SEEN} == {name: getattr(wanted, name) for name in SEEN}
+        assert {name: getattr(found, name) for name in EVALUATION_SETTINGS} == {
+            name: getattr(wanted, name) for name in EVALUATION_SETTINGS
+        }
         assert found.mean == BLANKS["mean"] and found.threads == mmaction.threads
 
 

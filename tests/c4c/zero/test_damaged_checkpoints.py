@@ -18,7 +18,7 @@ def test_a_pointer_that_is_gone_or_wrong_costs_nothing(tmp_path):
                        ("step00000006", "names step00000006, which does not exist"), ("../checkpoints", "does not exist")):  # fmt: skip
         pointer.unlink() if text is None else pointer.write_text(text)
         assert checkpoint.exist(tmp_path)
-        tag, (note,) = checkpoint.newest_whole(tmp_path)
+        tag, (note,) = checkpoint.newest_intact(tmp_path)
         assert tag == latest(tmp_path) == "step00000015"
         assert f"{pointer} {said}" in note or said in note
         assert "continuing from step00000015, the newest intact checkpoint" in note
@@ -74,7 +74,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(name, tmp_path):
     first, _ = run_of(tmp_path, 5, 10)
     folder = tmp_path / "checkpoints" / "step00000010"
     do(folder)
-    tag, (note,) = checkpoint.newest_whole(tmp_path)
+    tag, (note,) = checkpoint.newest_intact(tmp_path)
     assert tag == "step00000005"
     assert note.startswith(f"warning: {folder} is damaged: ")
     assert said in note
@@ -87,7 +87,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(name, tmp_path):
     restore(engine, tmp_path, tag)
     assert all(torch.equal(v, first[k]) for k, v in engine.module.state_dict().items())
     do(folder.with_name("step00000005"))
-    assert "has no intact checkpoint to continue from: " in refused(checkpoint.newest_whole, tmp_path)
+    assert "has no intact checkpoint to continue from: " in refused(checkpoint.newest_intact, tmp_path)
 
 
 def test_a_checkpoint_from_before_there_were_checksums(tmp_path):
@@ -96,12 +96,12 @@ def test_a_checkpoint_from_before_there_were_checksums(tmp_path):
         file = tmp_path / "checkpoints" / checkpoint.tag_of(step) / "state.json"
         state = json.loads(file.read_text())
         file.write_text(json.dumps({k: v for k, v in state.items() if k not in ("files", "crc32c")}))
-    assert checkpoint.newest_whole(tmp_path) == ("step00000010", [])
+    assert checkpoint.newest_intact(tmp_path) == ("step00000010", [])
     engine = Engine()
     assert restore(engine, tmp_path)["step"] == 10
     assert all(torch.equal(v, last[k]) for k, v in engine.module.state_dict().items())
     DAMAGES["truncated"][0](tmp_path / "checkpoints" / "step00000010")
-    assert checkpoint.newest_whole(tmp_path)[0] == "step00000005"
+    assert checkpoint.newest_intact(tmp_path)[0] == "step00000005"
 
 
 def test_the_same_step_again_replaces_the_old_one(tmp_path):

@@ -105,7 +105,7 @@ def test_an_average_that_is_lost_or_damaged_is_not_passed_over(tmp_path):
     for call, args in (
         (load_weights, (tmp_path,)),
         (restore, (Averaging(), tmp_path)),
-        (checkpoint.newest_whole, (tmp_path,)),
+        (checkpoint.newest_intact, (tmp_path,)),
     ):
         assert "ema.safetensors is missing" in refused(call, *args)
     assert load_weights(tmp_path, ema=False).keys() == engine.module.state_dict().keys()

@@ -1,4 +1,4 @@
-"""What bench/loader.py tells: quality, ratios, what was to be reached, a table and a chart."""
+"""What bench/loader.py reports: quality, ratios, what was to be reached, a table and a chart."""
 
 import importlib
 import os
