@@ -210,8 +210,3 @@ def _check(about: dict[str, Any]) -> None:
 def clips_tokenizer() -> Tokenizer:
     """CLIP's."""
     return Tokenizer()
-
-
-def tokenize(captions: list[str], max_words: int) -> torch.Tensor:
-    """int64 [captions, max_words] by CLIP's tokenizer: start, the words' pieces cut to fit, end (always kept), zeros."""
-    return clips_tokenizer()(captions, max_words)

@@ -167,8 +167,3 @@ def merged(state: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
             added = (b.float() @ a.float()) * (alpha / len(a))
             out[weight] = out[weight] + added.view_as(out[weight]).to(out[weight].dtype)
     return out
-
-
-def has_lora(state: dict[str, Tensor]) -> bool:
-    """Whether a state dict holds weights of LoRA."""
-    return any(name.endswith(f".{B}") for name in state)

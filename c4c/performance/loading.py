@@ -4,7 +4,6 @@ from c4c.config import Config
 from c4c.performance.assumptions import Assumptions
 from c4c.performance.hardware import Gpu
 
-DECODERS = ("gpu", "cpu")
 _FULL_HD = 1920 * 1080
 
 

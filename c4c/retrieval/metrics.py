@@ -178,11 +178,3 @@ def report(by_text: Tensor, by_video: Tensor) -> dict:
         "n_texts": len(by_text),
         "n_videos": len(by_video),
     }
-
-
-def of_matrix(similarity: Tensor) -> tuple[Tensor, Tensor, Score]:
-    """(texts, videos, score) that look scores up in a matrix [N, M]: for `ranks`."""
-    n, m = similarity.shape
-    texts = torch.arange(n, dtype=torch.float64)[:, None]
-    videos = torch.arange(m, dtype=torch.float64)[:, None]
-    return texts, videos, lambda t, v: similarity[t[:, 0].long()][:, v[:, 0].long()]

@@ -38,8 +38,6 @@ _LARGEST = 2 << 30  # bytes of weights, above which `auto` makes no graph
 _MEASURED_S = 1.0  # for each runtime
 _NEIGHBOURS, _FEWEST = 10, 3
 
-Pictures = Callable[[Tensor], Tensor]
-
 
 def check(name: str) -> None:
     """Raise ValueError for a runtime that does not exist, or that this machine has not the packages for."""

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from c4c.study.config import StudyTable
 from c4c.study.results import BLOCKED, DONE, FAILED, RowResult, SeedResult, compared, same_test
 from c4c.study.statistics import Comparison, Estimate, share_interval
 from c4c.study.words import short_key
@@ -50,8 +49,8 @@ class _Scored:
         return f"{key}={self.label}" if len(self.row.row.values) == 1 else self.label
 
 
-def findings_of(table: StudyTable, rows: Sequence[RowResult]) -> tuple[str, ...]:
-    """Sentences on a table; `rows` with their comparisons."""
+def findings_of(rows: Sequence[RowResult]) -> tuple[str, ...]:
+    """Sentences on a table of these rows, which have their comparisons."""
     groups = dict.fromkeys(row.row.group for row in rows)
     said = [sentence for group in groups for sentence in _of_group(group, [r for r in rows if r.row.group == group])]
     return (*said, *_of_pairs(rows), *_of_states(rows))

@@ -18,7 +18,7 @@ from c4c.study.statistics import Comparison, Estimate, compare, estimate, p_of_t
 from c4c.study.words import sentence
 from c4c.training.run_folder import DONE as DONE_FILE
 
-DONE, FAILED, RUNNING, MISSING, BLOCKED = STATES = ("done", "failed", "running", "missing", "blocked")
+DONE, FAILED, RUNNING, MISSING, BLOCKED = ("done", "failed", "running", "missing", "blocked")
 HITS = {"t2v_R1": 1, "t2v_R5": 5, "t2v_R10": 10}  # metrics that are a share of texts, and the last rank that counts
 
 
@@ -109,7 +109,7 @@ def read(study: Study) -> StudyResult:
             beside = published_for(row, (row.group, row.label) in baselines)
             rows.append(RowResult(row, seeds, command_of(study, row, study.seeds[0]), beside))
         done = tuple(replace(row, versus=compared(row, _baseline_of(row, rows))) for row in rows)
-        tables.append(TableResult(table, done, findings_of(table, done)))
+        tables.append(TableResult(table, done, findings_of(done)))
     return StudyResult(study, tuple(tables), about(in_order(cells)), _sources(cells, found))
 
 

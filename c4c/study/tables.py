@@ -25,7 +25,7 @@ def write_csv(path: Path, result: StudyResult) -> None:
     Raises OSError that names the file.
     """
     metrics = metrics_of(result)
-    rows = [_row(result, table, row, metrics) for table in result.tables for row in table.rows]
+    rows = [_row(table, row, metrics) for table in result.tables for row in table.rows]
     cells = [_cell(table, row, seed, metrics) for table in result.tables for row in table.rows for seed in row.seeds]
     replace_text({path: _csv(rows), path.with_name(f"{path.stem}_cells.csv"): _csv(cells)})
 
@@ -41,7 +41,7 @@ def metrics_of(result: StudyResult) -> tuple[str, ...]:
     return (*METRICS, *(name for name in PAIR_METRICS if name in found))
 
 
-def _row(result: StudyResult, table: TableResult, row: RowResult, metrics: Sequence[str]) -> dict[str, object]:
+def _row(table: TableResult, row: RowResult, metrics: Sequence[str]) -> dict[str, object]:
     line: dict[str, object] = {
         "table": table.table.name, "title": table.table.title, "group": row.row.group, "row": row.row.label,
         "settings": " ".join(f"{key}={value}" for key, value in row.row.values.items()), "baseline": row.row.baseline,

@@ -39,7 +39,7 @@ def choose_trained(model: "nn.Module", train: TrainConfig) -> None:
         # a 3d patch kernel starts as the 2d one, and neither LoRA nor prompts are in it: frozen, it would stay that
         trained = {name for name in trained if part_of(name) not in towers or name in _kernel(model)} | beside
     if train.lora:
-        trained |= _add_lora(model, towers, frozen, train)
+        trained |= _add_lora(towers, frozen, train)
     if train.prompts:
         trained |= _add_prompts(model, frozen, train)
     for name, weight in model.named_parameters():
@@ -99,7 +99,7 @@ def _in_blocks(word: str, finer: re.Match[str], towers: dict[str, "Tower"], key:
     return {name for name, place in tower.places.items() if low <= place - 1 <= high}
 
 
-def _add_lora(model: "nn.Module", towers: dict[str, "Tower"], frozen: set[str], train: TrainConfig) -> set[str]:
+def _add_lora(towers: dict[str, "Tower"], frozen: set[str], train: TrainConfig) -> set[str]:
     """Give LoRA to the matrices of both towers that are not frozen; returns the names of the new weights."""
     from c4c.models.lora import add_lora, matrices
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from shards.split import Split
-from shards.tools.hashes import column_hashes, hashes, repeated, tables
+from shards.tools.hashes import hashes, key_hashes, repeated, tables
 
 _CHUNK = 1 << 22  # bytes read at a time
 _EXAMPLES = 20  # repeated captions that the report spells out
@@ -87,7 +87,7 @@ def dedup(
     content = every.groups(_content_hashes(every), lambda i: _sha256(every, i), "bytes", on_step)
     alike = {member: number for number, group in enumerate(content) for member in group.members}
     source = every.groups(_length_hashes(every), lambda i: _source(every, i), "sources", on_step) if sources else []
-    names = every.groups(np.concatenate([column_hashes(s, "key") for s in every.splits]), every.id, "names", on_step)
+    names = every.groups(np.concatenate([key_hashes(s) for s in every.splits]), every.id, "names", on_step)
     captions, leaks, examples = _captions(every)
     return DuplicateReport(
         len(every),

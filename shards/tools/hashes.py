@@ -26,9 +26,9 @@ def tables(split: Split, columns: Sequence[str]) -> Iterator[pa.Table]:
         yield read_table(split.path / f"{shard['name']}.parquet", list(columns), crc=shard["table_crc32c"])
 
 
-def column_hashes(split: Split, column: str) -> np.ndarray:
-    """uint64 [videos] of a text column."""
-    parts = [hashes(t.column(column).to_pylist()) for t in tables(split, [column])]
+def key_hashes(split: Split) -> np.ndarray:
+    """uint64 [videos] of the videos' keys."""
+    parts = [hashes(table.column("key").to_pylist()) for table in tables(split, ["key"])]
     return np.concatenate([np.zeros(0, np.uint64), *parts])
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from shards import ShardError, count, first_few
 from shards.split import Split
 from shards.tar import safe_key
-from shards.tools.hashes import column_hashes, hashes, repeated, tables
+from shards.tools.hashes import hashes, key_hashes, repeated, tables
 from shards.tools.regroup import Made, Piece, SourceSplit, new_folder, write_split
 
 
@@ -78,7 +78,7 @@ def _named_apart(splits: list[Split], prefix: bool) -> list[SourceSplit]:
         )
     labels = _labels([s.path for s in splits])
     renamed = [{key: f"{label}/{id}" for key, id in c.items()} for label, c in zip(labels, clashes, strict=True)]
-    taken = np.concatenate([column_hashes(s, "key") for s in splits])
+    taken = np.concatenate([key_hashes(s) for s in splits])
     new = [name for names in renamed for name in names.values()]
     try:
         keys = [safe_key(name) for name in new]
@@ -92,7 +92,7 @@ def _named_apart(splits: list[Split], prefix: bool) -> list[SourceSplit]:
 
 def _clashes(splits: list[Split]) -> list[dict[str, str]]:
     """For each split {key: id} of the videos whose key an earlier split has."""
-    columns = [column_hashes(s, "key") for s in splits]
+    columns = [key_hashes(s) for s in splits]
     every = np.concatenate(columns)
     suspects = np.array([every[group[0]] for group in repeated(every)], np.uint64)
     seen: set[str] = set()

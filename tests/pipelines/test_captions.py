@@ -12,7 +12,7 @@ from pipelines.config import DataConfig
 from pipelines.loader import Loader
 from pipelines.mixture import order_of
 from pipelines.pair_order import Order, rank_rows
-from pipelines.tokens import tokenize
+from pipelines.tokens import clips_tokenizer
 from shards.annotations import Caption, Item
 from shards.concat import Concat
 from shards.packing.pack import pack
@@ -60,7 +60,7 @@ def wanted(split: Split, left: dict[int, list[int]]) -> Counter:
     for video in range(len(split)):
         texts = [caption["text"] for caption in split.captions(video)]
         texts = [texts[i] for i in left.get(video, range(len(texts)))]
-        all_of.update((split.video(video).key, tuple(tokens.tolist())) for tokens in tokenize(texts, 12))
+        all_of.update((split.video(video).key, tuple(tokens.tolist())) for tokens in clips_tokenizer()(texts, 12))
     return all_of
 
 
@@ -75,7 +75,7 @@ def test_an_epoch_shows_every_caption_once(split, config, left, size):
         assert batch.tokens.shape == ((3, size, 12) if size > 1 else (3, 12))
         assert torch.equal(batch.caption_mask.any(dim=1), batch.valid)
         batch.tokens = batch.tokens.reshape(3, size, 12)
-        assert torch.equal(batch.tokens[batch.valid, 0], tokenize(batch.captions, 12))
+        assert torch.equal(batch.tokens[batch.valid, 0], clips_tokenizer()(batch.captions, 12))
     for epoch in (0, 1):
         own = [batch for batch in batches if batch.epoch == epoch]
         assert captions_of(own) == wanted(split, left)
@@ -98,7 +98,7 @@ def test_a_batch_says_which_caption_each_is(split, size, config):
                 texts_of(split, int(video), config)[number] for number in batch.caption_numbers[row] if number >= 0
             ]
             tokens = batch.tokens.reshape(3, size, -1)[row][batch.caption_mask[row]]
-            assert tokens.tolist() == tokenize(texts, config.max_words).tolist()
+            assert tokens.tolist() == clips_tokenizer()(texts, config.max_words).tolist()
             assert batch.captions[row] == texts[0]
     rows = [len(LEFT.get(v, range(n))) if config is DROP else n for v, n in enumerate(COUNTS)]
     shown = sum(int((batch.caption_numbers >= 0).sum()) for batch in batches)

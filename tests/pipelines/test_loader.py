@@ -20,7 +20,7 @@ from pipelines import loader as loader_module
 from pipelines.config import DataConfig
 from pipelines.eval_loader import EvalLoader
 from pipelines.loader import Batch, Loader
-from pipelines.tokens import tokenize
+from pipelines.tokens import clips_tokenizer
 from shards import ShardError
 from shards.split import Split
 
@@ -82,7 +82,7 @@ def test_what_a_batch_holds(numbered):
         assert b.valid.tolist() == b.caption_mask.flatten().tolist() == [True] * n + [False] * (5 - n)
         assert not b.frames[n:].any() and not b.frame_mask[n:].any() and not b.tokens[n:].any()
         assert (b.frame_numbers[n:] == -1).all()
-        assert torch.equal(b.tokens[:n], tokenize(b.captions, 12))
+        assert torch.equal(b.tokens[:n], clips_tokenizer()(b.captions, 12))
         for key, caption, (video, which) in zip(b.keys, b.captions, b.pairs.tolist(), strict=True):
             assert numbered.intra.video(video).key == key and caption == f"caption {which} of {key}"
             pairs.add((key, which))
@@ -193,7 +193,7 @@ def test_a_damaged_video_is_replaced_and_reported_once(numbered, profile, tmp_pa
             if key == bad:
                 replaced += 1
                 assert after.captions[row].endswith(f"of {after.keys[row]}")
-                assert torch.equal(after.tokens[row], tokenize([after.captions[row]], 12)[0])
+                assert torch.equal(after.tokens[row], clips_tokenizer()([after.captions[row]], 12)[0])
                 assert after.frames[row][after.frame_mask[row]].any()
             else:
                 assert after.keys[row] == key and torch.equal(after.frames[row], before.frames[row])
@@ -227,7 +227,7 @@ def test_a_row_that_nothing_can_replace_becomes_padding(numbered, tmp_path):
         batches = run(split, 3, batch_size=16)  # a batch holds all twelve videos
     for batch in batches:
         assert len(batch.keys) == 11 and batch.valid.tolist() == [True] * 11 + [False] * 5
-        assert torch.equal(batch.tokens[:11], tokenize(batch.captions, 12))
+        assert torch.equal(batch.tokens[:11], clips_tokenizer()(batch.captions, 12))
 
 
 @pytest.mark.filterwarnings("ignore:.*cannot be used and is replaced")

@@ -9,7 +9,7 @@ import torch
 from pipelines.config import CacheConfig, ClipsConfig, DataConfig
 from pipelines.loader import Loader
 from pipelines.narration import Clip, clip_of_pair
-from pipelines.tokens import Tokenizer, tokenize
+from pipelines.tokens import Tokenizer, clips_tokenizer
 from shards.annotations import Caption, Item
 from shards.concat import Concat
 from shards.packing.pack import pack
@@ -91,7 +91,7 @@ def test_bags_hold_the_drawn_caption_and_those_nearest(splits, world):
         texts = clip_of_pair(split.captions(video), caption, 12.0, CLIPS).texts
         assert texts[0] == f"video {video} says {caption}" == b.captions[i]
         expected = torch.zeros(3, 12, dtype=torch.int64)
-        expected[: len(texts)] = tokenize(list(texts), 12)
+        expected[: len(texts)] = clips_tokenizer()(list(texts), 12)
         assert torch.equal(b.tokens[i], expected)
         assert b.caption_mask[i].tolist() == [k < len(texts) for k in range(3)]
         sizes.add(len(texts))

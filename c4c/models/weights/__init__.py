@@ -19,7 +19,7 @@ from c4c.models import towers
 from c4c.models.backbone import named
 from c4c.models.weights import clip4clip, huggingface, openai, openclip, runs
 from c4c.models.weights.base import Content, Unsaid, Weights
-from c4c.models.weights.files import content, load
+from c4c.models.weights.files import load
 from c4c.training.run_folder import run_of_file
 from pipelines.hub import mind_the_network
 
@@ -89,12 +89,6 @@ def _named(name: str) -> Weights:
     weights = _recognised(load(path), spec)
     require_size(weights, name, path)  # else the tensors' sizes would count, without the config's heads and pixels
     return weights
-
-
-def recognise(raw: dict, backbone: str | dict | None = None) -> Weights:
-    """Weights from the loaded file of any other project. Raises ValueError if its names are none that are known."""
-    spec = named(backbone) if isinstance(backbone, str) else backbone
-    return _recognised(content(raw, Path("the weights")), spec)
 
 
 def _recognised(file: Content, spec: dict | None) -> Weights:

@@ -21,7 +21,7 @@ from c4c.models.weights.base import Unsaid
 from c4c.models.weights.huggingface import spec_of, stated, timm_name
 from c4c.settings import ModelConfig
 from pipelines.config import DataConfig
-from pipelines.tokens import Tokenizer, tokenize
+from pipelines.tokens import Tokenizer, clips_tokenizer
 from tests import vocabularies
 from tests.c4c.models.small import SPEC, register, spec, tiny
 
@@ -126,10 +126,10 @@ def test_its_tokenizer_gives_the_same_ids(tmp_path):
     assert head.startswith("meanP:") and "open_clip.tokenizer.get_clean_fn('lower')" in repairs
     texts = ["A dog catches a Frisbee!", "a man's 2 naïve cats — and 3,000 dogs", "…"]
     tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "written")
-    for text, row in zip(texts, tokenize(texts, 77), strict=True):
+    for text, row in zip(texts, clips_tokenizer()(texts, 77), strict=True):
         assert tokenizer(text)["input_ids"] == row[: int(row.argmax()) + 1].tolist()
     for text in ("a “good” dog", "salt &amp; pepper", "lÃ©gende"):  # as the note says
-        own = tokenize([text], 77)[0]
+        own = clips_tokenizer()([text], 77)[0]
         own = own[: int(own.argmax()) + 1].tolist()
         assert tokenizer(text)["input_ids"] != own == tokenizer(get_clean_fn("lower")(text))["input_ids"]
     _, again = open_checkpoint(str(tmp_path / "written"))
@@ -219,7 +219,7 @@ def test_a_tokenizer_of_an_earlier_export_does_not_stay(tmp_path):
     (folder / "processor_config.json").write_text('{"image_processor": {"image_mean": [0, 0, 0]}}')
     export(tiny(spec=spec(text_cfg=SPEC["text_cfg"] | {"vocab_size": 49408})), folder, "transformers")
     caption = "a dog catches a frisbee"
-    assert AutoTokenizer.from_pretrained(folder)(caption)["input_ids"] == tokenize([caption], 7)[0].tolist()
+    assert AutoTokenizer.from_pretrained(folder)(caption)["input_ids"] == clips_tokenizer()([caption], 7)[0].tolist()
     export(tiny(), folder, "transformers")
     left = sorted(path.name for path in folder.iterdir())
     assert left == ["config.json", "model.safetensors", "notes.txt", "preprocessor_config.json"]

@@ -11,11 +11,12 @@ import torch
 from c4c.models.heads.mean import MeanPooling
 from c4c.retrieval import features as encoding
 from c4c.retrieval.evaluate import _better, _of_pairs, evaluate, rerank_by_dsl
-from c4c.retrieval.metrics import ScoreGrid, of_matrix
+from c4c.retrieval.metrics import ScoreGrid
 from c4c.retrieval.output import write_ranks, write_top
 from c4c.retrieval.work import EvalWork
 from pipelines.captions import texts_of
 from pipelines.config import DataConfig
+from tests.c4c.retrieval.score_matrix import of_matrix
 
 pytestmark = pytest.mark.slow  # imports DALI
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from c4c.retrieval.metrics import of_matrix, ranks, report, summarize
+from c4c.retrieval.metrics import ranks, report, summarize
+from tests.c4c.retrieval.score_matrix import of_matrix
 
 GOLDEN = np.load(Path(__file__).parents[2] / "golden" / "metrics.npz")
 # those without ties

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from c4c.retrieval.metrics import ScoreGrid, grid_ranks, of_matrix
+from c4c.retrieval.metrics import ScoreGrid, grid_ranks
 from c4c.retrieval.order_pairs import pair_groups, score_pairs
 from c4c.retrieval.work import EvalWork
+from tests.c4c.retrieval.score_matrix import of_matrix
 
 
 class Split:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from c4c.retrieval.metrics import ScoreGrid, grid_ranks, of_matrix
+from c4c.retrieval.metrics import ScoreGrid, grid_ranks
 from c4c.retrieval.rerank import (
     dsl,
     qbnorm_by_text,
@@ -13,6 +13,7 @@ from c4c.retrieval.rerank import (
     video_bank,
 )
 from c4c.retrieval.work import EvalWork
+from tests.c4c.retrieval.score_matrix import of_matrix
 
 WORK = EvalWork(torch.device("cpu"))
 

@@ -7,14 +7,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from c4c.study.config import StudyTable
 from c4c.study.findings import as_number, findings_of
 from tests.c4c.study.folders import EVALUATED, TRAINED, row_result, with_comparisons
 
 
 def said_of(rows) -> tuple[str, ...]:
-    table = StudyTable("t", "T", "", tuple(row.row for row in rows), ())
-    return findings_of(table, with_comparisons(rows))
+    return findings_of(with_comparisons(rows))
 
 
 def sweep(values: dict[float, list], baseline: str = ""):

@@ -18,9 +18,7 @@ from tests.c4c.study.folders import row_result, study_of, with_comparisons
 def result_of(rows: list[RowResult], tmp_path, title="Frames", about=None) -> StudyResult:
     table = StudyTable("frames", title, "About it.", tuple(row.row for row in rows), ())
     rows = with_comparisons(rows)
-    return StudyResult(
-        study_of([table], tmp_path), (TableResult(table, tuple(rows), findings_of(table, rows)),), about or {}
-    )
+    return StudyResult(study_of([table], tmp_path), (TableResult(table, tuple(rows), findings_of(rows)),), about or {})
 
 
 def rows() -> list[RowResult]:
