@@ -31,7 +31,7 @@ def write_csv(path: Path, result: StudyResult) -> None:
 
 
 def write_markdown(path: Path, result: StudyResult) -> None:
-    """Raises OSError that names the file."""
+    """The tables in Markdown. Raises OSError that names the file."""
     replace_text({path: markdown_of(result)})
 
 

@@ -21,7 +21,7 @@ _LONGEST = 400  # characters shown of a caption
 class Gallery:
     """What the page's script shows.
 
-    t2v, v2t  the queries, worst first, as JSON objects (see `_text_query`, `_video_query`)
+    t2v, v2t  the queries, worst first, as JSON objects (see `_Source.text_query`, `_Source.video_query`)
     texts     {caption: its text}; own: {video: some of its captions}
     videos    those that appear, the most important first
     failures, near   of all queries, shown or not, by direction: ranks above 1, and those with a nearly equal caption
