@@ -169,8 +169,8 @@ class Lane:
         else:
             for sample, source in zip(plan.clips, sources, strict=True):
                 sample.source = source
-        (made,) = chain(("order_s", iter(samples)), stages, Stats())
-        return made
+        (finished,) = chain(("order_s", iter(samples)), stages, Stats())
+        return finished
 
     def mask(self, samples: list[Sample], rows: int) -> torch.Tensor:
         """Which slots of so many rows the samples' clips fill: bool [rows, num_frames] on the device."""
@@ -282,7 +282,7 @@ class Lane:
         return distinct(request.positions)
 
     def _bring(self, request: ClipRequest) -> int:
-        """Bring the bytes that a clip reads to this machine; how many there are. None where it is cached."""
+        """Bring the bytes that a clip reads to this machine, and return their number: 0 if the clip is cached."""
         if self._cached(request) is not None:
             return 0
         wanted = None if self._for_nvdec(request.video) else self._to_decode(request)
@@ -304,8 +304,8 @@ class Lane:
 
         for group in groups:
             if cache.has_room:
-                made = [s for s in group if s.frames is not None and not s.source.cached]
-                self._workers.map(keep, list(zip(made, on_host([s.frames for s in made]), strict=True)))
+                decoded = [s for s in group if s.frames is not None and not s.source.cached]
+                self._workers.map(keep, list(zip(decoded, on_host([s.frames for s in decoded]), strict=True)))
             yield group
 
     def _shown(self, groups: Stream) -> Iterator[Sample]:
@@ -339,8 +339,8 @@ class Lane:
             plan = self._plan(source, resize, uncropped=self._uncropped, roi=self._roi)
         units = self._rows * (1 if self._nvdec else config.num_frames)
         if self._decoding.type == "cpu":
-            held = self.threads * _BYTES_A_THREAD // (config.image_size**2 * 3)
-            units = min(units, max(config.num_frames, held))
+            frames_in_cpu_cache = self.threads * _BYTES_A_THREAD // (config.image_size**2 * 3)
+            units = min(units, max(config.num_frames, frames_in_cpu_cache))
         if self.cache is not None and not self._nvdec and self._draws:
             units = max(units, _UNITS_TO_CACHE)
         otherwise = self._decoded_on_cpu if self._nvdec else None
@@ -368,7 +368,7 @@ class Lane:
                 f"cache.dir with data.sampling={config.sampling} would keep every frame of the videos in {split.path}: "
                 "set cache.frames to the number of frames of each video to draw from, 24 for example"
             )
-        what: dict[str, str | int | float] = {
+        contents: dict[str, str | int | float] = {
             "digest": split.digest,
             "lane": self.name,
             "decoder": self._decoding.type,
@@ -382,15 +382,15 @@ class Lane:
         }
         # left out where it is what caches of before hold
         unlike = {"resize mode": config.resize_mode, "interpolation": config.interpolation}
-        what |= {name: value for name, value in unlike.items() if value not in ("shortest", "bicubic")}
+        contents |= {name: value for name, value in unlike.items() if value not in ("shortest", "bicubic")}
         if config.resize_mode == "longest" and not self._augments:
-            what["fill"] = config.fill
+            contents["fill"] = config.fill
         if config.crop != "centre" and not self._augments:
-            what["crop at"] = config.crop
+            contents["crop at"] = config.crop
         if self._decoding.type == "cuda" and config.hw_decoder_load:
-            what["JPEG engines"] = config.hw_decoder_load
+            contents["JPEG engines"] = config.hw_decoder_load
         first = split.video(0)
         request = ClipRequest(first, choose(first, config.sampling, config.num_frames, config.fps))
         width, height = config.geometry.size(first.width, first.height)
         area = width * height if self._augments else config.image_size**2
-        return FrameCache(cache, what, len(split), len(self._cacheable(request)) * area * 3)
+        return FrameCache(cache, contents, len(split), len(self._cacheable(request)) * area * 3)

@@ -52,9 +52,9 @@ def _rows(values: dict[str, float], unit: str, factor: float, whole: float) -> l
     ]
 
 
-def table(found: list[tuple[Prediction, int]], config: Config) -> str:
+def table(predictions: list[tuple[Prediction, int]], config: Config) -> str:
     """A line for each kind of GPU: its prediction, and the largest batch that a GPU of it can encode at once."""
-    first = found[0][0]
+    first = predictions[0][0]
     heads = ("GPU", "ms/step", "clips/s", "MFU %", "GiB", "of", "fits", "most pairs", "loader", "limited by")
     widths = (9, 8, 8, 6, 6, 6, 5, 11, 7, 0)
     rows = [heads] + [
@@ -63,7 +63,7 @@ def table(found: list[tuple[Prediction, int]], config: Config) -> str:
             f"{p.usable_gib:.1f}", "yes" if p.fits else "NO", _many(largest), f"{p.loader_margin:.1f}x",
             p.limit.replace("_", " "),
         )
-        for p, largest in found
+        for p, largest in predictions
     ]  # fmt: skip
     lines = [
         "  ".join(

@@ -76,18 +76,18 @@ def evaluate(
     )  # fmt: skip
 
 
-def rerank_by_dsl(found: Evaluation, model: CLIP4Clip, work: EvalWork) -> None:
+def rerank_by_dsl(evaluation: Evaluation, model: CLIP4Clip, work: EvalWork) -> None:
     """Add the row of the dual softmax to what an evaluation found."""
     scale = rerank.DSL_SCALE if model.head.scaled else 1.0  # of heads whose scores are no cosines
-    rows = report(*rerank.dsl(found.grid, work, scale, cosines=model.head.scaled))
-    found.rows["DSL"] = {way: rows[way] for way in ("t2v", "v2t")} | {
+    rows = report(*rerank.dsl(evaluation.grid, work, scale, cosines=model.head.scaled))
+    evaluation.rows["DSL"] = {way: rows[way] for way in ("t2v", "v2t")} | {
         "sees_all_test_queries": True,
         "inverse_temperature": scale,
     }
 
 
 def rerank_by_bank(
-    found: Evaluation,
+    evaluation: Evaluation,
     model: CLIP4Clip,
     work: EvalWork,
     tell: Tell,
@@ -96,23 +96,25 @@ def rerank_by_bank(
     bank_videos: bool,
 ) -> None:
     """Add the row of querybank normalisation to what an evaluation found. bank_videos: encode its videos too, for video to text."""
-    texts, _ = captions_of(bank, found.data)
+    texts, _ = captions_of(bank, evaluation.data)
     tell_of_bank = lambda kind, done, total: tell(f"{kind} of the bank", done, total)  # noqa: E731
     scale = rerank.QBNORM_SCALE if model.head.scaled else 1.0
     row: dict = {}
     with work, aligned(model), torch.no_grad():
-        queries = encode_texts(texts, model, found.data, work, tell_of_bank, tokenizer=tokenizer)
+        queries = encode_texts(texts, model, evaluation.data, work, tell_of_bank, tokenizer=tokenizer)
         owner = torch.arange(len(texts), device=work.device)
-        of_videos = rerank.text_bank(ScoreGrid.of(queries, found.video_features, owner, found.score), work, scale)
-        by_text = rerank.qbnorm_by_text(found.grid, work, of_videos, scale)
-        row["t2v"] = summarize(by_text, lower_median=len(found.texts) != len(found.keys))
+        of_videos = rerank.text_bank(
+            ScoreGrid.of(queries, evaluation.video_features, owner, evaluation.score), work, scale
+        )
+        by_text = rerank.qbnorm_by_text(evaluation.grid, work, of_videos, scale)
+        row["t2v"] = summarize(by_text, lower_median=len(evaluation.texts) != len(evaluation.keys))
         if bank_videos:
-            views, _ = encode_videos(model, bank, found.data, work, tell_of_bank, tokenizer=tokenizer)
+            views, _ = encode_videos(model, bank, evaluation.data, work, tell_of_bank, tokenizer=tokenizer)
             videos = combined(model.head, views)
-            grid = ScoreGrid.of(found.text_features, videos, found.video_of_text, score_of(model.head, 1))
-            by_video = rerank.qbnorm_by_video(found.grid, work, rerank.video_bank(grid, work, scale), scale)
+            grid = ScoreGrid.of(evaluation.text_features, videos, evaluation.video_of_text, score_of(model.head, 1))
+            by_video = rerank.qbnorm_by_video(evaluation.grid, work, rerank.video_bank(grid, work, scale), scale)
             row["v2t"] = summarize(by_video)
-    found.rows["QB-Norm"] = row | {
+    evaluation.rows["QB-Norm"] = row | {
         "sees_all_test_queries": False,
         "inverse_temperature": scale,
         "bank": str(bank.path),
@@ -122,7 +124,7 @@ def rerank_by_bank(
 
 @dataclass(frozen=True)
 class OpenedCheckpoint:
-    """What a request names, read. data: filled; name, tag, ema: as c4c.training.run_folder.located gives them, tag resolved. what, kind: the
+    """What a request names, read. data: filled; name, tag: as c4c.training.run_folder.located gives them, tag resolved. what, kind: the
     checkpoint and which of its weights, for people."""
 
     model: CLIP4Clip
@@ -221,35 +223,37 @@ def _evaluate(
     return found
 
 
-def _result(found: Evaluation, what: str, request: Request) -> dict:
+def _result(evaluation: Evaluation, what: str, request: Request) -> dict:
     """What --json writes of one split."""
-    result = found.metrics | {
+    result = evaluation.metrics | {
         "checkpoint": what,
-        "split": str(found.split.path),
-        "split_digest": found.split.digest,
-        "data": evaluation_settings(found.data),
+        "split": str(evaluation.split.path),
+        "split_digest": evaluation.split.digest,
+        "data": evaluation_settings(evaluation.data),
     }
     if request.clips * request.crops > 1:
         result |= {"clips": request.clips, "crops": request.crops}
-    return result | ({"rerank": found.rows} if found.rows else {})
+    return result | ({"rerank": evaluation.rows} if evaluation.rows else {})
 
 
-def _write(request: Request, found: Evaluation, results: dict[str, dict], what: str, run: Path | None) -> None:
+def _write(request: Request, evaluation: Evaluation, results: dict[str, dict], what: str, run: Path | None) -> None:
     """The files that are asked for."""
     if request.ranks:
-        write_ranks(request.ranks, found.split, found.data, found.by_text)
+        write_ranks(request.ranks, evaluation.split, evaluation.data, evaluation.by_text)
     if request.dump:
-        write_dump(request.dump, found)
+        write_dump(request.dump, evaluation)
     if request.report:
         from c4c.retrieval.report import write_report
 
         with EvalReport(on=True) as progress:
-            write_report(request.report, found, run, what, views=(request.clips, request.crops), tell=progress.tell)
+            write_report(
+                request.report, evaluation, run, what, views=(request.clips, request.crops), tell=progress.tell
+            )
     if request.json and len(results) == len(request.splits):  # after the others: who finds it finds them too
         (first,) = results.values() if len(results) == 1 else (results,)
         replace_text({request.json: json.dumps(first, indent=2) + "\n"})
     if request.topk:  # last: printing may fail
-        write_top(request.topk_to, found, request.topk)
+        write_top(request.topk_to, evaluation, request.topk)
 
 
 def _show(request: Request, result: dict, *lines: str) -> None:

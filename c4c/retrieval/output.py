@@ -51,7 +51,7 @@ def require_dump(path: Path, split: Split, config: DataConfig, vectors: bool) ->
         )
 
 
-def write_dump(path: Path, found: Evaluation) -> None:
+def write_dump(path: Path, evaluation: Evaluation) -> None:
     """Write the scores as the file's suffix says: .npz, .parquet, or .pkl in mmaction2's layout. Raises OSError that names the file.
 
     .npz: similarity float32 [texts, videos], texts, keys (the videos' ids), video_of_text int64 [texts]. .parquet: a row a text
@@ -63,18 +63,22 @@ def write_dump(path: Path, found: Evaluation) -> None:
     """
     write = {".npz": _npz, ".parquet": _parquet}.get(path.suffix, _pickle)
     with beside(path) as file:
-        write(file, found)
+        write(file, evaluation)
 
 
-def _npz(file: BinaryIO, found: Evaluation) -> None:
-    shape = len(found.texts), len(found.keys)
+def _npz(file: BinaryIO, evaluation: Evaluation) -> None:
+    shape = len(evaluation.texts), len(evaluation.keys)
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         with _member(archive, "similarity") as member:  # row by row: the whole need not fit in memory
             header = {"descr": "<f4", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(member, header)
-            for _, scores in found.tiles():
+            for _, scores in evaluation.tiles():
                 member.write(np.ascontiguousarray(scores.cpu().numpy(), "<f4").tobytes())
-        others = {"texts": found.texts, "keys": found.keys, "video_of_text": found.video_of_text.cpu().numpy()}
+        others = {
+            "texts": evaluation.texts,
+            "keys": evaluation.keys,
+            "video_of_text": evaluation.video_of_text.cpu().numpy(),
+        }
         for name, values in others.items():
             with _member(archive, name) as member:
                 np.lib.format.write_array(member, np.array(values), allow_pickle=False)
@@ -86,60 +90,60 @@ def _member(archive: zipfile.ZipFile, name: str) -> Iterator[BinaryIO]:
         yield member  # type: ignore[misc]  # it can do all that numpy asks of it
 
 
-def _parquet(file: BinaryIO, found: Evaluation) -> None:
+def _parquet(file: BinaryIO, evaluation: Evaluation) -> None:
     schema = pa.schema(
         [
             ("text", pa.string()),
             ("video", pa.string()),
             ("video_of_text", pa.int64()),
-            ("similarity", pa.list_(pa.float32(), len(found.keys))),
+            ("similarity", pa.list_(pa.float32(), len(evaluation.keys))),
         ],
-        {"keys": json.dumps(found.keys, ensure_ascii=False)},
+        {"keys": json.dumps(evaluation.keys, ensure_ascii=False)},
     )
-    owner = found.video_of_text.cpu().numpy()
+    owner = evaluation.video_of_text.cpu().numpy()
     with pq.ParquetWriter(file, schema) as writer:
-        for texts, scores in found.tiles():
+        for texts, scores in evaluation.tiles():
             flat = pa.array(scores.cpu().numpy().ravel())
             columns = [
-                pa.array(found.texts[texts]),
-                pa.array([found.keys[v] for v in owner[texts]]),
+                pa.array(evaluation.texts[texts]),
+                pa.array([evaluation.keys[v] for v in owner[texts]]),
                 pa.array(owner[texts]),
-                pa.FixedSizeListArray.from_arrays(flat, len(found.keys)),
+                pa.FixedSizeListArray.from_arrays(flat, len(evaluation.keys)),
             ]
             writer.write_batch(pa.record_batch(columns, schema=schema))
 
 
-def _pickle(file: BinaryIO, found: Evaluation) -> None:
-    texts, videos = found.text_features.cpu(), found.video_features.cpu()
-    side = found.data.image_size
+def _pickle(file: BinaryIO, evaluation: Evaluation) -> None:
+    texts, videos = evaluation.text_features.cpu(), evaluation.video_features.cpu()
+    side = evaluation.data.image_size
     rows = [
         {
             # of a copy: pickle would write all that a view's memory holds
             "features": {"video_feature": videos[v].clone(), "text_feature": texts[t].clone()},
             "img_shape": (side, side),
-            "video_id": found.keys[v],
+            "video_id": evaluation.keys[v],
         }
-        for t, v in enumerate(found.video_of_text.tolist())
+        for t, v in enumerate(evaluation.video_of_text.tolist())
     ]
     pickle.dump(rows, file)
 
 
-def write_top(to: Path | None, found: Evaluation, k: int) -> None:
+def write_top(to: Path | None, evaluation: Evaluation, k: int) -> None:
     """For each text one JSON object a line: its text, its video, the video's rank, from 1, and the k best videos with their scores;
     null for a score that is not a number.
 
     to: None for standard output. Raises OSError.
     """
-    places, scores = found.top(k)
-    owner, ranks = found.video_of_text.tolist(), found.by_text.tolist()
+    places, scores = evaluation.top(k)
+    owner, ranks = evaluation.video_of_text.tolist(), evaluation.by_text.tolist()
     lines = []
-    for i, text in enumerate(found.texts):
+    for i, text in enumerate(evaluation.texts):
         best = zip(places[i].tolist(), scores[i].tolist(), strict=True)
         row = {
             "text": text,
-            "video": found.keys[owner[i]],
+            "video": evaluation.keys[owner[i]],
             "rank": ranks[i] + 1,
-            "found": [{"video": found.keys[v], "score": _number(score)} for v, score in best],
+            "found": [{"video": evaluation.keys[v], "score": _number(score)} for v, score in best],
         }
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     _write_lines(to, lines)

@@ -74,8 +74,8 @@ class Session:
         self._frozen: dict = {}  # what checkpoints say of the weights that they leave out
         left_out = self._build(resume)
         self.model.check_data(config.data, config.model.backbone)
-        kept = with_files(self.model.spec, resume / FILES) if resume else self.model.spec
-        self.tokenizer = Tokenizer(kept.get("tokenizer"))
+        spec = with_files(self.model.spec, resume / FILES) if resume else self.model.spec
+        self.tokenizer = Tokenizer(spec.get("tokenizer"))
         self.tokenizer.length(config.data.max_words)  # refuses now what it would refuse after minutes
         self.model.set_pixels(config.data)
         self._teacher = self._read_teacher(resume)
@@ -124,18 +124,18 @@ class Session:
         if not resume and not (model.init_from and Path(model.init_from).exists()):  # those may bring its files along
             Tokenizer(spec_of(model).get("tokenizer"))  # fails here before large towers are built or fetched
         torch.manual_seed(config.run.seed)
-        known, told = (read_towers(resume), resume / "towers.json") if resume else (None, None)
+        run_towers, towers_file = (read_towers(resume), resume / "towers.json") if resume else (None, None)
         # all weights come from the checkpoint: what they started from counts no more
-        if about and known and not before:
+        if about and run_towers and not before:
             self.model = CLIP4Clip(
-                known, model.head, model.linear_patch, model.head_layers, config.data.num_frames, model.merging
+                run_towers, model.head, model.linear_patch, model.head_layers, config.data.num_frames, model.merging
             )
         else:
             self.model = build(model, config.data.num_frames, config.data.image_size)
-            if known and (changed := other_towers(known, self.model.spec)):
+            if run_towers and (changed := other_towers(run_towers, self.model.spec)):
                 raise ValueError(
                     f"run.resume=auto: {resume} was trained with other towers than model.init_from={model.init_from} describes now "
-                    f"({', '.join(changed)} differ from {told}): what it names has changed. Put it back"
+                    f"({', '.join(changed)} differ from {towers_file}): what it names has changed. Put it back"
                 )
         choose_trained(self.model, config.train)
         names = origin.left_out(self.model, config)
@@ -199,10 +199,10 @@ class Session:
         epoch, step = divmod(self.done, self.per_epoch)
         return self.loader.batches(epoch, step, max(0, count))
 
-    def step(self, batch: Batch, *asked: bool) -> Outcome:
+    def step(self, batch: Batch, *answers: bool) -> Outcome:
         """One update on every rank. Returns as soon as it is launched: see `Outcome`.
 
-        asked: what ranks want to decide alike; in `answers` each is true if it is on any rank.
+        answers: this rank's, to what ranks have to decide alike; in `Outcome.answers` each is true if it is on any rank.
         """
         train = self.config.train
         factor = train.factor(self.done, self.per_epoch)
@@ -220,7 +220,7 @@ class Session:
                 bias = bias.detach().float().clone()
         return Outcome(
             sums[0], sums[1], scale, self.engine.get_global_grad_norm(), world=self.world, lr=train.lr * factor,
-            applied=was_applied(self.engine), answers=any_rank(asked, self._hosts),
+            applied=was_applied(self.engine), answers=any_rank(answers, self._hosts),
             logit_bias=bias,
         )  # fmt: skip
 
@@ -234,7 +234,7 @@ class Session:
         encode = self.engine if lockstep or self.device.type != "cpu" else self.engine.module
         work = EvalWork(self.device, lockstep=lockstep, at_once=self.engine.module.compiled is None)
 
-        def told(kind: str, *_) -> None:
+        def encoded_some(kind: str, *_) -> None:
             if kind != "texts":  # of those, ranks have different numbers of tiles
                 each()
 
@@ -244,9 +244,11 @@ class Session:
         self.engine.eval()
         with average.in_use(self.engine) if average else nullcontext(), as_they_are, self._memory(f"validation encodes {block_sizes(self.device, data.num_frames)[0]} videos of {data.num_frames} frames "
                           f"at once, and decodes {data.eval_batch_size} meanwhile", "a smaller data.eval_batch_size"):  # fmt: skip
-            found = evaluate(self.model, encode, split or self.test, data, work, told, tokenizer=self.tokenizer)
+            evaluation = evaluate(
+                self.model, encode, split or self.test, data, work, encoded_some, tokenizer=self.tokenizer
+            )
         self.engine.train()
-        return found
+        return evaluation
 
     def position(self) -> dict:
         """What a checkpoint says beside the step, for people and to recognise the data."""

@@ -98,9 +98,9 @@ class Trainer:
         self.config, self.rank, self.world, self.device = config, rank, world, device
         self.folder = Path(config.run.dir)
         lock = lock or RunLock(self.folder)
-        again = restarted(device)  # the processes before may be about to end
-        resume = "auto" if again else config.run.resume
-        on_first_rank(lambda: lock.take(make=False, wait_s=_LAST_START_S * again), rank, world)
+        is_restart = restarted(device)  # the processes before may be about to end
+        resume = "auto" if is_restart else config.run.resume
+        on_first_rank(lambda: lock.take(make=False, wait_s=_LAST_START_S * is_restart), rank, world)
         resuming = resume == "auto" and checkpoint.exist(self.folder)
         agree({f"a checkpoint to continue from in {self.folder}": "there" if resuming else "missing"}, world)
         self.session = Session(
@@ -230,17 +230,17 @@ class Trainer:
         if not self._validation_due():
             return
         done = self.session.done
-        found = self.session.evaluate(each=lambda: watch.now("validating"))
-        result = found.metrics
+        evaluation = self.session.evaluate(each=lambda: watch.now("validating"))
+        result = evaluation.metrics
         self.early.note(result["t2v"]["R1"], self.world, self.device)
         if self.metrics:
-            self._write_ranks(found)
+            self._write_ranks(evaluation)
             self.metrics.validation(done, result, self.config.train.ema)
         self.report.validation(done, result, bool(self.config.train.ema))
 
-    def _write_ranks(self, found: Evaluation) -> None:
+    def _write_ranks(self, evaluation: Evaluation) -> None:
         try:
-            write_ranks(self.folder / RANKS, found.split, found.data, found.by_text, meta=False)
+            write_ranks(self.folder / RANKS, evaluation.split, evaluation.data, evaluation.by_text, meta=False)
         except OSError as error:  # a full disk ends no training
             self.report.say(f"warning: the ranks of this validation are not stored: {error}")
 
