@@ -1,15 +1,10 @@
 """One process at a time: one study in its folder, one attempt at a cell."""
 
-import errno
 import fcntl
-import json
 import os
-import socket
-import time
-from contextlib import suppress
 from pathlib import Path
 
-_TAKEN = (errno.EACCES, errno.EAGAIN)
+from c4c.training.lock import TAKEN, sign, signed_by
 
 
 class FolderLock:
@@ -31,14 +26,11 @@ class FolderLock:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in _TAKEN:
+            if error.errno in TAKEN:
                 os.close(file)
                 return False
         self._file = file
-        about = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        with suppress(OSError):  # a full disk is no reason not to hold it
-            os.ftruncate(file, 0)
-            os.pwrite(file, json.dumps(about).encode() + b"\n", 0)
+        sign(file)
         return True
 
     @property
@@ -56,9 +48,8 @@ class FolderLock:
     def holder(self) -> str:
         """Who has taken it last, in words."""
         try:
-            about = json.loads(self._path.read_bytes()[:4096])
-            return f"process {about['pid']} on {about['host']} (since {about['since']})"
-        except (OSError, ValueError, KeyError, TypeError):
+            return signed_by(self._path.read_bytes())
+        except OSError:
             return "another process"
 
     def is_taken(self) -> bool:
@@ -72,7 +63,7 @@ class FolderLock:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError as error:
-            return error.errno in _TAKEN
+            return error.errno in TAKEN
         finally:
             os.close(file)
         return False

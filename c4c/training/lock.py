@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 FILE = ".lock"
-_TAKEN = (errno.EACCES, errno.EAGAIN)
+_LONGEST = 4096  # bytes of a lock file that are read
+TAKEN = (errno.EACCES, errno.EAGAIN)  # what the system says of a lock that another has
 
 
 class RunLock:
@@ -39,12 +40,12 @@ class RunLock:
             if self._lock(descriptor):
                 self._drop()
                 self._held = descriptor
-                _sign(descriptor)
+                sign(descriptor)
             elif time.monotonic() < until:
                 os.close(descriptor)
                 time.sleep(0.2)
             else:
-                holder = _read(descriptor)
+                holder = signed_by(os.pread(descriptor, _LONGEST, 0))
                 os.close(descriptor)
                 raise ValueError(
                     f"{self._path.parent} is in use: {holder} is training in it. Wait until it ends, stop it, or choose "
@@ -72,7 +73,7 @@ class RunLock:
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:  # some network file systems have no locks: there this is a note to people only
-            return error.errno not in _TAKEN
+            return error.errno not in TAKEN
         return True
 
     def _drop(self) -> None:
@@ -81,16 +82,18 @@ class RunLock:
             self._held = None
 
 
-def _sign(descriptor: int) -> None:
+def sign(descriptor: int) -> None:
+    """Write into an open lock file which process holds it, for `signed_by`."""
     about = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
     with contextlib.suppress(OSError):  # a full disk is no reason not to hold it
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(about).encode() + b"\n", 0)
 
 
-def _read(descriptor: int) -> str:
+def signed_by(data: bytes) -> str:
+    """The process that wrote these first bytes of a lock file, in words; `another process` if they do not say it."""
     try:
-        about = json.loads(os.pread(descriptor, 4096, 0))
+        about = json.loads(data)
         return f"process {about['pid']} on {about['host']} (since {about['since']})"
     except (ValueError, KeyError, TypeError):
         return "another process"
