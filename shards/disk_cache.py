@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from shards import ShardError
+from shards.storage import is_at
 from shards.tar import DISK_FULL
 
 _PART = ".part"
@@ -58,7 +59,7 @@ class DiskCache:
             descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)  # whoever else fetches it comes first
-                ours = _is(descriptor, part)
+                ours = is_at(descriptor, part)
                 if target.exists() or not ours:
                     if ours:
                         part.unlink()
@@ -169,14 +170,6 @@ class DiskCache:
 def _taken(size: int) -> int:
     """Bytes of disk that a file of `size` takes."""
     return -(-size // _BLOCK) * _BLOCK
-
-
-def _is(descriptor: int, path: Path) -> bool:
-    """Whether the open file is the one of that name."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
 
 
 def _removed(path: str) -> bool:

@@ -176,6 +176,17 @@ def unreachable(error: BaseException | None) -> bool:
     return False
 
 
+# ---- open files ----
+
+
+def is_at(descriptor: int, path: str | Path) -> bool:
+    """Whether an open file is the one that has this name now: it may have been moved or deleted, and another put in its place."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
 # ---- outputs ----
 
 

@@ -9,6 +9,8 @@ import socket
 import time
 from pathlib import Path
 
+from shards.storage import is_at
+
 FILE = ".lock"
 _LONGEST = 4096  # bytes of a lock file that are read
 TAKEN = (errno.EACCES, errno.EAGAIN)  # what the system says of a lock that another has
@@ -62,12 +64,7 @@ class RunLock:
 
     def _current(self) -> bool:
         """Whether what is held is the lock file at the path: the folder may have been moved."""
-        if self._held is None:
-            return False
-        try:
-            return os.path.samestat(os.fstat(self._held), os.stat(self._path))
-        except FileNotFoundError:
-            return False
+        return self._held is not None and is_at(self._held, self._path)
 
     def _lock(self, descriptor: int) -> bool:
         try:

@@ -11,6 +11,7 @@ from pathlib import Path
 import cpuinfo
 from torch.utils import file_baton
 
+from shards.storage import is_at
 from shards.user_cache import own_temporary
 
 ARCHITECTURES = "TORCH_CUDA_ARCH_LIST"
@@ -107,7 +108,7 @@ class Baton(file_baton.FileBaton):
                     os.close(fd)
                     return False
             else:
-                if not _is_at(fd, self.lock_file_path):  # it was removed in the meantime
+                if not is_at(fd, self.lock_file_path):  # it was removed in the meantime
                     os.close(fd)
                     continue
             self._held = fd
@@ -134,10 +135,3 @@ class Baton(file_baton.FileBaton):
         os.remove(self.lock_file_path)
         os.close(self._held)
         self._held = None
-
-
-def _is_at(fd: int, path: str) -> bool:
-    try:
-        return os.path.samestat(os.fstat(fd), os.stat(path))
-    except FileNotFoundError:
-        return False
