@@ -25,9 +25,8 @@ from c4c.models.clip4clip import CLIP4Clip
 from c4c.models.lora import A, B, merged
 from c4c.models.origin import frozen_weights
 from c4c.models.pretrained import evaluation_settings
-from c4c.models.prompts import prompts_in
 from c4c.models.tokenizer_spec import FILES, with_files
-from c4c.models.weights.base import Weights
+from c4c.models.weights.runs import weights_of_run
 from c4c.training.run_folder import located, read_config, save_description
 from c4c.zero import checkpoint
 from c4c.zero.checkpoint import EMA, FROZEN, MODEL, CheckpointError
@@ -217,13 +216,8 @@ def _notes(parts: Sequence[CheckpointWeights]) -> list[str]:
 
 def _write_file(out: Path, state: dict[str, Tensor], first: CheckpointWeights) -> None:
     config, spec = first.config, with_files(first.spec, first.run / FILES)
-    model = config.model
-    weights = Weights(
-        state, spec, model.head, model.linear_patch, model.head_layers, config.data.num_frames, "c4c run",
-        merging=model.merging, prompts=prompts_in(state),
-    )  # fmt: skip
     data = config.data.filled(preprocess_of(spec))
-    built = CLIP4Clip.from_weights(weights, first.folder)
+    built = CLIP4Clip.from_weights(weights_of_run(state, spec, config), first.folder)
     built.resize_pictures(data.image_size)
     export(built, out, "c4c", data)
 

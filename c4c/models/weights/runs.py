@@ -5,8 +5,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import safetensors
+from torch import Tensor
 
-from c4c.config import from_dict
+from c4c.config import Config, from_dict
 from c4c.files import read_json_object
 from c4c.merging import Merging
 from c4c.models import towers
@@ -22,10 +23,16 @@ from c4c.zero.checkpoint import load_weights, resolve
 def from_run(folder: Path, tag: str | None, ema: bool = True) -> Weights:
     """tag: a checkpoint's name, `best`, or None for the latest. ema: its averaged weights, where it has some. Raises ValueError."""
     config = from_dict(read_config(folder))
-    model, about = config.model, folder / "towers.json"
+    about = folder / "towers.json"
     tag = resolve(folder, tag)
     state = full_weights(folder, tag, load_weights(folder, tag, ema), config)
-    spec = with_files(read_json_object(about) if about.is_file() else named(model.backbone), folder / FILES)
+    spec = with_files(read_json_object(about) if about.is_file() else named(config.model.backbone), folder / FILES)
+    return weights_of_run(state, spec, config)
+
+
+def weights_of_run(state: dict[str, Tensor], spec: dict, config: Config) -> Weights:
+    """A state dict of a run with what the run's settings say of the model. spec: its towers."""
+    model = config.model
     return Weights(
         state, spec, model.head, model.linear_patch, model.head_layers, config.data.num_frames, "c4c run",
         merging=model.merging, prompts=prompts_in(state),
