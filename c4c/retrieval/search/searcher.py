@@ -16,12 +16,12 @@ import numpy as np
 from c4c.retrieval.index.filters import Choice, sql_text
 from c4c.retrieval.index.names import hint
 from c4c.retrieval.index.store import Hit, Store
+from pipelines.config import DataConfig
 
 if TYPE_CHECKING:  # torch and open_clip take seconds: they come with the first sentence
     from torch import Tensor
 
     from c4c.retrieval.encoder import Encoder, TextEncoder
-    from pipelines.config import DataConfig
 
 _MANY = 10_000
 _NAME_IT = "Name where it is now with --ckpt (in Python: checkpoint=)"
@@ -176,10 +176,8 @@ class Searcher:
         return {**self.store.about.identity["settings"], "num_frames": self.store.about.num_frames}
 
     @property
-    def example_data(self) -> "DataConfig":
+    def example_data(self) -> DataConfig:
         """The same, for `pipelines.example_clips`."""
-        from pipelines.config import DataConfig
-
         return DataConfig.from_plain(self.example_settings)
 
     @property
