@@ -2,6 +2,6 @@
 
 config (the yaml file), cells (a training of one seed and its folder), lock (who works in a folder), jobs (running a cell),
 executors (this machine, Slurm, Dask), run (what is missing, in order).
-results (of all cells), from attempts (how often and how long) and outcomes (what was measured); statistics, published, findings.
+collect (of all cells, to results), from attempts (how often and how long) and outcomes (what was measured); statistics, published, findings.
 tables, markdown, page (what is written).
 """

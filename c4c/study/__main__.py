@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from c4c.errors import Stopped, exit_code
-from c4c.launched import let_threads_sleep
+from c4c.launched import let_threads_sleep, seen_enough
 from c4c.option_checks import require_not_empty
 
 if TYPE_CHECKING:
@@ -124,7 +124,6 @@ def _require_tables(study: "Study", only: list[str]) -> None:
 
 
 def _print_plan(study: "Study", only: list[str]) -> None:
-    from c4c.launched import seen_enough
     from c4c.study.jobs import is_running
     from c4c.study.run import chosen, not_asked_for
     from shards import count

@@ -84,11 +84,11 @@ def lock_of(study: Study) -> FolderLock:
 
 def write_outputs(study: Study) -> None:
     """Write study.html, study.csv and study.md from what the cells hold now. Raises OSError."""
+    from c4c.study.collect import collect
     from c4c.study.page import write_page
-    from c4c.study.results import read
     from c4c.study.tables import write_csv, write_markdown
 
-    result = read(study)
+    result = collect(study)
     write_csv(study.out / "study.csv", result)
     write_markdown(study.out / "study.md", result)
     write_page(study.out / "study.html", result)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from c4c.study import results
+from c4c.study import collect
 from c4c.study.config import Row, StudyTable
 from c4c.study.jobs import LOCK
 from c4c.study.lock import FolderLock
@@ -36,12 +36,12 @@ def read(monkeypatch, tmp_path):
         rows = (Row("A", {"model.head": "a"}, recipe, "", "B"), Row("B", {"model.head": "b"}, TRAINED, "", ""))
         empty = FakeCell(tmp_path / "none")
         found = {("t", row.name, seed): cells.get((row.label, seed), empty) for row in rows for seed in seeds}
-        monkeypatch.setattr(results, "cells_of", lambda study: found)
-        monkeypatch.setattr(results, "command_of", lambda study, row, seed: f"train {row.name} {seed}")
+        monkeypatch.setattr(collect, "cells_of", lambda study: found)
+        monkeypatch.setattr(collect, "command_of", lambda study, row, seed: f"train {row.name} {seed}")
         monkeypatch.setattr(
-            results, "in_order", lambda cells: list({cell.folder: cell for cell in cells.values()}.values())
+            collect, "in_order", lambda cells: list({cell.folder: cell for cell in cells.values()}.values())
         )
-        return results.read(study_of([StudyTable("t", "T", "", rows, ())], tmp_path, seeds))
+        return collect.collect(study_of([StudyTable("t", "T", "", rows, ())], tmp_path, seeds))
 
     return of
 
