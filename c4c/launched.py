@@ -159,10 +159,11 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def leave(code: int) -> NoReturn:
-    """End this process at once, after the threads that are not daemons: a normal exit sometimes aborts while torch's threads
-    wait for ranks that are gone."""
-    for thread in threading.enumerate():
+def leave(code: int, join_threads: bool = True) -> NoReturn:
+    """End this process at once: a normal exit sometimes aborts while torch's threads wait for ranks that are gone.
+
+    join_threads: wait for the threads that are not daemons before."""
+    for thread in threading.enumerate() if join_threads else ():
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join()
     for stream in (sys.stdout, sys.stderr):

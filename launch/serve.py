@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))  # outside its environment too: then an error says what to do
 
 from c4c.errors import exit_code
-from c4c.launched import let_threads_sleep, open_streams, quick_imports
+from c4c.launched import leave, let_threads_sleep, open_streams, quick_imports
 from c4c.option_checks import require_not_empty
 from c4c.retrieval.serve.options import (
     MAX_UPLOAD_MB,
@@ -73,10 +73,10 @@ def run(args: argparse.Namespace) -> int:
     with bind(options.host, options.port) as listener:
         with quick_imports():
             from c4c.retrieval.search.searcher import Searcher
-            from c4c.retrieval.serve.server import leave, serve
+            from c4c.retrieval.serve.server import serve
 
         serve(Searcher.open(options.index, checkpoint=options.checkpoint, device=options.device), options, listener)
-    leave(0)
+    leave(0, join_threads=False)  # nobody waits for their searches any more
     return 0
 
 

@@ -3,11 +3,9 @@
 import asyncio
 import contextlib
 import logging
-import os
 import resource
 import signal
 import socket
-import sys
 from typing import Any
 
 import h11
@@ -133,11 +131,3 @@ def _allow_files() -> None:
     wanted = _FILES if hard == resource.RLIM_INFINITY else min(_FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def leave(code: int) -> None:
-    """End the process without waiting for threads, whose search nobody waits for any more."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            stream.flush()
-    os._exit(code)
