@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from c4c.files import read_json_object
 from c4c.study import processes
+from c4c.study.attempts import last_error
 from c4c.study.cells import Cell, cells_of, in_order
 from c4c.study.config import Study
 from c4c.study.executors import Executor, Handle, RunningElsewhere
@@ -252,7 +252,10 @@ class _Run:
         if code == 0 and (problem := cell.problem()) and not self._stop.by:
             note_failure(cell.folder, problem)
             return problem
-        said = last_error(cell.folder)
+        try:
+            said = last_error(cell.folder, code)
+        except OSError as error:
+            said = f"its log cannot be read: {sentence(error)}"
         return said if code else f"it was stopped before its end ({said})"
 
     def _named(self, cell: Cell) -> str:
@@ -297,19 +300,6 @@ class _NotStarted:
 
     def result(self) -> int:
         raise OSError(sentence(self._error)) from self._error
-
-
-def last_error(folder: Path) -> str:
-    """What a cell said last: an `error: …` line of its last attempt, else its last line."""
-    try:
-        lines = [line.strip() for line in (folder / LOG).read_text(errors="replace").splitlines() if line.strip()]
-    except OSError:
-        return "it said nothing"
-    start = max((i for i, line in enumerate(lines) if line.startswith("$ ")), default=-1)
-    lines = lines[start + 1 :]
-    errors = [line for line in lines if line.startswith("error")]
-    said = errors[-1].partition(": ")[2] or errors[-1] if errors else lines[-1] if lines else "it said nothing"
-    return said[:300]
 
 
 def _duration(seconds: float) -> str:

@@ -10,11 +10,12 @@ import yaml
 
 from c4c.config import to_dict
 from c4c.study import processes
+from c4c.study.attempts import last_error
 from c4c.study.cells import cells_of, in_order
 from c4c.study.executors import LocalExecutor
 from c4c.study.jobs import StopRequest, attempts_path
 from c4c.study.lock import FolderLock
-from c4c.study.run import StudyProgress, last_error, lock_of, run
+from c4c.study.run import StudyProgress, lock_of, run
 from tests.c4c.study.studies import events, nothing, results, study_in
 
 
@@ -123,7 +124,7 @@ def test_a_cell_with_other_settings_than_asked_for_fails(tmp_path):
         "was made with other settings" in progress.failed[cell.name]
         and "(train.lr was 0.5, is 0.001)" in progress.failed[cell.name]
     )
-    assert "train.lr was 0.5" in last_error(cell.folder)
+    assert "train.lr was 0.5" in last_error(cell.folder, 1)
     assert json.loads(attempts_path(cell.folder).read_text().splitlines()[-1])["code"] == 1
 
 
