@@ -1,5 +1,5 @@
-"""Small files of text: read with errors of one sentence, and written so that a kill or a full disk leaves the old or the
-new text."""
+"""Small files of text: read with errors of one sentence. And files of any kind, written so that a kill or a full disk leaves the old
+or the new one."""
 
 import contextlib
 import os
@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 from yaml.composer import ComposerError
@@ -82,6 +82,22 @@ def replace_text(files: Mapping[Path, Iterable[str]]) -> None:
     finally:
         for temporary in beside.values():
             discard(temporary)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` once all is written: a kill or a full disk leaves the old one. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, f"{path} could not be written: {error.strerror or error}") from error
+    finally:
+        discard(temporary)
 
 
 def discard(temporary: Path) -> None:

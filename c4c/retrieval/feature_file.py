@@ -26,9 +26,9 @@ import torch
 from crc32c import crc32c
 from torch import Tensor
 
+from c4c.files import replacing
 from c4c.models.heads import HEADS, Head
 from c4c.models.heads.mean import MeanPooling
-from c4c.retrieval.output import beside
 from shards import count, first_line
 
 FORMAT = "c4c.features.1"
@@ -337,7 +337,7 @@ def write_features(
     shapes: dict[str, tuple[int, ...]] = {name: array.shape for name, array in arrays.items()}
     shapes |= {"texts": (len(header.captions), *first.shape[1:]), "ids": ids.shape}
     crcs = dict.fromkeys(shapes, 0)
-    with beside(path) as file:
+    with replacing(path) as file:
         file.write(_header(header, shapes, written, crcs))
         for name, array in arrays.items():
             values = _checked_bytes(path, name, 0, array, written[name])

@@ -1,7 +1,6 @@
 """Files that an evaluation writes: scores for other programs, what was found for each text, and each text's rank."""
 
 import json
-import os
 import pickle
 import shutil
 import zipfile
@@ -15,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from c4c.files import discard
+from c4c.files import replacing
 from c4c.launched import seen_enough
 from c4c.retrieval.evaluation import Evaluation
 from pipelines.captions import texts_of
@@ -62,7 +61,7 @@ def write_dump(path: Path, evaluation: Evaluation) -> None:
     (mmengine/evaluator/metric.py DumpResults, mmaction/models/similarity/clip_similarity.py.)
     """
     write = {".npz": _npz, ".parquet": _parquet}.get(path.suffix, _pickle)
-    with beside(path) as file:
+    with replacing(path) as file:
         write(file, evaluation)
 
 
@@ -175,21 +174,5 @@ def _write_lines(to: Path | None, lines: list[str]) -> None:
         except OSError as error:
             raise OSError(f"what was found cannot be printed ({error.strerror}); --topk-to FILE writes it") from error
         return
-    with beside(to) as file:
+    with replacing(to) as file:
         file.write("".join(lines).encode())
-
-
-@contextmanager
-def beside(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` once all is written: a kill or a full disk leaves the old one. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(error.errno, f"{path} could not be written: {error.strerror or error}") from error
-    finally:
-        discard(temporary)
