@@ -9,7 +9,7 @@ from rich.table import Column, Table
 
 from c4c import shard_console
 from c4c.files import require_folder
-from c4c.retrieval.search.query import beside
+from c4c.retrieval.search.query import other_scripts
 from c4c.shard_console import bar, say
 from pipelines.lengths import TOKENIZER, USUAL, Lengths
 from shards import ShardError, count, first_few
@@ -130,7 +130,7 @@ def closing(info: dict, out: Path, items: list[Item], reconciled: bool) -> None:
         texts = [caption.text for caption in item.captions]
         lengths.add(texts)
         repeated += len(texts) - len(set(texts))
-        for found in (beside(text) for text in texts if not text.isascii()):
+        for found in (other_scripts(text) for text in texts if not text.isascii()):
             scripts.update(found)
             foreign += bool(found)
     if lengths.cut:

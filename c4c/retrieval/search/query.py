@@ -134,10 +134,10 @@ def note(sentence: str, tokenizer: "Tokenizer", max_words: int) -> str:
 def foreign(sentence: str, tokenizer: "Tokenizer") -> list[str]:
     """Scripts that make up a quarter of the sentence's letters or more, of which the tokenizer's vocabulary has next to nothing."""
     known = scripts_of(tokenizer)
-    return [] if known is None else beside(sentence, known)
+    return [] if known is None else other_scripts(sentence, known)
 
 
-def beside(sentence: str, known: frozenset[str] = frozenset([_LATIN])) -> list[str]:
+def other_scripts(sentence: str, known: frozenset[str] = frozenset([_LATIN])) -> list[str]:
     """Scripts that are not among the `known` ones, where they make up a quarter of the sentence's letters or more, sorted."""
     scripts = letters([sentence])
     unknown = {script: count for script, count in scripts.items() if script not in known}
