@@ -7,6 +7,7 @@ import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 
 import av
@@ -87,7 +88,7 @@ def _of_pass(video_pass: Pass, config: DataConfig, cutting: Cutting) -> Iterator
     if first is None or shape is None:
         raise VideoError("not one frame decodes")
     yield Described(video.duration, shape.width, shape.height, segments)
-    yield from frames_of_pictures(_again(first, pairs), segments, config)
+    yield from frames_of_pictures(chain([first], pairs), segments, config)
 
 
 def video_of_pass(video_pass: Pass) -> Video:
@@ -98,11 +99,6 @@ def video_of_pass(video_pass: Pass) -> Video:
         rotation=0, fps=Fraction(when.fps), source_frames=len(when.times), duration=when.duration, extradata=b"",
         frames=unsliced(when.times),
     )  # fmt: skip
-
-
-def _again(first: tuple[int, np.ndarray], rest: Iterator) -> Iterator[tuple[int, np.ndarray]]:
-    yield first
-    yield from rest
 
 
 def frames_of_stored(

@@ -236,9 +236,7 @@ def resize_pictures(clip: nn.Module, size: int) -> None:
 def _resize_vit(visual: VisionTransformer, size: int) -> None:
     patch = visual.patch_size[0]
     if size % patch:
-        raise ValueError(
-            f"its image tower cuts pictures into patches of {patch} pixels, and {size} is no multiple of that"
-        )
+        raise ValueError(_no_multiple(patch, size))
     first, grid = visual.positional_embedding[:1], visual.positional_embedding[1:]
     resized = nn.Parameter(torch.cat([first, _resized(grid, size // patch)]).detach())
     visual.positional_embedding = resized.requires_grad_(grid.requires_grad)

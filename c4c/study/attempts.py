@@ -21,11 +21,7 @@ def attempts_of(folder: Path) -> list[dict]:
         for row in json_lines(folder / "attempts.jsonl")
         if (began := _time(row.get("began"))) is not None
     }
-    return [{**row, "began": key[0], "ended": _time(row.get("ended"))} for key, row in sorted(rows.items(), key=_order)]
-
-
-def _order(item: tuple[tuple[float, str], dict]) -> tuple[float, str]:
-    return item[0]
+    return [{**rows[key], "began": key[0], "ended": _time(rows[key].get("ended"))} for key in sorted(rows)]
 
 
 def _time(value: object) -> float | None:
