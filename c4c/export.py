@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from c4c.errors import exit_code
 from c4c.helptext import add_checkpoint_options
+from c4c.option_checks import require_checkpoint
 
 if TYPE_CHECKING:  # imports come after what they would hold up: --help and paths that cannot be
     from c4c.models.clip4clip import CLIP4Clip
@@ -128,11 +129,8 @@ def run(
 
     tag, backbone, ema: as `c4c.models.pretrained.open_checkpoint` takes them.
     """
-    from c4c.files import looked_in
-
     check_target(to, format, half)
-    if ":" not in ckpt and not Path(ckpt).exists():
-        raise ValueError(f"--ckpt {ckpt}: there is no such file or folder{looked_in(ckpt)}")
+    require_checkpoint(ckpt)
     if format == "onnx":
         from c4c.models.export.onnx import require_packages
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from c4c.errors import Stopped, exit_code
 from c4c.helptext import add_checkpoint_options
 from c4c.launched import let_threads_sleep, own_rank, quick_imports
-from c4c.option_checks import require_device, require_not_empty
+from c4c.option_checks import require_checkpoint, require_device, require_not_empty
 
 if TYPE_CHECKING:  # imports come after what they would hold up: --help and mistakes in the arguments
     from c4c.retrieval.index.plan import ListedVideo
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Index. Mistakes are found first; what takes long to import comes after that."""
-    from c4c.files import looked_in, require_folder, require_writable
+    from c4c.files import require_folder, require_writable
     from pipelines.segments import Cutting
     from shards import count
 
@@ -76,8 +76,7 @@ def run(args: argparse.Namespace) -> int:
     for option, least in (("threads", 0), ("commit", 1)):
         if getattr(args, option) < least:
             raise ValueError(f"--{option} {getattr(args, option)}: must be at least {least}")
-    if ":" not in args.ckpt and not Path(args.ckpt).exists():
-        raise ValueError(f"--ckpt {args.ckpt}: there is no such file or folder{looked_in(args.ckpt)}")
+    require_checkpoint(args.ckpt)
     cutting = Cutting(args.segment, _stride(args))
     if args.json:
         require_writable(f"--json {args.json}", args.json, lambda start: b'"unreadable"' in start)

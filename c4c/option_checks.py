@@ -1,5 +1,6 @@
 """Checks of options that several commands have. Imports nothing heavy: mistakes are reported before what takes long to import."""
 
+import os
 import re
 from collections.abc import Iterable
 
@@ -15,3 +16,12 @@ def require_not_empty(options: Iterable[tuple[str, str | None]]) -> None:
     for name, value in options:
         if value == "":
             raise ValueError(f"--{name} is empty: is a variable of the shell not set?")
+
+
+def require_checkpoint(name: str | None) -> None:
+    """Raise ValueError if --ckpt names a path where nothing is; None, TAG:BACKBONE and the like are for others to judge."""
+    from c4c.files import looked_in
+
+    require_not_empty([("ckpt", name)])
+    if name is not None and ":" not in name and not os.path.exists(name):
+        raise ValueError(f"--ckpt {name}: there is no such file or folder{looked_in(name)}")

@@ -12,15 +12,8 @@ sys.path.append(str(Path(__file__).parents[1]))  # outside its environment too: 
 
 from c4c.errors import exit_code
 from c4c.launched import leave, let_threads_sleep, open_streams, quick_imports
-from c4c.option_checks import require_not_empty
-from c4c.retrieval.serve.options import (
-    MAX_UPLOAD_MB,
-    TOKEN_VARIABLE,
-    ServeOptions,
-    bind,
-    require_checkpoint,
-    require_index,
-)
+from c4c.option_checks import require_checkpoint, require_not_empty
+from c4c.retrieval.serve.options import MAX_UPLOAD_MB, TOKEN_VARIABLE, ServeOptions, bind, require_index
 
 
 def main() -> int:
@@ -69,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         max_upload_mb=args.max_upload_mb, root_path=args.root_path.rstrip("/"),
     ).with_token()  # fmt: skip
     require_index(options.index)
-    require_checkpoint(options.checkpoint)
+    require_checkpoint(options.checkpoint)  # else it would come out with the first upload
     with bind(options.host, options.port) as listener:
         with quick_imports():
             from c4c.retrieval.search.searcher import Searcher

@@ -81,15 +81,6 @@ def require_index(index: str) -> None:
         raise ValueError(f"there is no index at {index}. {MAKE}")
 
 
-def require_checkpoint(name: str | None) -> None:
-    """Raise ValueError if --ckpt names what is not there, which would come out with the first upload."""
-    from c4c.files import looked_in
-
-    require_not_empty([("ckpt", name)])
-    if name is not None and ":" not in name and not os.path.exists(name):
-        raise ValueError(f"--ckpt {name}: there is no such file or folder{looked_in(name)}")
-
-
 def bind(host: str, port: int) -> socket.socket:
     """A socket that is bound to that address. Raises OSError with what to do where that is impossible."""
     try:
