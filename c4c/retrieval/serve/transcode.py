@@ -31,6 +31,7 @@ _CONTAINERS = {"mov": "video/mp4", "matroska": "video/webm"}
 _PICTURES = {"mov": ("h264", "av1", "vp9"), "matroska": ("vp8", "vp9", "av1")}
 _SOUND = {"mov": ("aac", "mp3", "opus", "flac"), "matroska": ("opus", "vorbis")}
 _PLAIN = ("yuv420p", "yuvj420p")
+_BESIDE_S = 0.01  # by which a browser's clock, which shows the time stamps themselves, may differ from ours
 
 
 def source_of(job: dict) -> BinaryIO:
@@ -62,6 +63,7 @@ def probe(job: dict) -> dict:
                 and not shape_of(frame, None).mirrored  # players differ
                 and all(s.codec_context is not None and _fits(kind, s) for s in container.streams.audio)
                 and len(container.streams.video) == 1
+                and abs(_zero(file, container, stream)) <= _BESIDE_S
             )
         if kind == "matroska" and fits:
             file.seek(0)
@@ -71,6 +73,12 @@ def probe(job: dict) -> dict:
 
 def _fits(kind: str, stream: av.AudioStream) -> bool:
     return stream.codec_context.codec.canonical_name in _SOUND[kind]
+
+
+def _zero(file: BinaryIO, container: av.container.InputContainer, video: av.VideoStream) -> float:
+    """Seconds of the file's own time stamps at which the clock shows 0 (see clock_zero)."""
+    first = Fraction(video.start_time or 0) * (video.time_base or 0)
+    return float(clock_zero(container, sound_of(file, container, video), first))
 
 
 class Picture(NamedTuple):
@@ -155,12 +163,10 @@ def sound(file: BinaryIO, start: float, end: float) -> Iterator[av.AudioFrame]:
     """The sound of seconds [start, end), stamped from 0 at `start` on. None from where its time stamps start anew."""
     container, video = open_video(file)
     with closing(container):
-        sounds = sound_of(file, container, video)
-        stream = next(iter(sounds), None)
+        stream = next(iter(sound_of(file, container, video)), None)
         if stream is None or stream.time_base is None or video.time_base is None:
             return
-        first = Fraction(video.start_time or 0) * video.time_base
-        zero = float(clock_zero(container, sounds, first))
+        zero = _zero(file, container, video)
         begin = start + zero - 0.5
         if may_restart(file, container):
             decoded = _in_one_count(container, stream, begin)

@@ -11,6 +11,7 @@ import pytest
 
 from c4c.retrieval.index.plan import state_of, text_of
 from c4c.retrieval.index.store import Store
+from c4c.retrieval.serve import transcode
 from c4c.retrieval.serve.media import CHANGED, REMOVED, Splits
 from c4c.retrieval.serve.ranges import parse_range
 from shards.annotations import Caption, Item
@@ -302,3 +303,32 @@ def test_an_index_that_names_what_is_no_video(tmp_path, name, as_clip):
         result = next(r for r in served.results("red") if r["video"] == "secret")
         answer = served.get("/" + result["media"] + as_clip)
         assert answer.status_code == 415 and "root:" not in answer.text and str(tmp_path) not in answer.text
+
+
+@pytest.mark.parametrize("end", ["mp4", "webm"])
+def test_a_file_whose_time_stamps_begin_late_is_sent_as_a_clip(tmp_path, end):
+    """A browser's clock shows them, and would play seconds that are not those of the segment."""
+    codec = "libvpx-vp9" if end == "webm" else "libx264"
+    colours = ["red", "green", "blue", "yellow"]
+    film = stand_in.film(tmp_path / f"plain.{end}", colours, codec=codec)
+    late = tmp_path / "videos" / f"late.{end}"
+    late.parent.mkdir()
+    with av.open(film) as source, av.open(late, "w") as file:
+        stream = file.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                shift = round(5 / packet.time_base)
+                packet.pts, packet.dts, packet.stream = packet.pts + shift, packet.dts + shift, stream
+                file.mux(packet)
+    with av.open(late) as file:
+        assert file.streams.video[0].start_time * file.streams.video[0].time_base == 5
+    assert transcode.probe({"path": str(film)})["type"] == f"video/{end}"
+    index = stand_in.make(tmp_path, {})
+    Store.open(index).append([stand_in.indexed(late.parent, late, colours)])
+    with Served(index) as it:
+        first, second, _ = it.get(f"/api/segments/{it.named(late.name)['video_id']}").json()["segments"]
+        assert it.get(f"/api/play/{first['id']}").json()["kind"] == "clip"
+        play = it.get(f"/api/play/{second['id']}").json()
+        assert (play["kind"], play["start"], play["offset"]) == ("clip", 2.0, pytest.approx(1.0, abs=1e-3))
+        frames = played(it.get("/" + play["url"]).content)
+        assert [colour(frames[i][1]) for i in (0, 13, 37, 61)] == ["red", "green", "blue", "yellow"]
