@@ -102,10 +102,11 @@ def test_all_commands_agree(matrix, tmp_path: Path, profile: str) -> None:
                     picture = picture.resize(shown[one.number].shape[1::-1])
                 picture = np.rot90(np.asarray(picture), turned)
                 assert number_in(picture) == number_in(shown[one.number]), (name, one)
-            if not name.endswith((".avi", "h264.h264", "hevc.hevc")):  # these store no times; see test_matrix.py
+            # these store no times, or few; see test_matrix.py
+            if not name.endswith((".avi", "h264.h264", "hevc.hevc", "open.mpeg", "hevc.mpeg")):
                 assert one.seconds == pytest.approx(when[one.number] - zero, abs=0.003), (name, one)
             elif "variable" not in name:
-                assert one.seconds == pytest.approx(one.number / FPS, abs=1e-6), (name, one)
+                assert one.seconds == pytest.approx(one.number / FPS, abs=1e-4), (name, one)
 
 
 def sound_starts(data: bytes) -> list[float]:
