@@ -387,6 +387,8 @@ class Lane:
             contents["fill"] = config.fill
         if config.crop != "centre" and not self._augments:
             contents["crop at"] = config.crop
+        if any(part.info["profile"]["name"] == "copy" for part in split.parts):
+            contents["stamps"] = "proved"  # caches of before hold other frames where stamps are those of decoding
         if self._decoding.type == "cuda" and config.hw_decoder_load:
             contents["JPEG engines"] = config.hw_decoder_load
         first = split.video(0)

@@ -1,5 +1,7 @@
 """The cache of decoded frames: the same pixels, no decoding, and no wrong frame whatever happens to who fills it."""
 
+import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -59,6 +61,20 @@ def test_a_cut_that_is_moved_finds_none_of_the_frames_of_before(tmp_path):
         with Loader(Split(tmp_path / "set"), config, batch_size=1, seed=0, raw=True, cache=cache) as loader:
             seen += [[number_in(picture) for picture in batch.frames[0].numpy()] for batch in loader.batches(count=3)]
     assert seen == [[10, 50]] * 3 + [[20, 40]] * 3
+
+
+@pytest.mark.parametrize("profile", ["copy", "intra"])
+def test_frames_that_were_cached_before_stamps_were_proved_are_decoded_again(numbered, tmp_path, profile):
+    """Of copied videos only: a cache may hold those of H.264 in WMV at other places."""
+    split, settings = getattr(numbered, profile), CacheConfig(dir=str(tmp_path), max_gb=1)
+    epochs(split, SMALL, settings)
+    (text,) = tmp_path.glob("frames-*.json")
+    before = {key: value for key, value in json.loads(text.read_text()).items() if key != "stamps"}
+    name = "frames-" + hashlib.sha256(json.dumps(before, sort_keys=True).encode()).hexdigest()[:20]
+    for file in list(tmp_path.glob("frames-*")):
+        file.rename(tmp_path / f"{name}{file.suffix}")
+    _, (total, _) = epochs(split, SMALL, settings)
+    assert (total.frames_decoded > 0) == (profile == "copy")
 
 
 @pytest.mark.filterwarnings("ignore:.*cannot be used and is replaced")
