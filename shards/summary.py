@@ -43,7 +43,8 @@ def checked(info, path) -> dict:
     """`info` itself. Raises ShardError if it cannot be the dataset.json of the split at `path`, and says what is wrong."""
     if isinstance(info, dict) and not (type(info.get("format")) is int and info["format"] == FORMAT_VERSION):
         raise ShardError(
-            f"{path} has format {_shown(info.get('format'))}; this version reads {FORMAT_VERSION}. Pack it again."
+            f"{path} has format {_shown(info.get('format'))}; this version reads {FORMAT_VERSION}. Pack it again, "
+            "into another folder."
         )
     if wrong := _wrong(info):
         raise ShardError(f"{path}/dataset.json is damaged: {wrong}. {_remedy(path)}")

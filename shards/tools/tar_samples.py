@@ -19,7 +19,8 @@ _NEEDED = {
 }  # fmt: skip
 _AT_ONCE = 16 << 20  # bytes in memory while a crc is computed
 _FOREIGN = (
-    "This tar is not a c4c shard. Unpack it, and pack the videos and captions with: python -m c4c.shard folder --help"
+    "This tar is not a c4c shard, or one of another format. Unpack it, and pack the videos and captions with: "
+    "python -m c4c.shard folder --help"
 )
 
 

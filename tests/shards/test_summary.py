@@ -49,6 +49,7 @@ DAMAGE: dict[str, tuple[Callable[[dict], object], str]] = {
     "twice": (lambda i: i["shards"].append(i["shards"][0]), "shard 000000 is listed twice"),
     "does not add up": (lambda i: i.update(videos=6), "its shards hold 5 videos, and it says 6"),
     "no format": (lambda i: i.pop("format"), "has format None; this version reads 2"),
+    "earlier": (lambda i: i.update(format=1), "has format 1; this version reads 2. Pack it again, into another folder"),
     "no profile": (lambda i: i.update(profile="intra"), "'profile' is 'intra'"),
 }
 
