@@ -28,10 +28,11 @@ _MP4 = ("h264", "hevc", "av1", "vp9", "mpeg4", "mjpeg")  # what a cut keeps in a
 
 # Settings that make an encoder's output a function of its input, with closed GOPs that begin at keyframes only. x265
 # 4.2 leaves times of decoding undefined where B-frames outnumber what follows, and its cutree writes past its arrays
-# when a side is below 56 pixels; in GOPs of a second's few frames neither saves anything.
+# when a side is below 56 pixels; in GOPs of a second's few frames neither saves anything. With B-frames, x264's
+# macroblock tree reads memory that nobody wrote, so that one file in ten came out in other bytes.
 _ENCODERS = {
     ("h264", "cpu"): ("libx264", lambda crf, gop: {
-        "preset": "medium", "crf": f"{crf}", "threads": "1", "x264-params": f"keyint={gop}:min-keyint=1:open-gop=0"}),
+        "preset": "medium", "crf": f"{crf}", "threads": "1", "x264-params": f"keyint={gop}:min-keyint=1:open-gop=0:bframes=0"}),
     ("hevc", "cpu"): ("libx265", lambda crf, gop: {
         "preset": "veryfast", "crf": f"{crf}", "x265-params":
             f"keyint={gop}:min-keyint=1:open-gop=0:bframes=0:cutree=0:pools=none:frame-threads=1:wpp=0:log-level=none:info=0"}),
