@@ -26,6 +26,7 @@ from shards.tools.hashes import tables
 from shards.tools.rebuild import repair_command
 from shards.video.probe import open_video
 from shards.video.random_access import decode_stored
+from shards.video.source import scan
 
 
 @dataclass(frozen=True)
@@ -143,19 +144,21 @@ def _verify_shard(job: tuple[Path, dict, int, dict]) -> list[Problem]:
             problems += [Problem(name, k.split(".")[0], f"index and tar disagree about {k}", rebuild) for k in wrong]
     except ValueError as error:
         problems.append(Problem(name, None, f"the index cannot be read ({error})", rebuild))
-    leave_out = f"Copy the tar again, or leave the sample out: {repair_command(path, '--drop')}"
+    remedies = dict.fromkeys(_DAMAGED, f"Copy the tar again, or leave the sample out: {repair_command(path, '--drop')}")
+    remedies[_UNCOUNTED] = f"Read the videos again: {repair_command(path, '--all')}"
     with open(tar_path, "rb") as file:
         for row in range(table.rows):
             video = table.video(row)
             if any(p.key == video.key for p in problems):
                 continue
             if damage := _verify_members(video, file, members, json_crcs[row], profile):
-                problems.append(Problem(name, video.key, damage, leave_out if damage in _DAMAGED else rebuild))
+                problems.append(Problem(name, video.key, damage, remedies.get(damage, rebuild)))
     return problems
 
 
 _BYTES, _JSON = "crc32c differs: its bytes changed after packing", "crc32c differs: its json changed after packing"
 _DAMAGED = (_BYTES, _JSON)
+_UNCOUNTED = "its time stamps tell another order than its decoder, which an earlier version did not note: some of its frames show others"
 
 
 def _verify_members(video: Video, file: BinaryIO, members: dict | None, json_crc: int, profile: dict) -> str | None:
@@ -195,6 +198,8 @@ def _verify_video(video: Video, data: bytes) -> str | None:
         return f"it does not decode: {error}"
     if decoded != high - low:
         return f"{decoded} frames decode, the table has {high - low}"
+    if not frames.sliceable and not frames.counted and scan(data).frames.counted:
+        return _UNCOUNTED
     return None
 
 

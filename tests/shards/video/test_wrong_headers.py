@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import struct
+from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -12,16 +14,15 @@ import pytest
 from PIL import Image
 
 from shards import VideoError
+from shards.annotations import Caption, Item
+from shards.split import Split
+from shards.tools.repair import repair
+from shards.tools.verify import _verify_video
 from shards.video.profiles import Profile, store
 from shards.video.random_access import pick_frames
 from shards.video.writer import usual_priority
-from tests.shards.video.matrix import (
-    COUNT,
-    FPS,
-    box,
-    made,
-    plain,
-)
+from tests.shards.sets import packed
+from tests.shards.video.matrix import COUNT, FPS, box, made, plain
 from tests.videos import number_in
 
 pytestmark = pytest.mark.slow
@@ -95,9 +96,8 @@ def test_stamps_of_decoding_in_place_of_those_of_showing(codec: str, later: int)
     assert what.frames.time == pytest.approx(np.arange(COUNT) / FPS, abs=1e-6)
 
 
-@pytest.mark.parametrize("codec", ["hevc", "open"])
-def test_a_gap_of_the_stamps_between_pictures_that_are_reordered(codec: str) -> None:
-    """Recordings joined without regard to it: by their stamps, a picture behind the gap would be shown before one in front of it."""
+def joined(codec: str) -> bytes:
+    """Recordings joined without regard to their pictures' order: by their stamps, one behind the gap is shown before one in front of it."""
     place = iter(range(10**6))
 
     def behind_a_gap(packet: av.Packet) -> None:
@@ -105,10 +105,25 @@ def test_a_gap_of_the_stamps_between_pictures_that_are_reordered(codec: str) -> 
             gap = round(3 / packet.time_base)
             packet.pts, packet.dts = packet.pts + gap, packet.dts + gap
 
-    data = remuxed(made("mp4", codec), "mp4", behind_a_gap)
-    whole_and_cuts(data, "a.mp4", {})
-    with pytest.raises(VideoError, match="without re-encoding"):
-        store(io.BytesIO(data), "a.mp4", Profile(name="copy"), 0.2, 4.0)
+    return remuxed(made("mp4", codec), "mp4", behind_a_gap)
+
+
+@pytest.mark.parametrize("codec", ["hevc", "open"])
+def test_a_gap_of_the_stamps_between_pictures_that_are_reordered(codec: str) -> None:
+    whole_and_cuts(joined(codec), "a.mp4", {})
+
+
+def test_verify_names_such_a_video_of_an_earlier_version_and_repair_mends_it(tmp_path: Path) -> None:
+    """Its table did not say that frames are to be counted."""
+    (tmp_path / "a.mp4").write_bytes(joined("hevc"))
+    packed([Item("a", tmp_path / "a.mp4", (Caption("a"),))], tmp_path / "set")
+    video = Split(tmp_path / "set").video(0)
+    data = Split(tmp_path / "set").read(video)
+    before = replace(video, frames=replace(video.frames, offset=np.full(len(video.frames), -1)))
+    assert video.frames.counted and _verify_video(video, data) is None
+    assert "tell another order than its decoder" in _verify_video(before, data)
+    repair(tmp_path / "set", everything=True)
+    assert Split(tmp_path / "set").video(0).frames.counted
 
 
 def with_edits(data: bytes, parts: list[tuple[float, float]]) -> bytes:
