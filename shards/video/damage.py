@@ -28,7 +28,7 @@ _NOTHING = 256  # bytes that may follow the end of a recording and hold no other
 Line = tuple[int, str, str]  # of libav's log: level, who says it, text
 
 
-def decode_sound(context: av.VideoCodecContext, packet: av.Packet | None) -> list[av.VideoFrame]:
+def decode_checked(context: av.VideoCodecContext, packet: av.Packet | None) -> list[av.VideoFrame]:
     """The frames that come out for a packet. Raises VideoError if the decoder says that it is damaged."""
     said = _CONCEALED.get(context.codec.canonical_name)
     if said is None:

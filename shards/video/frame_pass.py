@@ -12,7 +12,7 @@ import av
 import numpy as np
 
 from shards import VideoError, memory
-from shards.video.damage import cut_short_note, decode_sound, is_part, refuse_cut_short, refuse_passed_over
+from shards.video.damage import cut_short_note, decode_checked, is_part, refuse_cut_short, refuse_passed_over
 from shards.video.edits import gap_note
 from shards.video.picture import Shape, refuse_unknown_colours, shape_of, short
 from shards.video.probe import Packets, Timeline, clock_zero, edits_twice, has_jumps, open_video
@@ -167,7 +167,7 @@ def resized_note(seconds: float) -> str:
 
 def decode(context: av.VideoCodecContext, packet: av.Packet | None) -> list[av.VideoFrame]:
     """Every packet that is decoded for packing goes through here; None at the end of the file."""
-    return decode_sound(context, packet)
+    return decode_checked(context, packet)
 
 
 class WholeDecoder:

@@ -14,7 +14,7 @@ from shards import memory
 from shards.schema import COUNTED, Coding, FrameTable
 from shards.video.by_stamps import StampPass
 from shards.video.cropping import cropping_note
-from shards.video.damage import decode_sound
+from shards.video.damage import decode_checked
 from shards.video.decode import WAYS
 from shards.video.frame_pass import Pass, Unpredictable, resized_note
 from shards.video.picture import Shape, upright
@@ -182,7 +182,7 @@ def _decoded_alone(file: BinaryIO, source: SourceVideo) -> Iterator[tuple[int, a
     frames, last = source.frames, -1
     decoder = stored_decoder(source)
     for position in [*np.argsort(frames.offset).tolist(), None]:
-        for frame in decode_sound(decoder, None if position is None else _stored_packet(file, frames, position)):
+        for frame in decode_checked(decoder, None if position is None else _stored_packet(file, frames, position)):
             if frame.pts is None or frame.pts <= last or frame.is_corrupt:
                 raise Unpredictable("frames do not come as their packets promise")
             last = frame.pts
