@@ -61,7 +61,7 @@ def _checked(args: argparse.Namespace) -> "Request":
     named = [word for words in args.data or [] for word in words]
     words = [*args.overrides, *filter(SETTING.match, named)]  # an option takes all words after it
     places = [word for word in named if not SETTING.match(word)]
-    words_of_options = [(name, getattr(args, name)) for name in ("ckpt", "tag", "backbone", "device")]
+    words_of_options = [(name, getattr(args, name)) for name in ("ckpt", "tag", "backbone")]
     require_not_empty([*words_of_options, *(("data", path) for path in places)])
     require_device(args.device)
     if args.out.suffix != ".safetensors":

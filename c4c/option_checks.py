@@ -6,8 +6,9 @@ from collections.abc import Iterable
 
 
 def require_device(device: str | None) -> None:
-    """Raise ValueError if --device has the form of no device that torch has; None: the option is not given."""
-    if device and not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+    """Raise ValueError if --device is empty, or has the form of no device that torch has; None: the option is not given."""
+    require_not_empty([("device", device)])
+    if device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise ValueError(f"--device {device}: must be cpu, cuda or cuda:N")
 
 

@@ -8,18 +8,16 @@ import numpy as np
 class Names:
     """Which rows may have a name: 16 bytes a name, whatever its length. Ten million names take 160 MB, their strings over 1 GB.
 
-    `columns`: ids and keys of each shard, in the split's order.
+    `columns`: of each shard its first row, its ids and its keys, in the split's order.
     """
 
-    def __init__(self, columns: Iterable[tuple[list[str], list[str]]]):
+    def __init__(self, columns: Iterable[tuple[int, list[str], list[str]]]):
         hashes: list[np.ndarray] = [np.zeros(0, np.int64)]
         rows: list[np.ndarray] = [np.zeros(0, np.int64)]
-        first = 0
-        for ids, keys in columns:
+        for first, ids, keys in columns:
             others = [row for row, (id, key) in enumerate(zip(ids, keys, strict=True)) if id != key]
             hashes += [_hashes(ids), _hashes([keys[row] for row in others])]
             rows += [np.arange(len(ids)) + first, np.array(others, np.int64) + first]
-            first += len(ids)
         unsorted, all_rows = np.concatenate(hashes), np.concatenate(rows)
         order = np.lexsort((all_rows, unsorted))
         self._hashes, self._rows = unsorted[order], all_rows[order]

@@ -72,7 +72,10 @@ class Split:
                 return video
         near: list[str] = []
         inside: list[str] = []  # of a folder that was left out
-        for ids, _ in self._ids_and_keys():
+        for first, ids, keys in self._ids_and_keys():
+            for row, names in enumerate(zip(ids, keys, strict=True)):
+                if name in names:  # of a table that could not be read before
+                    return self.video(first + row)
             inside += [id for id in ids if id.endswith(f"/{name}")]
             near = difflib.get_close_matches(name, [*near, *ids], 3, 0.5)
         near = list(dict.fromkeys([*inside, *near]))[:3]
@@ -81,13 +84,24 @@ class Split:
 
     @cached_property
     def _names(self) -> Names:
-        return Names(self._ids_and_keys())
+        return Names(self._ids_and_keys(damaged=True))
 
-    def _ids_and_keys(self) -> Iterator[tuple[list[str], list[str]]]:
-        """Of each shard: only these columns are decoded, a quarter of the time that whole tables take."""
-        for shard in range(len(self.shards)):
-            table = self._read_table(shard, lambda path, data, crc: read_table(path, ("id", "key"), crc=crc, data=data))
-            yield table.column("id").to_pylist(), table.column("key").to_pylist()
+    def _ids_and_keys(self, damaged: bool = False) -> Iterator[tuple[int, list[str], list[str]]]:
+        """(first row, ids, keys) of each shard: only these columns are decoded, a quarter of the time that whole tables take.
+
+        damaged: pass over tables that cannot be read. The videos of the others are still found."""
+        for shard, first in enumerate(self._starts[:-1].tolist()):
+            try:
+                table = self._read_table(
+                    shard, lambda path, data, crc: read_table(path, ("id", "key"), crc=crc, data=data)
+                )
+            except Unreachable:
+                raise
+            except ShardError:
+                if damaged:
+                    continue
+                raise
+            yield first, table.column("id").to_pylist(), table.column("key").to_pylist()
 
     def captions(self, index: int) -> list[dict]:
         """Captions of a video: dicts with `text`, and `start`, `end` in seconds or None."""

@@ -18,7 +18,7 @@ from shards.storage import is_remote, place
 
 RERANK = ("dsl", "qbnorm")
 DUMPS = (".pkl", ".pickle", ".parquet", ".npz")
-_WORDS = ("ckpt", "tag", "backbone", "device", "bank")  # options that take a word
+_WORDS = ("ckpt", "tag", "backbone", "bank")  # options that take a word
 SETTING = re.compile(r"[a-z_]+\.[a-z_]+=")
 # first bytes of files that an option may replace
 _OURS = {

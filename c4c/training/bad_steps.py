@@ -47,7 +47,7 @@ class BadSteps:
         what = f"step {step} was skipped: its loss is {loss}, or a gradient is not finite"
         if self._in_a_row >= self._most:
             raise ValueError(
-                f"{what}; so were all of the last {self._in_a_row} steps (train.max_bad_steps={self._most}). The videos of these steps are in "
+                f"{what}. That makes {self._in_a_row} in a row (train.max_bad_steps={self._most}). Their videos are in "
                 f"{listing}; --replay {step} runs one again. Usual causes: train.lr is too high, "
                 "engine.precision=fp16 where bf16 is possible"
             )

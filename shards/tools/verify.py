@@ -24,6 +24,7 @@ from shards.table import Table, read_counts
 from shards.tar import key_to_name, read_index, read_members
 from shards.tools.hashes import tables
 from shards.tools.rebuild import repair_command
+from shards.video.picture import refuse_unknown_colours
 from shards.video.probe import open_video
 from shards.video.random_access import decode_stored
 from shards.video.source import scan
@@ -158,7 +159,10 @@ def _verify_shard(job: tuple[Path, dict, int, dict]) -> list[Problem]:
 
 _BYTES, _JSON = "crc32c differs: its bytes changed after packing", "crc32c differs: its json changed after packing"
 _DAMAGED = (_BYTES, _JSON)
-_UNCOUNTED = "its time stamps tell another order than its decoder, which an earlier version did not note: some of its frames show others"
+_UNCOUNTED = (
+    "its time stamps are in another order than its pictures, and its frame table, of an earlier version, does not say so: for some "
+    "frames the loader gives others"
+)
 
 
 def _verify_members(video: Video, file: BinaryIO, members: dict | None, json_crc: int, profile: dict) -> str | None:
@@ -193,14 +197,17 @@ def _verify_video(video: Video, data: bytes) -> str | None:
             return f"{packets} frames are in the file, the table has {len(frames)}"
         low, high = video.inside
         read = lambda at, size: data[at:] if size < 0 else data[at : at + size]  # noqa: E731
-        decoded = sum(1 for _ in decode_stored(video, read, range(low, high)))
+        decoded = 0
+        for _, frame in decode_stored(video, read, range(low, high)):
+            if not decoded:
+                refuse_unknown_colours(frame)
+            decoded += 1
+        uncounted = not (frames.sliceable or frames.counted) and scan(data).frames.counted
     except VideoError as error:
         return f"it does not decode: {error}"
     if decoded != high - low:
         return f"{decoded} frames decode, the table has {high - low}"
-    if not frames.sliceable and not frames.counted and scan(data).frames.counted:
-        return _UNCOUNTED
-    return None
+    return _UNCOUNTED if uncounted else None
 
 
 def _packets(data: bytes) -> int:

@@ -29,7 +29,7 @@ _MP4 = ("h264", "hevc", "av1", "vp9", "mpeg4", "mjpeg")  # what a cut keeps in a
 # Settings that make an encoder's output a function of its input, with closed GOPs that begin at keyframes only. x265
 # 4.2 leaves times of decoding undefined where B-frames outnumber what follows, and its cutree writes past its arrays
 # when a side is below 56 pixels; in GOPs of a second's few frames neither saves anything. With B-frames, x264's
-# macroblock tree reads memory that nobody wrote, so that one file in ten came out in other bytes.
+# macroblock tree reads memory that nobody wrote, and a file came out in other bytes now and then.
 _ENCODERS = {
     ("h264", "cpu"): ("libx264", lambda crf, gop: {
         "preset": "medium", "crf": f"{crf}", "threads": "1", "x264-params": f"keyint={gop}:min-keyint=1:open-gop=0:bframes=0"}),

@@ -3,12 +3,13 @@ from pathlib import Path
 
 import pytest
 
+from shards import ShardError
 from shards.annotations import Item
 from shards.names import Names
 from shards.split import Split
 from tests.shards.sets import COPY, packed
 
-SHARDS = [(["kitchen/egg", "cup"], ["kitchen%2Fegg", "cup"]), ([], []), (["sea", "cup"], ["sea", "cup_2"])]
+SHARDS = [(0, ["kitchen/egg", "cup"], ["kitchen%2Fegg", "cup"]), (2, [], []), (2, ["sea", "cup"], ["sea", "cup_2"])]
 
 
 def test_each_name_leads_to_all_rows_that_have_it() -> None:
@@ -29,3 +30,20 @@ def test_names_of_one_hash_are_all_looked_at(
     stored = [split.video(row) for row in range(len(split))]
     assert [video.id for video in map(split.find, ("kitchen/egg", "cup", "sea", "sky"))] == [v.id for v in stored]
     assert [split.find(video.key).index for video in stored] == [0, 1, 2, 3]
+
+
+def test_a_damaged_table_hides_no_video_of_the_others(items: list[Item], tmp_path: Path) -> None:
+    named = [replace(item, id=id) for item, id in zip(items, ("egg", "cup", "sea", "sky"), strict=False)]
+    packed(named, tmp_path / "train", COPY)
+    whole = Split(tmp_path / "train")
+    ids = [whole.video(row).id for row in range(len(whole))]
+    first_of_second = int(whole.shard_starts[1])
+    table = tmp_path / "train" / f"{whole.shards[0]}.parquet"
+    before = table.read_bytes()
+    table.write_bytes(b"no table")
+    split = Split(tmp_path / "train")
+    assert split.find(ids[first_of_second]).index == first_of_second
+    with pytest.raises(ShardError, match="cannot be read"):
+        split.find(ids[0])
+    table.write_bytes(before)
+    assert split.find(ids[0]).index == 0

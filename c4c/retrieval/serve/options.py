@@ -41,7 +41,7 @@ class ServeOptions:
             raise ValueError("the index is not given: name what `python -m c4c.index --out` wrote")
         if not 0 <= self.port <= 65535:
             raise ValueError(f"--port {self.port}: must be from 1 to 65535, or 0 for one that is free")
-        require_not_empty([("host", self.host), ("device", self.device)])
+        require_not_empty([("host", self.host)])
         require_device(self.device)
         if not 1 <= self.max_upload_mb <= 100_000:
             raise ValueError(f"--max-upload-mb {self.max_upload_mb}: must be from 1 to 100000")

@@ -68,7 +68,7 @@ def test_bad_steps_are_counted_and_listed(tmp_path):
     assert bad.note(4, False, 1.0, ["a"], 1, 0) == ""  # only those in a row end a run
     bad.note(5, True, float("inf"), ["c"], 1, 0)
     bad.note(6, True, float("inf"), ["c"], 1, 0)
-    with pytest.raises(ValueError, match=r"all of the last 3 steps \(train\.max_bad_steps=3\).*--replay 7"):
+    with pytest.raises(ValueError, match=r"makes 3 in a row \(train\.max_bad_steps=3\).*--replay 7"):
         bad.note(7, True, float("inf"), ["d"], 1, 0)
     assert bad.total == 5
     rows = [json.loads(line) for line in (tmp_path / BAD_STEPS).read_text().splitlines()]
@@ -84,7 +84,7 @@ def test_bad_steps_in_a_row_go_on_over_a_resume(tmp_path):
         first.note(step, True, float("nan"), ["a"], 1, 0)
     resumed = BadSteps(tmp_path, most=4, done=4)  # steps 3 and 4 were bad
     resumed.note(5, True, float("nan"), ["a"], 1, 0)
-    with pytest.raises(ValueError, match="all of the last 4 steps"):
+    with pytest.raises(ValueError, match="makes 4 in a row"):
         resumed.note(6, True, float("nan"), ["a"], 1, 0)
     after_a_good_one = BadSteps(tmp_path, most=4, done=2)
     for step in (3, 4, 5):

@@ -181,6 +181,15 @@ def test_a_frame_table_that_lies_is_found(copied: Path) -> None:
     )
 
 
+def test_pictures_in_colours_that_nobody_can_read_are_found(copied: Path) -> None:
+    """An earlier version packed them."""
+    split = Split(copied)
+    video = next(video for video in map(split.video, range(len(split))) if video.codec == "h264")
+    assert _verify_video(video, split.read(video)) is None
+    unknown = dataclasses.replace(video, coding=dataclasses.replace(video.coding, colorspace=8))  # YCgCo
+    assert "its colours are not known" in _verify_video(unknown, split.read(video))
+
+
 def test_what_is_not_finished_is_refused(copied: Path, tmp_path: Path) -> None:
     split = Path(shutil.copytree(copied, tmp_path / "split"))
     (split / "packing.json").write_text(json.dumps(json.loads((split / "dataset.json").read_text())["plan"]))

@@ -121,7 +121,7 @@ def test_verify_names_such_a_video_of_an_earlier_version_and_repair_mends_it(tmp
     data = Split(tmp_path / "set").read(video)
     before = replace(video, frames=replace(video.frames, offset=np.full(len(video.frames), -1)))
     assert video.frames.counted and _verify_video(video, data) is None
-    assert "tell another order than its decoder" in _verify_video(before, data)
+    assert "in another order than its pictures" in _verify_video(before, data)
     repair(tmp_path / "set", everything=True)
     assert Split(tmp_path / "set").video(0).frames.counted
 
